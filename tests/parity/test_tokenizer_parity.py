@@ -1,0 +1,106 @@
+"""Token ids against transformers' CLIPTokenizer, loaded from the folder that `save` wrote."""
+
+import unicodedata
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import CLIPTokenizer
+
+from tinyldm.models.tokenizer import END, START, Tokenizer
+
+CAPTIONS = [
+    "a photo of two cats, it's 1990!",
+    "the cat's photo: the dog isn't there... they're late, we've left, i'm sure you'll say he'd",
+    "«Déjà vu» — a café in Zürich, naïve façade",
+    "ΟΔΥΣΣΕΥΣ και ο Οδυσσέας", "красный круг и синий круг", "一只红色的猫 一只蓝色的猫",
+    "🎨 art 🎨 art!!! ???", "endoftext startoftext <| |>",
+] * 3  # fmt: skip
+
+# transformers' tables follow one Unicode version, Python's another: a character that is a letter
+# to the newer is unassigned to the older, and the combining classes of its normaliser are older
+# still. So characters are drawn from those of Unicode 3.2, which all of them know (Python keeps
+# that version's table), and from a few newer ones that matter by name.
+OLD = [
+    chr(code)
+    for code in range(0x110000)
+    if unicodedata.ucd_3_2_0.category(chr(code)) not in ("Cn", "Cs", "Co")
+]
+NEWER = [
+    "🎨", "👩‍🚀", "👍🏽", "🇹🇷", "ẞ", "Ა", "𞤀", "ꭰ", "Ꭰ", "\u2e2f", "〇", "꘠", "🄀", "𝟘",
+]  # fmt: skip
+SPECIAL = [
+    START, END, "<|STARTOFTEXT|>?", "<|EndOfText|>", "<|EndOfText|>!", "<|endoftext", "oftext|>",
+]  # fmt: skip
+TRICKY = [
+    *NEWER, *SPECIAL, "İ", "I", "ı", "i̇", "Σ", "σ", "ς", "ΑΣ", "ǅ", "ﬀ", "K", "Å", "e\u0301", "\u0345",
+    "가", "\u1100\u1161\u11a8", "\u0323\u0307", "٣", "೬", "Ⅳ", "½", "²", "\u0085", "\u00a0", "\u00ad",
+    "\u1680", "\u180e", "\u2028", "\u2029", "\u200b", "\u200d", "\u202f", "\u3000", "\ufeff", "\x00",
+    "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x1f", "\x7f", " ", "\t", "\r\n", "'", "'S", "'re", "'ée", "'LL",
+    "’s", "''", "_", "</w>", "!", "\u037e",
+]  # fmt: skip
+TEXTS = st.lists(
+    st.one_of(
+        st.text(alphabet=st.sampled_from(OLD), max_size=8),
+        st.sampled_from(TRICKY),
+        st.sampled_from(" ".join(CAPTIONS).split()),
+        st.text(alphabet="abcdefst'lrvm<|> .,!1 ", max_size=8),
+    ),
+    max_size=12,
+).map("".join)
+
+
+@pytest.fixture(scope="module", params=[END, "!"])
+def pair(request, tmp_path_factory):
+    """Our tokenizer and transformers', for both paddings that published checkpoints use."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    ours = Tokenizer.train(CAPTIONS, vocab_size=700, max_length=12)
+    ours = Tokenizer(ours.vocab, ours.merges, ours.max_length, pad_token=request.param)
+    ours.save(folder)
+    return ours, CLIPTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.filterwarnings("ignore:caption cut")
+@settings(max_examples=300, deadline=None)
+@given(text=TEXTS)
+def test_ids_are_those_of_transformers(pair, text):
+    ours, theirs = pair
+    expected = theirs(text, padding="max_length", truncation=True)["input_ids"]
+    assert ours(text)[0].tolist() == expected
+
+    # Whole captions as well: the short rows above cut most of them.
+    unlimited = Tokenizer(ours.vocab, ours.merges, 10_000, ours.pad_token)
+    ids = unlimited(text)[0]
+    expected = theirs(text)["input_ids"]
+    assert ids[: len(expected)].tolist() == expected
+    assert set(ids[len(expected) :]) <= {ours.pad_id}
+
+
+def test_every_character_of_old_tables(pair):
+    ours, theirs = pair
+    unlimited = Tokenizer(ours.vocab, ours.merges, 100, ours.pad_token)
+    for start in range(0, len(OLD), 8):
+        text = "a".join(OLD[start : start + 8])
+        expected = theirs(text)["input_ids"]
+        assert unlimited(text)[0, : len(expected)].tolist() == expected
+
+
+@pytest.mark.parametrize("files", ["vocab.json and merges.txt", "tokenizer.json"])
+def test_loads_what_transformers_writes(pair, tmp_path, files):
+    ours, theirs = pair
+    theirs.save_pretrained(tmp_path)
+    if files != "tokenizer.json":
+        ours.save(tmp_path)
+        (tmp_path / "tokenizer.json").unlink()
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.vocab, loaded.merges) == (ours.vocab, ours.merges)
+    assert (loaded.max_length, loaded.pad_id) == (ours.max_length, ours.pad_id)
+
+
+def test_special_tokens_map_overrides_the_padding_token(pair, tmp_path):
+    ours, _ = pair
+    ours.save(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "?"}')
+    theirs = CLIPTokenizer.from_pretrained(tmp_path)
+    expected = theirs("hm? yes", padding="max_length")["input_ids"]
+    assert Tokenizer.load(tmp_path)("hm? yes")[0].tolist() == expected

@@ -1,0 +1,134 @@
+"""The array switch: NumPy on the CPU, CuPy on the GPU, and the threads of the CPU.
+
+The device follows the data. A function that needs an array library asks the array for it,
+
+    xp = array_module(x)
+
+so there is no global device, and one process can compare both. This is the only file that imports
+CuPy, and it does so only when an array is sent to the GPU.
+"""
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+# Arrays of an unlisted library cannot be passed to the layers.
+SPECIAL_FUNCTIONS = {"numpy": "scipy.special", "cupy": "cupyx.scipy.special"}
+
+
+class DeviceError(RuntimeError):
+    """The device asked for is not there; the message says why and what to do."""
+
+
+def array_module(x):
+    """The library that made the array `x`: `numpy`, or `cupy`."""
+    return sys.modules[type(x).__module__.partition(".")[0]]
+
+
+def on_host(x):
+    """Whether `x` lies in the memory of the CPU."""
+    return isinstance(x, (np.ndarray, np.generic))
+
+
+def erf(x):
+    """The error function, to the last bits of any floating dtype (of complex on the CPU only)."""
+    library = SPECIAL_FUNCTIONS[array_module(x).__name__]
+    return importlib.import_module(library).erf(x)
+
+
+def to_device(x, device):
+    """Copy an array, or a dict of arrays, to `device`: "cpu" or "cuda".
+
+    Raises DeviceError where CuPy or a GPU is missing.
+    """
+    if isinstance(x, dict):
+        return {name: to_device(value, device) for name, value in x.items()}
+    if device == "cpu":
+        return x if on_host(x) else x.get()
+    return _cupy(device).asarray(x)
+
+
+@functools.cache
+def _cupy(device):
+    if device != "cuda":
+        raise DeviceError(f'device: expected "cpu" or "cuda", found {device!r}')
+    try:
+        import cupy
+    except ImportError as error:
+        raise DeviceError(
+            'device "cuda": CuPy is not installed; pip install "tinyldm[cuda12]" (or [cuda13], '
+            'whichever your driver is), or use device "cpu"'
+        ) from error
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise DeviceError(f'device "cuda": CuPy finds no usable GPU ({error})') from error
+    if count == 0:
+        raise DeviceError('device "cuda": no GPU is visible to CuPy')
+    return cupy
+
+
+# ---------------------------------------------------------------------------------------- threads
+#
+# Threads live at one level at a time. Either `map_threads` gives every core a shard of a batch and
+# the matrix products inside run on one thread each, which puts all cores on *every* operation; or
+# a single call runs and the BLAS library uses the cores inside its matrix products.
+
+
+def cores():
+    """The number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@functools.cache
+def _pool(workers):
+    return ThreadPoolExecutor(workers, thread_name_prefix="tinyldm")
+
+
+@functools.cache
+def _thread_controller():
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
+
+
+@contextlib.contextmanager
+def blas_threads(count):
+    """Hold the BLAS library to `count` threads for the length of a `with` block."""
+    with _thread_controller().limit(limits=count, user_api="blas"):
+        yield
+
+
+def map_threads(function, items, workers=None):
+    """`[function(item) for item in items]`, on all cores, with one BLAS thread each.
+
+    The state of `no_grad` is that of the caller. The order of the results is that of the items.
+    """
+    items = list(items)
+    workers = min(workers or cores(), len(items))
+    if workers <= 1:
+        return [function(item) for item in items]
+    with blas_threads(1):
+        futures = [
+            _pool(workers).submit(contextvars.copy_context().run, function, item) for item in items
+        ]
+        return [future.result() for future in futures]
+
+
+def describe(device="cpu"):
+    """One line that says what will do the arithmetic: library, BLAS and its core, threads."""
+    if device != "cpu":
+        cupy = _cupy(device)
+        name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
+        return f"CuPy {cupy.__version__} on {name}"
+    blas = [pool for pool in _thread_controller().info() if pool["user_api"] == "blas"]
+    libraries = " + ".join(
+        dict.fromkeys(f"{p['internal_api']} {p['version']} ({p.get('architecture')})" for p in blas)
+    )
+    return f"NumPy {np.__version__}, {libraries or 'unknown BLAS'}, {cores()} threads"

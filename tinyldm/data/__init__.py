@@ -1,0 +1,1 @@
+"""Pictures with captions: the embedded shapes, folders of your own images, and file formats."""

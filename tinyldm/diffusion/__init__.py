@@ -1,0 +1,1 @@
+"""The mathematics of diffusion. It sees arrays and callables, never a network."""

@@ -1,0 +1,88 @@
+"""The reverse process: from noise to a sample, one function for each algorithm.
+
+A sampler is a generator. It takes `predict(x, t) → what the schedule's network predicts` and the
+start noise, and after each step yields `(x, x0)`: where it stands, and the picture that it would
+jump to from there. The last x is the sample.
+"""
+
+import math
+
+import numpy as np
+
+from tinyldm.backend import array_module
+from tinyldm.diffusion.schedule import posterior
+
+
+def timesteps(schedule, steps):
+    """The steps t (steps,) to visit, falling, as the scheduler config's `timestep_spacing` says.
+
+    "leading" visits 0, T/n, 2T/n … plus `steps_offset`, "trailing" T−1, T−1−T/n …, "linspace" both
+    ends. Where the offset would lead past the last trained step, that step is taken.
+    """
+    total = len(schedule)
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps: expected 1…{total}, found {steps}")
+    spacing = schedule.config.get("timestep_spacing", "leading")
+    if spacing == "leading":
+        t = np.arange(steps)[::-1] * (total // steps) + schedule.config.get("steps_offset", 0)
+    elif spacing == "trailing":
+        t = np.round(total - np.arange(steps) * (total / steps)) - 1
+    elif spacing == "linspace":
+        t = np.round(np.linspace(0, total - 1, steps))[::-1]
+    else:
+        raise ValueError(
+            f"timestep_spacing: expected leading, trailing or linspace, found {spacing!r}"
+        )
+    return np.minimum(t, total - 1).astype(np.int64)
+
+
+def ddim(predict, schedule, x, steps, eta=0.0, noise=None):
+    """Denoising diffusion implicit models (Song et al. 2020, eq. 12 and 16).
+
+    eta: 0 deterministic … 1 as random as DDPM; then `noise()` gives fresh normal noise like x.
+    """
+    t = timesteps(schedule, steps)
+    alphas_bar = schedule.alphas_bar[t]
+    last = 1.0 if schedule.config.get("set_alpha_to_one", True) else schedule.alphas_bar[0]
+    for i in range(steps):
+        now, then = alphas_bar[i], alphas_bar[i + 1] if i + 1 < steps else last
+        x0, epsilon = schedule.split(predict(x, t[i]), x, now)
+        variance = eta**2 * posterior(now, then)[2]
+        x = math.sqrt(then) * x0 + math.sqrt(max(0.0, 1 - then - variance)) * epsilon
+        if variance > 0:
+            x = x + math.sqrt(variance) * noise()
+        yield x, x0
+
+
+def ddpm(predict, schedule, x, steps, noise):
+    """Ancestral sampling with the posterior's variance (Ho et al. 2020, algorithm 2)."""
+    t = timesteps(schedule, steps)
+    alphas_bar = [*schedule.alphas_bar[t], 1.0]
+    for i in range(steps):
+        x0, _ = schedule.split(predict(x, t[i]), x, alphas_bar[i])
+        x0_weight, xt_weight, variance = posterior(alphas_bar[i], alphas_bar[i + 1])
+        x = x0_weight * x0 + xt_weight * x
+        if i + 1 < steps:
+            x = x + math.sqrt(variance) * noise()
+        yield x, x0
+
+
+SAMPLERS = {"ddim": ddim, "ddpm": ddpm}
+
+
+def guided(predict, context, null_context, guidance):
+    """Classifier-free guidance: `predict(x, t, context)` → a `predict(x, t)` for a sampler.
+
+    Away from the prediction without text by `guidance` times the way to the one with text; 1 is
+    plain conditional, and costs half (Ho & Salimans 2022, with their w = guidance − 1).
+    """
+    if guidance == 1:
+        return lambda x, t: predict(x, t, context)
+    xp = array_module(context)
+    both = xp.concatenate([null_context, context])
+
+    def predict_guided(x, t):
+        without, with_text = xp.split(predict(xp.concatenate([x, x]), t, both), 2)
+        return without + guidance * (with_text - without)
+
+    return predict_guided

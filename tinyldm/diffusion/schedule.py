@@ -1,0 +1,137 @@
+"""The noise schedule: how much signal and how much noise there is at each time step.
+
+The forward process mixes a picture x_0 with normal noise ε (Ho et al. 2020, eq. 4):
+
+    x_t = a_t x_0 + s_t ε,    a_t = √ᾱ_t,  s_t = √(1 − ᾱ_t),  ᾱ_t = Π (1 − β)
+
+Tables are float64 on the host, whatever the precision and the device of the model.
+"""
+
+import math
+
+import numpy as np
+
+from tinyldm.backend import array_module
+from tinyldm.models.config import ConfigError
+
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
+
+def linear_betas(steps, start, end):
+    return np.linspace(start, end, steps)
+
+
+def scaled_linear_betas(steps, start, end):
+    """Linear in √β: the schedule of latent and of Stable Diffusion (there called "linear")."""
+    return np.linspace(start**0.5, end**0.5, steps) ** 2
+
+
+def cosine_betas(steps, start, end):
+    """ᾱ falls as a squared cosine (Nichol & Dhariwal 2021, eq. 17), whatever the ends."""
+
+    def alpha_bar(u):
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    u = [i / steps for i in range(steps + 1)]
+    return np.array(
+        [min(1 - alpha_bar(b) / alpha_bar(a), 0.999) for a, b in zip(u, u[1:], strict=False)]
+    )
+
+
+BETAS = {
+    "linear": linear_betas,
+    "scaled_linear": scaled_linear_betas,
+    "squaredcos_cap_v2": cosine_betas,
+}
+
+
+class Schedule:
+    """Tables of a schedule with T steps, and the conversions between what a network may predict.
+
+    config: the keys of a diffusers scheduler config; others are kept but not used here.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        steps = config.get("num_train_timesteps", 1000)
+        start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+        kind = config.get("beta_schedule", "linear")
+        if kind not in BETAS:
+            raise ConfigError(
+                f"scheduler config: beta_schedule = {kind!r} is not implemented, "
+                f"only {', '.join(BETAS)}"
+            )
+        if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
+            raise ConfigError(
+                "scheduler config: trained_betas and rescale_betas_zero_snr are not implemented"
+            )
+        if not (steps >= 1 and 0 < start <= end < 1):
+            raise ConfigError(
+                "scheduler config: expected num_train_timesteps ≥ 1 and 0 < beta_start ≤ beta_end "
+                f"< 1, found {steps}, {start}, {end}"
+            )
+        self.prediction = config.get("prediction_type", "epsilon")
+        if self.prediction not in PREDICTIONS:
+            raise ConfigError(
+                f"scheduler config: prediction_type = {self.prediction!r} is not implemented, "
+                f"only {', '.join(PREDICTIONS)}"
+            )
+        self.betas = BETAS[kind](steps, start, end)
+        self.alphas_bar = np.cumprod(1 - self.betas)
+
+    def __len__(self):
+        return len(self.betas)
+
+    @property
+    def sigmas(self):
+        """Noise relative to signal, s_t / a_t, the time of Karras et al. 2022."""
+        return np.sqrt(1 / self.alphas_bar - 1)
+
+    def snr(self, t):
+        """Signal to noise, ᾱ / (1 − ᾱ), at the steps t."""
+        return self.alphas_bar[t] / (1 - self.alphas_bar[t])
+
+    def signal_and_noise(self, t, like):
+        """a_t and s_t at the steps t (n,), shaped to multiply `like` (n, ...) on its device."""
+        xp = array_module(like)
+        shape = (-1, *[1] * (like.ndim - 1))
+        alpha_bar = self.alphas_bar[t]
+        return tuple(
+            xp.asarray(np.sqrt(x).astype(like.dtype)).reshape(shape)
+            for x in (alpha_bar, 1 - alpha_bar)
+        )
+
+    def add_noise(self, x0, noise, t):
+        """Draw x_t from q(x_t | x_0) with the given standard normal noise; t (n,) on the host."""
+        a, s = self.signal_and_noise(t, x0)
+        return a * x0 + s * noise
+
+    def target(self, x0, noise, t):
+        """What to predict at x_t: ε, x_0, or v = a ε − s x_0 (Salimans & Ho 2022)."""
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "sample":
+            return x0
+        a, s = self.signal_and_noise(t, x0)
+        return a * noise - s * x0
+
+    def split(self, prediction, x, alpha_bar):
+        """A prediction at x, where ᾱ is `alpha_bar` → the x_0 and the ε that it stands for."""
+        a, s = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        if self.prediction == "epsilon":
+            return (x - s * prediction) / a, prediction
+        if self.prediction == "sample":
+            return prediction, (x - a * prediction) / s
+        return a * x - s * prediction, s * x + a * prediction
+
+
+def posterior(alpha_bar, alpha_bar_previous):
+    """q(x_s | x_t, x_0) for s before t: (weight of x_0, weight of x_t, variance) of the normal.
+
+    Ho et al. 2020, eq. 6 and 7, with β and α taken between the two steps, however far apart.
+    """
+    alpha = alpha_bar / alpha_bar_previous
+    rest = 1 - alpha_bar
+    x0_weight = math.sqrt(alpha_bar_previous) * (1 - alpha) / rest
+    xt_weight = math.sqrt(alpha) * (1 - alpha_bar_previous) / rest
+    return x0_weight, xt_weight, (1 - alpha_bar_previous) / rest * (1 - alpha)

@@ -1,0 +1,1 @@
+"""Judging what was painted: attributes read back, metrics, and pictures to look at."""

@@ -1,0 +1,8 @@
+"""The networks of Stable Diffusion, and the files they live in."""
+
+from tinyldm.models.autoencoder import AutoencoderKL
+from tinyldm.models.text_encoder import TextEncoder
+from tinyldm.models.tokenizer import Tokenizer
+from tinyldm.models.unet import UNet
+
+__all__ = ["AutoencoderKL", "TextEncoder", "Tokenizer", "UNet"]

@@ -1,0 +1,264 @@
+"""What the networks are built of: ResNet blocks, attention, transformers, down- and upsampling.
+
+x (n, h, w, c) features, time (n, d) the embedded time step, context (n, l, d) the embedded text.
+Every parameter has the name it has in a checkpoint. A backward pass is its forward pass read
+upwards; where an input is used twice its gradients are added.
+"""
+
+from tinyldm.models.config import ConfigError
+from tinyldm.nn import functional as F
+from tinyldm.nn.attention import attention
+from tinyldm.nn.layers import Conv2d, GroupNorm, Layer, LayerNorm, Linear, Offset, zeros
+
+
+def plus(a, b):
+    """The sum of two gradients, either of which may be None."""
+    return b if a is None else a if b is None else a + b
+
+
+class ResnetBlock(Layer):
+    """x → x + conv(silu(norm(conv(silu(norm(x))) + time))), of diffusers' ResnetBlock2D."""
+
+    def __init__(self, name, c_in, c_out, groups, eps, d_time=None):
+        self.norm1 = GroupNorm(f"{name}.norm1", c_in, groups, eps, silu=True)
+        self.conv1 = Conv2d(f"{name}.conv1", c_in, c_out)
+        self.time_proj = Linear(f"{name}.time_emb_proj", d_time, c_out) if d_time else None
+        self.norm2 = GroupNorm(f"{name}.norm2", c_out, groups, eps, silu=True)
+        self.conv2 = Conv2d(f"{name}.conv2", c_out, c_out, init=zeros)  # starts as the identity
+        self.shortcut = (
+            Conv2d(f"{name}.conv_shortcut", c_in, c_out, kernel=1) if c_in != c_out else None
+        )
+
+    def __call__(self, params, x, time=None):
+        h, norm1_back = self.norm1(params, x)
+        h, conv1_back = self.conv1(params, h)
+        if self.time_proj:
+            t, silu_back = F.silu(time)
+            t, time_back = self.time_proj(params, t)
+            h += t[:, None, None, :]
+        h, norm2_back = self.norm2(params, h)
+        h, conv2_back = self.conv2(params, h)
+        if self.shortcut:
+            x, shortcut_back = self.shortcut(params, x)
+        h += x
+
+        def backward(dy, grads):
+            dx = shortcut_back(dy, grads) if self.shortcut else dy
+            dh = norm2_back(conv2_back(dy, grads), grads)
+            dtime = silu_back(time_back(dh.sum(axis=(1, 2)), grads)) if self.time_proj else None
+            return dx + norm1_back(conv1_back(dh, grads), grads), dtime
+
+        return h, backward
+
+
+class Attention(Layer):
+    """Multi-head attention from x (n, l, d) to the context (n, m, d_context), or to x itself."""
+
+    NAMES = ("to_q", "to_k", "to_v", "to_out.0")  # to_out.1 is dropout, without parameters
+
+    def __init__(self, name, d, heads, d_context=None, bias=False, causal=False, names=NAMES):
+        if d % heads:
+            raise ConfigError(f"{name}: width {d} does not divide into {heads} heads")
+        q, k, v, out = names
+        self.to_q = Linear(f"{name}.{q}", d, d, bias)
+        self.to_k = Linear(f"{name}.{k}", d_context or d, d, bias)
+        self.to_v = Linear(f"{name}.{v}", d_context or d, d, bias)
+        self.to_out = Linear(f"{name}.{out}", d, d)
+        self.heads, self.causal = heads, causal
+
+    def __call__(self, params, x, context=None):
+        is_self = context is None
+        source = x if is_self else context
+        q, q_back = self.to_q(params, x)
+        k, k_back = self.to_k(params, source)
+        v, v_back = self.to_v(params, source)
+        h, attend_back = attention(q, k, v, self.heads, self.causal)
+        y, out_back = self.to_out(params, h)
+
+        def backward(dy, grads):
+            dq, dk, dv = attend_back(out_back(dy, grads))
+            dx = q_back(dq, grads)
+            dsource = k_back(dk, grads) + v_back(dv, grads)
+            return (dx + dsource, None) if is_self else (dx, dsource)
+
+        return y, backward
+
+
+class FeedForward(Layer):
+    """Widen to twice 4d, gate, return to d."""
+
+    def __init__(self, name, d):
+        self.widen = Linear(f"{name}.net.0.proj", d, 8 * d)
+        self.narrow = Linear(f"{name}.net.2", 4 * d, d)
+
+    def __call__(self, params, x):
+        h, widen_back = self.widen(params, x)
+        h, gate_back = F.geglu(h)
+        y, narrow_back = self.narrow(params, h)
+
+        def backward(dy, grads):
+            return widen_back(gate_back(narrow_back(dy, grads)), grads)
+
+        return y, backward
+
+
+class TransformerBlock(Layer):
+    """Self-attention, attention to the context, feed-forward, each as x + f(norm(x))."""
+
+    def __init__(self, name, d, heads, d_context):
+        self.norm1 = LayerNorm(f"{name}.norm1", d)
+        self.attn1 = Attention(f"{name}.attn1", d, heads)
+        self.norm2 = LayerNorm(f"{name}.norm2", d)
+        self.attn2 = Attention(f"{name}.attn2", d, heads, d_context)
+        self.norm3 = LayerNorm(f"{name}.norm3", d)
+        self.ff = FeedForward(f"{name}.ff", d)
+
+    def __call__(self, params, x, context):
+        h, norm1_back = self.norm1(params, x)
+        h, attn1_back = self.attn1(params, h)
+        x1 = x + h
+        h, norm2_back = self.norm2(params, x1)
+        h, attn2_back = self.attn2(params, h, context)
+        x2 = x1 + h
+        h, norm3_back = self.norm3(params, x2)
+        h, ff_back = self.ff(params, h)
+
+        def backward(dy, grads):
+            dx2 = dy + norm3_back(ff_back(dy, grads), grads)
+            dh, dcontext = attn2_back(dx2, grads)
+            dx1 = dx2 + norm2_back(dh, grads)
+            dh, _ = attn1_back(dx1, grads)
+            return dx1 + norm1_back(dh, grads), dcontext
+
+        return x2 + h, backward
+
+
+class SpatialTransformer(Layer):
+    """Transformer blocks over the pixels as tokens, of diffusers' Transformer2DModel."""
+
+    def __init__(self, name, c, heads, d_context, groups, layers=1, linear_projection=False):
+        self.norm = GroupNorm(f"{name}.norm", c, groups, eps=1e-6)
+        # The same mathematics; the checkpoint's shape differs.
+        project = Linear if linear_projection else lambda *args, **kw: Conv2d(*args, kernel=1, **kw)
+        self.proj_in = project(f"{name}.proj_in", c, c)
+        self.blocks = [
+            TransformerBlock(f"{name}.transformer_blocks.{i}", c, heads, d_context)
+            for i in range(layers)
+        ]
+        self.proj_out = project(f"{name}.proj_out", c, c, init=zeros)
+
+    def __call__(self, params, x, context):
+        n, height, w, c = x.shape
+        h, norm_back = self.norm(params, x)
+        h, in_back = self.proj_in(params, h)
+        h = h.reshape(n, height * w, c)
+        block_backs = []
+        for block in self.blocks:
+            h, block_back = block(params, h, context)
+            block_backs.append(block_back)
+        h, out_back = self.proj_out(params, h.reshape(n, height, w, c))
+
+        def backward(dy, grads):
+            dh = out_back(dy, grads).reshape(n, height * w, c)
+            dcontext = None
+            for block_back in reversed(block_backs):
+                dh, dblock_context = block_back(dh, grads)
+                dcontext = plus(dcontext, dblock_context)
+            dh = in_back(dh.reshape(n, height, w, c), grads)
+            return dy + norm_back(dh, grads), dcontext
+
+        return x + h, backward
+
+
+class SpatialAttention(Layer):
+    """x + self-attention over the pixels with one head, as in the middle of the autoencoder."""
+
+    def __init__(self, name, c, groups, eps):
+        self.norm = GroupNorm(f"{name}.group_norm", c, groups, eps)
+        self.attention = Attention(name, c, heads=1, bias=True)
+
+    def __call__(self, params, x):
+        n, height, w, c = x.shape
+        h, norm_back = self.norm(params, x)
+        h, attention_back = self.attention(params, h.reshape(n, height * w, c))
+
+        def backward(dy, grads):
+            dh, _ = attention_back(dy.reshape(n, height * w, c), grads)
+            return dy + norm_back(dh.reshape(n, height, w, c), grads)
+
+        return x + h.reshape(n, height, w, c), backward
+
+
+class Upsample(Layer):
+    """Repeat each pixel, then convolve."""
+
+    def __init__(self, name, c):
+        self.conv = Conv2d(f"{name}.upsamplers.0.conv", c, c)
+
+    def __call__(self, params, x, size=None):
+        h, repeat_back = F.upsample_nearest(x, size)
+        y, conv_back = self.conv(params, h)
+
+        def backward(dy, grads):
+            return repeat_back(conv_back(dy, grads))
+
+        return y, backward
+
+
+def downsample(name, c, padding):
+    """Halve height and width by a convolution with stride 2."""
+    return Conv2d(f"{name}.downsamplers.0.conv", c, c, stride=2, padding=padding)
+
+
+class AttentionPool(Layer):
+    """The text as one vector (n, l, d) → (n, d): its mean attends to its tokens.
+
+    diffusers' AttentionPooling, after DeepFloyd IF and CLIP's image encoder.
+    """
+
+    def __init__(self, name, d, heads):
+        if d % heads:
+            raise ConfigError(f"{name}: width {d} does not divide into {heads} heads")
+        self.heads = heads
+        self.q_proj = Linear(f"{name}.q_proj", d, d)
+        self.k_proj = Linear(f"{name}.k_proj", d, d)
+        self.v_proj = Linear(f"{name}.v_proj", d, d)
+        self.position = Offset(f"{name}.positional_embedding", 1, d, std=d**-0.5)
+
+    def __call__(self, params, x):
+        l = x.shape[1]
+        mean, position_back = self.position(params, x.mean(axis=1, keepdims=True))
+        tokens, join_back = F.concatenate(mean, x, axis=1)
+        q, q_back = self.q_proj(params, mean)
+        k, k_back = self.k_proj(params, tokens)
+        v, v_back = self.v_proj(params, tokens)
+        y, attend_back = attention(q, k, v, self.heads)
+
+        def backward(dy, grads):
+            dq, dk, dv = attend_back(dy[:, None, :])
+            dmean, dx = join_back(k_back(dk, grads) + v_back(dv, grads))
+            dmean = position_back(dmean + q_back(dq, grads), grads)
+            return dx + dmean * (1 / l)
+
+        return y[:, 0], backward
+
+
+class TextTimeEmbedding(Layer):
+    """The pooled text as an addition to the time embedding: (n, l, d) → (n, d_time)."""
+
+    def __init__(self, name, d, d_time, heads):
+        self.norm1 = LayerNorm(f"{name}.norm1", d)
+        self.pool = AttentionPool(f"{name}.pool", d, heads)
+        self.proj = Linear(f"{name}.proj", d, d_time)
+        self.norm2 = LayerNorm(f"{name}.norm2", d_time)
+
+    def __call__(self, params, context):
+        h, norm1_back = self.norm1(params, context)
+        h, pool_back = self.pool(params, h)
+        h, proj_back = self.proj(params, h)
+        y, norm2_back = self.norm2(params, h)
+
+        def backward(dy, grads):
+            return norm1_back(pool_back(proj_back(norm2_back(dy, grads), grads), grads), grads)
+
+        return y, backward

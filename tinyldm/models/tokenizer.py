@@ -1,0 +1,281 @@
+"""Byte-pair encoding as CLIP does it: captions in, rows of token ids out.
+
+A caption is normalised and split into pieces (words, digits, punctuation). Each piece becomes the
+symbols of its UTF-8 bytes, and a learned list of merges joins neighbouring symbols into tokens.
+Every byte is itself a token, so no caption is ever out of vocabulary.
+"""
+
+import json
+import re
+import unicodedata
+import warnings
+from collections import Counter, defaultdict
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from tinyldm.models.weights import replacing
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"  # closes the last symbol of a piece: "art</w>" ends a word, "art" goes on
+
+# Every byte gets a printable character, so that tokens can be stored as text, one pair to a line.
+# Bytes that already are printable Latin-1 keep their own; the others take 256 and up, in order.
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(0xAE, 0x100)]
+_SYMBOLS = {byte: chr(byte) for byte in _PRINTABLE}
+_SYMBOLS |= {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
+_BYTES = {symbol: byte for byte, symbol in _SYMBOLS.items()}
+
+# Runs over the shape of a text (see below). The special tokens stand here for captions that spell
+# them in capitals: they are no special tokens then, but CLIP still cuts them out, in three parts.
+_PIECE = re.compile(
+    r"(<\|)((?:start|end)oftext)(\|>)|('(?:s|t|re|ve|m|ll|d)|[a-z]+|[0-9]|[^\sa-z0-9]+)", re.ASCII
+)
+
+
+def _shape(char):
+    """The ASCII stand-in of one character, which lets an ASCII pattern split any script.
+
+    `z`, `0` and `.` occur in none of the words that `_PIECE` spells out.
+    """
+    if char.isascii():
+        return char
+    kind = unicodedata.category(char)[0]
+    return "z" if kind == "L" else "0" if kind == "N" else " " if char.isspace() else "."
+
+
+def _pieces(text):
+    """Normalise `text` (NFC, lower case) and split it; white space only separates."""
+    # One character at a time: str.lower() would turn a sigma that ends a word into its final form.
+    text = "".join(char.lower() for char in unicodedata.normalize("NFC", text))
+    matches = _PIECE.finditer("".join(map(_shape, text)))
+    spans = (match.span(group) for match in matches for group in range(1, 5))
+    return [text[start:stop] for start, stop in spans if start >= 0]
+
+
+def _symbols(piece):
+    symbols = [_SYMBOLS[byte] for byte in piece.encode("utf-8")]
+    symbols[-1] += WORD_END
+    return symbols
+
+
+def _merge(symbols, ranks):
+    """Join neighbours, the pair learned first before any other, until no learned pair is left."""
+    while len(symbols) > 1:
+        pairs = list(pairwise(symbols))
+        # `min` returns the first of equals: the leftmost occurrence is joined first.
+        at = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
+        if pairs[at] not in ranks:
+            break
+        symbols = [*symbols[:at], "".join(pairs[at]), *symbols[at + 2 :]]
+    return symbols
+
+
+def _read_json(path):
+    """The JSON object in a file; an empty one where there is no file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path.name}: expected JSON, found {error}") from error
+    if isinstance(data, dict):
+        return data
+    raise ValueError(f"{path.name}: expected an object, found a {type(data).__name__}")
+
+
+class Tokenizer:
+    """Turns captions into fixed-length rows of token ids, with the same ids as CLIP's own.
+
+    Args:
+        vocab: dict, the id of every token; the ids are 0 .. len(vocab) - 1.
+        merges: list of the pairs (tuples) of tokens to join, the first learned first.
+        max_length: tokens in a row, start and end token included.
+        pad_token: the token of `vocab` that fills short rows. Like the start and end token, it is
+            taken whole where a caption spells it out.
+
+    Attributes:
+        start_id, end_id, pad_id: ids of the start, end and padding token. The end token also
+            stands for a byte that `vocab` lacks.
+
+    Raises:
+        ValueError: the ids leave gaps, a special token or a merge is not in `vocab`, or a row
+            has no room for the start and end token.
+    """
+
+    def __init__(self, vocab, merges, max_length=77, pad_token=END):
+        if sorted(vocab.values()) != list(range(len(vocab))):
+            raise ValueError(f"vocab: the ids must be 0 .. {len(vocab) - 1}, each once")
+        for token in (START, END, pad_token):
+            if token not in vocab:
+                raise ValueError(f"vocab: {token!r} is not among the {len(vocab)} tokens")
+        for pair in merges:
+            if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+                raise ValueError(
+                    f"merges: expected two tokens that vocab holds, as well as their join, "
+                    f"found {' '.join(pair)!r}; take both from the same tokenizer"
+                )
+        if max_length < 2:
+            raise ValueError(f"max_length: expected 2 (start and end) or more, found {max_length}")
+        self.vocab, self.merges = vocab, merges
+        self.max_length, self.pad_token = max_length, pad_token
+        self.start_id, self.end_id, self.pad_id = vocab[START], vocab[END], vocab[pad_token]
+        self._tokens = sorted(vocab, key=vocab.__getitem__)
+        self._ranks = {pair: rank for rank, pair in enumerate(merges)}
+        special = sorted((START, END, pad_token), key=len, reverse=True)  # the longest match wins
+        self._special = re.compile(f"({'|'.join(map(re.escape, special))})")
+        self._ids_of_piece = {}
+
+    def __len__(self):
+        return len(self.vocab)
+
+    def __call__(self, texts):
+        """Token ids of a list of captions, int64 (n, max_length); a string is a list of one.
+
+        Each row is the start token, the caption, the end token, then padding. A caption that is
+        too long is cut before the end token, with a warning that names the text left out.
+        """
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = np.full((len(texts), self.max_length), self.pad_id, dtype=np.int64)
+        room = self.max_length - 2
+        for row, text in zip(rows, texts, strict=True):
+            ids = self._encode(text)
+            if len(ids) > room:
+                lost = self.decode(ids[room:])
+                warnings.warn(f"caption cut at {room} tokens, without {lost!r}", stacklevel=2)
+            ids = [self.start_id, *ids[:room], self.end_id]
+            row[: len(ids)] = ids
+        return rows
+
+    def _encode(self, text):
+        """Ids of the whole caption, without start and end token."""
+        ids = []
+        for i, part in enumerate(self._special.split(text)):
+            if i % 2:  # plain text and special tokens take turns
+                ids.append(self.vocab[part])
+                continue
+            for piece in _pieces(part):
+                if piece not in self._ids_of_piece:  # captions repeat their words: merge each once
+                    tokens = _merge(_symbols(piece), self._ranks)
+                    self._ids_of_piece[piece] = [self.vocab.get(t, self.end_id) for t in tokens]
+                ids += self._ids_of_piece[piece]
+        return ids
+
+    def decode(self, ids):
+        """The text of one row of ids, for readers.
+
+        It is in lower case, with a space after each piece, without special tokens, and with a
+        replacement character where the ids cut a character in two.
+
+        Raises:
+            ValueError: an id is not in the vocabulary.
+        """
+        data = bytearray()
+        for i in map(int, ids):
+            if not 0 <= i < len(self):
+                raise ValueError(f"token id {i} is outside the vocabulary, 0 .. {len(self) - 1}")
+            if i not in (self.start_id, self.end_id, self.pad_id):
+                token = self._tokens[i]
+                data += bytes(_BYTES[symbol] for symbol in token.removesuffix(WORD_END))
+                data += b" " * token.endswith(WORD_END)
+        return data.decode("utf-8", errors="replace").strip()
+
+    @classmethod
+    def train(cls, texts, vocab_size=1024, max_length=16):
+        """Learn merges from captions: join the most frequent pair of neighbours, again and again.
+
+        Of equally frequent pairs, the first in code point order is joined, so equal captions
+        give equal tokenizers. Ends at `vocab_size` tokens, or once no pair occurs twice.
+
+        Raises:
+            ValueError: `vocab_size` does not hold the 512 byte symbols and 2 special tokens.
+        """
+        if vocab_size < 514:
+            raise ValueError(f"vocab_size: expected 514 or more, found {vocab_size}")
+        times = Counter(piece for text in texts for piece in _pieces(text))
+        words = {piece: _symbols(piece) for piece in times}
+        tally = Counter()  # pair -> how often it occurs
+        homes = defaultdict(set)  # pair -> the words that have had it: no others need a revisit
+
+        def count(word, sign):
+            for pair in pairwise(words[word]):
+                tally[pair] += sign * times[word]
+                homes[pair].add(word)
+
+        for word in words:
+            count(word, +1)
+        tokens = [*_SYMBOLS.values(), *(symbol + WORD_END for symbol in _SYMBOLS.values())]
+        vocab, merges = {token: i for i, token in enumerate(tokens)}, []
+        while len(vocab) < vocab_size - 2 and (most := max(tally.values(), default=0)) > 1:
+            best = min(pair for pair, number in tally.items() if number == most)
+            merges.append(best)
+            vocab["".join(best)] = len(vocab)
+            for word in homes.pop(best):
+                count(word, -1)
+                words[word] = _merge(words[word], {best: 0})
+                count(word, +1)
+        vocab |= {START: len(vocab), END: len(vocab) + 1}
+        return cls(vocab, merges, max_length)
+
+    @classmethod
+    def load(cls, folder):
+        """Read the tokenizer folder of a checkpoint, as `save` or transformers writes it.
+
+        Vocabulary and merges come from vocab.json and merges.txt or, without those, from
+        tokenizer.json; the length (77 where none is stated) and the padding token come from
+        tokenizer_config.json and the older special_tokens_map.json, where there are any.
+
+        Raises:
+            FileNotFoundError: the folder holds no vocabulary.
+            ValueError: a file is malformed, or the files do not belong together.
+        """
+        folder = Path(folder)
+        names = {path.name for path in folder.glob("*")}
+        in_two_files = {"vocab.json", "merges.txt"} <= names
+        if not in_two_files and "tokenizer.json" not in names:
+            raise FileNotFoundError(
+                f"{folder}: expected vocab.json and merges.txt, or tokenizer.json, found "
+                f"{sorted(names) or 'nothing'}; name the tokenizer folder of a checkpoint"
+            )
+        try:
+            if in_two_files:
+                vocab = _read_json(folder / "vocab.json")
+                lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+                merges = lines[1:] if lines and lines[0].startswith("#version") else lines
+            else:
+                model = _read_json(folder / "tokenizer.json").get("model", {})
+                vocab, merges = model.get("vocab", {}), model.get("merges", [])
+            merges = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges]
+
+            config = _read_json(folder / "tokenizer_config.json")
+            if "added_tokens_decoder" not in config:  # an old config, which the map overrides
+                config |= _read_json(folder / "special_tokens_map.json")
+            max_length = config.get("model_max_length")
+            if not isinstance(max_length, int) or max_length > 1_000_000:  # a huge one: "no limit"
+                max_length = 77
+            pad = config.get("pad_token") or END
+            pad = pad.get("content") if isinstance(pad, dict) else pad
+            return cls(vocab, merges, max_length, pad)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{folder}: not the files of one CLIP tokenizer ({error}); fetch them again"
+            ) from error
+
+    def save(self, folder):
+        """Write vocab.json, merges.txt and tokenizer_config.json, which transformers reads too."""
+        config = {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": self.max_length,
+            "bos_token": START,
+            "eos_token": END,
+            "unk_token": END,
+            "pad_token": self.pad_token,
+        }
+        merges = ["#version: 0.2", *map(" ".join, self.merges)]
+        files = {
+            "vocab.json": json.dumps(self.vocab, ensure_ascii=False),
+            "merges.txt": "\n".join(merges) + "\n",
+            "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        }
+        for name, text in files.items():
+            with replacing(Path(folder) / name) as temporary:
+                temporary.write_text(text, encoding="utf-8", newline="\n")

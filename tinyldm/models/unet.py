@@ -1,0 +1,350 @@
+"""The denoiser: a U-Net with attention to text, diffusers' UNet2DConditionModel.
+
+It goes down through ever smaller and deeper features, keeps each on a stack, and on the way up
+joins them again (Ronneberger et al. 2015; Ho et al. 2020; Rombach et al. 2022, section 3.3).
+"""
+
+from tinyldm.models.blocks import (
+    ResnetBlock,
+    SpatialTransformer,
+    TextTimeEmbedding,
+    Upsample,
+    downsample,
+    plus,
+)
+from tinyldm.models.config import ConfigError, per_block, read_config
+from tinyldm.nn import functional as F
+from tinyldm.nn.layers import Conv2d, Embedding, GroupNorm, Layer, Linear, zeros
+
+DEFAULTS = {
+    "sample_size": None,
+    "in_channels": 4,
+    "out_channels": 4,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "downsample_padding": 1,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "cross_attention_dim": 1280,
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": 8,  # the *number* of heads: a slip that diffusers keeps for old files
+    "use_linear_projection": False,
+    "addition_embed_type": None,
+    "addition_embed_type_num_heads": 64,
+    "num_class_embeds": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "time_embedding_dim": None,
+}
+FIXED = {
+    "center_input_sample": [False],
+    "only_cross_attention": [False],
+    "mid_block_scale_factor": [1],
+    "dropout": [0.0],
+    "act_fn": ["silu", "swish"],
+    "reverse_transformer_layers_per_block": [None],
+    "encoder_hid_dim": [None],
+    "encoder_hid_dim_type": [None],
+    "num_attention_heads": [None],
+    "dual_cross_attention": [False],
+    "class_embed_type": [None],
+    "addition_time_embed_dim": [None],
+    "upcast_attention": [False, True],  # about float16, which is not used here
+    "resnet_time_scale_shift": ["default"],
+    "resnet_skip_time_act": [False],
+    "resnet_out_scale_factor": [1.0],
+    "time_embedding_type": ["positional"],
+    "time_embedding_act_fn": [None],
+    "timestep_post_act": [None],
+    "time_cond_proj_dim": [None],
+    "projection_class_embeddings_input_dim": [None],
+    "attention_type": ["default"],
+    "class_embeddings_concat": [False],
+    "mid_block_only_cross_attention": [None, False],
+    "cross_attention_norm": [None],
+}
+ATTENTION = {  # block type → whether it has spatial transformers
+    "DownBlock2D": False,
+    "CrossAttnDownBlock2D": True,
+    "UpBlock2D": False,
+    "CrossAttnUpBlock2D": True,
+    "UNetMidBlock2D": False,
+    "UNetMidBlock2DCrossAttn": True,
+}
+
+
+class UNet(Layer):
+    """unet(params, x, t, context, labels) → prediction of the shape of x, and backward.
+
+    config: the keys of diffusers' UNet2DConditionModel; ConfigError names what is not implemented.
+    """
+
+    def __init__(self, config):
+        self.config = c = read_config("unet config", config, DEFAULTS, FIXED)
+        widths = list(c.block_out_channels)
+        levels = len(widths)
+
+        def levelwise(key):
+            return per_block("unet config", key, getattr(c, key), levels)
+
+        heads, layers = levelwise("attention_head_dim"), levelwise("layers_per_block")
+        depths = levelwise("transformer_layers_per_block")
+        down_types, up_types = levelwise("down_block_types"), levelwise("up_block_types")
+        for kind in [*down_types, *up_types, *([c.mid_block_type] if c.mid_block_type else [])]:
+            if kind not in ATTENTION:
+                known = ", ".join(ATTENTION)
+                raise ConfigError(f"unet config: block {kind!r} is not implemented, only {known}")
+        d_time = c.time_embedding_dim or 4 * widths[0]
+
+        def stage(name, i, c_in, level, has_attention):
+            resnet = ResnetBlock(
+                f"{name}.resnets.{i}", c_in, widths[level], c.norm_num_groups, c.norm_eps, d_time
+            )
+            return Stage(resnet, transformer(name, i, level) if has_attention else None)
+
+        def transformer(name, i, level):
+            return SpatialTransformer(
+                f"{name}.attentions.{i}", widths[level], heads[level], c.cross_attention_dim,
+                c.norm_num_groups, depths[level], c.use_linear_projection,
+            )  # fmt: skip
+
+        self.linear_1 = Linear("time_embedding.linear_1", widths[0], d_time)
+        self.linear_2 = Linear("time_embedding.linear_2", d_time, d_time)
+        self.class_embedding = (
+            Embedding("class_embedding", c.num_class_embeds, d_time) if c.num_class_embeds else None
+        )
+        if c.addition_embed_type not in (None, "text"):
+            raise ConfigError(
+                f"unet config: addition_embed_type = {c.addition_embed_type!r} is not implemented, "
+                "only None or 'text'"
+            )
+        self.add_embedding = (
+            TextTimeEmbedding(
+                "add_embedding", c.cross_attention_dim, d_time, c.addition_embed_type_num_heads
+            )
+            if c.addition_embed_type
+            else None
+        )
+
+        self.conv_in = Conv2d("conv_in", c.in_channels, widths[0], c.conv_in_kernel)
+        skip_widths = [widths[0]]
+        self.down_blocks = []
+        for level, kind in enumerate(down_types):
+            name = f"down_blocks.{level}"
+            stages = []
+            for i in range(layers[level]):
+                stages.append(stage(name, i, skip_widths[-1], level, ATTENTION[kind]))
+                skip_widths.append(widths[level])
+            down = None
+            if level < levels - 1:
+                down = downsample(name, widths[level], c.downsample_padding)
+                skip_widths.append(widths[level])
+            self.down_blocks.append(DownBlock(stages, down))
+
+        self.mid_stages = []
+        if c.mid_block_type:
+            has_attention = ATTENTION[c.mid_block_type]
+            self.mid_stages = [stage("mid_block", 0, widths[-1], levels - 1, has_attention)]
+            if has_attention:
+                self.mid_stages.append(stage("mid_block", 1, widths[-1], levels - 1, False))
+
+        width = widths[-1]
+        self.up_blocks = []
+        for i, kind in enumerate(up_types):
+            level = levels - 1 - i
+            name = f"up_blocks.{i}"
+            stages = []
+            for j in range(layers[level] + 1):
+                c_in = width + skip_widths.pop()
+                stages.append(stage(name, j, c_in, level, ATTENTION[kind]))
+                width = widths[level]
+            self.up_blocks.append(UpBlock(stages, Upsample(name, width) if level else None))
+
+        self.norm_out = GroupNorm("conv_norm_out", widths[0], c.norm_num_groups, c.norm_eps, True)
+        self.conv_out = Conv2d("conv_out", widths[0], c.out_channels, c.conv_out_kernel, init=zeros)
+
+    def __call__(self, params, x, t, context=None, labels=None):
+        """x (n, h, w, c) noisy latents, t (n,) time steps, context (n, l, d), labels (n,) classes.
+
+        backward(dy, grads) → (dx, dcontext); dcontext is None without context.
+        """
+        self._check_inputs(x, context, labels)
+        time, time_back = self._embed_time(params, x, t, context, labels)
+        h, in_back = self.conv_in(params, x)
+        skips, down_backs, up_backs = [h], [], []
+        for block in self.down_blocks:
+            new, block_back = block(params, h, time, context)
+            h = new[-1]
+            skips += new
+            down_backs.append(block_back)
+        h, mid_back = run_stages(self.mid_stages, params, h, time, context)
+        for block in self.up_blocks:
+            taken = [skips.pop() for _ in block.stages]
+            size = skips[-1].shape[1:3] if skips else None
+            h, block_back = block(params, h, taken, time, context, size)
+            up_backs.append(block_back)
+        h, norm_back = self.norm_out(params, h)
+        y, out_back = self.conv_out(params, h)
+
+        def backward(dy, grads):
+            dh = norm_back(out_back(dy, grads), grads)
+            dskips, dtime, dcontext = [], None, None
+            for block_back in reversed(up_backs):
+                dh, dtaken, dt, dc = block_back(dh, grads)
+                dskips += reversed(dtaken)
+                dtime, dcontext = plus(dtime, dt), plus(dcontext, dc)
+            dh, dt, dc = mid_back(dh, grads)
+            dtime, dcontext = plus(dtime, dt), plus(dcontext, dc)
+            for block_back in reversed(down_backs):
+                dh, dt, dc = block_back(dh, dskips, grads)
+                dtime, dcontext = plus(dtime, dt), plus(dcontext, dc)
+            dx = in_back(dh + dskips.pop(), grads)
+            return dx, plus(dcontext, time_back(dtime, grads))
+
+        return y, backward
+
+    def _embed_time(self, params, x, t, context, labels):
+        """Time step, and with them label and pooled text, as one vector (n, d_time)."""
+        c = self.config
+        waves = F.time_embedding(t, self.linear_1.d_in, c.flip_sin_to_cos, c.freq_shift)
+        h, back_1 = self.linear_1(params, waves.astype(x.dtype))
+        h, silu_back = F.silu(h)
+        time, back_2 = self.linear_2(params, h)
+        if self.class_embedding:
+            label, label_back = self.class_embedding(params, labels)
+            time = time + label
+        if self.add_embedding:
+            text, text_back = self.add_embedding(params, context)
+            time = time + text
+
+        def backward(dtime, grads):
+            if self.class_embedding:
+                label_back(dtime, grads)
+            dcontext = text_back(dtime, grads) if self.add_embedding else None
+            back_1(silu_back(back_2(dtime, grads)), grads)  # whole numbers have no gradient
+            return dcontext
+
+        return time, backward
+
+    def _check_inputs(self, x, context, labels):
+        c = self.config
+        if x.ndim != 4 or x.shape[3] != c.in_channels:
+            raise ValueError(f"unet: expected x (n, h, w, {c.in_channels}), found {x.shape}")
+        needs_context = self.add_embedding or any(
+            stage.attention
+            for block in [*self.down_blocks, *self.up_blocks]
+            for stage in block.stages
+        )
+        if needs_context and context is None:
+            raise ValueError("unet: this model attends to text and needs context (n, l, d)")
+        if context is not None and context.shape[2] != c.cross_attention_dim:
+            raise ValueError(
+                f"unet: expected context (n, l, {c.cross_attention_dim}), found {context.shape}"
+            )
+        if (labels is None) == bool(self.class_embedding):
+            raise ValueError(
+                "unet: this model needs labels (n,)" if labels is None
+                else "unet: labels were given, but num_class_embeds is not set"
+            )  # fmt: skip
+
+
+class Stage(Layer):
+    """A ResNet block and, where the level has attention, a spatial transformer."""
+
+    def __init__(self, resnet, transformer):
+        self.resnet, self.attention = resnet, transformer
+
+    def __call__(self, params, x, time, context):
+        h, resnet_back = self.resnet(params, x, time)
+        if self.attention:
+            h, attention_back = self.attention(params, h, context)
+
+        def backward(dy, grads):
+            dcontext = None
+            if self.attention:
+                dy, dcontext = attention_back(dy, grads)
+            dx, dtime = resnet_back(dy, grads)
+            return dx, dtime, dcontext
+
+        return h, backward
+
+
+def run_stages(stages, params, x, time, context):
+    """The stages one after the other."""
+    backs = []
+    for stage in stages:
+        x, stage_back = stage(params, x, time, context)
+        backs.append(stage_back)
+
+    def backward(dy, grads):
+        dtime = dcontext = None
+        for stage_back in reversed(backs):
+            dy, dt, dc = stage_back(dy, grads)
+            dtime, dcontext = plus(dtime, dt), plus(dcontext, dc)
+        return dy, dtime, dcontext
+
+    return x, backward
+
+
+class DownBlock(Layer):
+    """Stages, then half the size; everything on the way is a skip for the way up."""
+
+    def __init__(self, stages, down):
+        self.stages, self.down = stages, down
+
+    def __call__(self, params, x, time, context):
+        skips, backs = [], []
+        for stage in self.stages:
+            x, stage_back = stage(params, x, time, context)
+            skips.append(x)
+            backs.append(stage_back)
+        if self.down:
+            x, down_back = self.down(params, x)
+            skips.append(x)
+
+        def backward(dy, dskips, grads):
+            """Takes this block's own gradients from the end of `dskips`."""
+            dtime = dcontext = None
+            if self.down:
+                dy = down_back(dy + dskips.pop(), grads)
+            for stage_back in reversed(backs):
+                dy, dt, dc = stage_back(dy + dskips.pop(), grads)
+                dtime, dcontext = plus(dtime, dt), plus(dcontext, dc)
+            return dy, dtime, dcontext
+
+        return skips, backward
+
+
+class UpBlock(Layer):
+    """Stages, each joined by the skip of its size, then twice the size."""
+
+    def __init__(self, stages, up):
+        self.stages, self.up = stages, up
+
+    def __call__(self, params, x, skips, time, context, size):
+        backs = []
+        for stage, skip in zip(self.stages, skips, strict=True):
+            x, join_back = F.concatenate(x, skip)
+            x, stage_back = stage(params, x, time, context)
+            backs.append((join_back, stage_back))
+        if self.up:
+            x, up_back = self.up(params, x, size)
+
+        def backward(dy, grads):
+            """→ dx, the gradients of `skips` in their order, dtime, dcontext."""
+            dskips, dtime, dcontext = [], None, None
+            if self.up:
+                dy = up_back(dy, grads)
+            for join_back, stage_back in reversed(backs):
+                dy, dt, dc = stage_back(dy, grads)
+                dy, dskip = join_back(dy)
+                dskips.insert(0, dskip)
+                dtime, dcontext = plus(dtime, dt), plus(dcontext, dc)
+            return dy, dskips, dtime, dcontext
+
+        return x, backward

@@ -1,0 +1,210 @@
+"""Weights on disk: safetensors files, read tensor by tensor into this package's memory layout.
+
+A convolution kernel lies in a file as (c_out, c_in, kh, kw) and in memory as (kh, kw, c_in, c_out);
+every other tensor is the same in both. The format is an 8-byte length, that many bytes of JSON
+{name: {dtype, shape, data_offsets}}, and the raw little-endian numbers.
+"""
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
+
+
+class WeightsError(ValueError):
+    """A file of weights is damaged or does not fit the model; the message lists everything."""
+
+
+def load_weights(file, dtype=None):
+    """Read a .safetensors file into {name: array}, kernels as (kh, kw, c_in, c_out).
+
+    dtype: what floating tensors become, by default what they are in the file (bfloat16, which
+    NumPy lacks, becomes float32, exactly). Raises FileNotFoundError or WeightsError.
+    """
+    params = {}
+    with open(file, "rb") as stream:
+        entries, start = _read_header(stream, file)
+        for name, entry in entries.items():
+            begin, end = entry["data_offsets"]
+            stream.seek(start + begin)
+            params[name] = _to_memory(_decode(stream.read(end - begin), entry), dtype)
+    return params
+
+
+def load_metadata(file):
+    """The {key: text} notes in the header of a .safetensors file."""
+    with open(file, "rb") as stream:
+        return _parse_header(stream, file).get("__metadata__", {})
+
+
+def save_weights(file, params, metadata=None):
+    """Write {name: array} to a .safetensors file, the inverse of `load_weights`.
+
+    The file appears whole or not at all: it is written beside, synced and renamed.
+    """
+    from safetensors.numpy import save_file
+
+    tensors = {name: _to_file(np.asarray(array)) for name, array in params.items()}
+    with replacing(file) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+class replacing:
+    """`with replacing(file) as temporary:` write `temporary`; it replaces `file` at the end.
+
+    After the block either the old file or the whole new one is there, even if the power fails.
+    """
+
+    def __init__(self, file):
+        self.file = Path(file)
+
+    def __enter__(self):
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{self.file.name}-", dir=self.file.parent)
+        os.close(handle)
+        self.temporary = Path(name)
+        return self.temporary
+
+    def __exit__(self, kind, *_):
+        if kind is not None:
+            self.temporary.unlink(missing_ok=True)
+            return
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(self.temporary, 0o666 & ~umask)
+        _sync(self.temporary)
+        os.replace(self.temporary, self.file)
+        if hasattr(os, "O_DIRECTORY"):
+            _sync(self.file.parent)
+
+
+def _sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def match(params, shapes, where):
+    """Check names and shapes of `params` against a model's; WeightsError lists all that differs."""
+    missing = sorted(shapes.keys() - params.keys())
+    extra = sorted(params.keys() - shapes.keys())
+    misshapen = [
+        f"{name}: expected {shapes[name]}, found {params[name].shape}"
+        for name in sorted(shapes.keys() & params.keys())
+        if tuple(params[name].shape) != tuple(shapes[name])
+    ]
+    problems = [
+        f"{title} ({len(names)}): {', '.join(names)}"
+        for title, names in (("missing", missing), ("unexpected", extra), ("misshapen", misshapen))
+        if names
+    ]
+    if problems:
+        raise WeightsError(f"{where}: the weights do not fit the config. " + "; ".join(problems))
+    return params
+
+
+def load_component(folder, shapes, dtype="float32"):
+    """The weights of one component of a diffusers folder, checked against the model's `shapes`."""
+    folder = Path(folder)
+    params = {}
+    for file in _weight_files(folder):
+        params |= load_weights(file, dtype)
+    params = {name: x for name, x in params.items() if not name.endswith(".position_ids")}
+    prefix = "text_model."  # which newer transformers leave out
+    if any(name.startswith(prefix) for name in shapes):
+        params = {n if n.startswith(prefix) else prefix + n: x for n, x in params.items()}
+    return match(params, shapes, folder)
+
+
+def _weight_files(folder):
+    for stem in ("diffusion_pytorch_model", "model"):
+        for variant in ("", ".fp16"):
+            file = folder / f"{stem}{variant}.safetensors"
+            if file.exists():
+                return [file]
+            index = folder / f"{stem}.safetensors.index{variant}.json"
+            if index.exists():
+                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                return [folder / name for name in sorted(set(names))]
+    raise FileNotFoundError(
+        f"{folder}: no weights; expected diffusion_pytorch_model.safetensors or model.safetensors"
+    )
+
+
+def _read_header(stream, file):
+    """Every tensor's entry, checked: a known dtype, no overlap, no hole, nothing after the end."""
+    header = _parse_header(stream, file)
+    start = stream.tell()
+    size = os.fstat(stream.fileno()).st_size - start
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    position = 0
+    try:
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            shape, code = entry["shape"], entry["dtype"]
+            if code != "BF16" and code not in DTYPES:
+                raise WeightsError(f"{file}: tensor {name}: dtype {code} is not supported")
+            if not all(type(side) is int and side >= 0 for side in shape):
+                raise WeightsError(f"{file}: tensor {name}: shape {shape} is not valid")
+            width = 2 if code == "BF16" else np.dtype(DTYPES[code]).itemsize
+            if begin != position or end - begin != math.prod(shape) * width:
+                raise WeightsError(
+                    f"{file}: tensor {name}: bytes {begin}…{end} do not fit {code} {shape} "
+                    f"at {position}"
+                )
+            position = end
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"{file}: the header does not describe its tensors: {error!r}") from None
+    if position != size:
+        raise WeightsError(f"{file}: expected {position} bytes of numbers, found {size}")
+    return entries, start
+
+
+def _parse_header(stream, file):
+    size = os.fstat(stream.fileno()).st_size
+    length = int.from_bytes(stream.read(8), "little")
+    if size < 8 or length > min(MAX_HEADER, size - 8):
+        raise WeightsError(f"{file}: not a safetensors file, or cut off")
+    try:
+        header = json.loads(stream.read(length).decode(), object_pairs_hook=_unique)
+    except ValueError as error:
+        raise WeightsError(f"{file}: the header is not valid JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise WeightsError(f"{file}: the header is not a JSON object")
+    return header
+
+
+def _unique(pairs):
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        raise ValueError("a name occurs twice")
+    return dict(pairs)
+
+
+def _decode(data, entry):
+    if entry["dtype"] == "BF16":  # the upper half of a float32
+        bits = np.frombuffer(data, "<u2").astype("<u4") << 16
+        return bits.view("<f4").reshape(entry["shape"])
+    return np.frombuffer(data, DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+
+def _to_memory(array, dtype):
+    if array.ndim == 4:
+        array = array.transpose(2, 3, 1, 0)
+    if dtype is None or array.dtype.kind != "f":
+        dtype = array.dtype.newbyteorder("=")
+    return np.array(array, dtype, order="C")  # a copy: what was read is a read-only buffer
+
+
+def _to_file(array):
+    return np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array)

@@ -1,0 +1,105 @@
+"""How a forward pass and its backward pass are paired.
+
+A function on arrays returns its result and a closure that carries the gradient back through it:
+
+    y, backward = linear(x, w, b)
+    dx, dw, db = backward(dy)
+
+`dz` always is the gradient of the loss with respect to `z`. A layer gives names to the arrays. It
+reads its parameters from one dict and adds their gradients to another, which the caller owns:
+
+    y, backward = layer(params, x)
+    dx = backward(dy, grads)
+
+Nothing is remembered between calls: what the backward pass needs lives in the closure alone. It
+may be called once, and what it kept is freed as the gradient passes.
+"""
+
+import contextlib
+import contextvars
+import functools
+
+_recording = contextvars.ContextVar("recording", default=True)
+
+
+@contextlib.contextmanager
+def _set_recording(value):
+    token = _recording.set(value)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+def no_grad():
+    """Within `with no_grad():` every function returns `(y, None)` and keeps nothing alive."""
+    return _set_recording(False)
+
+
+def differentiable(function):
+    """Make `function`, which returns `(y, backward)`, obey `no_grad` and the call-once rule."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        y, backward = function(*args, **kwargs)
+        return y, (_once(backward, function.__name__) if _recording.get() else None)
+
+    return call
+
+
+def _once(backward, name):
+    def run(*dy, **options):
+        nonlocal backward
+        if backward is None:
+            raise RuntimeError(f"the backward pass of {name} was called a second time")
+        step, backward = backward, None  # freed as soon as `step` has run
+        return step(*dy, **options)
+
+    return run
+
+
+@differentiable
+def recompute(layer, params, *inputs):
+    """`layer(params, *inputs)`, forgetting its activations and making them again when needed.
+
+    Trades one more forward pass for the memory of everything inside `layer` (Chen et al. 2016,
+    "Training deep nets with sublinear memory cost").
+    """
+    with no_grad():
+        y, _ = layer(params, *inputs)
+
+    def backward(dy, grads):
+        with _set_recording(True):
+            _, layer_back = layer(params, *inputs)
+        return layer_back(dy, grads)
+
+    return y, backward
+
+
+class Grads(dict):
+    """A dict that accepts gradients only of the parameters named in `only`.
+
+    The work for the others is not done. `None` in place of the dict asks for the gradients of the
+    inputs alone, and a plain dict takes all.
+    """
+
+    def __init__(self, only):
+        super().__init__()
+        self.only = frozenset(only)
+
+
+def wants(grads, *names):
+    """Whether the gradient of any of the named parameters is asked for."""
+    if isinstance(grads, Grads):
+        return not grads.only.isdisjoint(names)
+    return grads is not None
+
+
+def add_grad(grads, name, dw):
+    """Add `dw`, a fresh array that `grads` may keep, to the gradient of the parameter `name`."""
+    if not wants(grads, name):
+        return
+    if name in grads:
+        grads[name] += dw
+    else:
+        grads[name] = dw

@@ -1,0 +1,1 @@
+"""Training both stages, and the state that survives anything."""
