@@ -46,7 +46,7 @@ def ddim(predict, schedule, x, steps, eta=0.0, noise=None):
     last = 1.0 if schedule.config.get("set_alpha_to_one", True) else schedule.alphas_bar[0]
     for i in range(steps):
         now, then = alphas_bar[i], alphas_bar[i + 1] if i + 1 < steps else last
-        x0, epsilon = schedule.split(predict(x, t[i]), x, now)
+        x0, epsilon = _split(schedule, predict(x, t[i]), x, now)
         variance = eta**2 * posterior(now, then)[2]
         x = math.sqrt(then) * x0 + math.sqrt(max(0.0, 1 - then - variance)) * epsilon
         if variance > 0:
@@ -59,12 +59,21 @@ def ddpm(predict, schedule, x, steps, noise):
     t = timesteps(schedule, steps)
     alphas_bar = [*schedule.alphas_bar[t], 1.0]
     for i in range(steps):
-        x0, _ = schedule.split(predict(x, t[i]), x, alphas_bar[i])
+        x0, _ = _split(schedule, predict(x, t[i]), x, alphas_bar[i])
         x0_weight, xt_weight, variance = posterior(alphas_bar[i], alphas_bar[i + 1])
         x = x0_weight * x0 + xt_weight * x
         if i + 1 < steps:
             x = x + math.sqrt(variance) * noise()
         yield x, x0
+
+
+def _split(schedule, prediction, x, alpha_bar):
+    """x_0 and ε at x; x_0 is clipped where the scheduler config says so, as for pixels."""
+    x0, epsilon = schedule.split(prediction, x, alpha_bar)
+    if schedule.config.get("clip_sample", True):
+        limit = schedule.config.get("clip_sample_range", 1.0)
+        x0 = array_module(x0).clip(x0, -limit, limit)
+    return x0, epsilon
 
 
 SAMPLERS = {"ddim": ddim, "ddpm": ddpm}

@@ -1,0 +1,251 @@
+"""What Hypothesis draws: sizes, options and a seed. The numbers come from a generator so seeded.
+
+Sizes fit together by construction (channels = groups × k), so no example is thrown away, and a
+failing one is printed as a line of small whole numbers.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from tinyldm.nn import attention as attention_module
+from tinyldm.nn import conv as conv_module
+from tinyldm.nn import functional as F
+from tinyldm.nn.attention import attention
+from tinyldm.nn.conv import conv2d
+
+seeds = st.integers(0, 2**32 - 1)
+batches = st.integers(1, 3)
+sizes = st.integers(1, 5)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a function, all but its numbers: `call(*call.arrays())`."""
+
+    function: Callable
+    shapes: dict  # of the array arguments, in their order
+    seed: int
+    options: dict = field(default_factory=dict)  # the other arguments, by keyword
+    batched: tuple = ("x",)  # names of arrays and options whose first axis is the batch
+
+    def __call__(self, *arrays):
+        return self.function(*arrays, **self.options)
+
+    def arrays(self, dtype="float64"):
+        rng = np.random.default_rng(self.seed)
+        return [random_array(rng, shape, dtype) for shape in self.shapes.values()]
+
+
+def random_array(rng, shape, dtype="float64"):
+    """Normal numbers about 0.3: no symmetry that could hide a lost sign or a lost mean."""
+    x = rng.normal(0.3, 1, shape)
+    if np.dtype(dtype).kind == "c":
+        x = x + 1j * rng.normal(0, 1e-3, shape)
+    return x.astype(dtype)
+
+
+def random_params(layer, seed=0):
+    """Random values for everything, scales and shifts too: ones and zeros would hide faults."""
+    rng = np.random.default_rng(seed)
+    return {name: 0.5 * random_array(rng, shape) for name, shape in layer.shapes().items()}
+
+
+# ---------------------------------------------------------------------------- calls of each function
+
+
+@st.composite
+def linear_calls(draw):
+    d_in, d_out = draw(sizes), draw(sizes)
+    x = (*draw(leading_axes()), d_in)
+    bias = {"b": (d_out,)} if draw(st.booleans()) else {}
+    return Call(F.linear, {"x": x, "w": (d_out, d_in)} | bias, draw(seeds))
+
+
+@st.composite
+def embedding_calls(draw):
+    count, d, seed = draw(sizes), draw(sizes), draw(seeds)
+    ids = np.random.default_rng(seed).integers(0, count, draw(leading_axes()))
+    return Call(F.embedding, {"table": (count, d)}, seed, {"ids": ids}, ("ids",))
+
+
+@st.composite
+def activation_calls(draw, function):
+    return Call(function, {"x": (*draw(leading_axes()), draw(sizes))}, draw(seeds))
+
+
+@st.composite
+def geglu_calls(draw):
+    return Call(F.geglu, {"x": (*draw(leading_axes()), 2 * draw(sizes))}, draw(seeds))
+
+
+# Of two numbers normalising leaves no more than the sign, of one nothing: the gradients are
+# differences of equal numbers. Those cases have tests of their own.
+SMALLEST_GROUP = 3
+epsilons = st.sampled_from([1e-5, 1e-2])
+
+
+@st.composite
+def group_norm_calls(draw, silu=None):
+    n, groups = draw(batches), draw(st.integers(1, 4))
+    places = draw(st.lists(sizes, max_size=2))
+    fewest = -(-SMALLEST_GROUP // math.prod(places))
+    c = groups * draw(st.integers(fewest, fewest + 2))
+    options = {"groups": groups, "eps": draw(epsilons)}
+    options["silu"] = draw(st.booleans()) if silu is None else silu
+    shapes = {"x": (n, *places, c), "w": (c,), "b": (c,)}
+    return Call(F.group_norm, shapes, draw(seeds), options)
+
+
+@st.composite
+def layer_norm_calls(draw):
+    d = draw(st.integers(SMALLEST_GROUP, 8))
+    shapes = {"x": (*draw(leading_axes()), d), "w": (d,), "b": (d,)}
+    return Call(F.layer_norm, shapes, draw(seeds), {"eps": draw(epsilons)})
+
+
+@st.composite
+def upsample_calls(draw):
+    n, h, w, c = draw(batches), draw(sizes), draw(sizes), draw(sizes)
+    size = (2 * h - draw(st.integers(0, 1)), 2 * w - draw(st.integers(0, 1)))
+    options = {"size": draw(st.sampled_from([None, size]))}
+    return Call(F.upsample_nearest, {"x": (n, h, w, c)}, draw(seeds), options)
+
+
+@st.composite
+def concatenate_calls(draw):
+    x = (*draw(leading_axes(most=3)), draw(sizes))
+    axis = draw(st.integers(1 - len(x), len(x) - 1).filter(lambda axis: axis != 0))
+    y = list(x)
+    y[axis] = draw(sizes)
+    shapes = {"x": x, "y": tuple(y)}
+    return Call(F.concatenate, shapes, draw(seeds), {"axis": axis}, ("x", "y"))
+
+
+# What each algorithm can do; the fastest for a shape is always one of those that can do it.
+CONV_LIMITS = {
+    "pointwise": {"kernels": st.just(1), "strides": st.just(1), "paddings": st.just(0)},
+    "gather": {"strides": st.just(1)},
+    "scatter": {},
+}
+
+
+@st.composite
+def conv_calls(draw, algorithm="scatter"):
+    """Convolutions that `algorithm` can do: the widest choice by default."""
+    sides = st.integers(0, 3)
+    limits = CONV_LIMITS[algorithm]
+    kernels = limits.get("kernels", st.integers(1, 4))
+    stride = draw(limits.get("strides", st.integers(1, 3)))
+    padding = draw(limits.get("paddings", sides | st.tuples(sides, sides, sides, sides)))
+    top, bottom, left, right = (padding,) * 4 if isinstance(padding, int) else padding
+    kh, kw, c_in, c_out = draw(kernels), draw(kernels), draw(sizes), draw(sizes)
+    h = max(1, kh - top - bottom) + draw(st.integers(0, 4))
+    w = max(1, kw - left - right) + draw(st.integers(0, 4))
+    shapes = {"x": (draw(batches), h, w, c_in), "w": (kh, kw, c_in, c_out)}
+    bias = {"b": (c_out,)} if draw(st.booleans()) else {}
+    return Call(conv2d, shapes | bias, draw(seeds), {"stride": stride, "padding": padding})
+
+
+@st.composite
+def attention_calls(draw):
+    n, l, m, heads = draw(batches), draw(sizes), draw(sizes), draw(st.integers(1, 3))
+    d, d_v = heads * draw(st.integers(1, 4)), heads * draw(st.integers(1, 4))
+    shapes = {"q": (n, l, d), "k": (n, m, d), "v": (n, m, d_v)}
+    options = {"heads": heads, "causal": draw(st.booleans())}
+    return Call(attention, shapes, draw(seeds), options, ("q", "k", "v"))
+
+
+@st.composite
+def mse_calls(draw):
+    x, seed = (*draw(leading_axes()), draw(sizes)), draw(seeds)
+    weight = np.random.default_rng(seed).uniform(0.5, 2, x[0])
+    options = draw(st.sampled_from([{}, {"weight": weight}]))
+    return Call(F.mse, {"x": x, "target": x}, seed, options, ("x", "target", "weight"))
+
+
+@st.composite
+def l1_calls(draw):
+    x = (*draw(leading_axes()), draw(sizes))
+    return Call(F.l1, {"x": x, "target": x}, draw(seeds), batched=("x", "target"))
+
+
+@st.composite
+def kl_calls(draw):
+    x = (*draw(leading_axes()), draw(sizes))
+    shapes = {"mean": x, "logvar": x}
+    return Call(F.kl_to_standard_normal, shapes, draw(seeds), batched=("mean", "logvar"))
+
+
+def leading_axes(most=3):
+    """The axes before the last one, the batch first."""
+    return st.lists(st.integers(1, 4), min_size=1, max_size=most).map(tuple)
+
+
+LOSSES = {"mse": mse_calls(), "l1": l1_calls(), "kl_to_standard_normal": kl_calls()}
+FUNCTIONS = {
+    "linear": linear_calls(),
+    "embedding": embedding_calls(),
+    "silu": activation_calls(F.silu),
+    "quick_gelu": activation_calls(F.quick_gelu),
+    "gelu": activation_calls(F.gelu),
+    "geglu": geglu_calls(),
+    "group_norm": group_norm_calls(),
+    "layer_norm": layer_norm_calls(),
+    "upsample_nearest": upsample_calls(),
+    "concatenate": concatenate_calls(),
+    "conv2d": conv_calls(),
+    "attention": attention_calls(),
+}
+EVERYTHING = FUNCTIONS | LOSSES
+
+
+# ------------------------------------------------------------------------------- pieces and layouts
+
+# How much of an array is worked on at a time. At 1 every loop over pieces takes its smallest steps.
+piece_sizes = st.sampled_from([1, 50, 500, None])
+
+
+@contextlib.contextmanager
+def in_pieces(size):
+    """Cut all work into pieces of `size` elements or bytes; None leaves it as it is."""
+    limits = {
+        "PIECE": F,
+        "BLOCK_BYTES": conv_module,
+        "WEIGHT_BLOCK_BYTES": conv_module,
+        "BLOCK_SCORES": attention_module,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in limits.items() if size else ():
+            patch.setattr(module, name, size)
+        yield
+
+
+def _backwards(x):
+    reverse = (slice(None, None, -1),) * x.ndim
+    return x[reverse].copy()[reverse]
+
+
+def _with_gaps(x):
+    wide = np.full([2 * size for size in x.shape], np.nan, x.dtype)
+    gaps = wide[(slice(None, None, 2),) * x.ndim]
+    gaps[...] = x
+    return gaps
+
+
+def _transposed(x):
+    return x.swapaxes(0, -1).copy().swapaxes(0, -1)
+
+
+# The same numbers, elsewhere in memory.
+LAYOUTS = {
+    "fortran": np.asfortranarray,
+    "transposed": _transposed,
+    "backwards": _backwards,
+    "with gaps": _with_gaps,
+}

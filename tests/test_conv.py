@@ -1,0 +1,184 @@
+"""Convolution: each algorithm against seven loops, and the laws that every convolution obeys."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import reference
+from gradients import check
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import assert_near
+from strategies import CONV_LIMITS, conv_calls, in_pieces, piece_sizes, random_array, seeds, sizes
+
+from tinyldm.nn.conv import ALGORITHMS, choose_algorithm, conv2d
+from tinyldm.nn.functional import linear
+
+
+def forced(call, algorithm):
+    return partial(conv2d, **call.options, algorithm=algorithm)
+
+
+def test_the_limits_of_every_algorithm_are_known_here():
+    assert set(CONV_LIMITS) == set(ALGORITHMS)
+
+
+# --------------------------------------------------------------------------------- every algorithm
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@given(data=st.data(), piece=piece_sizes)
+def test_equals_seven_loops_forward_and_backward(algorithm, data, piece):
+    call = data.draw(conv_calls(algorithm))
+    x, w, *b = call.arrays()
+    with in_pieces(piece):
+        y, backward = forced(call, algorithm)(x, w, *b)
+        dy = random_array(np.random.default_rng(call.seed + 1), y.shape)
+        dx, dw, db = backward(dy)
+    assert_near(y, reference.conv2d(x, w, *b, **call.options))
+    dx_expected, dw_expected, db_expected = reference.conv2d_backward(dy, x, w, **call.options)
+    assert_near(dx, dx_expected)
+    assert_near(dw, dw_expected)
+    if b:
+        assert_near(db, db_expected)
+    else:
+        assert db is None
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@given(data=st.data(), piece=piece_sizes)
+def test_gradients(algorithm, data, piece):
+    call = data.draw(conv_calls(algorithm))
+    with in_pieces(piece):
+        check(forced(call, algorithm), call.arrays(), tol=1e-12)
+
+
+@given(conv_calls())
+def test_the_algorithm_chosen_is_one_that_can(call):
+    x, w, *b = call.arrays()
+    padding = reference.four_sides(call.options["padding"])
+    chosen = choose_algorithm(w.shape[:2], call.options["stride"], padding)
+    y, backward = call(x, w, *b)
+    expected, chosen_back = forced(call, chosen)(x, w, *b)
+    assert np.array_equal(y, expected)
+    dy = random_array(np.random.default_rng(call.seed + 1), y.shape)
+    for dz, dz_expected in zip(backward(dy), chosen_back(dy), strict=True):
+        assert dz is dz_expected is None or np.array_equal(dz, dz_expected)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@given(data=st.data())
+def test_the_size_of_the_pieces_moves_only_the_rounding(algorithm, data):
+    call = data.draw(conv_calls(algorithm))
+    results = []
+    for piece in (None, 1, 200, 2000):
+        with in_pieces(piece):
+            y, backward = forced(call, algorithm)(*call.arrays())
+            results.append([y, *backward(y)[:2]])
+    for cut in results[1:]:
+        for z, expected in zip(cut, results[0], strict=True):
+            assert_near(z, expected, tol=1e-14)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@given(data=st.data())
+def test_without_weight_gradients_dx_is_the_same(algorithm, data):
+    call = data.draw(conv_calls(algorithm))
+    y, backward = forced(call, algorithm)(*call.arrays())
+    _, backward_to_x = forced(call, algorithm)(*call.arrays())
+    dx, *none = backward_to_x(y, weights=False)
+    assert np.array_equal(dx, backward(y)[0])
+    assert none == [None, None]
+
+
+# -------------------------------------------------------------------------------------------- laws
+
+
+@given(conv_calls())
+def test_one_number_three_ways(call):
+    # ⟨conv(x, w), dy⟩ = ⟨x, dx⟩ = ⟨w, dw⟩: the backward passes are the adjoints of the forward one.
+    x, w, *_ = call.arrays()
+    y, backward = call(x, w)
+    dy = random_array(np.random.default_rng(call.seed + 1), y.shape)
+    dx, dw, _ = backward(dy)
+    terms = np.abs(y * dy).sum() + np.abs(x * dx).sum() + np.abs(w * dw).sum()
+    assert abs((y * dy).sum() - (x * dx).sum()) <= 1e-13 * terms
+    assert abs((y * dy).sum() - (w * dw).sum()) <= 1e-13 * terms
+
+
+@given(st.tuples(sizes, sizes, sizes, sizes), seeds, st.integers(0, 4), st.integers(0, 4))
+def test_a_kernel_with_a_single_one_moves_the_picture(shape, seed, i, j):
+    x = random_array(np.random.default_rng(seed), shape)
+    w = np.zeros((5, 5, shape[3], shape[3]))
+    w[i, j] = np.eye(shape[3])
+    y, _ = conv2d(x, w, padding=2)
+    padded = np.pad(x, [(0, 0), (2, 2), (2, 2), (0, 0)])
+    assert np.array_equal(y, padded[:, i : i + shape[1], j : j + shape[2]])
+
+
+@given(st.tuples(sizes, sizes, sizes, sizes), sizes, seeds)
+def test_a_kernel_of_one_pixel_is_a_linear_layer(shape, c_out, seed):
+    rng = np.random.default_rng(seed)
+    x, w, b = (random_array(rng, s) for s in [shape, (1, 1, shape[3], c_out), (c_out,)])
+    y, conv_back = conv2d(x, w, b, padding=0)
+    expected, linear_back = linear(x, w[0, 0].T, b)
+    assert_near(y, expected)
+    (dx, dw, db), (dx_expected, dw_expected, db_expected) = conv_back(y), linear_back(y)
+    assert_near(dx, dx_expected)
+    assert_near(dw[0, 0].T, dw_expected)
+    assert_near(db, db_expected)
+
+
+@given(conv_calls(), st.floats(-3, 3))
+def test_linear_in_the_picture_and_in_the_kernel(call, factor):
+    x, w, *_ = call.arrays()
+    rng = np.random.default_rng(call.seed + 1)
+    x2, w2 = random_array(rng, x.shape), random_array(rng, w.shape)
+    y = call(x, w)[0]
+    assert_near(call(x + factor * x2, w)[0], y + factor * call(x2, w)[0])
+    assert_near(call(x, w + factor * w2)[0], y + factor * call(x, w2)[0])
+
+
+@given(conv_calls(), st.integers(1, 3), st.integers(1, 3))
+def test_a_moved_picture_gives_a_moved_result(call, down, right):
+    # Above and to the left of the picture lie zeros alone, before and after.
+    x, w, *b = call.arrays()
+    stride = call.options["stride"]
+    _, below, _, beside = reference.four_sides(call.options["padding"])
+    padding = (w.shape[0] - 1, below, w.shape[1] - 1, beside)
+    y, _ = conv2d(x, w, *b, stride=stride, padding=padding)
+    moved = np.pad(x, [(0, 0), (down * stride, 0), (right * stride, 0), (0, 0)])
+    y_moved, _ = conv2d(moved, w, *b, stride=stride, padding=padding)
+    y_moved -= b[0] if b else 0
+    assert_near(y_moved[:, down:, right:], y - (b[0] if b else 0))
+    assert not y_moved[:, :down].any()
+    assert not y_moved[:, :, :right].any()
+
+
+@given(conv_calls(), seeds)
+def test_the_order_of_the_channels_does_not_matter(call, seed):
+    x, w, *b = call.arrays()
+    rng = np.random.default_rng(seed)
+    channels_in, channels_out = rng.permutation(w.shape[2]), rng.permutation(w.shape[3])
+    y, _ = call(x, w, *b)
+    shuffled = w[:, :, channels_in][..., channels_out]
+    y_shuffled, _ = call(x[..., channels_in], shuffled, *(bias[channels_out] for bias in b))
+    assert_near(y_shuffled, y[..., channels_out])
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4, 2), (4, 4, 3), (1, 1, 4, 4, 3), (3,)])
+def test_a_picture_that_does_not_fit_the_kernel_is_refused(shape):
+    with pytest.raises(ValueError, match=r"conv2d: expected x \(n, h, w, 3\), found \("):
+        conv2d(np.zeros(shape), np.zeros((3, 3, 3, 5)))
+
+
+@pytest.mark.parametrize("h, w, padding", [(2, 9, 0), (9, 2, 0), (1, 9, (1, 0, 0, 0))])
+def test_a_picture_smaller_than_the_kernel_is_refused(h, w, padding):
+    with pytest.raises(ValueError, match=f"3×3 kernel does not fit into {h}×{w} pixels"):
+        conv2d(np.zeros((1, h, w, 1)), np.zeros((3, 3, 1, 1)), padding=padding)
+    # With stride, rounding down must not turn a negative size into an allowed one.
+    with pytest.raises(ValueError, match="does not fit"):
+        conv2d(np.zeros((1, h, w, 1)), np.zeros((3, 3, 1, 1)), padding=padding, stride=4)

@@ -1,0 +1,5 @@
+import sys
+
+from tinyldm.cli import main
+
+sys.exit(main())

@@ -1,0 +1,100 @@
+"""Pictures about pictures: grids, strips, animations and curves, drawn with Pillow."""
+
+import textwrap
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from tinyldm.models.weights import replacing
+
+INK, PAPER, GRID = (40, 40, 40), (255, 255, 255), (225, 225, 225)
+LINES = ((200, 60, 50), (50, 90, 200), (40, 150, 80), (150, 90, 180))
+
+
+def grid(pictures, captions=None, columns=None, tile=96, labels=None):
+    """Pictures, uint8 (n, h, w, 3), in rows, each enlarged to about `tile` pixels → a PIL image.
+
+    captions: a line of text, wrapped, under each; labels: one to the left of each row.
+    """
+    n, h, w, _ = pictures.shape
+    columns = min(n, columns or int(np.ceil(np.sqrt(n))))
+    scale = max(1, tile // max(h, w))
+    font = ImageFont.load_default(11)
+    gap, margin = 4, 74 if labels else 4
+    wrapped = [textwrap.fill(c, w * scale // 6) for c in captions] if captions else [""] * n
+    text_height = 13 * max(text.count("\n") + 1 for text in wrapped) if captions else 0
+    cell_w, cell_h = w * scale + gap, h * scale + gap + text_height
+    rows = -(-n // columns)
+    sheet = Image.new("RGB", (margin + columns * cell_w, gap + rows * cell_h), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, picture in enumerate(pictures):
+        x, y = margin + i % columns * cell_w, gap + i // columns * cell_h
+        enlarged = Image.fromarray(picture).resize((w * scale, h * scale), Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (x, y))
+        if captions:
+            draw.multiline_text((x, y + h * scale + 1), wrapped[i], INK, font, spacing=1)
+    for row, label in enumerate(labels or []):
+        draw.text((gap, gap + row * cell_h + h * scale // 2 - 6), label, INK, font)
+    return sheet
+
+
+def latents_as_pictures(latents):
+    """Latents (n, h, w, c) → uint8 (n, h, w, 3): three channels, from −3 black to 3 white."""
+    shown = np.zeros((*latents.shape[:3], 3), np.float32)
+    channels = min(3, latents.shape[3])
+    shown[..., :channels] = latents[..., :channels]
+    if channels < 3:
+        shown[..., channels:] = latents[..., :1]
+    return np.clip(127.5 + shown * (127.5 / 3), 0, 255).astype(np.uint8)
+
+
+def enlarge(pictures, factor):
+    """Repeat each pixel of (n, h, w, 3)."""
+    return pictures.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def curves(series, title):
+    """{name: (steps, values)} as lines over a logarithmic height → a PIL image."""
+    width, height, left, top, right, bottom = 640, 360, 60, 34, 16, 34
+    sheet = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(12)
+    values = np.concatenate([np.asarray(v, float) for _, v in series.values()])
+    values = np.log10(values[values > 0])
+    last = max(steps[-1] for steps, _ in series.values())
+    low, high = values.min(), max(values.max(), values.min() + 1e-6)
+
+    def point(step, value):
+        x = left + step / max(1, last) * (width - left - right)
+        y = top + (high - np.log10(value)) / (high - low) * (height - top - bottom)
+        return x, y
+
+    for fraction in np.linspace(0, 1, 5):
+        value = 10 ** (low + (high - low) * fraction)
+        _, y = point(0, value)
+        draw.line([(left, y), (width - right, y)], GRID)
+        draw.text((6, y - 7), f"{value:.2g}", INK, font)
+        draw.text((left + fraction * (width - left - right) - 12, height - bottom + 8),
+                  f"{last * fraction:.0f}", INK, font)  # fmt: skip
+    draw.text((left, 8), title, INK, font)
+    for i, (name, (steps, points)) in enumerate(series.items()):
+        colour = LINES[i % len(LINES)]
+        line = [point(s, v) for s, v in zip(steps, points, strict=True) if v > 0]
+        if len(line) > 1:
+            draw.line(line, colour, 2)
+        draw.text((width - 150, 8 + 15 * i), name, colour, font)
+    return sheet
+
+
+def save_picture(file, picture, **options):
+    """Write a PIL image whole or not at all; the format is that of the name."""
+    with replacing(file) as temporary:
+        picture.save(temporary, format=file.suffix[1:].upper(), **options)
+
+
+def save_animation(file, frames, milliseconds=80, hold=1500):
+    """Write PIL images as an animated .webp or .gif that rests on the last one."""
+    duration = [milliseconds] * (len(frames) - 1) + [hold]
+    save_picture(
+        file, frames[0], save_all=True, append_images=frames[1:], duration=duration, loop=0
+    )

@@ -1,0 +1,106 @@
+"""The state of a run: one file, written whole or not at all, that `resume` reads and nothing else.
+
+`training/state-<step>.safetensors` holds every array that training changes, and as notes in its
+header the run's config and how far it is. Random numbers need no state: those of a step are drawn
+from (seed, stage, step). The component folders beside it are exports, which can be made again.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tinyldm.backend import to_device
+from tinyldm.models.weights import WeightsError, load_metadata, load_weights, save_weights
+from tinyldm.training.optim import adam_state
+from tinyldm.training.presets import Config
+
+KEEP = 2  # state files: the newest, and one before in case it is damaged
+STAGES = ("autoencoder", "denoiser")
+
+
+@dataclass
+class State:
+    """Where a run stands. `params` are what the present stage trains; `first_stage` is finished."""
+
+    config: Config
+    stage: str
+    params: dict
+    moments: dict = None  # of Adam
+    average: dict = None  # moving average of params
+    first_stage: dict = field(default_factory=dict)
+    step: int = 0  # done in this stage
+    total: int | None = None  # steps of this stage, once it is known
+    done_before: int = 0  # steps of the stages before
+    scaling_factor: float = 1.0
+
+    def __post_init__(self):
+        self.moments = self.moments or adam_state(self.params)
+        self.average = self.average or {name: w.copy() for name, w in self.params.items()}
+
+    @property
+    def finished(self):
+        return self.stage == STAGES[-1] and self.step == self.total
+
+
+def save_state(run, state):
+    """Write the newest state and remove all but the last KEEP."""
+    folder = Path(run) / "training"
+    groups = {
+        "params": state.params,
+        "m": state.moments["m"],
+        "v": state.moments["v"],
+        "average": state.average,
+        "first_stage": state.first_stage,
+    }
+    arrays = {
+        f"{group}/{name}": to_device(array, "cpu")
+        for group, named in groups.items()
+        for name, array in named.items()
+    }
+    notes = {
+        key: getattr(state, key)
+        for key in ("stage", "step", "total", "done_before", "scaling_factor")
+    }
+    notes["config"] = dataclasses.asdict(state.config)
+    file = folder / f"state-{state.done_before + state.step:08d}.safetensors"
+    save_weights(file, arrays, {"tinyldm": json.dumps(notes)})
+    for old in state_files(run)[:-KEEP]:
+        old.unlink()
+    return file
+
+
+def state_files(run):
+    """The state files of a run, oldest first."""
+    return sorted((Path(run) / "training").glob("state-*.safetensors"))
+
+
+def load_notes(run):
+    """What the newest state of a run says of itself: its config, its stage, how far it is."""
+    notes = load_metadata(_newest(run)).get("tinyldm")
+    if notes is None:
+        raise WeightsError(f"{_newest(run)}: not a state of tinyldm")
+    return json.loads(notes)
+
+
+def _newest(run):
+    files = state_files(run)
+    if not files:
+        raise FileNotFoundError(f"{run}: holds no run (no training/state-*.safetensors)")
+    return files[-1]
+
+
+def load_state(run, device="cpu"):
+    """The newest state of a run. FileNotFoundError if it has none."""
+    notes = load_notes(run)
+    groups = {"params": {}, "m": {}, "v": {}, "average": {}, "first_stage": {}}
+    for path, array in load_weights(_newest(run)).items():
+        group, name = path.split("/", 1)
+        groups[group][name] = to_device(array, device)
+    return State(
+        params=groups["params"],
+        moments={"m": groups["m"], "v": groups["v"]},
+        average=groups["average"],
+        first_stage=groups["first_stage"],
+        **(notes | {"config": Config.from_json(notes["config"])}),
+    )
