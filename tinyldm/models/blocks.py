@@ -5,10 +5,12 @@ Every parameter has the name it has in a checkpoint. A backward pass is its forw
 upwards; where an input is used twice its gradients are added.
 """
 
+from functools import partial
+
 from tinyldm.models.config import ConfigError
 from tinyldm.nn import functional as F
 from tinyldm.nn.attention import attention
-from tinyldm.nn.layers import Conv2d, GroupNorm, Layer, LayerNorm, Linear, Offset, zeros
+from tinyldm.nn.layers import Conv2d, GroupNorm, Layer, LayerNorm, Linear, Offset
 
 
 def plus(a, b):
@@ -24,7 +26,7 @@ class ResnetBlock(Layer):
         self.conv1 = Conv2d(f"{name}.conv1", c_in, c_out)
         self.time_proj = Linear(f"{name}.time_emb_proj", d_time, c_out) if d_time else None
         self.norm2 = GroupNorm(f"{name}.norm2", c_out, groups, eps, silu=True)
-        self.conv2 = Conv2d(f"{name}.conv2", c_out, c_out, init=zeros)  # starts as the identity
+        self.conv2 = Conv2d(f"{name}.conv2", c_out, c_out)
         self.shortcut = (
             Conv2d(f"{name}.conv_shortcut", c_in, c_out, kernel=1) if c_in != c_out else None
         )
@@ -139,13 +141,13 @@ class SpatialTransformer(Layer):
     def __init__(self, name, c, heads, d_context, groups, layers=1, linear_projection=False):
         self.norm = GroupNorm(f"{name}.norm", c, groups, eps=1e-6)
         # The same mathematics; the checkpoint's shape differs.
-        project = Linear if linear_projection else lambda *args, **kw: Conv2d(*args, kernel=1, **kw)
+        project = Linear if linear_projection else partial(Conv2d, kernel=1)
         self.proj_in = project(f"{name}.proj_in", c, c)
         self.blocks = [
             TransformerBlock(f"{name}.transformer_blocks.{i}", c, heads, d_context)
             for i in range(layers)
         ]
-        self.proj_out = project(f"{name}.proj_out", c, c, init=zeros)
+        self.proj_out = project(f"{name}.proj_out", c, c)
 
     def __call__(self, params, x, context):
         n, height, w, c = x.shape

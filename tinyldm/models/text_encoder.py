@@ -37,9 +37,10 @@ class TextEncoder(Layer):
             )
         d = c.hidden_size
         root = "text_model"
-        self.tokens = Embedding(f"{root}.embeddings.token_embedding", c.vocab_size, d)
+        # Words start far apart. CLIP, with 0.02, has far longer to pull them from one another.
+        self.tokens = Embedding(f"{root}.embeddings.token_embedding", c.vocab_size, d, std=1.0)
         self.positions = Offset(
-            f"{root}.embeddings.position_embedding.weight", c.max_position_embeddings, d, std=0.01
+            f"{root}.embeddings.position_embedding.weight", c.max_position_embeddings, d, std=0.1
         )
         self.layers = [
             EncoderLayer(f"{root}.encoder.layers.{i}", c) for i in range(c.num_hidden_layers)

@@ -12,7 +12,7 @@ from tinyldm.backend import array_module, on_host
 from tinyldm.nn.functional import blocks
 from tinyldm.nn.protocol import differentiable
 
-BLOCK_BYTES = 2**19  # of gathered rows at a time in the passes to y and to dx
+BLOCK_BYTES = 2**20  # of gathered rows at a time in the passes to y and to dx
 WEIGHT_BLOCK_BYTES = (
     2**21
 )  # in the pass to dw, where each block also costs an addition of dw's size

@@ -44,7 +44,11 @@ class Layer:
 
 
 def uniform_fan_in(fan_in):
-    """U(±1/√fan_in): keeps the size of activations roughly constant (LeCun et al. 1998)."""
+    """U(±1/√fan_in), of weights and biases: activations keep about their size (LeCun et al. 1998).
+
+    Biases matter in a U-Net: with all of them zero, zero padding leaves no trace in the features,
+    and the network is slow to find out where in the picture it is.
+    """
     bound = 1 / math.sqrt(fan_in)
     return lambda rng, shape: rng.uniform(-bound, bound, shape)
 
@@ -87,7 +91,7 @@ class Linear(Layer):
 
     def parameters(self):
         weight = {self.weight: ((self.d_out, self.d_in), self.initialise)}
-        return weight | ({self.bias: ((self.d_out,), zeros)} if self.bias else {})
+        return weight | ({self.bias: ((self.d_out,), self.initialise)} if self.bias else {})
 
     def __call__(self, params, x):
         y, linear_back = F.linear(x, params[self.weight], params[self.bias] if self.bias else None)
@@ -104,7 +108,8 @@ class Conv2d(Layer):
         self.initialise = init or uniform_fan_in(kernel * kernel * c_in)
 
     def parameters(self):
-        return {self.weight: (self.shape, self.initialise), self.bias: ((self.shape[3],), zeros)}
+        bias = ((self.shape[3],), self.initialise)
+        return {self.weight: (self.shape, self.initialise), self.bias: bias}
 
     def __call__(self, params, x):
         y, conv_back = conv2d(x, params[self.weight], params[self.bias], self.stride, self.padding)
@@ -146,7 +151,7 @@ class LayerNorm(Layer):
 class Embedding(Layer):
     """Whole numbers (...) → (..., d). Its backward pass returns None: numbers have no gradient."""
 
-    def __init__(self, name, count, d, std=0.02):
+    def __init__(self, name, count, d, std=1.0):
         self.weight, self.shape, self.std = f"{name}.weight", (count, d), std
 
     def parameters(self):

@@ -31,7 +31,7 @@ from tinyldm.training.state import State, load_state, save_state, state_files
 
 SAVE_EVERY = 45.0  # seconds between states
 LOG_EVERY = 10  # steps between lines of metrics, and between looks at the loss
-CALIBRATION = (10, 25)  # steps that are timed to find how many fit into a stage's seconds
+CALIBRATION = (10, 40)  # steps that are timed to find how many fit into a stage's seconds
 MAX_NORM = 1.0  # of the gradient
 
 
