@@ -42,10 +42,11 @@ def ddim(predict, schedule, x, steps, eta=0.0, noise=None):
     eta: 0 deterministic … 1 as random as DDPM; then `noise()` gives fresh normal noise like x.
     """
     t = timesteps(schedule, steps)
-    alphas_bar = schedule.alphas_bar[t]
-    last = 1.0 if schedule.config.get("set_alpha_to_one", True) else schedule.alphas_bar[0]
+    first = float(schedule.alphas_bar[0])
+    last = 1.0 if schedule.config.get("set_alpha_to_one", True) else first
+    alphas_bar = [*schedule.alphas_bar[t].tolist(), last]  # Python's numbers keep x in float32
     for i in range(steps):
-        now, then = alphas_bar[i], alphas_bar[i + 1] if i + 1 < steps else last
+        now, then = alphas_bar[i : i + 2]
         x0, epsilon = _split(schedule, predict(x, t[i]), x, now)
         variance = eta**2 * posterior(now, then)[2]
         x = math.sqrt(then) * x0 + math.sqrt(max(0.0, 1 - then - variance)) * epsilon
@@ -57,7 +58,7 @@ def ddim(predict, schedule, x, steps, eta=0.0, noise=None):
 def ddpm(predict, schedule, x, steps, noise):
     """Ancestral sampling with the posterior's variance (Ho et al. 2020, algorithm 2)."""
     t = timesteps(schedule, steps)
-    alphas_bar = [*schedule.alphas_bar[t], 1.0]
+    alphas_bar = [*schedule.alphas_bar[t].tolist(), 1.0]
     for i in range(steps):
         x0, _ = _split(schedule, predict(x, t[i]), x, alphas_bar[i])
         x0_weight, xt_weight, variance = posterior(alphas_bar[i], alphas_bar[i + 1])

@@ -49,7 +49,7 @@ def attention(q, k, v, heads, causal=False, block=None):
         log_sum[ns, :, ls] = top + xp.log(total)
 
     def backward(dy):
-        dq, dk, dv = xp.empty_like(q), xp.zeros_like(k), xp.zeros_like(v)
+        dq, dk, dv = (xp.zeros(x.shape, x.dtype) for x in (q, k, v))
         dq_, dk_, dv_ = (_split_heads(x, heads) for x in (dq, dk, dv))
         dy_ = _split_heads(dy, heads)
         for ns, ls in blocks(n, l, heads * m, block):

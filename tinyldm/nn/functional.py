@@ -92,12 +92,12 @@ def embedding(table, ids):
 def silu(x):
     """y = x σ(x) (Ramachandran et al. 2017, "Searching for activation functions")."""
     xp = array_module(x)
-    y = xp.empty_like(x)
+    y = xp.empty(x.shape, x.dtype)
     for x_, y_ in pieces(_rows(x), _rows(y)):
         xp.multiply(x_, _sigmoid(x_), out=y_)
 
     def backward(dy):
-        dx = xp.empty_like(x)
+        dx = xp.empty(x.shape, x.dtype)
         for x_, dy_, dx_ in pieces(_rows(x), _rows(dy), _rows(dx)):
             xp.multiply(dy_, _silu_slope(x_), out=dx_)
         return dx
@@ -122,12 +122,12 @@ def _silu_slope(x):
 def quick_gelu(x):
     """y = x σ(1.702 x), CLIP's approximation of GELU."""
     xp = array_module(x)
-    y = xp.empty_like(x)
+    y = xp.empty(x.shape, x.dtype)
     for x_, y_ in pieces(_rows(x), _rows(y)):
         xp.multiply(x_, _sigmoid(1.702 * x_), out=y_)
 
     def backward(dy):
-        dx = xp.empty_like(x)
+        dx = xp.empty(x.shape, x.dtype)
         for x_, dy_, dx_ in pieces(_rows(x), _rows(dy), _rows(dx)):
             s = _sigmoid(1.702 * x_)
             xp.multiply(dy_, s * (1 + 1.702 * x_ * (1 - s)), out=dx_)
@@ -140,12 +140,12 @@ def quick_gelu(x):
 def gelu(x):
     """y = x Φ(x), with Φ the exact normal distribution (Hendrycks & Gimpel 2016)."""
     xp = array_module(x)
-    y = xp.empty_like(x)
+    y = xp.empty(x.shape, x.dtype)
     for x_, y_ in pieces(_rows(x), _rows(y)):
         xp.multiply(x_, normal_cdf(x_), out=y_)
 
     def backward(dy):
-        dx = xp.empty_like(x)
+        dx = xp.empty(x.shape, x.dtype)
         for x_, dy_, dx_ in pieces(_rows(x), _rows(dy), _rows(dx)):
             xp.multiply(dy_, normal_cdf(x_) + x_ * _normal_density(x_), out=dx_)
         return dx
@@ -166,7 +166,7 @@ def geglu(x):
         xp.multiply(value, cdf, out=y_)
 
     def backward(dy):
-        dx = xp.empty_like(x)
+        dx = xp.empty(x.shape, x.dtype)
         for x_, dy_, dx_ in pieces(_rows(x), _rows(dy), _rows(dx)):
             value, gate = x_[:, :d], x_[:, d:]
             cdf = normal_cdf(gate)

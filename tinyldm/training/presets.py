@@ -31,7 +31,7 @@ class Config:
     min_snr: float | None = None
     vae_widths: tuple = (32, 64)  # channels per level: f = 2^(levels − 1)
     latent_channels: int = 4
-    unet_widths: tuple = (32, 64, 96)
+    unet_widths: tuple = (48, 48, 96)
     unet_attention: tuple = (False, True, True)  # per level
     unet_layers: int = 1
     heads: int = 4
@@ -42,7 +42,7 @@ class Config:
     vocabulary: int = 1024
     prediction: str = "v_prediction"
     steps: int = 25  # of sampling
-    guidance: float = 2.0
+    guidance: float = 3.0
 
     @classmethod
     def from_json(cls, content):
