@@ -8,7 +8,7 @@ counts = Counter()  # of "checks" and of the "tensors" in them; conftest.py prin
 
 
 def check(f, inputs, params=None, **options):
-    """`check_gradients`, which raises where a gradient is wrong; a check of nothing is wrong too."""
+    """`check_gradients`, which raises for a wrong gradient; a check of nothing is wrong too."""
     tensors = check_gradients(f, inputs, params, **options)
     assert tensors > 0
     counts["tensors"] += tensors

@@ -35,11 +35,18 @@ class Call:
     batched: tuple = ("x",)  # names of arrays and options whose first axis is the batch
 
     def __call__(self, *arrays):
-        return self.function(*arrays, **self.options)
+        # A weight per sample has the dtype of the rest.
+        dtype = arrays[0].dtype
+        options = {k: v.astype(dtype) if _is_real(v) else v for k, v in self.options.items()}
+        return self.function(*arrays, **options)
 
     def arrays(self, dtype="float64"):
         rng = np.random.default_rng(self.seed)
         return [random_array(rng, shape, dtype) for shape in self.shapes.values()]
+
+
+def _is_real(x):
+    return isinstance(x, np.ndarray) and x.dtype.kind == "f"
 
 
 def random_array(rng, shape, dtype="float64"):
@@ -56,7 +63,7 @@ def random_params(layer, seed=0):
     return {name: 0.5 * random_array(rng, shape) for name, shape in layer.shapes().items()}
 
 
-# ---------------------------------------------------------------------------- calls of each function
+# --------------------------------------------------------------------------- calls of each function
 
 
 @st.composite

@@ -27,7 +27,7 @@ def run(call, *arrays):
     return y, *backward(random_array(np.random.default_rng(call.seed + 1), y.shape))
 
 
-# ------------------------------------------------------------------------------------------ blocks
+# ------------------------------------------------------------------------------------------- blocks
 
 
 @given(attention_calls(), block_sizes)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reference import assert_near
 from strategies import CONV_LIMITS, conv_calls, in_pieces, piece_sizes, random_array, seeds, sizes
 
-from tinyldm.nn.conv import ALGORITHMS, choose_algorithm, conv2d
+from tinyldm.nn.conv import ALGORITHMS, algorithms_for, conv2d
 from tinyldm.nn.functional import linear
 
 
@@ -23,7 +23,7 @@ def test_the_limits_of_every_algorithm_are_known_here():
     assert set(CONV_LIMITS) == set(ALGORITHMS)
 
 
-# --------------------------------------------------------------------------------- every algorithm
+# ---------------------------------------------------------------------------------- every algorithm
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -57,7 +57,7 @@ def test_gradients(algorithm, data, piece):
 def test_the_algorithm_chosen_is_one_that_can(call):
     x, w, *b = call.arrays()
     padding = reference.four_sides(call.options["padding"])
-    chosen = choose_algorithm(w.shape[:2], call.options["stride"], padding)
+    chosen = algorithms_for(w.shape[:2], call.options["stride"], padding)[0]
     y, backward = call(x, w, *b)
     expected, chosen_back = forced(call, chosen)(x, w, *b)
     assert np.array_equal(y, expected)
@@ -91,7 +91,7 @@ def test_without_weight_gradients_dx_is_the_same(algorithm, data):
     assert none == [None, None]
 
 
-# -------------------------------------------------------------------------------------------- laws
+# --------------------------------------------------------------------------------------------- laws
 
 
 @given(conv_calls())
@@ -166,7 +166,7 @@ def test_the_order_of_the_channels_does_not_matter(call, seed):
     assert_near(y_shuffled, y[..., channels_out])
 
 
-# ------------------------------------------------------------------------------------------ errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 4, 2), (4, 4, 3), (1, 1, 4, 4, 3), (3,)])

@@ -1,4 +1,4 @@
-"""The functions: equal to loops over numbers, with right gradients, and true to their identities."""
+"""The functions: equal to loops over numbers, with right gradients, true to their identities."""
 
 import math
 
@@ -28,7 +28,7 @@ from tinyldm.nn.attention import attention
 from tinyldm.nn.conv import conv2d
 
 
-# --------------------------------------------------------------------------------- every function
+# ----------------------------------------------------------------------------------- every function
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
@@ -95,7 +95,7 @@ def test_float32_is_near_float64(call):
         assert np.linalg.norm(low - high) <= 2e-6 * np.linalg.norm(high)
 
 
-# ------------------------------------------------------------------------------------- activations
+# -------------------------------------------------------------------------------------- activations
 
 vectors = st.builds(lambda seed: np.random.default_rng(seed).normal(0, 3, (5, 7)), seeds)
 ACTIVATIONS = {"silu": F.silu, "quick_gelu": F.quick_gelu, "gelu": F.gelu}
@@ -165,7 +165,7 @@ def test_the_coefficients_of_normal_cdf_are_the_minimax_fit():
     assert 0.99 * error.max() < stored < 1.02 * error.max()
 
 
-# ---------------------------------------------------------------------------------- normalisations
+# ----------------------------------------------------------------------------------- normalisations
 
 
 def by_group(x, groups):
@@ -310,7 +310,7 @@ def test_time_embeddings_know_how_far_apart_they_are(t, later, d):
     assert_near((x * x).sum(axis=1), np.full(len(t), d / 2))
 
 
-# ------------------------------------------------------------------------------------------ losses
+# ------------------------------------------------------------------------------------------- losses
 
 
 @pytest.mark.parametrize("name", LOSSES)

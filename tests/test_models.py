@@ -11,7 +11,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from gradients import check
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from model_cases import (
     SD15_TEXT,
@@ -26,8 +26,7 @@ from model_cases import (
     whole_numbers,
 )
 
-from tinyldm.models import AutoencoderKL, TextEncoder, UNet, blocks
-from tinyldm.models import autoencoder, text_encoder, unet
+from tinyldm.models import AutoencoderKL, TextEncoder, UNet, autoencoder, blocks, text_encoder, unet
 from tinyldm.models.autoencoder import kl_loss, sample_gaussian
 from tinyldm.models.config import ConfigError
 from tinyldm.nn import no_grad
@@ -72,25 +71,27 @@ TEXT = {
 
 keys = st.integers(0, 999).map(str)
 few = st.integers(1, 3)
-# A whole network has hundreds of tensors, each of them checked.
-seldom = settings(max_examples=max(3, settings.default.max_examples // 3))
 
 
-# --------------------------------------------------------------------------------- gradients: blocks
+# -------------------------------------------------------------------------------- gradients: blocks
 
 
 @st.composite
 def grouped(draw):
-    """Channels and the number of groups that they divide into."""
+    """Channels and the number of groups that they divide into.
+
+    A group of one channel would forget what is added to it, and rounding would be all that is
+    left of the gradient of a bias before it.
+    """
     groups = draw(few)
-    return groups * draw(few), groups
+    return groups * draw(st.integers(2, 3)), groups
 
 
 @st.composite
 def headed(draw):
     """Width and the number of heads that it divides into."""
     heads = draw(few)
-    return heads * draw(few), heads
+    return heads * draw(st.integers(3, 4)), heads
 
 
 @st.composite
@@ -201,10 +202,9 @@ def test_gradients_of_blocks(name, data, key):
     check(layer, inputs, random_params(layer.shapes(), key))
 
 
-# --------------------------------------------------------------------------------- gradients: models
+# -------------------------------------------------------------------------------- gradients: models
 
 
-@seldom
 @given(
     config=unet_configs(levels=st.integers(1, 2), layers=st.just(1)),
     n=st.integers(1, 2),
@@ -218,15 +218,11 @@ def test_gradients_of_unet(config, n, height, width, key):
     check(model, inputs, random_params(model.shapes(), key))
 
 
-@seldom
-@given(
-    config=unet_configs(levels=st.just(2), layers=st.just(2)),
-    key=keys,
-)
-def test_gradients_of_deeper_unet(config, key):
+def test_gradients_of_deeper_unet():
     """Several stages a block, several transformers a stage: all that has to be added up."""
+    config = UNET | {"layers_per_block": [2, 1], "transformer_layers_per_block": [1, 2]}
     model = UNet(config)
-    check(model, unet_inputs(config, 1, 3, 2, l=2), random_params(model.shapes(), key))
+    check(model, unet_inputs(config, 1, 3, 2, l=2), random_params(model.shapes()))
 
 
 def used_by(params, *parts):
@@ -235,7 +231,6 @@ def used_by(params, *parts):
 
 
 @pytest.mark.parametrize("method", ["encode", "decode", "to_latents", "from_latents"])
-@seldom
 @given(data=st.data(), key=keys)
 def test_gradients_of_autoencoder(method, data, key):
     config = data.draw(vae_configs(levels=st.integers(1, 2), layers=st.just(1)))
@@ -257,7 +252,6 @@ def test_gradients_of_autoencoder(method, data, key):
 
 
 @given(config=text_configs(), n=st.integers(1, 2), l=st.integers(1, 4), key=keys)
-@seldom
 def test_gradients_of_text_encoder(config, n, l, key):
     model = TextEncoder(config)
     ids = whole_numbers(key, config["vocab_size"], n, l)
@@ -304,7 +298,7 @@ def test_without_noise_the_latents_are_the_mean():
     )
 
 
-# -------------------------------------------------------------------------------------- sizes, inits
+# ------------------------------------------------------------------------------------- sizes, inits
 
 
 @pytest.mark.parametrize(
@@ -337,13 +331,10 @@ def test_init(model):
         np.testing.assert_array_equal(x, again[name])
         constant = x.min() == x.max()
         assert constant or not np.array_equal(x, other[name])
-        if name.endswith(".bias"):
-            assert not x.any()
-        elif "norm" in name:
-            assert (x == 1).all()
+        if "norm" in name:
+            assert (x == name.endswith(".weight")).all()
 
 
-@seldom
 @given(config=unet_configs(), height=few, width=few)
 def test_a_fresh_unet_gives_zero(config, height, width):
     model = UNet(config)
@@ -384,9 +375,14 @@ def test_autoencoder_takes_every_multiple_of_its_factor():
             assert images.shape == (1, height, width, 3)
 
 
-# ------------------------------------------------------------------------------------ configurations
+# ----------------------------------------------------------------------------------- configurations
 
 MODELS = {"unet": (UNet, UNET), "vae": (AutoencoderKL, VAE), "text_encoder": (TextEncoder, TEXT)}
+
+
+def case_id(value):
+    """Names a case after the keys that it changes."""
+    return ",".join(value) if isinstance(value, dict) else value if isinstance(value, str) else ""
 
 
 def assert_refused(what, change, *words):
@@ -420,17 +416,14 @@ def test_values_that_are_not_implemented_are_refused_by_name(what, key):
         ("unet", {"mid_block_type": "DownBlock2D"}, ["DownBlock2D"]),
         ("unet", {"addition_embed_type": "text_time"}, ["addition_embed_type", "text_time"]),
         ("unet", {"downsample_padding": 0}, ["downsample_padding"]),
-        ("unet", {"norm_num_groups": None}, ["norm_num_groups", "None"]),
         ("unet", {"cross_attention_dim": [6, 6]}, ["cross_attention_dim"]),
         ("unet", {"transformer_layers_per_block": [[1], [2]]}, ["transformer_layers_per_block"]),
-        ("unet", {"conv_in_kernel": 2}, ["conv_in_kernel", "2"]),
-        ("unet", {"conv_out_kernel": 4}, ["conv_out_kernel", "4"]),
         ("vae", {"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, ["AttnDownEncoderBlock2D"]),
         ("vae", {"up_block_types": ["AttnUpDecoderBlock2D"] * 3}, ["AttnUpDecoderBlock2D"]),
-        ("vae", {"layers_per_block": [1, 1, 1]}, ["layers_per_block"]),
         ("text_encoder", {"hidden_act": "relu"}, ["hidden_act", "relu", "quick_gelu"]),
     ],
-)  # fmt: skip
+    ids=case_id,
+)
 def test_other_values_that_are_not_implemented(what, change, words):
     assert_refused(what, change, *words)
 
@@ -438,12 +431,13 @@ def test_other_values_that_are_not_implemented(what, change, words):
 @pytest.mark.parametrize(
     ("what", "change", "words"),
     [
-        ("unet", {"block_out_channel": [4]}, ["block_out_channel'", "did you mean", "block_out_channels"]),
-        ("unet", {"act_fun": "silu"}, ["act_fun", "did you mean", "act_fn"]),
-        ("unet", {"zzz": 1}, ["zzz"]),
-        ("vae", {"latent_channel": 4}, ["latent_channel'", "did you mean", "latent_channels"]),
+        ("unet", {"norm_group": 4}, ["'norm_group'", "did you mean 'norm_num_groups'?"]),
+        ("unet", {"act_fun": "silu"}, ["'act_fun'", "did you mean 'act_fn'?"]),
+        ("unet", {"zzz": 1}, ["'zzz'"]),
+        ("vae", {"latent_channel": 4}, ["'latent_channel'", "did you mean 'latent_channels'?"]),
     ],
-)  # fmt: skip
+    ids=case_id,
+)
 def test_unknown_keys(what, change, words):
     assert_refused(what, change, *words)
 
@@ -472,6 +466,7 @@ def test_keys_that_are_ignored():
         ("vae", {"down_block_types": ["DownEncoderBlock2D"]}, ["down_block_types", "1", "3"]),
         ("vae", {"up_block_types": ["UpDecoderBlock2D"] * 4}, ["up_block_types", "4", "3"]),
     ],
+    ids=case_id,
 )
 def test_lists_of_the_wrong_length(what, change, words):
     assert_refused(what, change, *words)
@@ -486,10 +481,11 @@ def test_lists_of_the_wrong_length(what, change, words):
         ("vae", {"norm_num_groups": 3}, ["3 groups"]),
         ("text_encoder", {"num_attention_heads": 4}, ["4 heads"]),
     ],
+    ids=case_id,
 )
 def test_numbers_that_do_not_divide(what, change, words):
     model, config = MODELS[what]
-    with pytest.raises(ConfigError, match=".*".join(words)):
+    with pytest.raises(ValueError, match=f"^.*{'.*'.join(words)}.*$"):
         model(config | change)
 
 
@@ -572,7 +568,7 @@ def test_wrong_inputs_of_text_encoder(token_ids, message):
         model(random_params(model.shapes()), token_ids)
 
 
-# --------------------------------------------------------------------------------- whole-model rules
+# -------------------------------------------------------------------------------- whole-model rules
 
 CALLS = {
     "unet": (UNet(UNET), lambda m, p, *xs: m(p, *xs), [x, t, context, labels]),

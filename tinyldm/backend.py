@@ -14,9 +14,12 @@ import functools
 import importlib
 import os
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+
+_POOL = "tinyldm-worker"  # the name of our threads
 
 # Arrays of an unlisted library cannot be passed to the layers.
 SPECIAL_FUNCTIONS = {"numpy": "scipy.special", "cupy": "cupyx.scipy.special"}
@@ -88,7 +91,7 @@ def cores():
 
 @functools.cache
 def _pool(workers):
-    return ThreadPoolExecutor(workers, thread_name_prefix="tinyldm")
+    return ThreadPoolExecutor(workers, thread_name_prefix=_POOL)
 
 
 @functools.cache
@@ -112,7 +115,7 @@ def map_threads(function, items, workers=None):
     """
     items = list(items)
     workers = min(workers or cores(), len(items))
-    if workers <= 1:
+    if workers <= 1 or threading.current_thread().name.startswith(_POOL):  # never two levels
         return [function(item) for item in items]
     with blas_threads(1):
         futures = [

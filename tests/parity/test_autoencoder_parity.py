@@ -3,8 +3,8 @@
 import math
 
 import numpy as np
-import pytest
 import peers
+import pytest
 import torch
 from diffusers import AutoencoderKL as TheirAutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -99,9 +99,7 @@ def test_the_gaussian(n, c, spread):
 
     z, sample_back = sample_gaussian(moments, noise)
     their_z = gaussian.mean + gaussian.std * peers.pixels_to_torch(noise)
-    expected = torch.autograd.grad(
-        their_z, theirs, peers.pixels_to_torch(dz), retain_graph=True
-    )[0]
+    expected = torch.autograd.grad(their_z, theirs, peers.pixels_to_torch(dz), retain_graph=True)[0]
     np.testing.assert_allclose(z, peers.pixels_to_numpy(their_z), 1e-12)
     np.testing.assert_allclose(sample_back(dz), peers.pixels_to_numpy(expected), 1e-12)
 

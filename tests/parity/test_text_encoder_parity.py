@@ -2,8 +2,8 @@
 
 import math
 
-import pytest
 import peers
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st

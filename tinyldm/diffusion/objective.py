@@ -30,7 +30,7 @@ def diffusion_loss(predict, schedule, x0, noise, t, min_snr=None):
 
 
 def draw_times(rng, n, total, centre=-0.5, spread=1.0):
-    """Time steps (n,) in 0…total−1, more often in the middle, where what a picture shows is decided.
+    """Time steps (n,) in 0…total−1, mostly in the middle, where what a picture shows is decided.
 
     t / total = sigmoid of a normal number (Esser et al. 2024, section 3.1). At the very start there
     is nothing to predict but noise, at the very end nothing to see.

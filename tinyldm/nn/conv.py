@@ -23,11 +23,11 @@ WEIGHT_BLOCK_BYTES = (
 ALGORITHMS = ("pointwise", "gather", "scatter")
 
 
-def choose_algorithm(kernel, stride, padding):
-    """The fastest of ALGORITHMS for this shape."""
-    if kernel == (1, 1) and stride == 1 and padding == (0, 0, 0, 0):
-        return "pointwise"
-    return "gather" if stride == 1 else "scatter"
+def algorithms_for(kernel, stride, padding):
+    """The ALGORITHMS that can do this shape, the fastest first."""
+    pointwise = kernel == (1, 1) and stride == 1 and padding == (0, 0, 0, 0)
+    able = {"pointwise": pointwise, "gather": stride == 1, "scatter": True}
+    return [name for name in ALGORITHMS if able[name]]
 
 
 @differentiable
@@ -49,7 +49,10 @@ def conv2d(x, w, b=None, stride=1, padding=1, algorithm=None):
             f"conv2d: a {kh}×{kw} kernel does not fit into {x.shape[1]}×{x.shape[2]} pixels "
             f"with padding {padding}"
         )
-    algorithm = algorithm or choose_algorithm((kh, kw), stride, padding)
+    able = algorithms_for((kh, kw), stride, padding)
+    algorithm = algorithm or able[0]
+    if algorithm not in able:
+        raise ValueError(f"conv2d: algorithm: expected one of {able} here, found {algorithm!r}")
     if algorithm == "pointwise":
         y = (x.reshape(-1, c_in) @ w[0, 0]).reshape(*x.shape[:3], c_out)
     else:

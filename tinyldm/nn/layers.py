@@ -7,7 +7,6 @@ comprehension.
 
 import math
 
-from tinyldm.backend import array_module
 from tinyldm.nn import functional as F
 from tinyldm.nn.conv import conv2d
 from tinyldm.nn.protocol import add_grad, wants
@@ -177,15 +176,13 @@ class Offset(Layer):
         return {self.name: ((self.length, self.d), normal(self.std))}
 
     def __call__(self, params, x):
-        table, l = params[self.name], x.shape[1]
-        if l > self.length:
-            raise ValueError(f"{self.name}: at most {self.length} tokens, found {l}")
+        if x.shape[1] > self.length:
+            raise ValueError(f"{self.name}: at most {self.length} tokens, found {x.shape[1]}")
+        y, offset_back = F.offset(x, params[self.name])
 
         def backward(dy, grads):
-            if wants(grads, self.name):
-                dtable = array_module(table).zeros_like(table)
-                dtable[:l] = dy.sum(axis=0)
-                add_grad(grads, self.name, dtable)
-            return dy
+            dx, dtable = offset_back(dy, weights=wants(grads, self.name))
+            add_grad(grads, self.name, dtable)
+            return dx
 
-        return x + table[:l], backward
+        return y, backward

@@ -42,7 +42,7 @@ class Config:
     vocabulary: int = 1024
     prediction: str = "v_prediction"
     steps: int = 25  # of sampling
-    guidance: float = 3.0
+    guidance: float = 1.5
 
     @classmethod
     def from_json(cls, content):

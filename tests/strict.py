@@ -1,0 +1,438 @@
+"""A test double of CuPy: arrays that behave as if they lay on a GPU, where there is none.
+
+    x = strict.asarray(numpy_array)
+    with strict.counting() as counts:
+        y, backward = silu(x)
+    assert counts.synchronisations == 0
+
+An array of this module is no NumPy array and does not become one by itself. Whatever makes the
+host wait for the device (a number read, a branch taken, something printed, a mask applied) is
+counted, and so is every copy from host to device. NAMES are all that there is, each of them a name
+in CuPy 14 that does the same there.
+
+Where CuPy is generous or leaves things open, this is strict. It refuses NumPy's own functions and
+values that lie on the host, which CuPy would pass on or copy. An index out of range is an error,
+where CuPy wraps around, and so is an assignment that writes twice to one place, of which CuPy
+keeps any. Memory that nothing was written to holds NaN.
+
+What it cannot show: speed, rounding, the order of atomic additions, and faults of a kernel.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+from scipy import special
+
+synchronisations = 0  # how often the host has waited for the device
+uploads = 0  # how often something was copied from host to device
+
+# Functions of numbers: CuPy takes arrays and Python's or NumPy's scalars, and `out`.
+UFUNCS = (
+    "add", "cos", "divide", "exp", "isfinite", "log", "maximum", "minimum", "multiply",
+    "negative", "sign", "sin", "sqrt", "subtract", "tanh",
+)  # fmt: skip
+NOT_OF_COMPLEX = ("sign", "erf")
+# Other functions, and methods: the options that may be given by name.
+FUNCTIONS = {
+    "arange": "dtype",
+    "ascontiguousarray": "dtype",
+    "clip": "",
+    "concatenate": "axis",
+    "full": "dtype",
+    "ones": "dtype",
+    "ones_like": "dtype",
+    "repeat": "axis",
+    "split": "axis",
+    "stack": "axis",
+    "zeros": "dtype",
+    "zeros_like": "dtype",
+}
+METHODS = {
+    "all": "axis keepdims",
+    "any": "axis keepdims",
+    "astype": "copy order",
+    "clip": "",
+    "conj": "",
+    "copy": "order",
+    "max": "axis keepdims",
+    "mean": "axis dtype keepdims",
+    "min": "axis keepdims",
+    "ravel": "order",
+    "repeat": "axis",
+    "reshape": "order",
+    "squeeze": "axis",
+    "sum": "axis dtype keepdims",
+    "swapaxes": "",
+    "take": "axis",
+    "transpose": "",
+    "view": "",
+}
+DTYPES = ("bool_", "complex128", "float32", "float64", "int32", "int64")
+NAMES = {
+    *UFUNCS, *FUNCTIONS, *DTYPES, "array", "asarray", "dot", "empty", "empty_like", "lib",
+    "matmul", "ndarray", "where",
+}  # fmt: skip
+NUMBERS = "?bBhHiIlLqQefdFD"  # the dtypes that there are on the device
+OF_ATOMIC_ADDITION = ("int32", "uint32", "uint64", "float16", "float32", "float64")
+
+
+def __getattr__(name):
+    raise AttributeError(f"strict.{name}: not among the names of CuPy that tests/strict.py allows")
+
+
+class counting:
+    """`with counting() as counts:` how many synchronisations and uploads there were in the block.
+
+    They may be read within the block and after it.
+    """
+
+    def __enter__(self):
+        self._before, self._after = (synchronisations, uploads), None
+        return self
+
+    def __exit__(self, *_):
+        self._after = (synchronisations, uploads)
+
+    @property
+    def synchronisations(self):
+        return (self._after or (synchronisations, uploads))[0] - self._before[0]
+
+    @property
+    def uploads(self):
+        return (self._after or (synchronisations, uploads))[1] - self._before[1]
+
+
+def _synchronise():
+    global synchronisations
+    synchronisations += 1
+
+
+# ------------------------------------------------------------------------------ what may come in
+
+
+def _array(x):
+    """The numbers of an array on the device; TypeError for all else."""
+    if type(x) is not ndarray:
+        raise TypeError(f"expected an array on the device, found {type(x)}")
+    return x._host
+
+
+def _operand(x):
+    """The numbers of an array on the device, or a scalar; TypeError for all else.
+
+    As in NumPy 2 a Python scalar takes the dtype of what it meets, and a NumPy scalar has its own.
+    """
+    if isinstance(x, (bool, int, float, complex, np.number, np.bool_)):
+        return x
+    return _array(x)
+
+
+def _argument(x):
+    """An argument that may be a sequence, or no number at all, such as a shape or a dtype."""
+    if isinstance(x, (list, tuple)):
+        return type(x)(map(_argument, x))
+    return _array(x) if isinstance(x, (ndarray, np.ndarray)) else x
+
+
+def _index(key):
+    """An index as NumPy takes it. The last part makes a view of what would be a scalar."""
+    parts = key if isinstance(key, tuple) else (key,)
+    rest = () if any(part is Ellipsis for part in parts) else (Ellipsis,)
+    return (*map(_part_of_index, parts), *rest)
+
+
+def _part_of_index(part):
+    if part is None or part is Ellipsis or isinstance(part, (slice, np.integer)):
+        return part
+    if type(part) is int:
+        return part
+    chosen = asarray(part)  # CuPy, too, copies what is not there yet
+    if chosen.dtype == bool and chosen.size:
+        _synchronise()  # how many are true decides the shape
+    return chosen._host
+
+
+def _on_device(result):
+    return ndarray(np.asarray(result))
+
+
+# --------------------------------------------------------------------------------------- the array
+
+
+class ndarray:
+    """An array "on the device". `_host` is where its numbers really lie."""
+
+    __slots__ = ("_host",)
+    __hash__ = None
+    __array_ufunc__ = None  # NumPy's operators leave the work to ours, its functions refuse
+
+    def __init__(self, host):
+        self._host = host
+
+    def __array__(self, *args, **options):
+        raise TypeError("Implicit conversion to a NumPy array is not allowed; use `.get()`")
+
+    def __array_function__(self, function, *args):
+        raise TypeError(f"numpy.{function.__name__} was given an array on the device; use xp")
+
+    # Known on the host without waiting.
+
+    shape = property(lambda self: self._host.shape)
+    dtype = property(lambda self: self._host.dtype)
+    ndim = property(lambda self: self._host.ndim)
+    size = property(lambda self: self._host.size)
+    strides = property(lambda self: self._host.strides)
+    itemsize = property(lambda self: self._host.itemsize)
+    nbytes = property(lambda self: self._host.nbytes)
+
+    @property
+    def flags(self):
+        flags = self._host.flags
+        return SimpleNamespace(
+            c_contiguous=flags.c_contiguous, f_contiguous=flags.f_contiguous, owndata=flags.owndata
+        )
+
+    def __len__(self):
+        return len(self._host)
+
+    def __iter__(self):
+        if not self.ndim:
+            raise TypeError("iteration over a 0-d array")
+        return (self[i] for i in range(len(self)))  # arrays, which stay on the device
+
+    # Copied to the host: each of these waits.
+
+    def get(self):
+        _synchronise()
+        return self._host.copy()
+
+    def item(self):
+        return self.get().item()
+
+    def tolist(self):
+        return self.get().tolist()
+
+    def __bool__(self):
+        return bool(self.get())
+
+    def __int__(self):
+        return int(self.get())
+
+    def __float__(self):
+        return float(self.get())
+
+    def __complex__(self):
+        return complex(self.get())
+
+    def __repr__(self):
+        return repr(self.get())
+
+    def __str__(self):
+        return str(self.get())
+
+    def __format__(self, spec):
+        return format(self.get(), spec)
+
+    # Views and assignment.
+
+    @property
+    def T(self):
+        return ndarray(self._host.T)
+
+    @property
+    def real(self):
+        return ndarray(self._host.real)
+
+    @property
+    def imag(self):
+        return ndarray(self._host.imag if self.dtype.kind == "c" else self._host.imag.copy())
+
+    def __getitem__(self, key):
+        return _on_device(self._host[_index(key)])
+
+    def __setitem__(self, key, value):
+        index = _index(key)
+        where = [x for x in index if isinstance(x, np.ndarray) and x.dtype != bool]
+        if where:
+            places = np.stack([x.ravel() for x in np.broadcast_arrays(*where)])
+            if np.unique(places, axis=1).shape != places.shape:
+                raise ValueError("an assignment writes twice to one place: any of them may stay")
+        self._host[index] = _operand(value)
+
+    def fill(self, value):
+        self._host.fill(_operand(value))
+
+    # Arithmetic. `a @= b` is missing in CuPy as well.
+
+    def dot(self, other):
+        return dot(self, other)
+
+    def __matmul__(self, other):
+        return matmul(self, other)
+
+    def __rmatmul__(self, other):
+        return matmul(other, self)
+
+    def __neg__(self):
+        return _on_device(-self._host)
+
+    def __pos__(self):
+        return _on_device(+self._host)
+
+    def __abs__(self):
+        return _on_device(abs(self._host))
+
+    def __invert__(self):
+        return _on_device(~self._host)
+
+
+def _define_operators():
+    def arithmetic(function):
+        def forward(self, other):
+            return _on_device(function(self._host, _operand(other)))
+
+        def reverse(self, other):
+            return _on_device(function(_operand(other), self._host))
+
+        def in_place(self, other):
+            function(self._host, _operand(other), out=self._host)
+            return self
+
+        return {"": forward, "r": reverse, "i": in_place}
+
+    names = {
+        "add": "add", "sub": "subtract", "mul": "multiply", "truediv": "divide",
+        "floordiv": "floor_divide", "mod": "remainder", "pow": "power", "and": "bitwise_and",
+        "or": "bitwise_or", "xor": "bitwise_xor",
+    }  # fmt: skip
+    for name, of_numpy in names.items():
+        for prefix, method in arithmetic(getattr(np, of_numpy)).items():
+            setattr(ndarray, f"__{prefix}{name}__", method)
+    names = {
+        "lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal",
+        "eq": "equal", "ne": "not_equal",
+    }  # fmt: skip
+    for name, of_numpy in names.items():
+        setattr(ndarray, f"__{name}__", arithmetic(getattr(np, of_numpy))[""])
+
+
+def _restricted(call, name, options):
+    """`call` with arguments from the device, with no other options than these, back on it."""
+
+    def restricted(*args, **given):
+        unknown = given.keys() - set(options.split())
+        if unknown:
+            raise TypeError(f"{name}: option {min(unknown)} is not among those allowed: {options}")
+        result = call(*_argument(args), **{k: _argument(x) for k, x in given.items()})
+        return [_on_device(x) for x in result] if isinstance(result, list) else _on_device(result)
+
+    return restricted
+
+
+_define_operators()
+for _name, _options in METHODS.items():
+    setattr(ndarray, _name, _restricted(getattr(np.ndarray, _name), _name, _options))
+for _name, _options in FUNCTIONS.items():
+    globals()[_name] = _restricted(getattr(np, _name), _name, _options)
+for _name in DTYPES:
+    globals()[_name] = getattr(np, _name)
+
+
+# ------------------------------------------------------------------------------------- the library
+
+
+class _Ufunc:
+    def __init__(self, name):
+        self.name, self.of_numpy = name, getattr(np, name)
+
+    def __call__(self, *args, out=None, dtype=None):
+        if len(args) != self.of_numpy.nin:
+            raise TypeError(f"{self.name}: expected {self.of_numpy.nin} arguments")
+        args = [_operand(x) for x in args]
+        _refuse_complex(self.name, args)
+        if out is None:
+            return _on_device(self.of_numpy(*args, dtype=dtype))
+        self.of_numpy(*args, out=_array(out), dtype=dtype)
+        return out
+
+    def at(self, array, indices, values):
+        if self.name != "add" or array.dtype not in OF_ATOMIC_ADDITION:
+            raise TypeError(f"{self.name}.at: there is no atomic operation for {array.dtype}")
+        np.add.at(_array(array), _index(indices), _operand(values))
+
+
+for _name in UFUNCS:
+    globals()[_name] = _Ufunc(_name)
+
+
+def _refuse_complex(name, args):
+    if name in NOT_OF_COMPLEX and any(np.iscomplexobj(x) for x in args):
+        raise TypeError(f"{name}: CuPy has none for complex numbers")
+
+
+def erf(x):
+    """What cupyx.scipy.special offers, for `tinyldm.backend.SPECIAL_FUNCTIONS`."""
+    _refuse_complex("erf", [_array(x)])
+    return _on_device(special.erf(_array(x)))
+
+
+def asarray(x, dtype=None):
+    """Copy from the host, once; what is on the device already stays where it is."""
+    global uploads
+    if type(x) is ndarray:
+        return x if dtype is None else x.astype(dtype, copy=False)
+    host = np.array(x, dtype)
+    if host.dtype.char not in NUMBERS:
+        raise ValueError(f"Unsupported dtype {host.dtype}")
+    uploads += 1
+    return ndarray(host)
+
+
+def array(x, dtype=None):
+    return asarray(x, dtype).copy()
+
+
+def empty(shape, dtype=float):
+    return _unwritten(np.empty(shape, dtype))
+
+
+def empty_like(x, dtype=None):
+    return _unwritten(np.empty_like(_array(x), dtype))
+
+
+def _unwritten(host):
+    kind = host.dtype.kind
+    host.fill(np.nan if kind in "fc" else True if kind == "b" else np.iinfo(host.dtype).max)
+    return ndarray(host)
+
+
+def dot(x, y):
+    return _on_device(np.dot(_array(x), _array(y)))
+
+
+def matmul(x, y, out=None):
+    if out is None:
+        return _on_device(np.matmul(_array(x), _array(y)))
+    np.matmul(_array(x), _array(y), out=_array(out))
+    return out
+
+
+def where(condition, x, y):
+    return _on_device(np.where(_array(condition), _operand(x), _operand(y)))
+
+
+def _as_strided(x, shape, strides):
+    """A view with any strides. CuPy does not look where they lead; this does."""
+    host = _array(x)
+    view = np.lib.stride_tricks.as_strided(host, shape, strides)
+    owner = host
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    low, high = np.lib.array_utils.byte_bounds(owner)
+    view_low, view_high = np.lib.array_utils.byte_bounds(view)
+    if view.size and not low <= view_low <= view_high <= high:
+        raise ValueError(f"as_strided: {shape} by {strides} leads out of {host.shape}")
+    return ndarray(view)
+
+
+lib = SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=_as_strided))

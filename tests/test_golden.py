@@ -1,0 +1,75 @@
+"""The networks against stored numbers of diffusers and transformers, where those are not installed.
+
+tests/golden/make_golden.py made them. tests/parity compares everything, these are a few of it.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from golden import cases
+from model_cases import numbers, random_params, unet_inputs, whole_numbers
+
+from tinyldm.models import AutoencoderKL, TextEncoder, UNet
+
+FILE = Path(__file__).with_name("golden") / "golden.npz"
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(FILE) as file:
+        return dict(file)
+
+
+def assert_golden(golden, model, y, grads, names):
+    ours = {"y": y} | {name: grads[name] for name in names}
+    expected = {
+        key.removeprefix(f"{model}: "): x for key, x in golden.items() if key.startswith(model)
+    }
+    assert ours.keys() == expected.keys()
+    for name, x in expected.items():
+        assert ours[name].shape == x.shape, name
+        assert abs(ours[name] - x).max() <= 1e-9 * abs(x).max(), name
+
+
+def test_unet(golden):
+    model = UNet(cases.UNET)
+    y, backward = model(random_params(model.shapes()), *unet_inputs(cases.UNET))
+    grads = {}
+    grads["x"], grads["context"] = backward(numbers("dy", 2, 5, 7, 3), grads)
+    assert_golden(golden, "unet", y, grads, cases.UNET_GRADIENTS)
+
+
+def test_encoder(golden):
+    model = AutoencoderKL(cases.VAE)
+    params = random_params(model.shapes())
+    images, noise = numbers("images", 2, 6, 4, 3), numbers("noise", 2, 3, 2, 4)
+    y, backward = model.to_latents(params, images, noise)
+    grads = {}
+    grads["x"] = backward(numbers("dy", 2, 3, 2, 4), grads)
+    assert_golden(golden, "to_latents", y, grads, cases.ENCODER_GRADIENTS)
+
+
+def test_decoder(golden):
+    model = AutoencoderKL(cases.VAE)
+    params = random_params(model.shapes())
+    y, backward = model.from_latents(params, numbers("latents", 2, 3, 2, 4))
+    grads = {}
+    grads["x"] = backward(numbers("dy", 2, 6, 4, 3), grads)
+    assert_golden(golden, "from_latents", y, grads, cases.DECODER_GRADIENTS)
+
+
+def test_text_encoder(golden):
+    model = TextEncoder(cases.TEXT)
+    params = random_params(model.shapes())
+    y, backward = model(params, whole_numbers("ids", cases.TEXT["vocab_size"], 2, 5))
+    grads = {}
+    backward(numbers("dy", 2, 5, 12), grads)
+    assert_golden(golden, "text", y, grads, cases.TEXT_GRADIENTS)
+
+
+def test_the_formula_of_the_weights():
+    """If these numbers change, all of the file is wrong and not the networks."""
+    expected = [-0.27769296409903665, 0.018459322590023364, 0.7389585590735639]
+    np.testing.assert_array_equal(numbers("key", 3), expected)
+    assert not numbers("key", 0, 2).size and abs(numbers("key", 10_000)).max() <= 1

@@ -1,0 +1,168 @@
+"""The training loss: its formula, how the predictions are related, and its gradient."""
+
+import numpy as np
+import pytest
+from gradients import check
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyldm.diffusion.objective import diffusion_loss, min_snr_weight
+from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
+from tinyldm.nn import functional as F
+
+GAMMA = 5.0  # of min-SNR; the signal to noise ratio is 5 at about step 250
+
+
+def schedule_for(prediction):
+    return Schedule({"beta_schedule": "scaled_linear", "prediction_type": prediction})
+
+
+def batch(seed=0, n=5):
+    rng = np.random.default_rng(seed)
+    x0, noise, prediction = rng.normal(0.3, 1, (3, n, 2, 3, 4))
+    return x0, noise, prediction, rng.integers(0, 1000, n)
+
+
+def loss_of(prediction, schedule, x0, noise, t, min_snr=None):
+    return diffusion_loss(lambda x, t: (prediction, None), schedule, x0, noise, t, min_snr)[0]
+
+
+@pytest.mark.parametrize("min_snr", [None, GAMMA])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 5))
+def test_equals_the_formula(prediction, min_snr, seed, n):
+    schedule = schedule_for(prediction)
+    x0, noise, values, t = batch(seed, n)
+    terms = []
+    for i in range(n):
+        alpha_bar = schedule.alphas_bar[t[i]]
+        a, s = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+        target = {"epsilon": noise[i], "sample": x0[i], "v_prediction": a * noise[i] - s * x0[i]}
+        snr = alpha_bar / (1 - alpha_bar)
+        per_x0 = {"epsilon": 1 / snr, "sample": 1, "v_prediction": 1 / (snr + 1)}
+        weight = 1 if min_snr is None else min(snr, min_snr) * per_x0[prediction]
+        terms.append(weight * ((values[i] - target[prediction]) ** 2).mean())
+    found = loss_of(values, schedule, x0, noise, t, min_snr)
+    np.testing.assert_allclose(found, np.mean(terms), rtol=1e-12)
+
+
+def test_the_network_sees_the_noisy_picture_and_the_step():
+    schedule = schedule_for("epsilon")
+    x0, noise, values, t = batch()
+    seen = []
+
+    def predict(x, t):
+        seen.append((x, t))
+        return values, None
+
+    diffusion_loss(predict, schedule, x0, noise, t)
+    [(x, steps)] = seen
+    np.testing.assert_array_equal(x, schedule.add_noise(x0, noise, t))
+    np.testing.assert_array_equal(steps, t)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_right_prediction_costs_nothing(prediction):
+    schedule = schedule_for(prediction)
+    x0, noise, _, t = batch()
+    for min_snr in (None, GAMMA):
+        assert loss_of(schedule.target(x0, noise, t), schedule, x0, noise, t, min_snr) == 0
+
+
+def losses_of_one_guess(t, seed, min_snr=None):
+    """The loss {prediction: loss} of the same guess of x_0, put as each prediction."""
+    x0, noise, guess, _ = batch(seed)
+    t = np.full(len(x0), t)
+    losses = {}
+    for prediction in PREDICTIONS:
+        schedule = schedule_for(prediction)
+        a, s = schedule.signal_and_noise(t, x0)
+        epsilon = (schedule.add_noise(x0, noise, t) - a * guess) / s
+        put = schedule.target(guess, epsilon, t)
+        losses[prediction] = loss_of(put, schedule, x0, noise, t, min_snr)
+    return losses
+
+
+@given(t=st.integers(0, 999), seed=st.integers(0, 2**32 - 1))
+def test_one_guess_costs_snr_in_epsilon_and_snr_plus_one_in_v(t, seed):
+    losses, snr = losses_of_one_guess(t, seed), schedule_for("sample").snr(t)
+    np.testing.assert_allclose(losses["epsilon"], snr * losses["sample"], rtol=1e-10)
+    np.testing.assert_allclose(losses["v_prediction"], (snr + 1) * losses["sample"], rtol=1e-10)
+
+
+@given(t=st.integers(0, 999), seed=st.integers(0, 2**32 - 1), gamma=st.floats(0.01, 100))
+def test_with_min_snr_one_guess_costs_the_same_whatever_is_predicted(t, seed, gamma):
+    losses = losses_of_one_guess(t, seed, gamma)
+    plain, snr = losses_of_one_guess(t, seed)["sample"], schedule_for("sample").snr(t)
+    np.testing.assert_allclose(list(losses.values()), min(snr, gamma) * plain, rtol=1e-10)
+
+
+def test_min_snr_weights():
+    snr = np.array([0.0, 0.1, 1.0, 5.0, 20.0])
+    np.testing.assert_allclose(min_snr_weight(snr, "sample", 5), [0, 0.1, 1, 5, 5])
+    np.testing.assert_allclose(min_snr_weight(snr[1:], "epsilon", 5), [1, 1, 1, 0.25])
+    np.testing.assert_allclose(
+        min_snr_weight(snr, "v_prediction", 5), [0, 0.1 / 1.1, 0.5, 5 / 6, 5 / 21]
+    )
+
+
+# --------------------------------------------------------------------------------------- gradient
+
+
+@pytest.mark.parametrize("min_snr", [None, GAMMA])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_gradient_through_a_network(prediction, min_snr, seed):
+    """The network is W x_t + b plus a slope in time, with each sample at a step of its own."""
+    schedule = schedule_for(prediction)
+    x0, noise, _, t = batch(seed)
+    rng = np.random.default_rng(seed)
+    params = {"w": rng.normal(size=(4, 4)), "b": rng.normal(size=4), "slope": rng.normal(size=4)}
+
+    def f(params):
+        def predict(x, t):
+            y, linear_back = F.linear(x, params["w"], params["b"])
+            time = t.reshape(-1, 1, 1, 1) / 1000
+
+            def backward(dy, grads):
+                _, grads["w"], grads["b"] = linear_back(dy)
+                grads["slope"] = (dy * time).sum((0, 1, 2))
+
+            return y + params["slope"] * time, backward
+
+        loss, loss_back = diffusion_loss(predict, schedule, x0, noise, t, min_snr)
+
+        def backward(dloss, grads):
+            loss_back(grads)
+            for dw in grads.values():
+                dw *= dloss
+
+        return loss, backward
+
+    check(f, [], params, tol=1e-12)
+
+
+@pytest.mark.parametrize("min_snr", [None, GAMMA])
+def test_float32_stays_float32(min_snr):
+    x0, noise, values, t = batch()
+    x0, noise, values = (x.astype("float32") for x in (x0, noise, values))
+    schedule = schedule_for("v_prediction")
+    seen = []
+
+    def predict(x, t):
+        return values, lambda dprediction, grads: seen.extend([x, dprediction])
+
+    loss, backward = diffusion_loss(predict, schedule, x0, noise, t, min_snr)
+    backward({})
+    assert [x.dtype for x in (loss, *seen)] == [np.float32] * 3
+
+
+def test_backward_returns_what_the_network_returns():
+    x0, noise, values, t = batch()
+    schedule, grads = schedule_for("epsilon"), {}
+    _, backward = diffusion_loss(
+        lambda x, t: (values, lambda dy, grads: (dy, grads)), schedule, x0, noise, t
+    )
+    dprediction, given_grads = backward(grads)
+    assert given_grads is grads
+    np.testing.assert_allclose(dprediction, 2 * (values - noise) / values.size, rtol=1e-12)

@@ -1,0 +1,576 @@
+"""Are the gradient checks worth anything? Each fault planted here in the real source is found.
+
+A fault is a small change of text, of the kind that is made by hand: a lost term, a sign, a factor,
+a transposed weight, a sum that is not accumulated. The changed file is compiled into a module of
+its own, and the gradient check of what was changed must fail on it; on the unchanged text it must
+pass. A text that is no longer in the source, or is there twice, is an error, so the table stays
+true to the code.
+"""
+
+import importlib
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from gradients import check
+from strategies import random_array, random_params
+
+from tinyldm.nn.gradcheck import GradientError
+from tinyldm.nn.layers import Linear
+
+
+def plant(name, old="", new=""):
+    """The module `name`, compiled from its source with the one `old` in it replaced by `new`."""
+    path = Path(importlib.import_module(name).__file__)
+    source = path.read_text(encoding="utf-8")
+    if old:
+        assert source.count(old) == 1, f"{path.name} has {source.count(old)} times: {old}"
+        source = source.replace(old, new)
+    module = ModuleType(name)
+    exec(compile(source, str(path), "exec"), module.__dict__)
+    # Several pieces even of small arrays.
+    for limit in ("PIECE", "BLOCK_BYTES", "WEIGHT_BLOCK_BYTES", "BLOCK_SCORES"):
+        if hasattr(module, limit):
+            setattr(module, limit, 20)
+    return module
+
+
+# --------------------------------------------------------------------------------------- the checks
+#
+# Each takes a module and checks the gradients of one thing in it. Sizes are equal where unequal
+# ones would turn a wrong gradient into an error of shapes, which anyone would notice.
+
+
+def arrays(*shapes):
+    rng = np.random.default_rng(0)
+    return [random_array(rng, shape) for shape in shapes]
+
+
+def function(name, *shapes, **options):
+    return lambda module: check(partial(getattr(module, name), **options), arrays(*shapes))
+
+
+def embedding(module):
+    ids = np.array([[1, 3, 1], [0, 1, 3]])
+    check(lambda table: module.embedding(table, ids), arrays((4, 3)))
+
+
+def losses(module):
+    x, target, weight = arrays((3, 4), (3, 4), (3,))
+    check(module.mse, [x, target])
+    check(lambda x, target: module.mse(x, target, weight), [x, target])
+
+
+def convolutions(module):
+    for algorithm, kernel, stride, padding in [
+        ("pointwise", 1, 1, 0),
+        ("gather", 3, 1, (1, 0, 0, 2)),
+        ("scatter", 3, 1, (1, 0, 0, 2)),
+        ("scatter", 3, 2, (0, 1, 0, 1)),
+    ]:
+        inputs = arrays((2, 5, 4, 3), (kernel, kernel, 3, 3), (3,))
+        options = {"stride": stride, "padding": padding, "algorithm": algorithm}
+        check(partial(module.conv2d, **options), inputs)
+
+
+def attentions(module):
+    for causal in (False, True):
+        shapes = [(2, 4, 6)] * 3
+        check(lambda q, k, v, c=causal: module.attention(q, k, v, 2, c), arrays(*shapes))
+
+
+def layer(make, *shapes):
+    """A layer `make(module)` with inputs of these shapes."""
+
+    def check_layer(module):
+        made = make(module)
+        check(made, arrays(*shapes), random_params(made))
+
+    return check_layer
+
+
+def used_twice(module):
+    """A linear layer that adds up its gradients by the `add_grad` of the module."""
+    linear = Linear("a", 3, 3)
+
+    def twice(params, x):
+        backs = []
+        for _ in range(2):
+            x, back = linear(params, x)
+            backs.append(back)
+
+        def backward(dy, grads):
+            for back in reversed(backs):
+                new = {}
+                dy = back(dy, new)
+                for name, dw in new.items():
+                    module.add_grad(grads, name, dw)
+            return dy
+
+        return x, backward
+
+    check(twice, arrays((2, 3)), random_params(linear))
+
+
+def resnet(module):
+    for c_in in (4, 2):
+        block = module.ResnetBlock("a", c_in, 4, groups=2, eps=1e-5, d_time=3)
+        check(block, arrays((2, 3, 3, c_in), (2, 3)), random_params(block))
+
+
+def attention_block(module):
+    own, cross = module.Attention("a", 4, 2), module.Attention("a", 4, 2, d_context=4)
+    check(lambda *args: drop_none(own(*args)), arrays((2, 3, 4)), random_params(own))
+    check(cross, arrays((2, 3, 4), (2, 3, 4)), random_params(cross))
+
+
+def drop_none(result):
+    """dx alone, of a backward pass that returns (dx, None)."""
+    y, backward = result
+    return y, lambda dy, grads: backward(dy, grads)[0]
+
+
+UNET = {
+    "in_channels": 2,
+    "out_channels": 2,
+    "norm_num_groups": 2,
+    "layers_per_block": 1,
+    "cross_attention_dim": 4,
+    "attention_head_dim": 2,
+    "freq_shift": 0,
+}
+PLAIN = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+CROSS = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
+
+
+def unet(context=False, labels=False, levels=1, **config):
+    def check_unet(module):
+        widths = {"block_out_channels": [4] * levels}
+        types = {key: kinds * levels for key, kinds in (CROSS if context else PLAIN).items()}
+        model = module.UNet({**UNET, **widths, **types, "mid_block_type": None, **config})
+        x, text = arrays((2, 4, 4, 2), (2, 3, 4))
+        t, classes = np.array([3, 500]), np.array([1, 0])
+
+        def call(params, x, *text):
+            return model(params, x, t, *(text or [None]), classes if labels else None)
+
+        inputs = [x, text] if context or "addition_embed_type" in config else [x]
+        check(call, inputs, random_params(model))
+
+    return check_unet
+
+
+VAE = {
+    "block_out_channels": [4, 4],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "latent_channels": 2,
+    "norm_num_groups": 2,
+    "shift_factor": 0.3,
+}
+
+
+def to_latents(module):
+    vae = module.AutoencoderKL(VAE)
+    images, noise = arrays((1, 4, 4, 3), (1, 2, 2, 2))
+    params = random_params(vae)
+    used = {name: w for name, w in params.items() if name.startswith(("encoder", "quant"))}
+    check(lambda p, x: vae.to_latents(p, x, noise), images, used)
+
+
+def from_latents(module):
+    vae = module.AutoencoderKL(VAE)
+    params = random_params(vae)
+    used = {name: w for name, w in params.items() if name.startswith(("decoder", "post_quant"))}
+    check(vae.from_latents, arrays((1, 2, 2, 2)), used)
+
+
+def gaussians(module):
+    moments, noise = arrays((2, 3, 2, 4), (2, 3, 2, 2))
+    moments[0, 0, 0, 2:] = (-31, 21)  # beyond the clamp
+    check(module.kl_loss, moments)
+    check(lambda moments: module.sample_gaussian(moments, noise), moments)
+
+
+TEXT = {
+    "vocab_size": 6,
+    "hidden_size": 4,
+    "intermediate_size": 5,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 4,
+}
+
+
+def text_encoder(module):
+    model = module.TextEncoder(TEXT)
+    check(model, np.array([[1, 3, 1], [0, 5, 2]]), random_params(model))
+
+
+CHECKS = {
+    "linear": function("linear", (2, 3, 4), (4, 4), (4,)),
+    "embedding": embedding,
+    "silu": function("silu", (6, 5)),
+    "quick_gelu": function("quick_gelu", (6, 5)),
+    "gelu": function("gelu", (6, 5)),
+    "geglu": function("geglu", (6, 8)),
+    "group_norm": function("group_norm", (2, 5, 4), (4,), (4,), groups=2, eps=1e-2),
+    "group_norm + silu": function(
+        "group_norm", (2, 5, 4), (4,), (4,), groups=2, eps=1e-2, silu=True
+    ),
+    "offset": function("offset", (2, 3, 3), (4, 3)),
+    "layer_norm": function("layer_norm", (6, 5), (5,), (5,), eps=1e-2),
+    "upsample": function("upsample_nearest", (2, 2, 3, 2), size=(3, 5)),
+    "concatenate": function("concatenate", (2, 3), (2, 3)),
+    "mse": losses,
+    "l1": function("l1", (3, 4), (3, 4)),
+    "kl": function("kl_to_standard_normal", (3, 4), (3, 4)),
+    "conv2d": convolutions,
+    "attention": attentions,
+    "Linear": layer(lambda m: m.Linear("a", 3, 4), (2, 3)),
+    "add_grad": used_twice,
+    "ResnetBlock": resnet,
+    "Attention": attention_block,
+    "TransformerBlock": layer(
+        lambda m: m.TransformerBlock("a", 4, 2, d_context=4), (2, 3, 4), (2, 3, 4)
+    ),
+    "SpatialTransformer": layer(
+        lambda m: m.SpatialTransformer("a", 4, 2, 4, groups=2, layers=2), (2, 2, 2, 4), (2, 3, 4)
+    ),
+    "SpatialAttention": layer(
+        lambda m: m.SpatialAttention("a", 4, groups=2, eps=1e-5), (2, 2, 2, 4)
+    ),
+    "AttentionPool": layer(lambda m: m.AttentionPool("a", 4, 2), (2, 3, 4)),
+    "skips": unet(levels=2),
+    "skips of one level": unet(layers_per_block=2),
+    "middle": unet(context=True, mid_block_type="UNetMidBlock2DCrossAttn"),
+    "context": unet(context=True),
+    "labels": unet(labels=True, num_class_embeds=3),
+    "pooled text": unet(addition_embed_type="text", addition_embed_type_num_heads=2),
+    "to_latents": to_latents,
+    "from_latents": from_latents,
+    "gaussians": gaussians,
+    "text encoder": text_encoder,
+}
+
+
+# --------------------------------------------------------------------------------------- the faults
+#
+# {module: [(check: what is wrong, old text, new text)]}
+
+FAULTS = {
+    "tinyldm.nn.functional": [
+        ("offset: a mean", "dtable[:l] = dy.sum(axis=0)", "dtable[:l] = dy.mean(axis=0)"),
+        ("offset: rows from the end", "dtable[:l] = dy.sum", "dtable[-l:] = dy.sum"),
+        ("linear: weight transposed in dx", "dx = (dy2 @ w)", "dx = (dy2 @ w.T)"),
+        ("linear: dw transposed", "dx, dy2.T @ x2,", "dx, x2.T @ dy2,"),
+        ("linear: db a mean", "dy2.sum(axis=0)", "dy2.mean(axis=0)"),
+        (
+            "embedding: repeated ids do not add up",
+            "xp.add.at(dtable, ids.reshape(-1), _rows(dy))",
+            "dtable[ids.reshape(-1)] = _rows(dy)",
+        ),
+        ("silu: sign", "s * (1 + x * (1 - s))", "s * (1 - x * (1 - s))"),
+        (
+            "silu: dy lost",
+            "xp.multiply(dy_, _silu_slope(x_), out=dx_)",
+            "dx_[...] = _silu_slope(x_)",
+        ),
+        ("quick_gelu: factor lost", "(1 + 1.702 * x_ * (1 - s))", "(1 + x_ * (1 - s))"),
+        ("gelu: term lost", "normal_cdf(x_) + x_ * _normal_density(x_)", "normal_cdf(x_)"),
+        ("gelu: factor of the density", "1 / math.sqrt(2 * math.pi)", "1 / math.sqrt(math.pi)"),
+        ("gelu: exponent of the density", "y *= -0.5\n", "y *= -1\n"),
+        ("geglu: term lost", "slope += cdf\n", "slope += 0\n"),
+        (
+            "geglu: halves swapped",
+            "out=dx_[:, :d])\n            xp.multiply(dy_, slope, out=dx_[:, d:])",
+            "out=dx_[:, d:])\n            xp.multiply(dy_, slope, out=dx_[:, :d])",
+        ),
+        (
+            "group_norm: the mean moves, forgotten",
+            "dx_ -= rstd_ * _group_mean(db_ * w, groups, size)",
+            "pass",
+        ),
+        (
+            "group_norm: the variance moves, forgotten",
+            "dx_ -= normal\n        return dx.reshape(x.shape), *(sums",
+            "pass\n        return dx.reshape(x.shape), *(sums",
+        ),
+        (
+            "group_norm: scale lost in a mean",
+            "_group_mean(db_ * w, groups, size)",
+            "_group_mean(db_, groups, size)",
+        ),
+        (
+            "group_norm: mean over the wrong size",
+            "_group_mean(dw_ * w, groups, size)",
+            "_group_mean(dw_ * w, groups, x3.shape[1])",
+        ),
+        ("group_norm: rstd lost", "(dy_, rstd_ * w, out=dx_)", "(dy_, w, out=dx_)"),
+        (
+            "group_norm: statistics of the last sample for all",
+            "for x_, dy_, dx_, mean_, rstd_ in pieces(x3, dy.reshape(x3.shape), dx, mean, rstd)",
+            "for x_, dy_, dx_ in pieces(x3, dy.reshape(x3.shape), dx)",
+        ),
+        ("group_norm: dw of the last sample only", "sums[0] += dw_", "sums[0] = dw_"),
+        (
+            "group_norm + silu: slope taken before scale and shift",
+            "_silu_slope(normal * w + b)",
+            "_silu_slope(normal)",
+        ),
+        ("layer_norm: scale lost", "(dx_ * normal) @ average", "(dy_ * normal) @ average"),
+        ("layer_norm: the mean moves, forgotten", "dx_ -= dx_ @ average", "pass"),
+        (
+            "layer_norm: db of the last row only",
+            "db += dy_.sum(axis=0)",
+            "db[...] = dy_.sum(axis=0)",
+        ),
+        ("upsample: one of four lost", "\n            + quads[:, :, 1, :, 1]", ""),
+        (
+            "upsample: odd sizes cut at the wrong side",
+            "whole[:, :out_h, :out_w] = dy",
+            "whole[:, -out_h:, -out_w:] = dy",
+        ),
+        ("concatenate: swapped", "dx, dy = xp.split", "dy, dx = xp.split"),
+        ("mse: factor", "(dloss * (2 / x.size))", "(dloss * (1 / x.size))"),
+        ("mse: mean over the wrong size", "(dloss * (2 / x.size))", "(dloss * (2 / len(x)))"),
+        ("mse: weights lost", "dx = scaled * (dloss", "dx = difference * (dloss"),
+        (
+            "mse: sign for the target",
+            "(2 / x.size))\n        return dx, -dx",
+            "(2 / x.size))\n        return dx, dx",
+        ),
+        ("l1: mean over the wrong size", "sign * (dloss / x.size)", "sign * (dloss / len(x))"),
+        ("l1: dloss lost", "sign * (dloss / x.size)", "sign * (1 / x.size)"),
+        ("kl: 1/n lost", "return mean * (dloss / n)", "return mean * dloss"),
+        ("kl: term lost", "(variance - 1) * (0.5", "variance * (0.5"),
+    ],
+    "tinyldm.nn.conv": [
+        ("conv2d: kernel not turned", "w[::-1, ::-1].transpose", "w.transpose"),
+        ("conv2d: kernel turned one way", "w[::-1, ::-1].transpose", "w[::-1].transpose"),
+        ("conv2d: kernel not transposed", ".transpose(0, 1, 3, 2)", ""),
+        (
+            "conv2d: top and bottom swapped in dx",
+            "(kh - 1 - top, kh - 1 - bottom,",
+            "(kh - 1 - bottom, kh - 1 - top,",
+        ),
+        (
+            "conv2d: padding of dx off by one",
+            "kw - 1 - left, kw - 1 - right)",
+            "kw - left, kw - 2 - right)",
+        ),
+        (
+            "conv2d: x captured after it was padded",
+            "y = _correlate(_pad(x, padding), w, stride, out_h, out_w)",
+            "x = _pad(x, padding)\n        y = _correlate(x, w, stride, out_h, out_w)",
+        ),
+        ("conv2d: dw of the last block only", "dw += rows.T @", "dw = rows.T @"),
+        (
+            "conv2d: db a mean",
+            "dy.reshape(-1, c_out).sum(axis=0)",
+            "dy.reshape(-1, c_out).mean(axis=0)",
+        ),
+        ("conv2d: 1×1 kernel not transposed in dx", "@ w[0, 0].T)", "@ w[0, 0])"),
+        (
+            "conv2d: scattered products do not add up",
+            "+= products[:, :, :, i, j]",
+            "= products[:, :, :, i, j]",
+        ),
+        (
+            "conv2d: padding cut at the wrong sides",
+            "return padded[:, top : top + h, left : left + width]",
+            "return padded[:, bottom : bottom + h, right : right + width]",
+        ),
+        (
+            "conv2d: every block scattered to the top",
+            "y0, y1 = hs.start * stride + i, (hs.stop - 1) * stride + i + 1",
+            "y0, y1 = i, (hs.stop - hs.start - 1) * stride + i + 1",
+        ),
+    ],
+    "tinyldm.nn.attention": [
+        ("attention: scale lost", "            ds *= scale\n", ""),
+        ("attention: scale of the whole width", "ds *= scale\n", "ds *= 1 / math.sqrt(d)\n"),
+        (
+            "attention: no causal mask on the way back",
+            "p = scores(ns, ls)\n",
+            "p = (q_[ns, :, ls] * scale) @ k_[ns].swapaxes(2, 3)\n",
+        ),
+        (
+            "attention: the denominator moves, forgotten",
+            "ds -= (dy_block * y_[ns, :, ls]).sum(axis=3, keepdims=True)",
+            "pass",
+        ),
+        ("attention: denominator lost", "= top + xp.log(total)", "= top"),
+        ("attention: dk of the last block only", "dk_[ns] += ds", "dk_[ns] = ds"),
+        ("attention: dv of the last block only", "dv_[ns] += p", "dv_[ns] = p"),
+        ("attention: dk and dv swapped", "return dq, dk, dv", "return dq, dv, dk"),
+        ("attention: k for q", "@ q_[ns, :, ls]\n", "@ k_[ns, :, ls]\n"),
+    ],
+    "tinyldm.nn.layers": [
+        ("Linear: bias forgotten", "add_grad(grads, bias, db)", "pass"),
+        ("Linear: under the wrong name", "add_grad(grads, bias, db)", 'add_grad(grads, "b", db)'),
+    ],
+    "tinyldm.nn.protocol": [
+        ("add_grad: the last use only", "grads[name] += dw", "grads[name] = dw"),
+        ("add_grad: the first use only", "grads[name] += dw", "pass"),
+    ],
+    "tinyldm.models.blocks": [
+        ("SpatialTransformer: one of two", "else a if b is None else a + b", "else b"),
+        (
+            "ResnetBlock: gradient around the block lost",
+            "return dx + norm1_back(conv1_back",
+            "return 0 * dx + norm1_back(conv1_back",
+        ),
+        ("ResnetBlock: dtime a mean", "dh.sum(axis=(1, 2))", "dh.mean(axis=(1, 2))"),
+        ("ResnetBlock: dtime of the output", "time_back(dh.sum", "time_back(dy.sum"),
+        (
+            "ResnetBlock: activation of the time forgotten",
+            "silu_back(time_back(dh.sum(axis=(1, 2)), grads))",
+            "time_back(dh.sum(axis=(1, 2)), grads)",
+        ),
+        (
+            "Attention: shared input counted once",
+            "return (dx + dsource, None)",
+            "return (dx, None)",
+        ),
+        (
+            "Attention: keys and values swapped",
+            "k_back(dk, grads) + v_back(dv, grads)\n            return (dx",
+            "k_back(dv, grads) + v_back(dk, grads)\n            return (dx",
+        ),
+        ("TransformerBlock: gradient around lost", "dx2 = dy + norm3_back", "dx2 = norm3_back"),
+        ("TransformerBlock: a later gradient", "attn1_back(dx1, grads)", "attn1_back(dx2, grads)"),
+        (
+            "SpatialTransformer: dcontext of the first block only",
+            "dcontext = plus(dcontext, dblock_context)",
+            "dcontext = dblock_context",
+        ),
+        (
+            "SpatialTransformer: gradient around lost",
+            "return dy + norm_back(dh, grads), dcontext",
+            "return norm_back(dh, grads), dcontext",
+        ),
+        (
+            "SpatialAttention: gradient around lost",
+            "return dy + norm_back(dh.reshape(n, height, w, c), grads)",
+            "return norm_back(dh.reshape(n, height, w, c), grads)",
+        ),
+        ("AttentionPool: 1/l lost", "return dx + dmean * (1 / l)", "return dx + dmean"),
+        (
+            "AttentionPool: the mean as a token forgotten",
+            "position_back(dmean + q_back(dq, grads), grads)",
+            "position_back(q_back(dq, grads), grads)",
+        ),
+    ],
+    "tinyldm.models.unet": [
+        (
+            "skips of one level: taken in the wrong order",
+            "dskips += reversed(dtaken)",
+            "dskips += dtaken",
+        ),
+        ("skips of one level: in reverse", "dskips.insert(0, dskip)", "dskips.append(dskip)"),
+        (
+            "skips of one level: from the wrong end",
+            "stage_back(dy + dskips.pop(), grads)",
+            "stage_back(dy + dskips.pop(0), grads)",
+        ),
+        ("skips: first one lost", "in_back(dh + dskips.pop(), grads)", "in_back(dh, grads)"),
+        (
+            "skips: one lost after downsampling",
+            "dy = down_back(dy + dskips.pop(), grads)",
+            "dy = down_back(dy + 0 * dskips.pop(), grads)",
+        ),
+        ("skips: swapped with the features", "dy, dskip = join_back", "dskip, dy = join_back"),
+        (
+            "middle: dtime lost",
+            "dh, dt, dc = mid_back(dh, grads)",
+            "(dh, _, dc), dt = mid_back(dh, grads), None",
+        ),
+        (
+            "context: of the last block only",
+            "dskips += reversed(dtaken)\n"
+            "                dtime, dcontext = plus(dtime, dt), plus(dcontext, dc)",
+            "dskips += reversed(dtaken)\n                dtime, dcontext = plus(dtime, dt), None",
+        ),
+        (
+            "context: of the first stage only",
+            "dskips.insert(0, dskip)\n"
+            "                dtime, dcontext = plus(dtime, dt), plus(dcontext, dc)",
+            "dskips.insert(0, dskip)\n                dtime, dcontext = plus(dtime, dt), dc",
+        ),
+        (
+            "skips of one level: dtime of the first stage only",
+            "stage_back(dy + dskips.pop(), grads)\n"
+            "                dtime, dcontext = plus(dtime, dt),",
+            "stage_back(dy + dskips.pop(), grads)\n                dtime, dcontext = dt,",
+        ),
+        (
+            "middle: of its last stage only",
+            "dy, dt, dc = stage_back(dy, grads)\n            dtime, dcontext = plus(dtime, dt),",
+            "dy, dt, dc = stage_back(dy, grads)\n            dtime, dcontext = plus(None, dt),",
+        ),
+        ("labels: forgotten", "label_back(dtime, grads)", "pass"),
+        (
+            "pooled text: dcontext forgotten",
+            "return dx, plus(dcontext, time_back(dtime, grads))",
+            "time_back(dtime, grads)\n            return dx, dcontext",
+        ),
+        (
+            "labels: activation of the time forgotten",
+            "back_1(silu_back(back_2(dtime, grads)), grads)",
+            "back_1(back_2(dtime, grads), grads)",
+        ),
+    ],
+    "tinyldm.models.autoencoder": [
+        ("gaussians: ½ lost", "0.5 * dz * spread * inside", "dz * spread * inside"),
+        ("gaussians: clamp forgotten in z", "dz * spread * inside", "dz * spread"),
+        ("gaussians: clamp forgotten in KL", "dlogvar * inside]", "dlogvar]"),
+        ("gaussians: mean and log-variance swapped", "[dz, dlogvar]", "[dlogvar, dz]"),
+        ("to_latents: scale lost", "sample_back(dlatents * scale)", "sample_back(dlatents)"),
+        (
+            "to_latents: convolution forgotten",
+            "dh = quant_back(dmoments, grads) if self.quant else dmoments",
+            "dh = dmoments",
+        ),
+        (
+            "from_latents: scale upside down",
+            "decode_back(dimages, grads) * (1 / scale)",
+            "decode_back(dimages, grads) * scale",
+        ),
+    ],
+    "tinyldm.models.text_encoder": [
+        ("text encoder: gradient around lost", "dx1 = dy + norm2_back", "dx1 = norm2_back"),
+        ("text encoder: a later gradient", "return dx1 + norm1_back", "return dy + norm1_back"),
+        ("text encoder: layers in order", "in reversed(layer_backs)", "in layer_backs"),
+        (
+            "text encoder: tokens forgotten",
+            "token_back(position_back(dx, grads), grads)",
+            "position_back(dx, grads)",
+        ),
+    ],
+}
+TABLE = [(name, *fault) for name, faults in FAULTS.items() for fault in faults]
+
+
+def checks_of(name):
+    """The checks that the faults of this module are tried on."""
+    return dict.fromkeys(title.partition(": ")[0] for title, *_ in FAULTS[name])
+
+
+@pytest.mark.parametrize(
+    "name, key", [(name, key) for name in FAULTS for key in checks_of(name)], ids=str
+)
+def test_the_source_passes(name, key):
+    CHECKS[key](plant(name))
+
+
+@pytest.mark.parametrize("name, title, old, new", TABLE, ids=[title for _, title, *_ in TABLE])
+def test_the_fault_is_found(name, title, old, new):
+    with pytest.raises(GradientError):
+        CHECKS[title.partition(": ")[0]](plant(name, old, new))
+
+
+def test_every_check_is_used():
+    assert {key for name in FAULTS for key in checks_of(name)} == CHECKS.keys()

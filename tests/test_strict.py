@@ -1,0 +1,612 @@
+"""The double of CuPy is as strict as it says, and the library runs on it without waiting once.
+
+What passes here has never seen a GPU. It shows that no array is taken for one of NumPy's, that
+nothing is asked of CuPy that CuPy lacks, and that the host never waits for the device in a step.
+"""
+
+import ast
+import operator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import strict
+from gradients import check
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_cases import random_params, unet_configs, unet_inputs, vae_configs
+from reference import assert_near
+from strategies import EVERYTHING, conv_calls, random_array
+
+import tinyldm
+from tinyldm import backend
+from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet
+from tinyldm.models.autoencoder import kl_loss, sample_gaussian
+from tinyldm.nn import functional as F
+from tinyldm.nn import no_grad, recompute
+from tinyldm.nn.conv import ALGORITHMS, conv2d
+from tinyldm.pipeline import Pipeline
+from tinyldm.training.loop import Models, autoencoder_loss, denoiser_loss, train_step
+from tinyldm.training.parallel import value_and_grad
+from tinyldm.training.presets import Config
+from tinyldm.training.state import State, load_state, save_state
+
+
+@pytest.fixture(autouse=True, scope="module")
+def erf_of_the_double():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(backend.SPECIAL_FUNCTIONS, "strict", "strict")
+        yield
+
+
+def on_device(x):
+    """Arrays copied to the device, wherever they are in lists, tuples and dicts."""
+    if isinstance(x, dict):
+        return {key: on_device(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(map(on_device, x))
+    return strict.asarray(x) if isinstance(x, (np.ndarray, np.generic)) else x
+
+
+def near(x, expected, tol=1e-12):
+    """Everything in `x` is on the device and equals what `expected` has on the host."""
+    if isinstance(expected, dict):
+        assert x.keys() == expected.keys()
+        for name in expected:
+            near(x[name], expected[name], tol)
+    elif isinstance(expected, (list, tuple)):
+        for part, expected_part in zip(x, expected, strict=True):
+            near(part, expected_part, tol)
+    elif expected is None:
+        assert x is None
+    else:
+        assert type(x) is strict.ndarray
+        assert x.dtype == expected.dtype
+        assert_near(x.get(), expected, tol)
+
+
+# ----------------------------------------------------------------------------- the double: refusals
+
+
+def device(*shape, dtype="float32"):
+    return on_device(np.arange(1, 1 + np.prod(shape, dtype=int)).reshape(shape).astype(dtype))
+
+
+HOST = np.ones(3, "float32")
+
+REFUSED = {
+    "asarray": lambda x: np.asarray(x),
+    "array of a list": lambda x: np.array([x, x]),
+    "a function of NumPy": lambda x: np.concatenate([x, x]),
+    "a reduction of NumPy": lambda x: np.sum(x),
+    "a ufunc of NumPy": lambda x: np.exp(x),
+    "isfinite of NumPy": lambda x: np.isfinite(x),
+    "the buffer protocol": lambda x: memoryview(x),
+    "assignment into NumPy": lambda x: HOST.copy().__setitem__(slice(None), x),
+    "hash": lambda x: hash(x),
+    "index of a sequence": lambda x: [1, 2, 3][x[0].astype("int64")],
+    "bound of a slice": lambda x: x[: x[0].astype("int64")],
+    "array + NumPy's": lambda x: x + HOST,
+    "NumPy's + array": lambda x: HOST + x,
+    "NumPy's 0-d": lambda x: x * np.array(2.0),
+    "in place": lambda x: operator.iadd(x, HOST),
+    "in place into NumPy's": lambda x: operator.iadd(HOST.copy(), x),
+    "comparison": lambda x: x > HOST,
+    "matrix product": lambda x: x @ HOST,
+    "matrix product from NumPy": lambda x: HOST @ x,
+    "matrix product with a number": lambda x: x @ 2.0,
+    "a list": lambda x: x + [1.0, 2.0, 3.0],
+    "None": lambda x: x + None,
+    "a text": lambda x: x * "2",
+    "assignment of NumPy's": lambda x: x.__setitem__(slice(None), HOST),
+    "assignment of a list": lambda x: x.__setitem__(slice(None), [1.0, 2.0, 3.0]),
+    "fill": lambda x: x.fill(HOST),
+    "a ufunc": lambda x: strict.add(x, HOST),
+    "out of a ufunc": lambda x: strict.exp(x, out=HOST.copy()),
+    "positional out": lambda x: strict.exp(x, x),
+    "out of matmul": lambda x: strict.matmul(x[None], x[:, None], out=np.ones((1, 1), "float32")),
+    "dot": lambda x: strict.dot(x, HOST),
+    "where": lambda x: strict.where(x > 1, HOST, 0),
+    "condition": lambda x: strict.where(HOST > 1, x, 0),
+    "concatenate": lambda x: strict.concatenate([x, HOST]),
+    "clip": lambda x: strict.clip(x, HOST, 2),
+    "zeros_like": lambda x: strict.zeros_like(HOST),
+    "empty_like": lambda x: strict.empty_like(HOST),
+    "sign of complex": lambda x: strict.sign(x.astype("complex128")),
+    "erf of complex": lambda x: strict.erf(x.astype("complex128")),
+    "add.at of complex": lambda x: strict.add.at(x.astype("complex128"), x.astype("int32"), x),
+    "add.at of int64": lambda x: strict.add.at(x.astype("int64"), x.astype("int64"), x),
+    "multiply.at": lambda x: strict.multiply.at(x, on_device(np.array([0])), x[:1]),
+    "float64 into int64 in place": lambda x: operator.iadd(x.astype("int64"), 0.5),
+    "an option that CuPy lacks": lambda x: x.sum(where=x > 1),
+    "an option of a function": lambda x: strict.full((2,), 1, like=x),
+    "iteration over a number": lambda x: iter(x[0]),
+    "len of a number": lambda x: len(x[0]),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(what):
+    x = device(3)
+    with strict.counting() as counts, pytest.raises(TypeError):
+        REFUSED[what](x)
+    assert counts.synchronisations == 0
+    assert x.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["errstate", "linalg", "einsum", "random"])
+def test_other_names_are_refused_by_name(name):
+    with pytest.raises(AttributeError, match=rf"strict\.{name}: not among the names of CuPy"):
+        getattr(strict, name)
+
+
+@pytest.mark.parametrize("dtype", [object, "U1", "longdouble", "M8[s]"])
+def test_dtypes_that_a_gpu_does_not_know(dtype):
+    with pytest.raises(ValueError, match="Unsupported dtype"):
+        strict.asarray(np.zeros(2, dtype))
+
+
+def test_faults_that_cupy_would_not_notice():
+    x, there = device(3), on_device(np.array([0, 3]))
+    with pytest.raises(IndexError, match="out of bounds"):
+        x[there]
+    with pytest.raises(IndexError, match="out of bounds"):
+        strict.add.at(x, there, x[:2])
+    with pytest.raises(ValueError, match="writes twice to one place"):
+        x[on_device(np.array([0, 1, 0]))] = 7
+    with pytest.raises(ValueError, match=r"leads out of \(3,\)"):
+        strict.lib.stride_tricks.as_strided(x, (2, 3), (4, 4))
+    for dtype in ("float32", "complex128"):
+        assert np.isnan(strict.empty((2, 2), dtype).get()).all()
+        assert np.isnan(strict.empty_like(x, dtype).get()).all()
+    assert strict.empty(2, "int32").tolist() == [2**31 - 1] * 2
+    assert strict.empty(2, bool).tolist() == [True] * 2
+
+
+# ------------------------------------------------------------------------------- the double: counts
+
+WAITS = {
+    "get": lambda x: x.get(),
+    "item": lambda x: x[0].item(),
+    "tolist": lambda x: x.tolist(),
+    "float": lambda x: float(x[0]),
+    "int": lambda x: int(x[0]),
+    "complex": lambda x: complex(x[0]),
+    "bool": lambda x: bool(x[0]),
+    "if": lambda x: None if x[0] > 2 else None,
+    "and": lambda x: x[0] and x,
+    "max of Python": lambda x: max(x[0], x[1]),
+    "in a list": lambda x: x[0] in [x[1]],
+    "str": lambda x: str(x),
+    "repr": lambda x: repr(x),
+    "format": lambda x: f"{x[0]:.3f}",
+    "all": lambda x: bool((x > 0).all()),
+    "reading a mask": lambda x: x[x > 1],
+    "writing a mask": lambda x: x.__setitem__(x > 1, 0),
+    "a mask of one axis": lambda x: x[None][:, x > 1],
+    "to_device": lambda x: backend.to_device(x, "cpu"),
+}
+
+
+@pytest.mark.parametrize("what", WAITS)
+def test_counted(what):
+    x = device(3)
+    with strict.counting() as counts:
+        WAITS[what](x)
+        assert counts.synchronisations == 1
+    float(x[0])
+    assert (counts.synchronisations, counts.uploads) == (1, 0)
+
+
+def test_nothing_else_is_counted():
+    x, added, ids = device(2, 3), device(3, 3), on_device(np.array([1, 0, 1]))
+    with strict.counting() as counts:
+        assert (x.shape, x.ndim, x.size, len(x), x.dtype) == ((2, 3), 2, 6, 2, "float32")
+        assert (x.strides, x.itemsize, x.nbytes) == ((12, 4), 4, 24)
+        assert x.flags.c_contiguous and not x.T.flags.c_contiguous
+        assert x.dtype != "float64"
+        assert [row.shape for row in x] == [(3,), (3,)]
+        total = sum(row.sum() for row in x)
+        y = strict.where(x > 1, x, -x) ** 2 / total
+        y[0] += total
+        strict.add.at(y, ids, added)
+        y[ids[:2]] = x[ids].max(axis=0)
+        y[:, None].fill(0)
+    assert (counts.synchronisations, counts.uploads) == (0, 0)
+
+
+def test_uploads_are_counted():
+    x = device(3)
+    with strict.counting() as counts:
+        assert strict.asarray(x) is x
+        copied = HOST.copy()
+        y = strict.asarray(copied)
+        copied[:] = 0
+        x[[0, 1]], x[np.array([0])]
+    assert (counts.synchronisations, counts.uploads) == (0, 3)
+    assert y.tolist() == [1, 1, 1]
+
+
+# --------------------------------------------------------------------------- the double: arithmetic
+
+
+@pytest.mark.parametrize(
+    "scalar, dtype",
+    [(2.0, "float32"), (2, "float32"), (True, "float32"), (2j, "complex64"),
+     (np.float32(2), "float32"), (np.float64(2), "float64"), (np.int64(2), "float64")],
+)  # fmt: skip
+def test_scalars_promote_as_in_numpy_2(scalar, dtype):
+    x = device(3)
+    for result in (x * scalar, scalar * x, strict.multiply(x, scalar)):
+        assert result.dtype == dtype
+        assert np.array_equal(result.get(), np.array([1, 2, 3]) * scalar)
+
+
+def test_a_number_on_the_device_is_no_scalar():
+    x = device(3)
+    total = x.sum(dtype="float64")
+    assert type(total) is strict.ndarray and total.shape == ()
+    assert (x * total).dtype == "float64"
+    with pytest.raises(TypeError):
+        strict.multiply(x, 2, out=x.astype("int64"))
+
+
+OPERATORS = [
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod,
+    operator.pow, operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne,
+    operator.iadd, operator.isub, operator.imul, operator.itruediv,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", OPERATORS, ids=lambda f: f.__name__)
+def test_operators_are_numpys(function):
+    a, b = np.array([[1.0, 2, 3], [4, 5, 6]]), np.array([3.0, 2, 1])
+    operands = [(a, b), (a, 2)]
+    if not function.__name__.startswith("i"):
+        operands.append((2, a))
+    for x, y in operands:
+        result = function(on_device(x), on_device(y))
+        assert type(result) is strict.ndarray
+        np.testing.assert_array_equal(result.get(), function(np.copy(x), y), strict=True)
+
+
+def test_what_is_changed_in_place_is_changed_for_every_view():
+    x = device(2, 3)
+    row, number, transposed, same = x[1], x[0, 0], x.T, x.reshape(-1)
+    row += 1
+    number *= 10
+    strict.exp(0 * same[1:2], out=same[1:2])
+    assert x.tolist() == [[10, 1, 3], [5, 6, 7]]
+    assert transposed.tolist() == [[10, 5], [1, 6], [3, 7]]
+    z = x.astype("complex128")
+    z.real[...] = 0
+    assert not z.get().any() and x.get().any()
+
+
+def test_every_name_is_there():
+    for name in strict.NAMES:
+        assert hasattr(strict, name), name
+    public = {name for name in vars(strict) if not name.startswith("_")}
+    own = {"counting", "synchronisations", "uploads", "erf", "np", "special", "SimpleNamespace"}
+    assert {name for name in public - own if not name.isupper()} == strict.NAMES
+
+
+def test_every_name_is_one_of_cupys():
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed; a GPU is not needed")
+    for name in strict.NAMES:
+        assert hasattr(cupy, name), name
+    assert not hasattr(cupy, "errstate")
+    for name in vars(strict.ndarray).keys() - {"_host", "__slots__", "__module__"}:
+        assert hasattr(cupy.ndarray, name), name
+    assert not hasattr(cupy.ndarray, "__imatmul__")
+    assert not hasattr(cupy.ndarray, "__index__")
+
+
+def test_tinyldm_asks_for_no_other_name():
+    """Also where no test of this file comes by."""
+    asked = set()
+    for file in Path(tinyldm.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and _is_library(node.value):
+                asked.add(node.attr)
+    assert {"empty", "add", "lib", "tanh", "repeat", "clip", "full"} <= asked
+    assert asked - {"__name__"} <= strict.NAMES
+
+
+def _is_library(node):
+    """Is it `xp`, `self.xp` or `array_module(x)`?"""
+    if isinstance(node, ast.Call):
+        return getattr(node.func, "id", "") == "array_module"
+    return "xp" in (getattr(node, "id", ""), getattr(node, "attr", ""))
+
+
+# --------------------------------------------------------------------------------- every function
+
+
+def test_every_function_is_among_those_called_here():
+    functions = {name for name, value in vars(F).items() if hasattr(value, "__wrapped__")}
+    assert functions | {"conv2d", "attention"} == EVERYTHING.keys()
+
+
+def same_on_the_device(function, arrays, options, without_weights=False):
+    """Forward and backward, without an upload and without waiting."""
+    y, backward = function(*arrays, **options)
+    dy = np.asarray(random_array(np.random.default_rng(0), y.shape))
+    arrays_there, options_there, dy_there = on_device((tuple(arrays), options, dy))
+    with strict.counting() as counts:
+        y_there, backward_there = function(*arrays_there, **options_there)
+        returned_there = backward_there(dy_there)
+    assert (counts.synchronisations, counts.uploads) == (0, 0)
+    near(y_there, y)
+    near(returned_there, backward(dy))
+    near(arrays_there, tuple(arrays), tol=0)
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+@given(data=st.data())
+def test_functions(name, data):
+    call = data.draw(EVERYTHING[name])
+    same_on_the_device(call.function, call.arrays(), call.options)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@given(data=st.data())
+def test_convolutions(algorithm, data):
+    call = data.draw(conv_calls(algorithm))
+    same_on_the_device(conv2d, call.arrays(), call.options | {"algorithm": algorithm})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_functions_without_a_backward_pass(dtype):
+    x, t = np.linspace(-7, 7, 29).astype(dtype), np.array([0, 3, 999])
+    x_there, t_there = on_device((x, t))
+    with strict.counting() as counts:
+        cdf = F.normal_cdf(x_there)
+        waves = [F.time_embedding(t_there, d, flip) for d in (6, 7) for flip in (True, False)]
+    assert (counts.synchronisations, counts.uploads) == (0, 0)
+    near(cdf, F.normal_cdf(x))
+    near(waves, [F.time_embedding(t, d, flip) for d in (6, 7) for flip in (True, False)])
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+@given(data=st.data())
+def test_check_gradients(name, data):
+    call = data.draw(EVERYTHING[name])
+    function = partial(call.function, **on_device(call.options))
+    if name in ("gelu", "geglu"):  # CuPy has no erf of complex numbers
+        check(function, on_device(call.arrays()), method="central", tol=1e-6)
+    else:
+        check(function, on_device(call.arrays()), tol=1e-12)
+
+
+# ------------------------------------------------------------------------------------- the networks
+
+
+seldom = settings(max_examples=max(3, settings.default.max_examples // 3))
+
+
+def same_network_on_the_device(network, params, inputs):
+    """Forward and backward of a network, without an upload and without waiting."""
+    y, backward = network(params, *inputs)
+    dy = random_array(np.random.default_rng(0), y.shape)
+    grads, grads_there = {}, {}
+    params_there, inputs_there, dy_there = on_device((params, tuple(inputs), dy))
+    with strict.counting() as counts:
+        y_there, backward_there = network(params_there, *inputs_there)
+        returned_there = backward_there(dy_there, grads_there)
+        with no_grad():
+            again, _ = network(params_there, *inputs_there)
+    assert (counts.synchronisations, counts.uploads) == (0, 0)
+    near(y_there, y, tol=1e-10)
+    near(again, y, tol=1e-10)
+    near(returned_there, backward(dy, grads), tol=1e-10)
+    near(grads_there, grads, tol=1e-10)
+    near(params_there, params, tol=0)
+
+
+@seldom
+@given(unet_configs(levels=st.integers(1, 2), layers=st.just(1)))
+def test_unet(config):
+    unet = UNet(config)
+    same_network_on_the_device(unet, random_params(unet.shapes()), unet_inputs(config))
+
+
+@seldom
+@given(vae_configs(levels=st.integers(1, 2), layers=st.just(1)))
+def test_autoencoder(config):
+    vae = AutoencoderKL(config)
+    params, factor = random_params(vae.shapes()), vae.factor
+    rng = np.random.default_rng(0)
+    pictures = random_array(rng, (2, 2 * factor, 3 * factor, config["in_channels"]))
+    z, noise = (random_array(rng, (2, 2, 3, config["latent_channels"])) for _ in range(2))
+    same_network_on_the_device(vae.to_latents, params, [pictures])
+    same_network_on_the_device(vae.to_latents, params, [pictures, noise])
+    same_network_on_the_device(vae.from_latents, params, [z])
+    same_network_on_the_device(partial(recompute, vae.decode), params, [z])
+
+
+@pytest.mark.parametrize("far", [1, 40])  # where the log-variance is clamped, too
+def test_gaussian_of_the_autoencoder(far):
+    rng = np.random.default_rng(0)
+    moments, noise = far * random_array(rng, (2, 3, 3, 4)), random_array(rng, (2, 3, 3, 2))
+    same_on_the_device(sample_gaussian, [moments], {"noise": noise})
+    same_on_the_device(sample_gaussian, [moments], {"noise": None})
+    same_on_the_device(kl_loss, [moments], {})
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_text_encoder(activation):
+    config = {
+        "vocab_size": 12, "hidden_size": 6, "intermediate_size": 8, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 5, "hidden_act": activation,
+    }  # fmt: skip
+    text = TextEncoder(config)
+    ids = np.random.default_rng(0).integers(0, 12, (3, 4))
+    same_network_on_the_device(text, random_params(text.shapes()), [ids])
+
+
+def test_value_and_grad():
+    rng = np.random.default_rng(0)
+    params = {"w": random_array(rng, (3, 4)), "b": random_array(rng, (3,))}
+    batch = random_array(rng, (5, 4)), random_array(rng, (5, 3))
+
+    def loss_fn(params, x, target):
+        y, linear_back = F.linear(x, params["w"], params["b"])
+        loss, loss_back = F.mse(y, target)
+
+        def backward(grads):
+            dy, _ = loss_back()
+            _, grads["w"], grads["b"] = linear_back(dy)
+
+        return loss, backward
+
+    params_there, batch_there = on_device((params, batch))
+    with strict.counting() as counts:
+        whole = value_and_grad(loss_fn, params_there, batch_there)
+        shards = value_and_grad(loss_fn, params_there, batch_there, shards=3)
+    assert (counts.synchronisations, counts.uploads) == (0, 0)
+    near(whole, value_and_grad(loss_fn, params, batch))
+    near(shards, value_and_grad(loss_fn, params, batch))
+
+
+# ---------------------------------------------------------------------------- training and sampling
+
+CONFIG = Config(
+    side=8, vae_widths=(4, 8), latent_channels=2, unet_widths=(4, 8), unet_attention=(False, True),
+    heads=2, groups=2, text_width=4, text_layers=1, tokens=16, vocabulary=560,
+)  # fmt: skip
+CAPTIONS = ["a red circle", "a blue square", "a blue circle", "a square"]
+
+
+@pytest.fixture(scope="module")
+def models():
+    return Models(CONFIG, Tokenizer.train(CAPTIONS, CONFIG.vocabulary, CONFIG.tokens))
+
+
+def autoencoder_run(models):
+    rng = np.random.default_rng(0)
+    pictures, noise = rng.uniform(-1, 1, (4, 8, 8, 3)), rng.normal(size=(4, 4, 4, 2))
+    loss_fn = autoencoder_loss(models.vae, CONFIG.kl_weight)
+    return loss_fn, random_params(models.vae.shapes()), (pictures, noise), ()
+
+
+def denoiser_run(models, min_snr=None):
+    rng = np.random.default_rng(0)
+    z, noise = rng.normal(size=(2, 4, 4, 4, 2))
+    on_the_host = rng.integers(0, 1000, 4)  # t, which picks from the tables of the schedule
+    params = random_params(models.unet.shapes() | models.text.shapes())
+    batch = z, noise, models.tokenizer(CAPTIONS)
+    return denoiser_loss(models, min_snr), params, batch, (on_the_host,)
+
+
+RUNS = {  # and how many small arrays a step may send to the device
+    "autoencoder": (autoencoder_run, 0),
+    "denoiser": (denoiser_run, 5),  # t, and √ᾱ and √(1 − ᾱ) for x_t and for the target v
+    "denoiser, min-SNR": (partial(denoiser_run, min_snr=5.0), 6),  # the weights, too
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_step_of_training_never_waits(name, models):
+    make, uploads = RUNS[name]
+    loss_fn, params, batch, batch_on_host = make(models)
+    stage = name.partition(",")[0]
+    state_there = State(CONFIG, stage, on_device(params))
+    state = State(CONFIG, stage, {name: w.copy() for name, w in params.items()})
+    batch_there = on_device(batch)
+    for step in range(2):
+        with strict.counting() as counts:
+            result_there = train_step(
+                state_there, loss_fn, (*batch_there, *batch_on_host), 1e-3, ema=0.99
+            )
+        assert (counts.synchronisations, counts.uploads) == (0, uploads)
+        result = train_step(state, loss_fn, (*batch, *batch_on_host), 1e-3, ema=0.99)
+        near(result_there, result, tol=1e-8)
+        state.step = state_there.step = step + 1
+    for part in ("params", "moments", "average"):
+        near(getattr(state_there, part), getattr(state, part), tol=1e-8)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_step_of_training_keeps_float32(name, models):
+    loss_fn, params, batch, batch_on_host = RUNS[name][0](models)
+    params = {key: w.astype("float32") for key, w in params.items()}
+    batch = [x.astype("float32") if x.dtype == "float64" else x for x in batch]
+    loss, grads = value_and_grad(loss_fn, on_device(params), (*on_device(batch), *batch_on_host))
+    assert grads.keys() == params.keys()
+    assert {x.dtype.name for x in (loss, *grads.values())} == {"float32"}
+
+
+def test_a_state_is_saved_from_the_device(tmp_path, models):
+    _, params, _, _ = autoencoder_run(models)
+    state = State(CONFIG, "autoencoder", on_device(params))
+    save_state(tmp_path, state)
+    loaded = load_state(tmp_path)
+    for part in ("params", "moments", "average"):
+        near(getattr(state, part), getattr(loaded, part), tol=0)
+
+
+def pipeline(models, to=lambda x: x, dtype="float64"):
+    params = {
+        name: {k: to(w.astype(dtype)) for k, w in random_params(model.shapes()).items()}
+        for name, model in (
+            ("unet", models.unet), ("vae", models.vae), ("text_encoder", models.text),
+        )
+    }  # fmt: skip
+    configs = {
+        "unet": CONFIG.unet_config(),
+        "vae": CONFIG.vae_config(),
+        "text_encoder": CONFIG.text_config(models.tokenizer),
+        "scheduler": CONFIG.scheduler_config(),
+    }
+    return Pipeline(configs, params, models.tokenizer)
+
+
+@pytest.mark.parametrize("guidance", [1, 3.0])
+@pytest.mark.parametrize("sampler, noises", [("ddim", 0), ("ddpm", 3)])
+def test_sampling_waits_once_for_the_pictures(sampler, noises, guidance, models):
+    painter, painter_there = pipeline(models), pipeline(models, strict.asarray)
+    prompts, options = CAPTIONS[:2], {"steps": 4, "guidance": guidance, "sampler": sampler}
+    with strict.counting() as counts:
+        path_there = list(painter_there.denoise(prompts, **options))
+    assert counts.synchronisations == 0
+    assert counts.uploads == 1 + noises + (1 if guidance == 1 else 2)  # start, noise, token ids
+    near(path_there, list(painter.denoise(prompts, **options)), tol=1e-9)
+    with strict.counting() as counts:
+        pictures_there = painter_there(prompts, **options)
+    assert counts.synchronisations == 1
+    for picture_there, picture in zip(pictures_there, painter(prompts, **options), strict=True):
+        levels = np.int64(picture_there) - np.int64(picture)
+        assert np.abs(levels).max() <= 1 and (levels != 0).mean() < 0.01
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_sampling_keeps_float32(sampler, models):
+    painter = pipeline(models, strict.asarray, "float32")
+    for x, x0 in painter.denoise(CAPTIONS[:2], steps=3, guidance=2.0, sampler=sampler):
+        assert x.dtype == x0.dtype == "float32"
+
+
+def test_latents_and_pictures_of_the_user(models):
+    painter, painter_there = pipeline(models), pipeline(models, strict.asarray)
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((1, 4, 4, 2), dtype="float32")
+    pictures = rng.integers(0, 256, (3, 8, 8, 3), dtype="uint8")
+    last_there, last = (
+        list(p.denoise("a red circle", latents=latents, steps=2)) for p in (painter_there, painter)
+    )
+    near(last_there, last, tol=1e-9)
+    with strict.counting() as counts:
+        encoded = painter_there.encode(pictures)
+        decoded = painter_there.decode(encoded)
+    assert (counts.synchronisations, counts.uploads) == (1, 1)
+    near(encoded, painter.encode(pictures), tol=1e-9)
+    assert np.abs(np.int64(decoded) - painter.decode(painter.encode(pictures))).max() <= 1
+
+
+def test_a_pipeline_is_saved_from_the_device(tmp_path, models):
+    painter = pipeline(models, strict.asarray, "float32")
+    painter.save(tmp_path)
+    loaded = Pipeline.load(tmp_path)
+    near(painter.params, loaded.params, tol=0)
