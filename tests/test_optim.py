@@ -40,7 +40,7 @@ def assert_equal(found, expected, rtol=0.0, atol=0.0):
         np.testing.assert_allclose(found[name], expected[name], rtol=rtol, atol=atol, err_msg=name)
 
 
-# ------------------------------------------------------------------------------------------- AdamW
+# -------------------------------------------------------------------------------------------- AdamW
 
 
 def reference_step(w, g, m, v, average, step, lr, scale, decay, ema):
@@ -226,7 +226,7 @@ def test_average_follows_the_weights_after_their_step():
     assert_equal(average, expected, 1e-13)
 
 
-# --------------------------------------------------------------------------------- clipping and rate
+# -------------------------------------------------------------------------------- clipping and rate
 
 
 @given(seed=seeds, size=st.floats(1e-6, 1e6))

@@ -63,7 +63,7 @@ def assert_same(found, expected):
         np.testing.assert_allclose(found[1][name], dw, rtol=0, atol=1e-12 * abs(dw).max())
 
 
-# ------------------------------------------------------------------------------- gradient of a batch
+# ------------------------------------------------------------------------------ gradient of a batch
 
 
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1), n=st.integers(1, 9))
@@ -213,7 +213,7 @@ def test_limits_of_blas_can_be_nested():
     assert blas_counts() == {2}
 
 
-# ------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 @given(n=st.integers(1, 40), size=st.integers(1, 50))

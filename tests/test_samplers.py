@@ -47,9 +47,8 @@ def denoiser(schedule, mean=MEAN, spread=SPREAD):
 
 def sample(sampler, schedule, x, steps, mean=MEAN, spread=SPREAD, **options):
     """The last x of a sampler with a perfect network."""
-    for x, _ in sampler(denoiser(schedule, mean, spread), schedule, x, steps, **options):
-        pass
-    return x
+    *_, (y, _) = sampler(denoiser(schedule, mean, spread), schedule, x, steps, **options)
+    return y
 
 
 def moments(sampler, schedule, steps, **options):
@@ -64,7 +63,7 @@ def moments(sampler, schedule, steps, **options):
     return y[0], math.sqrt(((y[1:] - y[0]) ** 2).sum())
 
 
-# -------------------------------------------------------------------------------------- time steps
+# --------------------------------------------------------------------------------------- time steps
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 1000])
@@ -122,7 +121,7 @@ def test_unknown_spacing_is_refused():
         spaced("karras", 10)
 
 
-# -------------------------------------------------------------------------------------- trajectory
+# --------------------------------------------------------------------------------------- trajectory
 
 
 @pytest.mark.parametrize("steps", COUNTS)
@@ -201,7 +200,7 @@ def test_clipping_leaves_the_predicted_noise_alone():
     np.testing.assert_allclose(y, a * 1 + s * noise, rtol=1e-13)
 
 
-# -------------------------------------------------------------------------------------------- DDIM
+# --------------------------------------------------------------------------------------------- DDIM
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -288,7 +287,7 @@ def test_ddim_without_eta_is_deterministic(noise):
     np.testing.assert_array_equal(y, sample(ddim, schedule, x, 50))
 
 
-# -------------------------------------------------------------------------------------------- DDPM
+# --------------------------------------------------------------------------------------------- DDPM
 
 
 def pushed_through(schedule, steps):
@@ -361,7 +360,7 @@ def test_spread_of_ddim_rises_with_eta_to_that_of_ddpm():
     assert one_step[2] > 0.1
 
 
-# ---------------------------------------------------------------------------------------- guidance
+# ----------------------------------------------------------------------------------------- guidance
 
 
 def recorder(calls):

@@ -70,7 +70,7 @@ def drawn_and_known(test):
     return given(schedule=configs().map(Schedule))(test)
 
 
-# ----------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -124,7 +124,7 @@ def test_tables_stay_float64_and_pictures_float32():
     np.testing.assert_allclose(low, schedule.add_noise(x0, noise, t), atol=1e-6)
 
 
-# -------------------------------------------------------------------------------------- posterior
+# ---------------------------------------------------------------------------------------- posterior
 
 
 def check_posterior(now, then):
@@ -191,18 +191,18 @@ def test_every_sample_of_a_batch_has_its_own_step(shape):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", ["Stable Diffusion", "DDPM", "cosine"])
-@given(x0=st.floats(-10, 10), noise=st.floats(-10, 10))
-def test_a_right_prediction_gives_back_picture_and_noise_at_every_step(prediction, name, x0, noise):
+def test_a_right_prediction_gives_back_picture_and_noise_at_every_step(prediction, name):
     schedule = known(name, prediction_type=prediction)
     t = np.arange(len(schedule))
-    x0, noise = np.full((len(t), 1), x0), np.full((len(t), 1), noise)
+    x0, noise = np.random.default_rng(0).uniform(-10, 10, (2, len(t), 5))
     x, target = schedule.add_noise(x0, noise, t), schedule.target(x0, noise, t)
     for k, alpha_bar in enumerate(schedule.alphas_bar):
         found_x0, found_noise = schedule.split(target[k], x[k], alpha_bar)
         # Rounding of x_t, over the signal where x_0 is solved for, or over the noise where ε is.
         x0_tol = TIGHT / (math.sqrt(alpha_bar) if prediction == "epsilon" else 1)
         noise_tol = TIGHT / (math.sqrt(1 - alpha_bar) if prediction == "sample" else 1)
-        assert abs(found_x0 - x0[k]) <= x0_tol and abs(found_noise - noise[k]) <= noise_tol
+        assert abs(found_x0 - x0[k]).max() <= x0_tol
+        assert abs(found_noise - noise[k]).max() <= noise_tol
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -228,7 +228,7 @@ def test_velocity_is_the_derivative_along_the_circle():
         np.testing.assert_allclose(schedule.target(x0, noise, [t]), x.imag / 1e-20, rtol=1e-10)
 
 
-# ----------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import importlib
 import os
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 
@@ -121,6 +121,7 @@ def map_threads(function, items, workers=None):
         futures = [
             _pool(workers).submit(contextvars.copy_context().run, function, item) for item in items
         ]
+        wait(futures)  # all of them, also where one has failed, before the limit is lifted
         return [future.result() for future in futures]
 
 

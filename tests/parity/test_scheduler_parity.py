@@ -80,7 +80,7 @@ def start(steps):
     return x, noises
 
 
-# -------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 @pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler])
@@ -122,7 +122,7 @@ def test_timesteps(name):
         np.testing.assert_array_equal(timesteps(ours, steps), expected)
 
 
-# -------------------------------------------------------------------------------------- trajectories
+# ------------------------------------------------------------------------------------- trajectories
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -151,7 +151,7 @@ def test_ddim(name, eta, prediction):
 def test_ddpm(name, prediction, monkeypatch):
     theirs, ours = both_schedules(DDPMScheduler, CONFIGS[name] | {"prediction_type": prediction})
     for steps in (*STEPS, 30, 300):
-        # After a last step at t > 0 theirs adds noise of variance 1e-20, ours none: it is zero here.
+        # After a last step at t > 0 theirs adds noise of variance 1e-20, ours none; it is 0 here.
         x, noises = start(steps)
         feed = iter(noises)
         monkeypatch.setattr(
@@ -163,7 +163,7 @@ def test_ddpm(name, prediction, monkeypatch):
         assert_same(ddpm(network, ours, x, steps, iter(noises).__next__), expected)
 
 
-# ------------------------------------------------------------------ where theirs is not to be followed
+# --------------------------------------------------------------- where theirs is not to be followed
 #
 # There ours is held against the mathematics. With a single point μ as data the trajectory is
 # x = √ᾱ μ + √(1 − ᾱ) ε, at the ᾱ of the steps that are visited, with one ε from start to end.

@@ -29,16 +29,6 @@ def diffusion_loss(predict, schedule, x0, noise, t, min_snr=None):
     return loss, backward
 
 
-def draw_times(rng, n, total, centre=-0.5, spread=1.0):
-    """Time steps (n,) in 0…total−1, mostly in the middle, where what a picture shows is decided.
-
-    t / total = sigmoid of a normal number (Esser et al. 2024, section 3.1). At the very start there
-    is nothing to predict but noise, at the very end nothing to see.
-    """
-    u = 1 / (1 + np.exp(-rng.normal(centre, spread, n)))
-    return np.minimum((u * total).astype(np.int64), total - 1)
-
-
 def min_snr_weight(snr, prediction, gamma):
     """min(SNR, γ) as a weight of the loss in x_0, expressed for each prediction (n,).
 

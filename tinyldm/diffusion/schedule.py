@@ -130,8 +130,8 @@ def posterior(alpha_bar, alpha_bar_previous):
 
     Ho et al. 2020, eq. 6 and 7, with β and α taken between the two steps, however far apart.
     """
-    alpha = alpha_bar / alpha_bar_previous
+    beta = (alpha_bar_previous - alpha_bar) / alpha_bar_previous  # 1 − α would cancel
     rest = 1 - alpha_bar
-    x0_weight = math.sqrt(alpha_bar_previous) * (1 - alpha) / rest
-    xt_weight = math.sqrt(alpha) * (1 - alpha_bar_previous) / rest
-    return x0_weight, xt_weight, (1 - alpha_bar_previous) / rest * (1 - alpha)
+    x0_weight = math.sqrt(alpha_bar_previous) * beta / rest
+    xt_weight = math.sqrt(alpha_bar / alpha_bar_previous) * (1 - alpha_bar_previous) / rest
+    return x0_weight, xt_weight, (1 - alpha_bar_previous) / rest * beta

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tinyldm.backend import array_module, map_batch, to_device
 from tinyldm.data.folder import load_folder
 from tinyldm.data.shapes import make_shapes
-from tinyldm.diffusion.objective import diffusion_loss, draw_times
+from tinyldm.diffusion.objective import diffusion_loss
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet
 from tinyldm.models.autoencoder import kl_loss, sample_gaussian
@@ -188,7 +188,7 @@ def fit_denoiser(run, state, models, images, captions, stop, say):
         size = config.denoiser.batch
         chosen = rng.integers(0, len(images), size)
         normal = rng.standard_normal((2, size, *mean.shape[1:]), dtype=np.float32)
-        t = draw_times(rng, size, len(models.schedule))
+        t = rng.integers(0, len(models.schedule), size)
         dropped = rng.random(size) < config.caption_dropout
         z = (mean[chosen] + std[chosen] * normal[0]) * np.float32(state.scaling_factor)
         tokens = np.where(dropped[:, None], no_caption, ids[chosen])

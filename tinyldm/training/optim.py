@@ -52,6 +52,8 @@ def adamw(params, grads, state, average, step, lr, scale=1.0, decay=0.01, ema=0.
         for name in names:
             w, m, v, e = params[name], state["m"][name], state["v"][name], average[name]
             xp = array_module(w)
+            if not w.flags.c_contiguous:  # its flat form would be a copy
+                raise ValueError(f"adamw: {name} is not C-contiguous, it cannot change in place")
             shrink = 1 - lr * decay if w.ndim > 1 else 1.0
             flat = (a.reshape(-1) for a in (w, grads[name], m, v, e))
             for w_, g_, m_, v_, e_ in pieces(*flat):

@@ -24,8 +24,8 @@ def value_and_grad(loss_fn, params, batch, shards=None):
         backward(grads)
         weight = (end - begin) / n
         if weight != 1:
-            for dw in grads.values():
-                dw *= weight
+            for name in grads:
+                grads[name] *= weight
         return loss * weight, grads
 
     (loss, grads), *others = map_threads(run, range(shards))

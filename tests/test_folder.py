@@ -1,0 +1,394 @@
+"""A folder of anybody's pictures: every kind that is met with, captions, and what cannot be read."""
+
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from PIL import Image
+from PIL.Image import Transpose
+
+from tinyldm.data.folder import FORMATS, DataError, load_folder, load_picture
+
+SIDE = 8
+
+
+def solid(mode, colour, size=(12, 12)):
+    return Image.new(mode, size, colour)
+
+
+def palette(colour, **info):
+    picture = Image.new("P", (12, 12), 3)
+    picture.putpalette([9] * 9 + list(colour))
+    picture.info.update(info)
+    return picture
+
+
+def gray16(level, **options):
+    return Image.fromarray(np.full((12, 12), level, np.uint16), **options)
+
+
+def save(picture, file, **options):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(file, **options)
+    return file
+
+
+def one_line(caught, file):
+    text = str(caught.value)
+    assert "\n" not in text and str(file) in text
+    return text
+
+
+# ------------------------------------------------------------------------------------ kinds of picture
+
+
+@pytest.mark.parametrize(
+    ("picture", "suffix", "expected"),
+    [
+        (solid("RGB", (200, 30, 90)), "png", (200, 30, 90)),
+        (solid("RGB", (200, 30, 90)), "bmp", (200, 30, 90)),
+        (solid("L", 100), "png", (100, 100, 100)),
+        (solid("L", 100), "jpeg", (100, 100, 100)),
+        (solid("1", 1), "png", (255, 255, 255)),
+        (solid("1", 0), "bmp", (0, 0, 0)),
+        (palette((200, 30, 90)), "png", (200, 30, 90)),
+        (palette((200, 30, 90)), "gif", (200, 30, 90)),
+        (gray16(0), "png", (0, 0, 0)),
+        (gray16(65535), "png", (255, 255, 255)),
+        (gray16(100 * 257), "png", (100, 100, 100)),
+        # What is transparent lies on white, in whatever way the file says that it is.
+        (solid("LA", (100, 255)), "png", (100, 100, 100)),
+        (solid("LA", (100, 51)), "png", (224, 224, 224)),
+        (solid("RGBA", (200, 30, 90, 255)), "png", (200, 30, 90)),
+        (solid("RGBA", (200, 30, 90, 51)), "png", (244, 210, 222)),
+        (solid("RGBA", (200, 30, 90, 0)), "png", (255, 255, 255)),
+        (solid("RGBA", (200, 30, 90, 0)), "webp", (255, 255, 255)),
+        (palette((200, 30, 90), transparency=3), "png", (255, 255, 255)),
+        (palette((200, 30, 90), transparency=2), "png", (200, 30, 90)),
+        (palette((200, 30, 90), transparency=bytes([0, 0, 0, 51])), "png", (244, 210, 222)),
+        (palette((200, 30, 90), transparency=3), "gif", (255, 255, 255)),
+    ],
+    ids=lambda x: x.mode if isinstance(x, Image.Image) else str(x),
+)  # fmt: skip
+def test_every_mode_becomes_the_colours_that_are_seen(tmp_path, picture, suffix, expected):
+    file = save(picture, tmp_path / f"a.{suffix}")
+    found = load_picture(file, SIDE)
+    assert (found.shape, found.dtype) == ((SIDE, SIDE, 3), np.uint8)
+    tolerance = 2 if suffix in ("jpeg", "webp") else 1
+    assert abs(found.astype(int) - expected).max() <= tolerance
+    images, captions = load_folder(tmp_path, SIDE)
+    np.testing.assert_array_equal(images, found[None])
+    assert captions == [""]
+
+
+def test_a_transparent_colour_without_an_alpha_channel(tmp_path):
+    """One colour of a PNG in RGB or L may be declared transparent."""
+    for mode, key, other in (("RGB", (1, 2, 3), (200, 30, 90)), ("L", 7, 100)):
+        file = save(solid(mode, key), tmp_path / f"{mode}.png", transparency=key)
+        assert (load_picture(file, SIDE) == 255).all(), mode
+        file = save(solid(mode, other), tmp_path / f"{mode}-other.png", transparency=key)
+        assert (load_picture(file, SIDE) == np.array(other)).all(), mode
+
+
+def test_cmyk(tmp_path):
+    file = save(solid("CMYK", (0, 255, 255, 0)), tmp_path / "a.jpg", quality=95)
+    assert abs(load_picture(file, SIDE).astype(int) - (255, 0, 0)).max() <= 3
+
+
+def test_the_first_frame_of_an_animation(tmp_path):
+    red, blue = solid("RGB", (255, 0, 0)), solid("RGB", (0, 0, 255))
+    for suffix in ("gif", "webp"):
+        file = tmp_path / f"a.{suffix}"
+        options = {"lossless": True} if suffix == "webp" else {}
+        save(red, file, save_all=True, append_images=[blue], **options)
+        assert (load_picture(file, SIDE) == (255, 0, 0)).all(), suffix
+
+
+UPRIGHT = np.zeros((24, 24, 3), np.uint8)  # every quarter in a colour of its own
+UPRIGHT[:12, :12], UPRIGHT[:12, 12:] = (250, 0, 0), (0, 250, 0)
+UPRIGHT[12:, :12], UPRIGHT[12:, 12:] = (0, 0, 250), (250, 250, 250)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "as_stored"),
+    [  # how the camera turned it, which is undone
+        (1, None),
+        (2, Transpose.FLIP_LEFT_RIGHT),
+        (3, Transpose.ROTATE_180),
+        (4, Transpose.FLIP_TOP_BOTTOM),
+        (5, Transpose.TRANSPOSE),
+        (6, Transpose.ROTATE_90),
+        (7, Transpose.TRANSVERSE),
+        (8, Transpose.ROTATE_270),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_a_turned_photograph_is_turned_back(tmp_path, orientation, as_stored, suffix):
+    picture = Image.fromarray(UPRIGHT)
+    if as_stored is not None:
+        picture = picture.transpose(as_stored)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = save(picture, tmp_path / f"a.{suffix}", exif=exif, quality=95)
+    found = load_picture(file, 24).astype(int)
+    corners = np.s_[2::19, 2::19]
+    assert abs(found[corners] - UPRIGHT[corners]).max() < 60
+
+
+# ---------------------------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize("size", [(60, 20), (20, 60), (61, 20), (600, 200)])
+def test_the_square_in_the_middle_is_kept(tmp_path, size):
+    wide = size[0] > size[1]
+    pixels = np.zeros((*size[::-1], 3), np.uint8)
+    cut = max(size) // 3
+    middle = np.s_[:, cut:-cut] if wide else np.s_[cut:-cut]
+    pixels[middle] = (10, 200, 30)
+    found = load_picture(save(Image.fromarray(pixels), tmp_path / "a.png"), SIDE)
+    assert abs(found[2:-2, 2:-2].astype(int) - (10, 200, 30)).max() <= 4  # the filter reaches out
+
+
+def test_a_picture_of_the_right_size_is_left_as_it_is(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    file = save(Image.fromarray(pixels), tmp_path / "a.png")
+    np.testing.assert_array_equal(load_picture(file, SIDE), pixels)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (3, 2), (7, 9)])
+def test_smaller_pictures_are_enlarged(tmp_path, size):
+    file = save(solid("RGB", (200, 30, 90), size), tmp_path / "a.png")
+    assert abs(load_picture(file, SIDE).astype(int) - (200, 30, 90)).max() <= 1
+
+
+def test_mixed_sizes_and_modes_in_one_folder(tmp_path):
+    pictures = [solid("RGB", (200, 30, 90), (40, 30)), solid("L", 7, (5, 9)), gray16(257),
+                solid("RGBA", (0, 0, 0, 0), (3, 90)), palette((1, 2, 3))]  # fmt: skip
+    for i, picture in enumerate(pictures):
+        save(picture, tmp_path / f"{i}.png")
+    images, captions = load_folder(tmp_path, 16)
+    assert (images.shape, images.dtype) == ((5, 16, 16, 3), np.uint8)
+    levels = [(200, 30, 90), (7, 7, 7), (1, 1, 1), (255, 255, 255), (1, 2, 3)]
+    np.testing.assert_array_equal(images[:, 8, 8], levels)
+    assert captions == [""] * 5
+
+
+def test_folders_are_searched_for_all_formats_in_any_case(tmp_path):
+    for i, suffix in enumerate([*FORMATS, ".PNG", ".JpG"]):
+        kind = {"jpg": "JPEG"}.get(suffix[1:].lower(), suffix[1:].upper())
+        save(solid("RGB", (i, i, i)), tmp_path / "deep" / "er" / f"{i}{suffix}", format=kind)
+    (tmp_path / "notes.md").write_text("no picture")
+    images, captions = load_folder(tmp_path, SIDE)
+    assert len(images) == len(FORMATS) + 2
+    assert set(captions) == {"er"}
+
+
+# ------------------------------------------------------------------------------------------- captions
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    """One picture for each way to say what it shows, and for none."""
+    for name in ("listed.png", "told.png", "both.png", "silent.png", "red_circles/one.png",
+                 "red_circles/told.png", "a/b/deep.png"):  # fmt: skip
+        save(solid("RGB", (1, 2, 3)), tmp_path / name)
+    lines = [
+        {"file_name": "listed.png", "text": "from the list"},
+        {"file_name": "both.png", "text": "the list goes first", "other": 1},
+        {"file_name": "a/b/deep.png", "text": "deep in the list"},
+        {"file_name": "gone.png", "text": "no such picture"},
+    ]
+    text = "\n\n".join(map(json.dumps, lines)) + "\n"
+    (tmp_path / "metadata.jsonl").write_text(text)
+    (tmp_path / "told.txt").write_text("  from the text file\n")
+    (tmp_path / "both.txt").write_text("not this")
+    (tmp_path / "red_circles" / "told.txt").write_text("told, not the folder")
+    return tmp_path
+
+
+def captions_of(folder):
+    """{name: caption}, in the order of loading."""
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in FORMATS)
+    names = [p.relative_to(folder).as_posix() for p in files]
+    return dict(zip(names, load_folder(folder, SIDE)[1], strict=True))
+
+
+def test_where_captions_come_from(shelf):
+    expected = {
+        "a/b/deep.png": "deep in the list",
+        "both.png": "the list goes first",
+        "listed.png": "from the list",
+        "red_circles/one.png": "red circles",
+        "red_circles/told.png": "told, not the folder",
+        "silent.png": "",
+        "told.png": "from the text file",
+    }
+    assert captions_of(shelf) == expected
+    (shelf / "metadata.jsonl").unlink()
+    expected |= {"a/b/deep.png": "b", "both.png": "not this", "listed.png": ""}
+    assert captions_of(shelf) == expected
+
+
+CAPTION = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@given(st.lists(CAPTION, min_size=1, max_size=3), st.booleans())
+@example(["a\u2028b", "c\x85d", "e\x0bf\x1cg"], False)  # which some take for ends of lines
+def test_any_text_in_the_list_is_read_as_it_is(tmp_path_factory, captions, ascii_only):
+    folder = tmp_path_factory.mktemp("any")
+    lines = []
+    for i, caption in enumerate(captions):
+        save(solid("RGB", (1, 2, 3), (1, 1)), folder / f"{i}.png")
+        entry = {"file_name": f"{i}.png", "text": caption}
+        lines.append(json.dumps(entry, ensure_ascii=ascii_only))
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8", newline="")
+    assert load_folder(folder, 1)[1] == captions
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "with the mark that Windows adds"])
+def test_text_is_utf8_with_or_without_a_mark(tmp_path, mark):
+    for name in ("a", "b"):
+        save(solid("RGB", (1, 2, 3)), tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_text(mark + "ein größerer Kreis\r\n", "utf-8", newline="")
+    line = '{"file_name": "b.png", "text": "円"}\r\n'
+    (tmp_path / "metadata.jsonl").write_text(mark + line, "utf-8", newline="")
+    assert load_folder(tmp_path, SIDE)[1] == ["ein größerer Kreis", "円"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[]", "1", '"text"', "null", "{}", '{"file_name": "a.png"}', '{"text": "a"}',
+     '{"file_name": "a.png", "text": 5}', '{"file_name": "a.png", "text": null}',
+     '{"file_name": ["a.png"], "text": "a"}'],
+)  # fmt: skip
+def test_a_wrong_line_of_the_list_is_named_with_its_number(tmp_path, line):
+    save(solid("RGB", (1, 2, 3)), tmp_path / "a.png")
+    file = tmp_path / "metadata.jsonl"
+    file.write_text('{"file_name": "a.png", "text": "fine"}\n' + line + "\n")
+    with pytest.raises(DataError, match="line 2: expected") as caught:
+        load_folder(tmp_path, SIDE)
+    one_line(caught, file)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "metadata.jsonl"])
+def test_text_in_another_encoding_is_named(tmp_path, name):
+    save(solid("RGB", (1, 2, 3)), tmp_path / "a.png")
+    line = '{"file_name": "a.png", "text": "größer"}'
+    (tmp_path / name).write_bytes(line.encode("latin-1"))
+    with pytest.raises(DataError, match="UTF-8") as caught:
+        load_folder(tmp_path, SIDE)
+    one_line(caught, tmp_path / name)
+
+
+# ---------------------------------------------------------------------------------------------- order
+
+
+def test_the_order_is_that_of_the_names_however_they_are_listed(tmp_path, monkeypatch):
+    names = ["b/1.png", "a/2.png", "10.png", "9.png", "a/1.jpg", "B.png", "é.png"]
+    for i, name in enumerate(names):
+        save(solid("RGB", (30 * i, 0, 0)), tmp_path / name)
+    images, captions = load_folder(tmp_path, SIDE)
+    again, captions_again = load_folder(tmp_path, SIDE)
+    np.testing.assert_array_equal(images, again)
+    assert captions == captions_again
+
+    paths = sorted(tmp_path.rglob("*"))
+    for shuffled in (paths[::-1], paths[3:] + paths[:3]):
+        monkeypatch.setattr(type(tmp_path), "rglob", lambda *_, found=shuffled: iter(found))
+        np.testing.assert_array_equal(load_folder(tmp_path, SIDE)[0], images)
+
+
+# ------------------------------------------------------------------------------- what cannot be read
+
+
+def test_no_folder_or_no_picture(tmp_path):
+    with pytest.raises(DataError, match="expected a folder of pictures") as caught:
+        load_folder(tmp_path / "none", SIDE)
+    one_line(caught, tmp_path / "none")
+    (tmp_path / "a.txt").write_text("lonely")
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path, tmp_path / "empty"):
+        with pytest.raises(DataError, match=r"no picture in it; formats read are \.png") as caught:
+            load_folder(folder, SIDE)
+        one_line(caught, folder)
+    with pytest.raises(DataError, match="expected a folder") as caught:
+        load_folder(tmp_path / "a.txt", SIDE)
+    one_line(caught, tmp_path / "a.txt")
+
+
+def test_a_folder_that_is_called_like_a_picture(tmp_path):
+    save(solid("RGB", (1, 2, 3)), tmp_path / "scans.png" / "a.png")
+    images, captions = load_folder(tmp_path, SIDE)
+    assert len(images) == 1 and captions == ["scans.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("zero.png", b""),
+        ("text.png", b"this is no picture\n"),
+        ("page.jpg", b"<!DOCTYPE html><title>404</title>"),
+        ("start.png", b"\x89PNG\r\n\x1a\n"),
+        ("start.gif", b"GIF89a"),
+        ("start.bmp", b"BM"),
+        ("start.webp", b"RIFF\x10\x00\x00\x00WEBPVP8 "),
+        ("start.jpg", b"\xff\xd8\xff\xe0"),
+    ],
+)
+def test_what_is_no_picture_is_named(tmp_path, name, content):
+    save(solid("RGB", (1, 2, 3)), tmp_path / "a.png")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read as a picture .*; remove it") as caught:
+        load_folder(tmp_path, SIDE)
+    one_line(caught, tmp_path / name)
+
+
+def encoded(suffix):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, {"jpg": "JPEG"}.get(suffix, suffix.upper()), exif=exif)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif"])
+def test_a_picture_cut_off_anywhere_is_named(tmp_path, suffix):
+    """Or, cut off so near to its end that all of it is there, it is read."""
+    data, file = encoded(suffix), tmp_path / f"a.{suffix}"
+    refused = 0
+    for length in range(0, len(data), max(1, len(data) // 150)):
+        file.write_bytes(data[:length])
+        try:
+            load_picture(file, SIDE)
+        except DataError as error:
+            assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
+            refused += 1
+    assert refused > 20
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif"])
+@given(place=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255))
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's own, about EXIF it cannot read
+def test_a_picture_with_a_wrong_byte_is_read_or_named(tmp_path_factory, suffix, place, byte):
+    data = bytearray(encoded(suffix))
+    data[int(place * len(data))] = byte
+    file = tmp_path_factory.getbasetemp() / f"wrong-byte.{suffix}"
+    file.write_bytes(data)
+    try:
+        assert load_picture(file, SIDE).shape == (SIDE, SIDE, 3)
+    except DataError as error:
+        assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_named(tmp_path):
+    file = save(solid("RGB", (1, 2, 3)), tmp_path / "a.png")
+    file.chmod(0)
+    with pytest.raises(DataError) as caught:
+        load_folder(tmp_path, SIDE)
+    one_line(caught, file)
