@@ -64,7 +64,11 @@ class AutoencoderKL(Layer):
 
     def encode(self, params, images):
         """→ moments (n, h/f, w/f, 2·latent_channels): mean, then logarithm of the variance."""
-        n, h, w, c = images.shape
+        if images.ndim != 4 or images.shape[3] != self.config.in_channels:
+            raise ValueError(
+                f"vae: expected images (n, h, w, {self.config.in_channels}), found {images.shape}"
+            )
+        h, w = images.shape[1:3]
         if h % self.factor or w % self.factor:
             raise ValueError(
                 f"vae: height and width must be multiples of {self.factor}, found {h}×{w}; "
@@ -99,6 +103,9 @@ class AutoencoderKL(Layer):
         without it z is the mean.
         """
         moments, encode_back = self.encode(params, images)
+        latents = (*moments.shape[:3], self.config.latent_channels)
+        if noise is not None and noise.shape != latents:
+            raise ValueError(f"vae: expected noise {latents}, found {noise.shape}")
         z, sample_back = sample_gaussian(moments, noise)
         scale, shift = self.config.scaling_factor, self.config.shift_factor or 0
 

@@ -49,6 +49,8 @@ class TextEncoder(Layer):
 
     def __call__(self, params, token_ids):
         """backward(dy, grads) → None: token ids have no gradient."""
+        if token_ids.ndim != 2:
+            raise ValueError(f"text_encoder: expected token ids (n, l), found {token_ids.shape}")
         x, token_back = self.tokens(params, token_ids)
         x, position_back = self.positions(params, x)
         layer_backs = []

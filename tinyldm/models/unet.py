@@ -27,7 +27,6 @@ DEFAULTS = {
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
     "block_out_channels": [320, 640, 1280, 1280],
     "layers_per_block": 2,
-    "downsample_padding": 1,
     "norm_num_groups": 32,
     "norm_eps": 1e-5,
     "cross_attention_dim": 1280,
@@ -44,6 +43,7 @@ DEFAULTS = {
 FIXED = {
     "center_input_sample": [False],
     "only_cross_attention": [False],
+    "downsample_padding": [1],
     "mid_block_scale_factor": [1],
     "dropout": [0.0],
     "act_fn": ["silu", "swish"],
@@ -68,14 +68,10 @@ FIXED = {
     "mid_block_only_cross_attention": [None, False],
     "cross_attention_norm": [None],
 }
-ATTENTION = {  # block type → whether it has spatial transformers
-    "DownBlock2D": False,
-    "CrossAttnDownBlock2D": True,
-    "UpBlock2D": False,
-    "CrossAttnUpBlock2D": True,
-    "UNetMidBlock2D": False,
-    "UNetMidBlock2DCrossAttn": True,
-}
+# Block type → whether it has spatial transformers.
+DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
+MID = {None: None, "UNetMidBlock2D": False, "UNetMidBlock2DCrossAttn": True}
+UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
 
 class UNet(Layer):
@@ -95,10 +91,19 @@ class UNet(Layer):
         heads, layers = levelwise("attention_head_dim"), levelwise("layers_per_block")
         depths = levelwise("transformer_layers_per_block")
         down_types, up_types = levelwise("down_block_types"), levelwise("up_block_types")
-        for kind in [*down_types, *up_types, *([c.mid_block_type] if c.mid_block_type else [])]:
-            if kind not in ATTENTION:
-                known = ", ".join(ATTENTION)
-                raise ConfigError(f"unet config: block {kind!r} is not implemented, only {known}")
+        for key, kinds, known in (
+            ("down_block_types", down_types, DOWN),
+            ("mid_block_type", [c.mid_block_type], MID),
+            ("up_block_types", up_types, UP),
+        ):
+            for kind in kinds:
+                read_config("unet config", {key: kind}, {}, {key: list(known)})
+        for key, numbers in (
+            ("cross_attention_dim", [c.cross_attention_dim]),
+            ("transformer_layers_per_block", depths),
+        ):
+            if not all(isinstance(number, int) for number in numbers):
+                raise ConfigError(f"unet config: {key} = {getattr(c, key)!r} is not implemented")
         d_time = c.time_embedding_dim or 4 * widths[0]
 
         def stage(name, i, c_in, level, has_attention):
@@ -131,24 +136,30 @@ class UNet(Layer):
             else None
         )
 
-        self.conv_in = Conv2d("conv_in", c.in_channels, widths[0], c.conv_in_kernel)
+        self.conv_in = Conv2d(
+            "conv_in",
+            c.in_channels,
+            widths[0],
+            c.conv_in_kernel,
+            padding=(c.conv_in_kernel - 1) // 2,
+        )
         skip_widths = [widths[0]]
         self.down_blocks = []
         for level, kind in enumerate(down_types):
             name = f"down_blocks.{level}"
             stages = []
             for i in range(layers[level]):
-                stages.append(stage(name, i, skip_widths[-1], level, ATTENTION[kind]))
+                stages.append(stage(name, i, skip_widths[-1], level, DOWN[kind]))
                 skip_widths.append(widths[level])
             down = None
             if level < levels - 1:
-                down = downsample(name, widths[level], c.downsample_padding)
+                down = downsample(name, widths[level], 1)
                 skip_widths.append(widths[level])
             self.down_blocks.append(DownBlock(stages, down))
 
         self.mid_stages = []
         if c.mid_block_type:
-            has_attention = ATTENTION[c.mid_block_type]
+            has_attention = MID[c.mid_block_type]
             self.mid_stages = [stage("mid_block", 0, widths[-1], levels - 1, has_attention)]
             if has_attention:
                 self.mid_stages.append(stage("mid_block", 1, widths[-1], levels - 1, False))
@@ -161,19 +172,22 @@ class UNet(Layer):
             stages = []
             for j in range(layers[level] + 1):
                 c_in = width + skip_widths.pop()
-                stages.append(stage(name, j, c_in, level, ATTENTION[kind]))
+                stages.append(stage(name, j, c_in, level, UP[kind]))
                 width = widths[level]
             self.up_blocks.append(UpBlock(stages, Upsample(name, width) if level else None))
 
         self.norm_out = GroupNorm("conv_norm_out", widths[0], c.norm_num_groups, c.norm_eps, True)
-        self.conv_out = Conv2d("conv_out", widths[0], c.out_channels, c.conv_out_kernel, init=zeros)
+        self.conv_out = Conv2d(
+            "conv_out", widths[0], c.out_channels, c.conv_out_kernel,
+            padding=(c.conv_out_kernel - 1) // 2, init=zeros,
+        )  # fmt: skip
 
     def __call__(self, params, x, t, context=None, labels=None):
         """x (n, h, w, c) noisy latents, t (n,) time steps, context (n, l, d), labels (n,) classes.
 
         backward(dy, grads) → (dx, dcontext); dcontext is None without context.
         """
-        self._check_inputs(x, context, labels)
+        self._check_inputs(x, t, context, labels)
         time, time_back = self._embed_time(params, x, t, context, labels)
         h, in_back = self.conv_in(params, x)
         skips, down_backs, up_backs = [h], [], []
@@ -231,26 +245,27 @@ class UNet(Layer):
 
         return time, backward
 
-    def _check_inputs(self, x, context, labels):
+    def _check_inputs(self, x, t, context, labels):
         c = self.config
         if x.ndim != 4 or x.shape[3] != c.in_channels:
             raise ValueError(f"unet: expected x (n, h, w, {c.in_channels}), found {x.shape}")
-        needs_context = self.add_embedding or any(
-            stage.attention
-            for block in [*self.down_blocks, *self.up_blocks]
-            for stage in block.stages
-        )
+        n = x.shape[0]
+        if t.shape != (n,):
+            raise ValueError(f"unet: expected t ({n},), found {t.shape}")
+        stages = [s for block in [*self.down_blocks, *self.up_blocks] for s in block.stages]
+        needs_context = self.add_embedding or any(s.attention for s in stages + self.mid_stages)
         if needs_context and context is None:
             raise ValueError("unet: this model attends to text and needs context (n, l, d)")
-        if context is not None and context.shape[2] != c.cross_attention_dim:
-            raise ValueError(
-                f"unet: expected context (n, l, {c.cross_attention_dim}), found {context.shape}"
-            )
+        d = c.cross_attention_dim
+        if context is not None and (context.ndim != 3 or context.shape[::2] != (n, d)):
+            raise ValueError(f"unet: expected context ({n}, l, {d}), found {context.shape}")
         if (labels is None) == bool(self.class_embedding):
             raise ValueError(
                 "unet: this model needs labels (n,)" if labels is None
                 else "unet: labels were given, but num_class_embeds is not set"
             )  # fmt: skip
+        if labels is not None and labels.shape != (n,):
+            raise ValueError(f"unet: expected labels ({n},), found {labels.shape}")
 
 
 class Stage(Layer):

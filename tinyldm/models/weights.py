@@ -51,6 +51,9 @@ def save_weights(file, params, metadata=None):
     from safetensors.numpy import save_file
 
     tensors = {name: _to_file(np.asarray(array)) for name, array in params.items()}
+    for name, array in tensors.items():
+        if array.dtype.newbyteorder("<") not in map(np.dtype, DTYPES.values()):
+            raise WeightsError(f"{file}: tensor {name}: dtype {array.dtype} is not supported")
     with replacing(file) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
@@ -72,14 +75,16 @@ class replacing:
         return self.temporary
 
     def __exit__(self, kind, *_):
-        if kind is not None:
+        try:
+            if kind is not None:
+                return
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(self.temporary, 0o666 & ~umask)
+            _sync(self.temporary)
+            os.replace(self.temporary, self.file)
+        finally:
             self.temporary.unlink(missing_ok=True)
-            return
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(self.temporary, 0o666 & ~umask)
-        _sync(self.temporary)
-        os.replace(self.temporary, self.file)
         if hasattr(os, "O_DIRECTORY"):
             _sync(self.file.parent)
 
@@ -132,8 +137,11 @@ def _weight_files(folder):
                 return [file]
             index = folder / f"{stem}.safetensors.index{variant}.json"
             if index.exists():
-                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-                return [folder / name for name in sorted(set(names))]
+                try:
+                    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                    return [folder / name for name in sorted(set(names))]
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                    raise WeightsError(f"{index}: not an index of weights: {error!r}") from None
     raise FileNotFoundError(
         f"{folder}: no weights; expected diffusion_pytorch_model.safetensors or model.safetensors"
     )
@@ -152,10 +160,11 @@ def _read_header(stream, file):
             shape, code = entry["shape"], entry["dtype"]
             if code != "BF16" and code not in DTYPES:
                 raise WeightsError(f"{file}: tensor {name}: dtype {code} is not supported")
-            if not all(type(side) is int and side >= 0 for side in shape):
+            if not _is_shape(shape):
                 raise WeightsError(f"{file}: tensor {name}: shape {shape} is not valid")
             width = 2 if code == "BF16" else np.dtype(DTYPES[code]).itemsize
-            if begin != position or end - begin != math.prod(shape) * width:
+            whole = type(begin) is type(end) is int
+            if not whole or begin != position or end - begin != math.prod(shape) * width:
                 raise WeightsError(
                     f"{file}: tensor {name}: bytes {begin}…{end} do not fit {code} {shape} "
                     f"at {position}"
@@ -170,6 +179,16 @@ def _read_header(stream, file):
     return entries, start
 
 
+def _is_shape(shape):
+    """Whether NumPy can make an array of this shape: it limits axes, and bytes even around a 0."""
+    return (
+        isinstance(shape, list)
+        and len(shape) <= 64
+        and all(type(side) is int and side >= 0 for side in shape)
+        and math.prod(side or 1 for side in shape) < 2**60
+    )
+
+
 def _parse_header(stream, file):
     size = os.fstat(stream.fileno()).st_size
     length = int.from_bytes(stream.read(8), "little")
@@ -177,10 +196,13 @@ def _parse_header(stream, file):
         raise WeightsError(f"{file}: not a safetensors file, or cut off")
     try:
         header = json.loads(stream.read(length).decode(), object_pairs_hook=_unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{file}: the header is not valid JSON: {error}") from None
     if not isinstance(header, dict):
         raise WeightsError(f"{file}: the header is not a JSON object")
+    notes = header.get("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise WeightsError(f"{file}: __metadata__ is not an object of texts")
     return header
 
 
@@ -207,4 +229,5 @@ def _to_memory(array, dtype):
 
 
 def _to_file(array):
-    return np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array)
+    array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
+    return np.asarray(array, order="C")  # ascontiguousarray would give a number an axis

@@ -76,6 +76,11 @@ def linear(x, w, b=None):
 def embedding(table, ids):
     """Rows of `table` (vocabulary, d) at the whole numbers `ids` (...): (..., d)."""
     xp = array_module(table)
+    last = table.shape[0] - 1
+    if on_host(ids) and ids.size and not 0 <= ids.min() <= ids.max() <= last:
+        raise ValueError(
+            f"embedding: expected whole numbers 0…{last}, found {ids.min()}…{ids.max()}"
+        )
 
     def backward(dy):
         dtable = xp.zeros_like(table)

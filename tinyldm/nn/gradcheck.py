@@ -63,6 +63,8 @@ def check_gradients(f, inputs, params=None, rng=0, tol=1e-10, method="complex"):
     for name in grads.keys() - tensors.keys():
         raise GradientError(f"{_label(name)}: got a gradient, but there is no such parameter")
 
+    largest = max((np.abs(to_device(dx, "cpu")).sum() for dx in grads.values()), default=0)
+    rounding = 1e-15 * np.abs(to_device(dy * y, "cpu")).sum() + 1e-14 * largest
     derivative = {"complex": _complex_step, "central": _central_difference}[method]
     for name, x in tensors.items():
         if name not in grads:
@@ -77,10 +79,9 @@ def check_gradients(f, inputs, params=None, rng=0, tol=1e-10, method="complex"):
         numeric_terms = to_device(dy * derivative(call, tensors, name, direction), "cpu")
         terms = dx * to_device(direction, "cpu")
         numeric, ours = numeric_terms.sum(), terms.sum()
-        # A sum is only as precise as its terms are large. The last term is the rounding of the
-        # function itself, for derivatives that are zero by mathematics (a bias before a softmax).
+        # A sum is only as precise as its terms are large. `rounding` is for derivatives that are
+        # zero by mathematics (a bias before a softmax), of which rounding is all that is left.
         scale = np.abs(terms).sum() + np.abs(numeric_terms).sum()
-        rounding = 1e-15 * np.abs(to_device(dy * y, "cpu")).sum()
         if not abs(numeric - ours) <= tol * scale + rounding:
             raise GradientError(
                 f"{_label(name)}: derivative along a random direction is {numeric:.15g}, "
