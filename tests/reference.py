@@ -19,6 +19,13 @@ def assert_near(x, expected, tol=1e-12):
 # ----------------------------------------------------------------------------------------- products
 
 
+def offset(x, table):
+    y = np.array(x)
+    for n, l, d in np.ndindex(*x.shape):
+        y[n, l, d] += table[l, d]
+    return y
+
+
 def linear(x, w, b=None):
     y = np.zeros((*x.shape[:-1], w.shape[0]))
     for at in np.ndindex(y.shape):

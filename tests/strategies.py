@@ -110,6 +110,13 @@ def group_norm_calls(draw, silu=None):
 
 
 @st.composite
+def offset_calls(draw):
+    n, l, d = draw(batches), draw(sizes), draw(sizes)
+    table = (l + draw(st.integers(0, 2)), d)
+    return Call(F.offset, {"x": (n, l, d), "table": table}, draw(seeds), {})
+
+
+@st.composite
 def layer_norm_calls(draw):
     d = draw(st.integers(SMALLEST_GROUP, 8))
     shapes = {"x": (*draw(leading_axes()), d), "w": (d,), "b": (d,)}
@@ -203,6 +210,7 @@ FUNCTIONS = {
     "gelu": activation_calls(F.gelu),
     "geglu": geglu_calls(),
     "group_norm": group_norm_calls(),
+    "offset": offset_calls(),
     "layer_norm": layer_norm_calls(),
     "upsample_nearest": upsample_calls(),
     "concatenate": concatenate_calls(),

@@ -1,4 +1,4 @@
-"""A folder of anybody's pictures: every kind that is met with, captions, and what cannot be read."""
+"""A folder of anybody's pictures: every kind there is, captions, and what cannot be read."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def one_line(caught, file):
     return text
 
 
-# ------------------------------------------------------------------------------------ kinds of picture
+# -------------------------------------------------------------------------------- kinds of picture
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_a_turned_photograph_is_turned_back(tmp_path, orientation, as_stored, su
     assert abs(found[corners] - UPRIGHT[corners]).max() < 60
 
 
-# ---------------------------------------------------------------------------------------------- sizes
+# ------------------------------------------------------------------------------------------- sizes
 
 
 @pytest.mark.parametrize("size", [(60, 20), (20, 60), (61, 20), (600, 200)])
@@ -187,7 +187,7 @@ def test_folders_are_searched_for_all_formats_in_any_case(tmp_path):
     assert set(captions) == {"er"}
 
 
-# ------------------------------------------------------------------------------------------- captions
+# ---------------------------------------------------------------------------------------- captions
 
 
 @pytest.fixture
@@ -284,7 +284,7 @@ def test_text_in_another_encoding_is_named(tmp_path, name):
     one_line(caught, tmp_path / name)
 
 
-# ---------------------------------------------------------------------------------------------- order
+# ------------------------------------------------------------------------------------------- order
 
 
 def test_the_order_is_that_of_the_names_however_they_are_listed(tmp_path, monkeypatch):
@@ -302,7 +302,7 @@ def test_the_order_is_that_of_the_names_however_they_are_listed(tmp_path, monkey
         np.testing.assert_array_equal(load_folder(tmp_path, SIDE)[0], images)
 
 
-# ------------------------------------------------------------------------------- what cannot be read
+# ----------------------------------------------------------------------------- what cannot be read
 
 
 def test_no_folder_or_no_picture(tmp_path):

@@ -29,7 +29,7 @@ def tiles_of(sheet, n, h, w, columns, left=GAP, extra=0):
     return [pixels[y : y + h, x : x + w] for y, x in zip(tops, lefts, strict=True)]
 
 
-# ----------------------------------------------------------------------------------------------- grid
+# -------------------------------------------------------------------------------------------- grid
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,7 @@ def test_tiles_are_enlarged_by_a_whole_number(h, w, tile, scale):
     pictures = pictures_of(2, h, w)
     before = pictures.copy()
     sheet = grid(pictures, columns=2, tile=tile)
-    for found, picture in zip(
-        tiles_of(sheet, 2, h * scale, w * scale, 2), pictures, strict=True
-    ):
+    for found, picture in zip(tiles_of(sheet, 2, h * scale, w * scale, 2), pictures, strict=True):
         np.testing.assert_array_equal(found, picture.repeat(scale, 0).repeat(scale, 1))
     np.testing.assert_array_equal(pictures, before)
 
@@ -116,7 +114,7 @@ def test_no_text_is_too_much(text, shape):
     assert labelled.height == plain.height
 
 
-# -------------------------------------------------------------------------------- latents and enlarging
+# --------------------------------------------------------------------------- latents and enlarging
 
 
 @pytest.mark.parametrize("channels", range(1, 9))
@@ -146,7 +144,7 @@ def test_enlarge_repeats_pixels(factor):
             np.testing.assert_array_equal(large[:, dy::factor, dx::factor], pictures)
 
 
-# --------------------------------------------------------------------------------------------- curves
+# ------------------------------------------------------------------------------------------ curves
 
 
 @pytest.mark.parametrize(
@@ -207,7 +205,7 @@ def test_a_single_point_can_be_seen():
     assert (inside.max(2) - inside.min(2)).max() > 50
 
 
-# --------------------------------------------------------------------------------------------- saving
+# ------------------------------------------------------------------------------------------ saving
 
 
 @pytest.mark.parametrize("suffix", ["png", "PNG", "jpg", "jpeg", "JPG", "webp", "gif", "bmp"])

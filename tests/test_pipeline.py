@@ -86,7 +86,7 @@ def one_line(caught):
     return text
 
 
-# -------------------------------------------------------------------------------- noise and batches
+# ------------------------------------------------------------------------------- noise and batches
 
 
 def test_a_prompt_gives_a_list_of_pictures(pipe):
@@ -203,7 +203,7 @@ def test_numbers_of_prompts_that_do_not_fit(pipe, prompt, negative):
     one_line(caught)
 
 
-# -------------------------------------------------------------------- steps, sampler, size, latents
+# ------------------------------------------------------------------- steps, sampler, size, latents
 
 
 def test_defaults_are_those_of_the_folder(pipe, folder, monkeypatch):
@@ -270,10 +270,10 @@ def test_the_size_trained_on(pipe):
     ("options", "says"),
     [
         ({"sampler": "dimm"}, "sampler: expected one of ddim, ddpm.*, found 'dimm'"),
-        ({"size": 15}, "size: expected multiples of 2, found 15×15"),
-        ({"size": (16, 9)}, "size: expected multiples of 2, found 16×9"),
-        ({"size": 0}, "size: .*found 0×0"),
-        ({"size": -2}, "size: .*found -2×-2"),
+        ({"size": 15}, "size: expected .*multiples of 2, found 15"),
+        ({"size": (16, 9)}, "size: expected .*multiples of 2, found .*16.*9"),
+        ({"size": 0}, "size: expected .*found 0"),
+        ({"size": -2}, "size: expected .*found -2"),
         ({"steps": 0}, "steps: expected 1…1000, found 0"),
         ({"steps": -1}, "steps: expected 1…1000, found -1"),
         ({"steps": 1001}, "steps: expected 1…1000, found 1001"),
@@ -281,8 +281,8 @@ def test_the_size_trained_on(pipe):
         ({"latents": np.zeros((2, 8, 8, 4))}, r"latents: expected \(1, 8, 8, 4\), found"),
         ({"latents": np.zeros((8, 8, 4))}, r"latents: expected \(1, 8, 8, 4\), found"),
         ({"latents": np.zeros((1, 8, 8, 4)), "size": 8}, r"latents: expected \(1, 4, 4, 4\)"),
-        ({"size": (16, 16, 3)}, "size: "),
-        ({"size": (16,)}, "size: "),
+        ({"size": (16, 16, 3)}, "size: expected .*found"),
+        ({"size": (16,)}, "size: expected .*found"),
         ({"guidance": float("nan")}, "guidance: "),
         ({"guidance": float("inf")}, "guidance: "),
     ],
@@ -294,7 +294,7 @@ def test_what_is_asked_wrongly(pipe, options, says):
     one_line(caught)
 
 
-# --------------------------------------------------------------------------------- decode and encode
+# ------------------------------------------------------------------------------- decode and encode
 
 
 def test_levels_and_numbers():
@@ -336,7 +336,7 @@ def test_no_picture_of_weights_that_are_not_finite(pipe, component, value):
     one_line(caught)
 
 
-# ---------------------------------------------------------------------------------------- the folder
+# -------------------------------------------------------------------------------------- the folder
 
 
 def test_saved_and_loaded_it_paints_the_same_bytes(pipe, folder):

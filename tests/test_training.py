@@ -128,7 +128,7 @@ def assert_steps_rise(metrics):
         assert steps == sorted(set(steps)), stage
 
 
-# ----------------------------------------------------------------------------------- a run's folder
+# ---------------------------------------------------------------------------------- a run's folder
 
 
 def test_a_run_leaves_everything_that_is_promised(whole):
@@ -217,7 +217,7 @@ def test_a_folder_of_few_pictures_without_captions(tmp_path):
             assert picture.height > 2 * 90, f"{name}: the second row is missing"
 
 
-# -------------------------------------------------------------------------------------------- state
+# ------------------------------------------------------------------------------------------- state
 
 
 @dataclasses.dataclass
@@ -313,6 +313,7 @@ def test_weights_that_are_no_state_are_refused(tmp_path):
         lambda notes: notes.pop("config"),
         lambda notes: notes.pop("stage"),
     ],
+    ids=["new in config", "new in stage", "new in state", "no config", "no stage"],
 )
 def test_a_state_of_another_version_gives_one_line(tmp_path, change):
     file = save_state(tmp_path, example_state())
@@ -324,7 +325,7 @@ def test_a_state_of_another_version_gives_one_line(tmp_path, change):
     assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------ stop and go on
+# ---------------------------------------------------------------------------------- stop and go on
 
 
 EVERY_STEP = [(signal.SIGINT, step) for step in range(1, 2 * STEPS + 1)]
@@ -414,7 +415,7 @@ def test_a_run_in_a_thread_that_cannot_take_signals():
     assert caught == []
 
 
-# -------------------------------------------------------------------------------- killed at any point
+# ----------------------------------------------------------------------------- killed at any point
 
 
 def crash_at_file(monkeypatch, number, where=lambda path: True):
@@ -462,7 +463,7 @@ def test_a_run_whose_export_was_cut_off_goes_on(
         if step < STEPS:
             patch.setattr(snapshots, "SHARES", (step / STEPS,))
         patch.setattr(loop, "SAVE_EVERY", -1)
-        crash_at_file(patch, number, lambda path: not is_state(path))
+        crash_at_file(patch, number, lambda path: path.relative_to(tmp_path).as_posix() in EXPORTS)
         with pytest.raises(Crash):
             train(tmp_path, CONFIG, say=silent)
     assert (load_state(tmp_path).stage, load_state(tmp_path).step) == ("denoiser", step)
@@ -564,7 +565,7 @@ def test_rebuild_exports_the_last_state_of_an_unfinished_run(tmp_path, monkeypat
     assert {file: (tmp_path / file).read_bytes() for file in EXPORTS} == before
 
 
-# ----------------------------------------------------------------------------------------- divergence
+# -------------------------------------------------------------------------------------- divergence
 
 
 def spoil(monkeypatch, number, change):
@@ -631,7 +632,7 @@ def test_far_too_high_a_rate_diverges(tmp_path, no_pictures):
     assert_finite(load_state(tmp_path))
 
 
-# ---------------------------------------------------------------------------------------- time budget
+# ------------------------------------------------------------------------------------- time budget
 
 
 class Clock:
@@ -716,7 +717,7 @@ def test_states_are_saved_as_time_goes_by(tmp_path, monkeypatch, no_pictures):
     assert saved == [0, 2, 4, 6, 0, 2, 4, 6]
 
 
-# ------------------------------------------------------------------------------------ what is learnt
+# ---------------------------------------------------------------------------------- what is learnt
 
 
 @pytest.fixture(scope="module")
@@ -771,7 +772,8 @@ def test_captions_are_left_out_at_the_rate_that_was_asked(batches):
 
 
 def test_steps_and_noise_of_the_second_stage(batches):
-    z, noise, _, t = (np.concatenate(x) for x in zip(*map(batches.denoiser, range(20))))
+    steps = map(batches.denoiser, range(20))
+    z, noise, _, t = (np.concatenate(parts) for parts in zip(*steps, strict=True))
     assert t.dtype == np.int64 and 0 <= t.min() < 50 and 900 < t.max() <= 999
     assert z.dtype == noise.dtype == np.float32
     assert abs(noise.std() - 1) < 0.01 and abs(noise.mean()) < 0.01
@@ -783,11 +785,14 @@ def test_the_latent_scale_gives_a_standard_deviation_of_one(batches):
     assert abs(z.std() - 1) < 0.03
 
 
-# Found by this very run; they change where the mathematics or the start of the training changes.
+# Found by this very run. They change with the mathematics or the start of a training, which is
+# then worth a second look; between processors and numbers of threads they differ by 2e-7.
 LOSSES = {
-    "autoencoder": [],
-    "denoiser": [],
-}
+    "autoencoder": [0.7581158, 0.5649477, 0.5889406, 0.4005871, 0.4476134,
+                    0.3950759, 0.4669443, 0.5822867, 0.4921283, 0.5792221],
+    "denoiser": [1.09494, 1.020554, 1.072918, 1.063032, 1.073992,
+                 0.9655434, 1.001597, 0.9547964, 1.055842, 1.024381],
+}  # fmt: skip
 
 
 def test_ten_steps_of_each_stage_give_the_losses_known(tmp_path, monkeypatch, no_pictures):
@@ -795,10 +800,12 @@ def test_ten_steps_of_each_stage_give_the_losses_known(tmp_path, monkeypatch, no
     stage = dataclasses.replace(STAGE, steps=10)
     config = dataclasses.replace(CONFIG, autoencoder=stage, denoiser=stage)
     train(tmp_path, config, say=silent)
+    losses = {name: [] for name in LOSSES}
+    for line in metrics_of(tmp_path):
+        losses[line["stage"]].append(float(f"{line['loss']:.7g}"))
+    print(losses)
     for name, expected in LOSSES.items():
-        losses = [line["loss"] for line in metrics_of(tmp_path) if line["stage"] == name]
-        print(name, [float(f"{loss:.7g}") for loss in losses])
-        np.testing.assert_allclose(losses, expected, rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(losses[name], expected, rtol=1e-4, err_msg=name)
 
 
 def test_another_seed_is_another_run(tmp_path, whole, no_pictures):

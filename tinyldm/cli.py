@@ -195,7 +195,7 @@ def run_eval(options):
     from tinyldm.training.state import load_notes
 
     run = _whole_run(options.run)
-    data = load_notes(run)["config"]["data"]
+    data = load_notes(run)["config"].data
     if data != "shapes":
         raise ValueError(f"{run}: was trained on {data}; eval scores runs trained on shapes")
     pipeline = Pipeline.load(run, options.device)

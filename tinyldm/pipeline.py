@@ -5,6 +5,7 @@ tinyldm trained the model or somebody else did, and diffusers loads what tinyldm
 """
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +43,9 @@ class Pipeline:
             COMPONENTS[name][1](configs[name]) for name in ("unet", "vae", "text_encoder")
         )
         self.schedule = Schedule(configs["scheduler"])
-        scheduler = configs["scheduler"].get("_class_name", "DDIMScheduler")
-        self.defaults = DEFAULTS | {"sampler": SCHEDULERS.get(scheduler, scheduler)}
+        self.scheduler_class = configs["scheduler"].get("_class_name", "DDIMScheduler")
+        sampler = SCHEDULERS.get(self.scheduler_class, self.scheduler_class)
+        self.defaults = DEFAULTS | {"sampler": sampler}
         self.defaults |= defaults or {}
         self.xp = array_module(next(iter(params["unet"].values())))
 
@@ -75,7 +77,7 @@ class Pipeline:
             "feature_extractor": [None, None],
             "requires_safety_checker": False,
             "safety_checker": [None, None],
-            "scheduler": ["diffusers", self.configs["scheduler"]["_class_name"]],
+            "scheduler": ["diffusers", self.scheduler_class],
             "tokenizer": ["transformers", "CLIPTokenizer"],
         }
         for name, ((library, kind), _, file) in COMPONENTS.items():
@@ -135,6 +137,8 @@ class Pipeline:
             raise ValueError(f"expected one negative prompt, or one for each of {n} ≥ 1 prompts")
         steps = self.defaults["steps"] if steps is None else steps
         guidance = self.defaults["guidance"] if guidance is None else guidance
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance: expected a finite number, found {guidance}")
         name = sampler or self.defaults["sampler"]
         if name not in SAMPLERS:
             raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, found {name!r}")
@@ -145,7 +149,9 @@ class Pipeline:
             drawn = [stream.standard_normal(shape[1:], dtype=np.float32) for stream in streams]
             return self.xp.asarray(np.stack(drawn))
 
-        x = noise() if latents is None else self.xp.asarray(latents, dtype=np.float32)
+        x = noise()  # drawn in any case: DDPM's later noise is the same with latents of your own
+        if latents is not None:
+            x = self.xp.asarray(latents, dtype=np.float32)
         if x.shape != shape:
             raise ValueError(f"latents: expected {shape}, found {x.shape}")
         context = self.embed(prompts)
@@ -196,10 +202,13 @@ class Pipeline:
         return h * self.vae.factor, w * self.vae.factor
 
     def _latent_shape(self, n, size):
-        height, width = self.size if size is None else (size, size) if np.isscalar(size) else size
+        size = self.size if size is None else size
+        sides = (size, size) if np.isscalar(size) else tuple(size)
         factor = self.vae.factor
-        if height < 1 or width < 1 or height % factor or width % factor:
-            raise ValueError(f"size: expected multiples of {factor}, found {height}×{width}")
+        if len(sides) != 2 or not all(side >= 1 and side % factor == 0 for side in sides):
+            found = "×".join(map(str, sides))
+            raise ValueError(f"size: expected multiples of {factor}, found {found}")
+        height, width = sides
         return n, height // factor, width // factor, self.unet.config.in_channels
 
 

@@ -9,7 +9,7 @@ from tinyldm.backend import array_module
 from tinyldm.models.blocks import ResnetBlock, SpatialAttention, Upsample, downsample
 from tinyldm.models.config import per_block, read_config
 from tinyldm.nn import functional as F
-from tinyldm.nn.layers import Conv2d, GroupNorm, Layer
+from tinyldm.nn.layers import Conv2d, GroupNorm, Layer, zeros
 from tinyldm.nn.protocol import differentiable
 
 DEFAULTS = {
@@ -224,7 +224,7 @@ class _TimelessResnet(ResnetBlock):
 
 
 def _resnet(name, c_in, c_out, c):
-    return _TimelessResnet(name, c_in, c_out, c.norm_num_groups, EPS)
+    return _TimelessResnet(name, c_in, c_out, c.norm_num_groups, EPS, init=zeros)
 
 
 def _middle(name, width, c):

@@ -19,14 +19,17 @@ def plus(a, b):
 
 
 class ResnetBlock(Layer):
-    """x → x + conv(silu(norm(conv(silu(norm(x))) + time))), of diffusers' ResnetBlock2D."""
+    """x → x + conv(silu(norm(conv(silu(norm(x))) + time))), of diffusers' ResnetBlock2D.
 
-    def __init__(self, name, c_in, c_out, groups, eps, d_time=None):
+    `init` is that of the last convolution: with zeros the block starts as the identity.
+    """
+
+    def __init__(self, name, c_in, c_out, groups, eps, d_time=None, init=None):
         self.norm1 = GroupNorm(f"{name}.norm1", c_in, groups, eps, silu=True)
         self.conv1 = Conv2d(f"{name}.conv1", c_in, c_out)
         self.time_proj = Linear(f"{name}.time_emb_proj", d_time, c_out) if d_time else None
         self.norm2 = GroupNorm(f"{name}.norm2", c_out, groups, eps, silu=True)
-        self.conv2 = Conv2d(f"{name}.conv2", c_out, c_out)
+        self.conv2 = Conv2d(f"{name}.conv2", c_out, c_out, init=init)
         self.shortcut = (
             Conv2d(f"{name}.conv_shortcut", c_in, c_out, kernel=1) if c_in != c_out else None
         )

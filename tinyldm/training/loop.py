@@ -7,7 +7,6 @@ once, and teaches the U-Net and the text encoder together to undo noise in laten
 import contextlib
 import json
 import math
-import signal
 import time
 from pathlib import Path
 
@@ -21,13 +20,15 @@ from tinyldm.diffusion.objective import diffusion_loss
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet
 from tinyldm.models.autoencoder import kl_loss, sample_gaussian
+from tinyldm.models.weights import replacing
 from tinyldm.nn import functional as F
 from tinyldm.nn import no_grad
 from tinyldm.pipeline import Pipeline, from_uint8
 from tinyldm.training import snapshots
 from tinyldm.training.optim import adamw, clip_factor, global_norm, learning_rate
 from tinyldm.training.parallel import value_and_grad
-from tinyldm.training.state import State, load_state, save_state, state_files
+from tinyldm.training.signals import Interruptible, Stopped
+from tinyldm.training.state import STAGES, State, load_state, save_state, state_files
 
 SAVE_EVERY = 45.0  # seconds between states
 LOG_EVERY = 10  # steps between lines of metrics, and between looks at the loss
@@ -37,14 +38,6 @@ MAX_NORM = 1.0  # of the gradient
 
 class Diverged(RuntimeError):
     """The loss is no longer a number. The last state was saved before that."""
-
-
-class Stopped(Exception):
-    """A signal asked training to stop, and everything is saved."""
-
-    def __init__(self, number):
-        super().__init__(f"stopped by {signal.Signals(number).name}; everything is saved")
-        self.number = number
 
 
 def train(run, config=None, resume=False, device="cpu", say=print):
@@ -230,11 +223,13 @@ def fit(run, state, stage, loss_fn, batch_at, stop, pictures=None):
         state.total = stage.steps
     saved = time.monotonic()
     step_times = []
+    metrics_file = Path(run) / "training" / "metrics.jsonl"
+    forget_metrics_after(metrics_file, state)
     bar = tqdm(
         total=state.total, initial=state.step, desc=state.stage, unit="step", disable=None,
         smoothing=0.05, dynamic_ncols=True,
     )  # fmt: skip
-    with bar, open(Path(run) / "training" / "metrics.jsonl", "a", 1, "utf-8") as metrics:
+    with bar, open(metrics_file, "a", 1, "utf-8") as metrics:
         while state.total is None or state.step < state.total:
             started = time.monotonic()
             rate = learning_rate(state.step, state.total or 10**9, stage.rate, stage.warmup)
@@ -243,7 +238,7 @@ def fit(run, state, stage, loss_fn, batch_at, stop, pictures=None):
             bar.update()
             if state.step % LOG_EVERY == 0 or state.step == state.total or stop.number:
                 line = {"stage": state.stage, "step": state.step, "rate": rate}
-                line |= {"loss": _finite(loss, state), "norm": float(norm)}
+                line |= {"loss": _finite(loss, state), "norm": _finite(norm, state)}
                 metrics.write(json.dumps(line | {"time": round(time.time(), 2)}) + "\n")
                 bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
             step_times.append(time.monotonic() - started)
@@ -253,7 +248,7 @@ def fit(run, state, stage, loss_fn, batch_at, stop, pictures=None):
                 bar.total = state.total
                 bar.refresh()
             if stop.number or time.monotonic() - saved > SAVE_EVERY or state.step == state.total:
-                _finite(loss, state)
+                _finite(loss, state), _finite(norm, state)
                 save_state(run, state)
                 saved = time.monotonic()
             if stop.number:
@@ -262,6 +257,21 @@ def fit(run, state, stage, loss_fn, batch_at, stop, pictures=None):
                 raise Stopped(stop.number)
             if pictures:
                 pictures.after_step(state.step, state.total)
+
+
+def forget_metrics_after(file, state):
+    """Drop the lines of steps that will be done again, and one that was cut off."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            before = STAGES.index(entry["stage"]) - STAGES.index(state.stage)
+            if before < 0 or (before == 0 and entry["step"] <= state.step):
+                kept.append(line + "\n")
+    with replacing(file) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def train_step(state, loss_fn, batch, rate, ema):
@@ -308,38 +318,14 @@ def rebuild(run):
     return export(run, state, Models(state.config, tokenizer))
 
 
-class Interruptible(contextlib.AbstractContextManager):
-    """Within the block Ctrl-C and SIGTERM only set `number`; a second one acts at once."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self):
-        self.number = None
-
-    def __enter__(self):
-        self.before = {number: signal.getsignal(number) for number in self.SIGNALS}
-        for number in self.SIGNALS:
-            signal.signal(number, self._note)
-        return self
-
-    def _note(self, number, frame):
-        self.number = number
-        for each, handler in self.before.items():
-            signal.signal(each, handler)
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def _finite(loss, state):
-    loss = float(loss)
-    if not math.isfinite(loss):
+def _finite(number, state):
+    number = float(number)
+    if not math.isfinite(number):
         raise Diverged(
-            f"stage {state.stage}, step {state.step}: the loss is {loss}. The last saved state is "
-            "intact; start again with a lower learning rate"
+            f"stage {state.stage}, step {state.step}: loss or gradient is {number}. The last "
+            "saved state is intact; start again with a lower learning rate"
         )
-    return loss
+    return number
 
 
 def _library(state):

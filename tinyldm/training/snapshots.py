@@ -53,7 +53,7 @@ class Progress:
         save_picture(self.folder / "forward.png", strip)
         some = self.images[:9]
         back = pipeline.decode(pipeline.encode(some))
-        pair = grid(np.concatenate([some, back]), columns=9, labels=["picture", "decoded"])
+        pair = grid(np.concatenate([some, back]), columns=len(some), labels=["picture", "decoded"])
         save_picture(self.folder / "reconstructions.png", pair)
 
     def after_step(self, step, total):
@@ -70,8 +70,8 @@ def finished(run, pipeline, captions):
     for x, x0 in pipeline.denoise(prompts[:6]):
         states.append(pipeline.decode(x))
         goals.append(pipeline.decode(x0))
-        frames.append(grid(np.concatenate([states[-1], goals[-1]]), columns=6,
-                           labels=["so far", "its goal"]))  # fmt: skip
+        both = np.concatenate([states[-1], goals[-1]])
+        frames.append(grid(both, columns=len(x), labels=["so far", "its goal"]))
     save_animation(folder / "reverse.webp", frames)
     chosen = np.linspace(0, len(states) - 1, min(9, len(states))).astype(int)
     rows = [[states[i][0] for i in chosen], [goals[i][0] for i in chosen]]

@@ -65,7 +65,8 @@ def save_state(run, state):
     notes["config"] = dataclasses.asdict(state.config)
     file = folder / f"state-{state.done_before + state.step:08d}.safetensors"
     save_weights(file, arrays, {"tinyldm": json.dumps(notes)})
-    for old in state_files(run)[:-KEEP]:
+    cut_off = folder.glob(".state-*")  # by a process that ended while it wrote
+    for old in [*state_files(run)[:-KEEP], *cut_off]:
         old.unlink()
     return file
 
@@ -77,10 +78,19 @@ def state_files(run):
 
 def load_notes(run):
     """What the newest state of a run says of itself: its config, its stage, how far it is."""
-    notes = load_metadata(_newest(run)).get("tinyldm")
-    if notes is None:
-        raise WeightsError(f"{_newest(run)}: not a state of tinyldm")
-    return json.loads(notes)
+    file = _newest(run)
+    try:
+        notes = json.loads(load_metadata(file)["tinyldm"])
+        notes["config"] = Config.from_json(notes["config"])
+    except WeightsError as error:
+        raise WeightsError(f"{error}; remove it to go on from the state before") from None
+    except KeyError as error:
+        raise WeightsError(
+            f"{file}: not a state of tinyldm, or of another version: no {error}"
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{file}: a state of another version: {error}") from None
+    return notes
 
 
 def _newest(run):
@@ -91,16 +101,20 @@ def _newest(run):
 
 
 def load_state(run, device="cpu"):
-    """The newest state of a run. FileNotFoundError if it has none."""
+    """The newest state of a run. FileNotFoundError if it has none, WeightsError if damaged."""
     notes = load_notes(run)
+    file = _newest(run)
     groups = {"params": {}, "m": {}, "v": {}, "average": {}, "first_stage": {}}
-    for path, array in load_weights(_newest(run)).items():
-        group, name = path.split("/", 1)
-        groups[group][name] = to_device(array, device)
-    return State(
-        params=groups["params"],
-        moments={"m": groups["m"], "v": groups["v"]},
-        average=groups["average"],
-        first_stage=groups["first_stage"],
-        **(notes | {"config": Config.from_json(notes["config"])}),
-    )
+    try:
+        for path, array in load_weights(file).items():
+            group, name = path.split("/", 1)
+            groups[group][name] = to_device(array, device)
+        return State(
+            params=groups["params"],
+            moments={"m": groups["m"], "v": groups["v"]},
+            average=groups["average"],
+            first_stage=groups["first_stage"],
+            **notes,
+        )
+    except (TypeError, KeyError) as error:
+        raise WeightsError(f"{file}: a state of another version: {error}") from None

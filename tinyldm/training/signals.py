@@ -1,0 +1,40 @@
+"""Ctrl-C and SIGTERM, turned into a request that training honours between two steps."""
+
+import contextlib
+import signal
+import threading
+
+
+class Stopped(Exception):
+    """A signal asked training to stop, and everything is saved."""
+
+    def __init__(self, number):
+        super().__init__(f"stopped by {signal.Signals(number).name}; everything is saved")
+        self.number = number
+
+
+class Interruptible(contextlib.AbstractContextManager):
+    """Within the block Ctrl-C and SIGTERM only set `number`; a second one acts at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.number = None
+
+    def __enter__(self):
+        if threading.current_thread() is not threading.main_thread():
+            self.before = {}  # signals come to the main thread only
+            return self
+        self.before = {number: signal.getsignal(number) for number in self.SIGNALS}
+        for number in self.SIGNALS:
+            signal.signal(number, self._note)
+        return self
+
+    def _note(self, number, frame):
+        self.number = number
+        for each, handler in self.before.items():
+            signal.signal(each, handler)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
