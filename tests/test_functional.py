@@ -27,7 +27,6 @@ from tinyldm.nn import functional as F
 from tinyldm.nn.attention import attention
 from tinyldm.nn.conv import conv2d
 
-
 # ----------------------------------------------------------------------------------- every function
 
 

@@ -26,9 +26,9 @@ from model_cases import (
     whole_numbers,
 )
 
+from tinyldm.config import ConfigError
 from tinyldm.models import AutoencoderKL, TextEncoder, UNet, autoencoder, blocks, text_encoder, unet
 from tinyldm.models.autoencoder import kl_loss, sample_gaussian
-from tinyldm.models.config import ConfigError
 from tinyldm.nn import no_grad
 from tinyldm.nn.protocol import Grads
 

@@ -9,8 +9,8 @@ from model_cases import random_params
 from PIL import Image
 
 from tinyldm import pipeline as module
+from tinyldm.config import ConfigError
 from tinyldm.models import Tokenizer
-from tinyldm.models.config import ConfigError
 from tinyldm.models.weights import WeightsError, load_weights, save_weights
 from tinyldm.pipeline import COMPONENTS, Pipeline, from_uint8, to_uint8
 from tinyldm.training.presets import Config

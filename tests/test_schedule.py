@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tinyldm.config import ConfigError
 from tinyldm.diffusion.schedule import BETAS, PREDICTIONS, Schedule, posterior
-from tinyldm.models.config import ConfigError
 
 TIGHT = 1e-13
 # Kind and ends of β; ᾱ at the steps 0, 1, 500, 999 and the ends of σ, to the digits given.

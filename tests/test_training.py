@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from tinyldm.data.shapes import make_shapes
-from tinyldm.models.weights import WeightsError, load_weights, save_weights
+from tinyldm.models.weights import WeightsError, load_metadata, load_weights, save_weights
 from tinyldm.pipeline import COMPONENTS, Pipeline
 from tinyldm.training import loop, snapshots
 from tinyldm.training.loop import Diverged, Interruptible, Stopped, rebuild, train
@@ -292,8 +292,9 @@ def test_a_damaged_state_gives_one_line(copy):
     assert load_state(copy).stage == "denoiser"  # the one before takes over
 
 
-def test_the_line_about_a_damaged_state_says_what_to_do(copy):
-    (copy / LAST_STATE).write_bytes(b"")
+@pytest.mark.parametrize("length", [0, 100, -1], ids=["empty", "header", "numbers"])
+def test_the_line_about_a_damaged_state_says_what_to_do(copy, length):
+    (copy / LAST_STATE).write_bytes((copy / LAST_STATE).read_bytes()[:length])
     with pytest.raises(WeightsError, match="remove it"):
         train(copy, resume=True)
 
@@ -317,7 +318,7 @@ def test_weights_that_are_no_state_are_refused(tmp_path):
 )
 def test_a_state_of_another_version_gives_one_line(tmp_path, change):
     file = save_state(tmp_path, example_state())
-    notes = load_notes(tmp_path)
+    notes = json.loads(load_metadata(file)["tinyldm"])
     change(notes)
     save_weights(file, load_weights(file), {"tinyldm": json.dumps(notes)})
     with pytest.raises(ValueError, match="state-00000003.safetensors: ") as caught:
@@ -594,7 +595,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch, no_picture
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
     with monkeypatch.context() as patch:
         spoil(patch, before + 3, lambda loss, grads: (np.float32(value), grads))
-        with pytest.raises(Diverged, match=f"stage {stage}, step 3: the loss is {value}") as caught:
+        with pytest.raises(Diverged, match=f"stage {stage}, step 3: .* is {value}") as caught:
             train(tmp_path, CONFIG, say=silent)
     assert "\n" not in str(caught.value)
     state = load_state(tmp_path)
@@ -788,10 +789,10 @@ def test_the_latent_scale_gives_a_standard_deviation_of_one(batches):
 # Found by this very run. They change with the mathematics or the start of a training, which is
 # then worth a second look; between processors and numbers of threads they differ by 2e-7.
 LOSSES = {
-    "autoencoder": [0.7581158, 0.5649477, 0.5889406, 0.4005871, 0.4476134,
-                    0.3950759, 0.4669443, 0.5822867, 0.4921283, 0.5792221],
-    "denoiser": [1.09494, 1.020554, 1.072918, 1.063032, 1.073992,
-                 0.9655434, 1.001597, 0.9547964, 1.055842, 1.024381],
+    "autoencoder": [0.7688053, 0.5743409, 0.5848454, 0.3871517, 0.437194,
+                    0.3661054, 0.4266523, 0.5663692, 0.4689902, 0.5403779],
+    "denoiser": [1.0962, 1.028914, 1.086829, 1.052957, 1.076964,
+                 0.9789606, 1.018309, 0.9547185, 1.064694, 1.027898],
 }  # fmt: skip
 
 

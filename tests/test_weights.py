@@ -14,6 +14,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinyldm.files import replacing
 from tinyldm.models.weights import (
     DTYPES,
     WeightsError,
@@ -21,7 +22,6 @@ from tinyldm.models.weights import (
     load_metadata,
     load_weights,
     match,
-    replacing,
     save_weights,
 )
 

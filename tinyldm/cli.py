@@ -190,7 +190,7 @@ def run_eval(options):
     from pathlib import Path
 
     from tinyldm.evaluation.metrics import evaluate_shapes, table
-    from tinyldm.models.weights import replacing
+    from tinyldm.files import replacing
     from tinyldm.pipeline import Pipeline
     from tinyldm.training.state import load_notes
 

@@ -4,7 +4,6 @@ The folder is diffusers' own layout (`model_index.json`, one sub-folder a compon
 tinyldm trained the model or somebody else did, and diffusers loads what tinyldm saves.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -14,9 +13,9 @@ from PIL import Image
 from tinyldm.backend import array_module, map_batch, to_device
 from tinyldm.diffusion.samplers import SAMPLERS, guided
 from tinyldm.diffusion.schedule import Schedule
+from tinyldm.files import read_json, write_json
 from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet
-from tinyldm.models.config import ConfigError
-from tinyldm.models.weights import load_component, replacing, save_weights
+from tinyldm.models.weights import load_component, save_weights
 from tinyldm.nn import no_grad
 
 COMPONENTS = {  # folder → (library and class that diffusers loads, our class, file of weights)
@@ -56,11 +55,11 @@ class Pipeline:
         device: "cpu", or "cuda" for CuPy. Weights become float32.
         """
         folder = Path(folder)
-        index = _read_json(folder / "model_index.json")
-        configs = {"scheduler": _read_json(folder / "scheduler" / "scheduler_config.json")}
+        index = read_json(folder / "model_index.json")
+        configs = {"scheduler": read_json(folder / "scheduler" / "scheduler_config.json")}
         params = {}
         for name, (_, model, _) in COMPONENTS.items():
-            configs[name] = _read_json(folder / name / "config.json")
+            configs[name] = read_json(folder / name / "config.json")
             weights = load_component(folder / name, model(configs[name]).shapes())
             params[name] = to_device(weights, device)
         tokenizer = Tokenizer.load(folder / "tokenizer")
@@ -83,12 +82,12 @@ class Pipeline:
         for name, ((library, kind), _, file) in COMPONENTS.items():
             index[name] = [library, kind]
             note = {"_class_name": kind, "_diffusers_version": DIFFUSERS_VERSION}
-            _write_json(folder / name / "config.json", note | self.configs[name])
+            write_json(folder / name / "config.json", note | self.configs[name])
             weights = to_device(self.params[name], "cpu")
             save_weights(folder / name / file, weights, {"format": "pt"})
-        _write_json(folder / "scheduler" / "scheduler_config.json", self.configs["scheduler"])
+        write_json(folder / "scheduler" / "scheduler_config.json", self.configs["scheduler"])
         self.tokenizer.save(folder / "tokenizer")
-        _write_json(folder / "model_index.json", index)
+        write_json(folder / "model_index.json", index)
 
     def __call__(
         self,
@@ -222,22 +221,3 @@ def to_uint8(pictures):
     if not np.isfinite(pictures).all():
         raise ValueError("the picture holds values that are not finite: the weights have diverged")
     return np.clip(np.round((pictures + 1) * 127.5), 0, 255).astype(np.uint8)
-
-
-def _read_json(file):
-    if not file.exists():
-        raise FileNotFoundError(
-            f"{file}: missing; expected the folder of a trained run, or of a Stable Diffusion model"
-        )
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def _write_json(file, content):
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

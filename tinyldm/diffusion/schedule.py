@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from tinyldm.backend import array_module
-from tinyldm.models.config import ConfigError
+from tinyldm.config import ConfigError
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 

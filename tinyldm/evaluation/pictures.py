@@ -5,7 +5,7 @@ import textwrap
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tinyldm.models.weights import replacing
+from tinyldm.files import replacing
 
 INK, PAPER, GRID = (40, 40, 40), (255, 255, 255), (225, 225, 225)
 LINES = ((200, 60, 50), (50, 90, 200), (40, 150, 80), (150, 90, 180))

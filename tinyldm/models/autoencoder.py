@@ -6,8 +6,8 @@ Kingma & Welling 2013).
 """
 
 from tinyldm.backend import array_module
+from tinyldm.config import per_block, read_config
 from tinyldm.models.blocks import ResnetBlock, SpatialAttention, Upsample, downsample
-from tinyldm.models.config import per_block, read_config
 from tinyldm.nn import functional as F
 from tinyldm.nn.layers import Conv2d, GroupNorm, Layer, zeros
 from tinyldm.nn.protocol import differentiable
@@ -61,6 +61,11 @@ class AutoencoderKL(Layer):
             else None
         )
         self.decoder = Decoder("decoder", c)
+
+    def init(self, rng):
+        """Fresh parameters. Biases start at 0, unlike the U-Net's: it learns faster, and steadier."""
+        params = super().init(rng)
+        return {name: w * 0 if name.endswith(".bias") else w for name, w in params.items()}
 
     def encode(self, params, images):
         """→ moments (n, h/f, w/f, 2·latent_channels): mean, then logarithm of the variance."""

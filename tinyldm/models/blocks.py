@@ -7,7 +7,7 @@ upwards; where an input is used twice its gradients are added.
 
 from functools import partial
 
-from tinyldm.models.config import ConfigError
+from tinyldm.config import ConfigError
 from tinyldm.nn import functional as F
 from tinyldm.nn.attention import attention
 from tinyldm.nn.layers import Conv2d, GroupNorm, Layer, LayerNorm, Linear, Offset

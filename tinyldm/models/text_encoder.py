@@ -1,7 +1,7 @@
 """The text encoder: CLIP's causal transformer over tokens (Radford et al. 2021)."""
 
+from tinyldm.config import ConfigError, read_config
 from tinyldm.models.blocks import Attention
-from tinyldm.models.config import ConfigError, read_config
 from tinyldm.nn import functional as F
 from tinyldm.nn.layers import Embedding, Layer, LayerNorm, Linear, Offset
 

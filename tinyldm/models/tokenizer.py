@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyldm.models.weights import replacing
+from tinyldm.files import replacing
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"  # closes the last symbol of a piece: "art</w>" ends a word, "art" goes on

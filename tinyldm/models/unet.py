@@ -4,6 +4,7 @@ It goes down through ever smaller and deeper features, keeps each on a stack, an
 joins them again (Ronneberger et al. 2015; Ho et al. 2020; Rombach et al. 2022, section 3.3).
 """
 
+from tinyldm.config import ConfigError, per_block, read_config
 from tinyldm.models.blocks import (
     ResnetBlock,
     SpatialTransformer,
@@ -12,7 +13,6 @@ from tinyldm.models.blocks import (
     downsample,
     plus,
 )
-from tinyldm.models.config import ConfigError, per_block, read_config
 from tinyldm.nn import functional as F
 from tinyldm.nn.layers import Conv2d, Embedding, GroupNorm, Layer, Linear, zeros
 

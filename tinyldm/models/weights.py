@@ -8,10 +8,11 @@ every other tensor is the same in both. The format is an 8-byte length, that man
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
+
+from tinyldm.files import replacing
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
@@ -56,45 +57,6 @@ def save_weights(file, params, metadata=None):
             raise WeightsError(f"{file}: tensor {name}: dtype {array.dtype} is not supported")
     with replacing(file) as temporary:
         save_file(tensors, temporary, metadata=metadata)
-
-
-class replacing:
-    """`with replacing(file) as temporary:` write `temporary`; it replaces `file` at the end.
-
-    After the block either the old file or the whole new one is there, even if the power fails.
-    """
-
-    def __init__(self, file):
-        self.file = Path(file)
-
-    def __enter__(self):
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{self.file.name}-", dir=self.file.parent)
-        os.close(handle)
-        self.temporary = Path(name)
-        return self.temporary
-
-    def __exit__(self, kind, *_):
-        try:
-            if kind is not None:
-                return
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(self.temporary, 0o666 & ~umask)
-            _sync(self.temporary)
-            os.replace(self.temporary, self.file)
-        finally:
-            self.temporary.unlink(missing_ok=True)
-        if hasattr(os, "O_DIRECTORY"):
-            _sync(self.file.parent)
-
-
-def _sync(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def match(params, shapes, where):

@@ -18,9 +18,9 @@ from tinyldm.data.folder import load_folder
 from tinyldm.data.shapes import make_shapes
 from tinyldm.diffusion.objective import diffusion_loss
 from tinyldm.diffusion.schedule import Schedule
+from tinyldm.files import replacing
 from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet
 from tinyldm.models.autoencoder import kl_loss, sample_gaussian
-from tinyldm.models.weights import replacing
 from tinyldm.nn import functional as F
 from tinyldm.nn import no_grad
 from tinyldm.pipeline import Pipeline, from_uint8

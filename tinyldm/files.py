@@ -1,0 +1,67 @@
+"""Files that are written whole or not at all, and JSON with errors in one line."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from tinyldm.config import ConfigError
+
+
+class replacing:
+    """`with replacing(file) as temporary:` write `temporary`; it replaces `file` at the end.
+
+    After the block either the old file or the whole new one is there, even if the power fails.
+    """
+
+    def __init__(self, file):
+        self.file = Path(file)
+
+    def __enter__(self):
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{self.file.name}-", dir=self.file.parent)
+        os.close(handle)
+        self.temporary = Path(name)
+        return self.temporary
+
+    def __exit__(self, kind, *_):
+        try:
+            if kind is not None:
+                return
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(self.temporary, 0o666 & ~umask)
+            _sync(self.temporary)
+            os.replace(self.temporary, self.file)
+        finally:
+            self.temporary.unlink(missing_ok=True)
+        if hasattr(os, "O_DIRECTORY"):
+            _sync(self.file.parent)
+
+
+def _sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_json(file):
+    """The JSON object in a file. FileNotFoundError or ConfigError in one line."""
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{file}: missing; expected the folder of a trained run, or of a Stable Diffusion model"
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def write_json(file, content):
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
