@@ -6,6 +6,8 @@ by the commands that need them, so that `--help` is immediate.
 """
 
 import argparse
+import math
+import os
 import sys
 import time
 
@@ -18,10 +20,13 @@ def main(arguments=None):
     """Run one command; → exit code."""
     options = parser().parse_args(arguments)
     try:
-        return options.command(options) or 0
+        code = options.command(options) or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
+    except BrokenPipeError:  # whoever read the results has gone: tell Python not to try again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except Exception as error:
         code = _exit_code(error)
@@ -75,7 +80,7 @@ def parser():
                         help="a picture; several get numbers (default: sample.png)")  # fmt: skip
     sample.add_argument("--negative", default="", help="what to lead away from")
     sample.add_argument("--steps", type=_whole(1), help="of the sampler (default: the run's)")
-    sample.add_argument("--guidance", type=float, help="1 is none (default: the run's)")
+    sample.add_argument("--guidance", type=_number, help="1 is none (default: the run's)")
     sample.add_argument("--sampler", help="ddim or ddpm (default: the run's)")
     sample.add_argument("--seed", type=_whole(0), default=0, help="of the noise (default: 0)")
     sample.add_argument("--n", type=_whole(1), default=1, help="pictures (default: 1)")
@@ -86,7 +91,7 @@ def parser():
     evaluate.add_argument("run", metavar="RUN")
     evaluate.add_argument("--captions", type=_whole(2), default=500, help="to paint (default: 500)")
     evaluate.add_argument("--steps", type=_whole(1), help="of the sampler (default: the run's)")
-    evaluate.add_argument("--guidance", type=float, help="1 is none (default: the run's)")
+    evaluate.add_argument("--guidance", type=_number, help="1 is none (default: the run's)")
     _add_device(evaluate)
     return top
 
@@ -116,10 +121,20 @@ def _whole(least):
     return parse
 
 
+def _number(text):
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}")
+    return number
+
+
 def _size(text):
     try:
-        height, _, width = text.lower().partition("x")
-        return int(height), int(width or height)
+        height, x, width = text.lower().partition("x")
+        return int(height), int(width if x else height)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected S or HEIGHTxWIDTH, found {text!r}") from None
 
@@ -165,9 +180,11 @@ def run_sample(options):
 
     from tqdm import tqdm
 
-    from tinyldm.evaluation.pictures import save_picture
+    from tinyldm.evaluation.pictures import picture_format, save_picture
     from tinyldm.pipeline import Pipeline
 
+    output = Path(options.output)
+    picture_format(output)  # complains before the work rather than after it
     pipeline = Pipeline.load(_whole_run(options.run), options.device)
     steps = options.steps or pipeline.defaults["steps"]
     progress = tqdm(
@@ -178,7 +195,6 @@ def run_sample(options):
         total=steps, desc="painting", unit="step", disable=None,
     )  # fmt: skip
     *_, (latents, _) = progress
-    output = Path(options.output)
     for i, picture in enumerate(pipeline.decode(latents)):
         name = output if options.n == 1 else output.with_stem(f"{output.stem}-{i}")
         save_picture(name, _image(picture))

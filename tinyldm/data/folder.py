@@ -23,7 +23,7 @@ def load_folder(folder, side):
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder of pictures, found nothing of that name")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in FORMATS)
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in FORMATS and p.is_file())
     if not files:
         raise DataError(f"{folder}: no picture in it; formats read are {', '.join(FORMATS)}")
     listed = _read_metadata(folder / "metadata.jsonl")
@@ -40,6 +40,9 @@ def load_picture(file, side):
     try:
         with Image.open(file) as opened:
             picture = ImageOps.exif_transpose(opened)
+            if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would only clip
+                gray = np.asarray(picture, np.float32) / 257
+                picture = Image.fromarray(np.clip(np.round(gray), 0, 255).astype(np.uint8))
             if "A" in picture.getbands() or "transparency" in picture.info:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -55,19 +58,29 @@ def _caption(file, folder, listed):
         return listed[name]
     text = file.with_suffix(".txt")
     if text.exists():
-        return text.read_text(encoding="utf-8").strip()
+        return _read_text(text).strip()
     return "" if file.parent == folder else file.parent.name.replace("_", " ")
+
+
+def _read_text(file):
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: expected text in UTF-8 ({error})") from None
 
 
 def _read_metadata(file):
     if not file.exists():
         return {}
     listed = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_read_text(file).split("\n"), 1):
         if line.strip():
             try:
                 entry = json.loads(line)
-                listed[entry["file_name"]] = entry["text"]
+                name, text = entry["file_name"], entry["text"]
+                if not isinstance(name, str) or not isinstance(text, str):
+                    raise TypeError
+                listed[name] = text
             except (ValueError, KeyError, TypeError):
                 raise DataError(
                     f'{file}: line {number}: expected {{"file_name": …, "text": …}}, found {line!r}'

@@ -21,7 +21,7 @@ def grid(pictures, captions=None, columns=None, tile=96, labels=None):
     scale = max(1, tile // max(h, w))
     font = ImageFont.load_default(11)
     gap, margin = 4, 74 if labels else 4
-    wrapped = [textwrap.fill(c, w * scale // 6) for c in captions] if captions else [""] * n
+    wrapped = [textwrap.fill(c, max(1, w * scale // 6)) for c in captions] if captions else [""] * n
     text_height = 13 * max(text.count("\n") + 1 for text in wrapped) if captions else 0
     cell_w, cell_h = w * scale + gap, h * scale + gap + text_height
     rows = -(-n // columns)
@@ -80,16 +80,28 @@ def curves(series, title):
     for i, (name, (steps, points)) in enumerate(series.items()):
         colour = LINES[i % len(LINES)]
         line = [point(s, v) for s, v in zip(steps, points, strict=True) if v > 0]
-        if len(line) > 1:
+        if len(line) == 1:
+            draw.circle(line[0], 3, colour)
+        elif line:
             draw.line(line, colour, 2)
         draw.text((width - 150, 8 + 15 * i), name, colour, font)
     return sheet
 
 
+def picture_format(file):
+    """The format that the name of a file asks for. ValueError where that is none."""
+    known = Image.registered_extensions()
+    kind = known.get(file.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"{file}: expected the name of a picture, such as {file.stem or 'a'}.png")
+    return kind
+
+
 def save_picture(file, picture, **options):
     """Write a PIL image whole or not at all; the format is that of the name."""
+    kind = picture_format(file)
     with replacing(file) as temporary:
-        picture.save(temporary, format=file.suffix[1:].upper(), **options)
+        picture.save(temporary, format=kind, **options)
 
 
 def save_animation(file, frames, milliseconds=80, hold=1500):

@@ -63,7 +63,7 @@ class AutoencoderKL(Layer):
         self.decoder = Decoder("decoder", c)
 
     def init(self, rng):
-        """Fresh parameters. Biases start at 0, unlike the U-Net's: it learns faster, and steadier."""
+        """Fresh parameters. Biases start at 0, unlike the U-Net's: a faster, steadier start."""
         params = super().init(rng)
         return {name: w * 0 if name.endswith(".bias") else w for name, w in params.items()}
 

@@ -116,5 +116,7 @@ def load_state(run, device="cpu"):
             first_stage=groups["first_stage"],
             **notes,
         )
+    except WeightsError as error:
+        raise WeightsError(f"{error}; remove it to go on from the state before") from None
     except (TypeError, KeyError) as error:
         raise WeightsError(f"{file}: a state of another version: {error}") from None
