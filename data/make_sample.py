@@ -10,7 +10,7 @@ from tinyldm.data.shapes import make_shapes
 folder = Path(__file__).parent / "shapes"
 folder.mkdir(exist_ok=True)
 lines = []
-for i, (image, caption) in enumerate(zip(*make_shapes(24, side=32, seed=0))):
+for i, (image, caption) in enumerate(zip(*make_shapes(24, side=32, seed=0), strict=True)):
     file_name = f"{i:04d}.png"
     Image.fromarray(image).save(folder / file_name)
     lines.append(json.dumps({"file_name": file_name, "text": caption}) + "\n")

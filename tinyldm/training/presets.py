@@ -122,8 +122,8 @@ class Config:
         }
 
 
-DEMO_AUTOENCODER = Stage(batch=16, rate=2e-3, warmup=50, ema=0.995, seconds=75)
-DEMO_DENOISER = Stage(batch=32, rate=2e-3, warmup=50, ema=0.995, seconds=185)
+DEMO_AUTOENCODER = Stage(batch=16, rate=2e-3, warmup=50, ema=0.995, seconds=60)
+DEMO_DENOISER = Stage(batch=32, rate=2e-3, warmup=50, ema=0.995, seconds=200)
 
 PRESETS = {
     "demo": Config(),

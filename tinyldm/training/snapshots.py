@@ -15,7 +15,7 @@ from tinyldm.evaluation.pictures import (
     save_picture,
 )
 
-SHARES = (0.1, 0.25, 0.5, 0.75)  # of stage 2 after which samples are painted
+SHARES = (0.1, 0.3, 0.6)  # of stage 2 after which samples are painted
 FORWARD_STEPS = (0, 100, 200, 300, 400, 500, 600, 800, 999)
 
 
