@@ -22,7 +22,8 @@ ORDER = """
     pipeline
     data data.shapes data.folder
     evaluation evaluation.reader evaluation.metrics evaluation.pictures
-    training training.optim training.parallel training.presets training.state training.signals training.snapshots
+    training training.optim training.parallel training.presets training.signals training.state
+    training.snapshots
     training.loop
     cli __main__
 """.split()

@@ -42,7 +42,7 @@ class Config:
     vocabulary: int = 1024
     prediction: str = "v_prediction"
     steps: int = 25  # of sampling
-    guidance: float = 1.5
+    guidance: float = 2.0
 
     @classmethod
     def from_json(cls, content):
@@ -123,7 +123,7 @@ class Config:
 
 
 DEMO_AUTOENCODER = Stage(batch=16, rate=2e-3, warmup=50, ema=0.995, seconds=60)
-DEMO_DENOISER = Stage(batch=32, rate=2e-3, warmup=50, ema=0.995, seconds=200)
+DEMO_DENOISER = Stage(batch=32, rate=2e-3, warmup=50, ema=0.995, seconds=188)
 
 PRESETS = {
     "demo": Config(),
