@@ -32,8 +32,8 @@ class Interruptible(contextlib.AbstractContextManager):
 
     def _note(self, number, frame):
         self.number = number
-        for each, handler in self.before.items():
-            signal.signal(each, handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
