@@ -122,7 +122,7 @@ class Config:
         }
 
 
-DEMO_AUTOENCODER = Stage(batch=16, rate=2e-3, warmup=50, ema=0.995, seconds=60)
+DEMO_AUTOENCODER = Stage(batch=16, rate=2e-3, warmup=50, ema=0.995, seconds=72)
 DEMO_DENOISER = Stage(batch=32, rate=2e-3, warmup=50, ema=0.995, seconds=188)
 
 PRESETS = {
