@@ -15,9 +15,9 @@ from tinyldm.backend import cores
 from tinyldm.data.shapes import make_shapes
 from tinyldm.models import AutoencoderKL, Tokenizer
 from tinyldm.nn import functional as F
-from tinyldm.training.loop import Models, autoencoder_loss
 from tinyldm.training.parallel import value_and_grad
 from tinyldm.training.presets import PRESETS
+from tinyldm.training.stages import Models, autoencoder_loss
 
 try:
     import torch

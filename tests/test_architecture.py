@@ -23,7 +23,7 @@ ORDER = """
     data data.shapes data.folder
     evaluation evaluation.reader evaluation.metrics evaluation.pictures
     training training.optim training.parallel training.presets training.signals training.state
-    training.snapshots
+    training.stages training.snapshots
     training.loop
     cli __main__
 """.split()

@@ -20,7 +20,7 @@ import tinyldm
 from tinyldm import backend, cli
 from tinyldm.evaluation import metrics
 from tinyldm.pipeline import Pipeline
-from tinyldm.training import loop, presets
+from tinyldm.training import presets, stages
 from tinyldm.training.presets import Stage
 from tinyldm.training.state import load_state
 
@@ -278,13 +278,13 @@ def test_a_folder_that_cannot_be_made(call, small, tmp_path):
 
 
 def test_divergence_is_a_failure_and_not_a_mistake(call, small, tmp_path, monkeypatch):
-    value_and_grad = loop.value_and_grad
+    value_and_grad = stages.value_and_grad
 
     def diverging(*args):
         _, grads = value_and_grad(*args)
         return np.float32(math.nan), grads
 
-    monkeypatch.setattr(loop, "value_and_grad", diverging)
+    monkeypatch.setattr(stages, "value_and_grad", diverging)
     result = call(*TRAIN, tmp_path / "run")
     assert (result.code, result.out) == (1, "")
     last = result.err.splitlines()[-1]

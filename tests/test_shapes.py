@@ -113,13 +113,18 @@ def test_held_out_pairs_are_apart():
     assert kept == HELD_OUT and not seen & kept and len(seen | kept) == 8 * 3
 
 
+def columns(drawn):
+    """All sizes, all colours, …"""
+    return zip(*map(astuple, drawn), strict=True)
+
+
 @pytest.mark.parametrize("held_out", [False, True])
 def test_sets_hold_only_their_own_captions_and_uniformly(held_out):
     _, captions = make_shapes(3000, side=16, seed=1, held_out=held_out)
     drawn = [Attributes.parse(caption) for caption in captions]
     assert all(attributes.held_out == held_out for attributes in drawn)
     choices = combinations(held_out)
-    for words, expected in zip(zip(*map(astuple, drawn)), zip(*map(astuple, choices)), strict=True):
+    for words, expected in zip(columns(drawn), columns(choices), strict=True):
         counts, share = Counter(words), Counter(expected)
         assert counts.keys() == share.keys()
         for word in share:

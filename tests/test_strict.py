@@ -27,9 +27,9 @@ from tinyldm.nn import functional as F
 from tinyldm.nn import no_grad, recompute
 from tinyldm.nn.conv import ALGORITHMS, conv2d
 from tinyldm.pipeline import Pipeline
-from tinyldm.training.loop import Models, autoencoder_loss, denoiser_loss, train_step
 from tinyldm.training.parallel import value_and_grad
 from tinyldm.training.presets import Config
+from tinyldm.training.stages import Models, autoencoder_loss, denoiser_loss, train_step
 from tinyldm.training.state import State, load_state, save_state
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from tinyldm.data.shapes import make_shapes
 from tinyldm.models.weights import WeightsError, load_metadata, load_weights, save_weights
 from tinyldm.pipeline import COMPONENTS, Pipeline
-from tinyldm.training import loop, snapshots
+from tinyldm.training import loop, snapshots, stages
 from tinyldm.training.loop import Diverged, Interruptible, Stopped, rebuild, train
 from tinyldm.training.optim import learning_rate
 from tinyldm.training.presets import PRESETS, Config, Stage
@@ -571,14 +571,14 @@ def test_rebuild_exports_the_last_state_of_an_unfinished_run(tmp_path, monkeypat
 
 def spoil(monkeypatch, number, change):
     """Change loss and gradients of the `number`-th step of a run."""
-    value_and_grad, calls = loop.value_and_grad, []
+    value_and_grad, calls = stages.value_and_grad, []
 
     def spoilt(*args):
         calls.append(args)
         loss, grads = value_and_grad(*args)
         return change(loss, grads) if len(calls) == number else (loss, grads)
 
-    monkeypatch.setattr(loop, "value_and_grad", spoilt)
+    monkeypatch.setattr(stages, "value_and_grad", spoilt)
 
 
 def assert_finite(state):
@@ -737,7 +737,7 @@ def batches(whole):
         state = load_state(whole.run)
         state.step, state.config = 0, config
         images, captions = loop.load_data(config)
-        models = loop.Models(config, whole.pipeline.tokenizer)
+        models = stages.Models(config, whole.pipeline.tokenizer)
         first = State(config, "autoencoder", state.first_stage)
         loop.fit_autoencoder(whole.run, first, models, images, None, silent)
         loop.fit_denoiser(whole.run, state, models, images, captions, None, silent)

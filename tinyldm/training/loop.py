@@ -16,24 +16,19 @@ from tqdm import tqdm
 from tinyldm.backend import array_module, map_batch, to_device
 from tinyldm.data.folder import load_folder
 from tinyldm.data.shapes import make_shapes
-from tinyldm.diffusion.objective import diffusion_loss
-from tinyldm.diffusion.schedule import Schedule
 from tinyldm.files import replacing
-from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet
-from tinyldm.models.autoencoder import kl_loss, sample_gaussian
-from tinyldm.nn import functional as F
+from tinyldm.models import Tokenizer
 from tinyldm.nn import no_grad
 from tinyldm.pipeline import Pipeline, from_uint8
 from tinyldm.training import snapshots
-from tinyldm.training.optim import adamw, clip_factor, global_norm, learning_rate
-from tinyldm.training.parallel import value_and_grad
+from tinyldm.training.optim import learning_rate
 from tinyldm.training.signals import Interruptible, Stopped
+from tinyldm.training.stages import Models, autoencoder_loss, denoiser_loss, train_step
 from tinyldm.training.state import STAGES, State, load_state, save_state, state_files
 
 SAVE_EVERY = 45.0  # seconds between states
 LOG_EVERY = 10  # steps between lines of metrics, and between looks at the loss
 CALIBRATION = (10, 40)  # steps that are timed to find how many fit into a stage's seconds
-MAX_NORM = 1.0  # of the gradient
 
 
 class Diverged(RuntimeError):
@@ -78,17 +73,6 @@ def load_data(config):
     return load_folder(config.data, config.side)
 
 
-class Models:
-    """The networks of a run, without parameters."""
-
-    def __init__(self, config, tokenizer):
-        self.config, self.tokenizer = config, tokenizer
-        self.vae = AutoencoderKL(config.vae_config())
-        self.unet = UNet(config.unet_config())
-        self.text = TextEncoder(config.text_config(tokenizer))
-        self.schedule = Schedule(config.scheduler_config())
-
-
 # ----------------------------------------------------------------------------------------- stage 1
 
 
@@ -106,27 +90,6 @@ def fit_autoencoder(run, state, models, images, stop, say):
 
     loss_fn = autoencoder_loss(models.vae, config.kl_weight)
     fit(run, state, config.autoencoder, loss_fn, batch_at, stop)
-
-
-def autoencoder_loss(vae, kl_weight):
-    """Mean squared error of the reconstruction + kl_weight · mean KL of a latent number."""
-
-    def loss_fn(params, images, noise):
-        moments, encode_back = vae.encode(params, images)
-        z, sample_back = sample_gaussian(moments, noise)
-        reconstruction, decode_back = vae.decode(params, z)
-        error, error_back = F.mse(reconstruction, images)
-        kl, kl_back = kl_loss(moments)
-        weight = kl_weight / math.prod(z.shape[1:])
-
-        def backward(grads):
-            dimages, _ = error_back()
-            dmoments = sample_back(decode_back(dimages, grads)) + kl_back(weight)
-            encode_back(dmoments, grads)
-
-        return error + weight * kl, backward
-
-    return loss_fn
 
 
 def begin_denoiser(run, state, models, images, device, say):
@@ -191,26 +154,6 @@ def fit_denoiser(run, state, models, images, captions, stop, say):
     fit(run, state, config.denoiser, loss_fn, batch_at, stop, pictures)
 
 
-def denoiser_loss(models, min_snr=None):
-    """The diffusion loss of U-Net and text encoder, whose parameters share one dict."""
-
-    def loss_fn(params, z, noise, tokens, t):
-        context, text_back = models.text(params, tokens)
-
-        def predict(x, t):
-            prediction, unet_back = models.unet(params, x, t, context)
-
-            def backward(dprediction, grads):
-                _, dcontext = unet_back(dprediction, grads)
-                text_back(dcontext, grads)
-
-            return prediction, backward
-
-        return diffusion_loss(predict, models.schedule, z, noise, t, min_snr)
-
-    return loss_fn
-
-
 # ------------------------------------------------------------------------------------- both stages
 
 
@@ -272,17 +215,6 @@ def forget_metrics_after(file, state):
                 kept.append(line + "\n")
     with replacing(file) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
-
-
-def train_step(state, loss_fn, batch, rate, ema):
-    """One step of the optimizer on one batch → loss and norm of the gradient, on the device."""
-    loss, grads = value_and_grad(loss_fn, state.params, batch)
-    norm = global_norm(grads)
-    adamw(
-        state.params, grads, state.moments, state.average, state.step, rate,
-        scale=clip_factor(norm, MAX_NORM), ema=ema,
-    )  # fmt: skip
-    return loss, norm
 
 
 def export(run, state, models):

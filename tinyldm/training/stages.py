@@ -1,0 +1,76 @@
+"""What is trained: the networks of a run, the loss of each stage, one step of the optimizer."""
+
+import math
+
+from tinyldm.diffusion.objective import diffusion_loss
+from tinyldm.diffusion.schedule import Schedule
+from tinyldm.models import AutoencoderKL, TextEncoder, UNet
+from tinyldm.models.autoencoder import kl_loss, sample_gaussian
+from tinyldm.nn import functional as F
+from tinyldm.training.optim import adamw, clip_factor, global_norm
+from tinyldm.training.parallel import value_and_grad
+
+MAX_NORM = 1.0  # of the gradient
+
+
+class Models:
+    """The networks of a run, without parameters."""
+
+    def __init__(self, config, tokenizer):
+        self.config, self.tokenizer = config, tokenizer
+        self.vae = AutoencoderKL(config.vae_config())
+        self.unet = UNet(config.unet_config())
+        self.text = TextEncoder(config.text_config(tokenizer))
+        self.schedule = Schedule(config.scheduler_config())
+
+
+def autoencoder_loss(vae, kl_weight):
+    """Mean squared error of the reconstruction + kl_weight · mean KL of a latent number."""
+
+    def loss_fn(params, images, noise):
+        moments, encode_back = vae.encode(params, images)
+        z, sample_back = sample_gaussian(moments, noise)
+        reconstruction, decode_back = vae.decode(params, z)
+        error, error_back = F.mse(reconstruction, images)
+        kl, kl_back = kl_loss(moments)
+        weight = kl_weight / math.prod(z.shape[1:])
+
+        def backward(grads):
+            dimages, _ = error_back()
+            dmoments = sample_back(decode_back(dimages, grads)) + kl_back(weight)
+            encode_back(dmoments, grads)
+
+        return error + weight * kl, backward
+
+    return loss_fn
+
+
+def denoiser_loss(models, min_snr=None):
+    """The diffusion loss of U-Net and text encoder, whose parameters share one dict."""
+
+    def loss_fn(params, z, noise, tokens, t):
+        context, text_back = models.text(params, tokens)
+
+        def predict(x, t):
+            prediction, unet_back = models.unet(params, x, t, context)
+
+            def backward(dprediction, grads):
+                _, dcontext = unet_back(dprediction, grads)
+                text_back(dcontext, grads)
+
+            return prediction, backward
+
+        return diffusion_loss(predict, models.schedule, z, noise, t, min_snr)
+
+    return loss_fn
+
+
+def train_step(state, loss_fn, batch, rate, ema):
+    """One step of the optimizer on one batch → loss and norm of the gradient, on the device."""
+    loss, grads = value_and_grad(loss_fn, state.params, batch)
+    norm = global_norm(grads)
+    adamw(
+        state.params, grads, state.moments, state.average, state.step, rate,
+        scale=clip_factor(norm, MAX_NORM), ema=ema,
+    )  # fmt: skip
+    return loss, norm
