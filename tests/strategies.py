@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from tinyldm.nn import activations
 from tinyldm.nn import attention as attention_module
 from tinyldm.nn import conv as conv_module
 from tinyldm.nn import functional as F
+from tinyldm.nn import pieces as pieces_module
 from tinyldm.nn.attention import attention
 from tinyldm.nn.conv import conv2d
 
@@ -88,7 +90,7 @@ def activation_calls(draw, function):
 
 @st.composite
 def geglu_calls(draw):
-    return Call(F.geglu, {"x": (*draw(leading_axes()), 2 * draw(sizes))}, draw(seeds))
+    return Call(activations.geglu, {"x": (*draw(leading_axes()), 2 * draw(sizes))}, draw(seeds))
 
 
 # Of two numbers normalising leaves no more than the sign, of one nothing: the gradients are
@@ -205,9 +207,9 @@ LOSSES = {"mse": mse_calls(), "l1": l1_calls(), "kl_to_standard_normal": kl_call
 FUNCTIONS = {
     "linear": linear_calls(),
     "embedding": embedding_calls(),
-    "silu": activation_calls(F.silu),
-    "quick_gelu": activation_calls(F.quick_gelu),
-    "gelu": activation_calls(F.gelu),
+    "silu": activation_calls(activations.silu),
+    "quick_gelu": activation_calls(activations.quick_gelu),
+    "gelu": activation_calls(activations.gelu),
     "geglu": geglu_calls(),
     "group_norm": group_norm_calls(),
     "offset": offset_calls(),
@@ -230,7 +232,7 @@ piece_sizes = st.sampled_from([1, 50, 500, None])
 def in_pieces(size):
     """Cut all work into pieces of `size` elements or bytes; None leaves it as it is."""
     limits = {
-        "PIECE": F,
+        "PIECE": pieces_module,
         "BLOCK_BYTES": conv_module,
         "WEIGHT_BLOCK_BYTES": conv_module,
         "BLOCK_SCORES": attention_module,

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.Image import Transpose
 
-from tinyldm.data.folder import FORMATS, DataError, load_folder, load_picture
+from tinyldm.data import folder as folder_module
+from tinyldm.data.dataset import DataError
+from tinyldm.data.folder import FORMATS, load_folder, load_picture
 
 SIDE = 8
 
@@ -37,10 +39,17 @@ def save(picture, file, **options):
     return file
 
 
+def read(folder, side):
+    data = load_folder(folder, side)
+    return data.images, data.captions, data.names
+
+
 def one_line(caught, file):
-    text = str(caught.value)
-    assert "\n" not in text and str(file) in text
-    return text
+    """The only thing wrong is named in a line of its own, or in the only one."""
+    lines = str(caught.value).splitlines()
+    assert len(lines) <= 2 and str(file) in lines[-1]
+    if len(lines) == 2:
+        assert "1 of " in lines[0] and "--skip-bad:" in lines[0]
 
 
 # -------------------------------------------------------------------------------- kinds of picture
@@ -80,7 +89,7 @@ def test_every_mode_becomes_the_colours_that_are_seen(tmp_path, picture, suffix,
     assert (found.shape, found.dtype) == ((SIDE, SIDE, 3), np.uint8)
     tolerance = 2 if suffix in ("jpeg", "webp") else 1
     assert abs(found.astype(int) - expected).max() <= tolerance
-    images, captions = load_folder(tmp_path, SIDE)
+    images, captions, _ = read(tmp_path, SIDE)
     np.testing.assert_array_equal(images, found[None])
     assert captions == [""]
 
@@ -170,7 +179,7 @@ def test_mixed_sizes_and_modes_in_one_folder(tmp_path):
                 solid("RGBA", (0, 0, 0, 0), (3, 90)), palette((1, 2, 3))]  # fmt: skip
     for i, picture in enumerate(pictures):
         save(picture, tmp_path / f"{i}.png")
-    images, captions = load_folder(tmp_path, 16)
+    images, captions, _ = read(tmp_path, 16)
     assert (images.shape, images.dtype) == ((5, 16, 16, 3), np.uint8)
     levels = [(200, 30, 90), (7, 7, 7), (1, 1, 1), (255, 255, 255), (1, 2, 3)]
     np.testing.assert_array_equal(images[:, 8, 8], levels)
@@ -182,7 +191,7 @@ def test_folders_are_searched_for_all_formats_in_any_case(tmp_path):
         kind = {"jpg": "JPEG"}.get(suffix[1:].lower(), suffix[1:].upper())
         save(solid("RGB", (i, i, i)), tmp_path / "deep" / "er" / f"{i}{suffix}", format=kind)
     (tmp_path / "notes.md").write_text("no picture")
-    images, captions = load_folder(tmp_path, SIDE)
+    images, captions, _ = read(tmp_path, SIDE)
     assert len(images) == len(FORMATS) + 2
     assert set(captions) == {"er"}
 
@@ -200,7 +209,6 @@ def shelf(tmp_path):
         {"file_name": "listed.png", "text": "from the list"},
         {"file_name": "both.png", "text": "the list goes first", "other": 1},
         {"file_name": "a/b/deep.png", "text": "deep in the list"},
-        {"file_name": "gone.png", "text": "no such picture"},
     ]
     text = "\n\n".join(map(json.dumps, lines)) + "\n"
     (tmp_path / "metadata.jsonl").write_text(text)
@@ -214,7 +222,7 @@ def captions_of(folder):
     """{name: caption}, in the order of loading."""
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in FORMATS)
     names = [p.relative_to(folder).as_posix() for p in files]
-    return dict(zip(names, load_folder(folder, SIDE)[1], strict=True))
+    return dict(zip(names, load_folder(folder, SIDE).captions, strict=True))
 
 
 def test_where_captions_come_from(shelf):
@@ -246,7 +254,7 @@ def test_any_text_in_the_list_is_read_as_it_is(tmp_path_factory, captions, ascii
         entry = {"file_name": f"{i}.png", "text": caption}
         lines.append(json.dumps(entry, ensure_ascii=ascii_only))
     (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8", newline="")
-    assert load_folder(folder, 1)[1] == captions
+    assert load_folder(folder, 1).captions == captions
 
 
 @pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "with the mark that Windows adds"])
@@ -256,7 +264,7 @@ def test_text_is_utf8_with_or_without_a_mark(tmp_path, mark):
     (tmp_path / "a.txt").write_text(mark + "ein größerer Kreis\r\n", "utf-8", newline="")
     line = '{"file_name": "b.png", "text": "円"}\r\n'
     (tmp_path / "metadata.jsonl").write_text(mark + line, "utf-8", newline="")
-    assert load_folder(tmp_path, SIDE)[1] == ["ein größerer Kreis", "円"]
+    assert load_folder(tmp_path, SIDE).captions == ["ein größerer Kreis", "円"]
 
 
 @pytest.mark.parametrize(
@@ -291,15 +299,15 @@ def test_the_order_is_that_of_the_names_however_they_are_listed(tmp_path, monkey
     names = ["b/1.png", "a/2.png", "10.png", "9.png", "a/1.jpg", "B.png", "é.png"]
     for i, name in enumerate(names):
         save(solid("RGB", (30 * i, 0, 0)), tmp_path / name)
-    images, captions = load_folder(tmp_path, SIDE)
-    again, captions_again = load_folder(tmp_path, SIDE)
+    images, captions, _ = read(tmp_path, SIDE)
+    again, captions_again, _ = read(tmp_path, SIDE)
     np.testing.assert_array_equal(images, again)
     assert captions == captions_again
 
     paths = sorted(tmp_path.rglob("*"))
     for shuffled in (paths[::-1], paths[3:] + paths[:3]):
         monkeypatch.setattr(type(tmp_path), "rglob", lambda *_, found=shuffled: iter(found))
-        np.testing.assert_array_equal(load_folder(tmp_path, SIDE)[0], images)
+        np.testing.assert_array_equal(load_folder(tmp_path, SIDE).images, images)
 
 
 # ----------------------------------------------------------------------------- what cannot be read
@@ -312,7 +320,9 @@ def test_no_folder_or_no_picture(tmp_path):
     (tmp_path / "a.txt").write_text("lonely")
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path, tmp_path / "empty"):
-        with pytest.raises(DataError, match=r"no picture in it; formats read are \.png") as caught:
+        with pytest.raises(
+            DataError, match=r"no picture among its \d files; formats read are \.png"
+        ) as caught:
             load_folder(folder, SIDE)
         one_line(caught, folder)
     with pytest.raises(DataError, match="expected a folder") as caught:
@@ -322,7 +332,7 @@ def test_no_folder_or_no_picture(tmp_path):
 
 def test_a_folder_that_is_called_like_a_picture(tmp_path):
     save(solid("RGB", (1, 2, 3)), tmp_path / "scans.png" / "a.png")
-    images, captions = load_folder(tmp_path, SIDE)
+    images, captions, _ = read(tmp_path, SIDE)
     assert len(images) == 1 and captions == ["scans.png"]
 
 
@@ -342,7 +352,7 @@ def test_a_folder_that_is_called_like_a_picture(tmp_path):
 def test_what_is_no_picture_is_named(tmp_path, name, content):
     save(solid("RGB", (1, 2, 3)), tmp_path / "a.png")
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match="cannot be read as a picture .*; remove it") as caught:
+    with pytest.raises(DataError, match="cannot be used; mend or remove them") as caught:
         load_folder(tmp_path, SIDE)
     one_line(caught, tmp_path / name)
 
@@ -392,3 +402,84 @@ def test_a_file_without_permission_is_named(tmp_path):
     with pytest.raises(DataError) as caught:
         load_folder(tmp_path, SIDE)
     one_line(caught, file)
+
+
+def test_all_that_is_damaged_is_named_at_once_or_left_out(tmp_path):
+    for i in range(3):
+        save(solid("RGB", (i, i, i)), tmp_path / f"fine-{i}.png")
+    names = ["cut.png", "deep/page.jpg", "empty.gif"]
+    contents = [encoded("png")[:80], b"<html>", b""]
+    for name, content in zip(names, contents, strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "lost.png", "text": "a"}\n[]\n')
+    with pytest.raises(DataError, match="6 of 7 files cannot be used.*--skip-bad:") as caught:
+        load_folder(tmp_path, SIDE)
+    lines = str(caught.value).splitlines()[1:]
+    named = [
+        "metadata.jsonl: line 1",
+        "metadata.jsonl: line 2",
+        *names[:2],
+        "empty.gif",
+        "gone.png",
+    ]
+    assert len(lines) == len(named)
+    for line, name in zip(lines, named, strict=True):
+        assert line.startswith(f"  {tmp_path / name}: ")
+    data = load_folder(tmp_path, SIDE, skip_bad=True)
+    assert data.names == [f"fine-{i}.png" for i in range(3)]
+    assert [f"  {line}" for line in data.skipped] == lines
+    for i in range(3):
+        (tmp_path / f"fine-{i}.png").unlink()
+    with pytest.raises(DataError, match="none of its 4 pictures can be read") as caught:
+        load_folder(tmp_path, SIDE, skip_bad=True)
+
+
+def test_a_wrong_checksum_is_noticed(tmp_path):
+    """Every chunk of a PNG has one, which reading alone passes over."""
+    data = bytearray(encoded("png"))
+    data[-20] ^= 1  # in the checksum of the pixels
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(DataError):
+        load_picture(tmp_path / "a.png", SIDE)
+
+
+def test_a_picture_that_would_fill_the_memory(tmp_path, monkeypatch):
+    file = save(solid("L", 3, (101, 100)), tmp_path / "a.png")
+    monkeypatch.setattr(folder_module, "MOST_PIXELS", 10_000)
+    with pytest.raises(DataError, match="million pixels, found 101×100"):
+        load_picture(file, SIDE)
+    save(solid("L", 3, (100, 100)), file)
+    assert (load_picture(file, SIDE) == 3).all()
+
+
+def test_what_is_said_of_a_folder(shelf):
+    (shelf / ".hidden.png").write_bytes(b"")
+    (shelf / ".cache").mkdir()
+    (shelf / ".cache" / "a.png").write_bytes(b"")
+    for name in ("a.tif", "b.tif", "Thumbs.db"):
+        (shelf / name).write_bytes(b"")
+    data = load_folder(shelf, 16)
+    assert data.remarks == (
+        "captions: 3 from metadata.jsonl, 2 from .txt files, "
+        "1 from the name of a sub-folder, 1 pictures without one",
+        "7 of 7 pictures are enlarged to 16 pixels",
+        "files of other kinds, left alone: 2 .tif, 1 .db",
+    )
+    assert load_folder(shelf, 12).remarks[1].startswith("files of other kinds")
+
+
+def test_a_suffix_may_be_wrong(tmp_path):
+    save(solid("RGB", (200, 30, 90)), tmp_path / "a.png", format="BMP")
+    assert (load_picture(tmp_path / "a.png", SIDE) == (200, 30, 90)).all()
+
+
+def test_a_large_photograph_is_the_same_picture(tmp_path):
+    """JPEG is decoded at a fraction of its size where that is enough."""
+    x = np.linspace(0, 255, 400)
+    pixels = np.stack([x + 0 * x[:, None], x[:, None] + 0 * x, 128 + 0 * np.add.outer(x, x)], 2)
+    picture = Image.fromarray(pixels.astype(np.uint8))
+    plain = load_picture(save(picture, tmp_path / "a.png"), 16).astype(int)
+    photograph = load_picture(save(picture, tmp_path / "a.jpg", quality=95), 16)
+    assert abs(photograph - plain).max() <= 4

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyldm.nn import functional as F
+from tinyldm.nn import pieces
 from tinyldm.training import optim
 from tinyldm.training.optim import (
     BETA1,
@@ -155,11 +155,11 @@ def test_arrays_without_a_flat_view_are_changed_or_refused():
 
 
 def test_large_arrays_in_pieces(monkeypatch):
-    shapes = {"large": (2 * F.PIECE + 17,), "table": (300, 301)}
+    shapes = {"large": (2 * pieces.PIECE + 17,), "table": (300, 301)}
     params, grads = random_tensors(0, shapes), random_tensors(1, shapes)
     results = []
-    for piece in (F.PIECE, 1000, 10**9):
-        monkeypatch.setattr(F, "PIECE", piece)
+    for piece in (pieces.PIECE, 1000, 10**9):
+        monkeypatch.setattr(pieces, "PIECE", piece)
         results.append(step_from(params, grads, decay=0.1, scale=0.3))
     for found in results[1:]:
         for a, b in zip(found, results[0], strict=True):

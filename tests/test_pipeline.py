@@ -127,7 +127,7 @@ def test_start_noise_is_that_of_seed_and_index(pipe, monkeypatch, sampler, n):
         return iter([(x, x)])
 
     monkeypatch.setitem(module.SAMPLERS, sampler, spy)
-    list(pipe.denoise(PROMPTS[:n], seed=9, sampler=sampler))
+    list(pipe.denoise(pipe.recipe(PROMPTS[:n], seed=9, sampler=sampler)))
     assert seen[0].dtype == np.float32
     np.testing.assert_array_equal(seen[0], start_noise(n, 9))
 
@@ -185,7 +185,7 @@ def test_without_guidance_nothing_is_computed_for_it(pipe, monkeypatch, guidance
     monkeypatch.setattr(
         pipe, "predict", lambda x, t, c: rows.append((len(x), c.copy())) or predict(x, t, c)
     )
-    monkeypatch.setattr(pipe, "embed", lambda t: texts.append(t) or embed(t))
+    monkeypatch.setattr(pipe, "embed", lambda t: texts.append(list(t)) or embed(t))
     paint(pipe, PROMPTS[:2], guidance=guidance)
     assert [n for n, _ in rows] == [contexts] * STEPS
     assert texts == [PROMPTS[:2]] + ([["", ""]] if contexts == 4 else [])
@@ -198,7 +198,7 @@ def test_without_guidance_nothing_is_computed_for_it(pipe, monkeypatch, guidance
     [([], ""), ((), ""), ("a", []), ("a", ["b", "c"]), (["a", "b"], ["c"]), (["a"], ())],
 )
 def test_numbers_of_prompts_that_do_not_fit(pipe, prompt, negative):
-    with pytest.raises(ValueError, match="negative prompt") as caught:
+    with pytest.raises(ValueError, match="prompt: expected") as caught:
         pipe(prompt, negative_prompt=negative)
     one_line(caught)
 
@@ -239,7 +239,7 @@ def test_the_scheduler_of_the_folder_is_the_default_sampler(pipe):
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_steps_are_the_yields_of_denoise(pipe, steps):
-    path = list(pipe.denoise(PROMPTS[:2], steps=steps, guidance=1))
+    path = list(pipe.denoise(pipe.recipe(PROMPTS[:2], steps=steps, guidance=1)))
     assert len(path) == steps
     for x, x0 in path:
         assert x.shape == x0.shape == (2, 8, 8, 4)
@@ -269,7 +269,7 @@ def test_the_size_trained_on(pipe):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"sampler": "dimm"}, "sampler: expected one of ddim, ddpm.*, found 'dimm'"),
+        ({"sampler": "dimm"}, "sampler: expected ddim or ddpm, found 'dimm'; did you mean 'ddim'?"),
         ({"size": 15}, "size: expected .*multiples of 2, found 15"),
         ({"size": (16, 9)}, "size: expected .*multiples of 2, found .*16.*9"),
         ({"size": 0}, "size: expected .*found 0"),

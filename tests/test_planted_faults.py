@@ -17,8 +17,16 @@ import pytest
 from gradients import check
 from strategies import random_array, random_params
 
+from tinyldm.nn import pieces
 from tinyldm.nn.gradcheck import GradientError
 from tinyldm.nn.layers import Linear
+
+SMALL = 20  # elements or bytes at a time: several pieces even of small arrays
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE", SMALL)
 
 
 def plant(name, old="", new=""):
@@ -30,10 +38,9 @@ def plant(name, old="", new=""):
         source = source.replace(old, new)
     module = ModuleType(name)
     exec(compile(source, str(path), "exec"), module.__dict__)
-    # Several pieces even of small arrays.
-    for limit in ("PIECE", "BLOCK_BYTES", "WEIGHT_BLOCK_BYTES", "BLOCK_SCORES"):
+    for limit in ("BLOCK_BYTES", "WEIGHT_BLOCK_BYTES", "BLOCK_SCORES"):
         if hasattr(module, limit):
-            setattr(module, limit, 20)
+            setattr(module, limit, SMALL)
     return module
 
 
@@ -145,11 +152,21 @@ PLAIN = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
 CROSS = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
 
 
+def whole_unet(module):
+    """The UNet of a module or, where it has only the levels, a UNet made of these."""
+    if hasattr(module, "UNet"):
+        return module.UNet
+    unet = plant("tinyldm.models.unet")
+    for name in ("DownBlock", "Stage", "UpBlock", "run_stages"):
+        setattr(unet, name, getattr(module, name))
+    return unet.UNet
+
+
 def unet(context=False, labels=False, levels=1, **config):
     def check_unet(module):
         widths = {"block_out_channels": [4] * levels}
         types = {key: kinds * levels for key, kinds in (CROSS if context else PLAIN).items()}
-        model = module.UNet({**UNET, **widths, **types, "mid_block_type": None, **config})
+        model = whole_unet(module)({**UNET, **widths, **types, "mid_block_type": None, **config})
         x, text = arrays((2, 4, 4, 2), (2, 3, 4))
         t, classes = np.array([3, 500]), np.array([1, 0])
 
@@ -261,22 +278,12 @@ CHECKS = {
 # {module: [(check: what is wrong, old text, new text)]}
 
 FAULTS = {
-    "tinyldm.nn.functional": [
-        ("offset: a mean", "dtable[:l] = dy.sum(axis=0)", "dtable[:l] = dy.mean(axis=0)"),
-        ("offset: rows from the end", "dtable[:l] = dy.sum", "dtable[-l:] = dy.sum"),
-        ("linear: weight transposed in dx", "dx = (dy2 @ w)", "dx = (dy2 @ w.T)"),
-        ("linear: dw transposed", "dx, dy2.T @ x2,", "dx, x2.T @ dy2,"),
-        ("linear: db a mean", "dy2.sum(axis=0)", "dy2.mean(axis=0)"),
-        (
-            "embedding: repeated ids do not add up",
-            "xp.add.at(dtable, ids.reshape(-1), _rows(dy))",
-            "dtable[ids.reshape(-1)] = _rows(dy)",
-        ),
+    "tinyldm.nn.activations": [
         ("silu: sign", "s * (1 + x * (1 - s))", "s * (1 - x * (1 - s))"),
         (
             "silu: dy lost",
-            "xp.multiply(dy_, _silu_slope(x_), out=dx_)",
-            "dx_[...] = _silu_slope(x_)",
+            "xp.multiply(dy_, silu_slope(x_), out=dx_)",
+            "dx_[...] = silu_slope(x_)",
         ),
         ("quick_gelu: factor lost", "(1 + 1.702 * x_ * (1 - s))", "(1 + x_ * (1 - s))"),
         ("gelu: term lost", "normal_cdf(x_) + x_ * _normal_density(x_)", "normal_cdf(x_)"),
@@ -287,6 +294,18 @@ FAULTS = {
             "geglu: halves swapped",
             "out=dx_[:, :d])\n            xp.multiply(dy_, slope, out=dx_[:, d:])",
             "out=dx_[:, d:])\n            xp.multiply(dy_, slope, out=dx_[:, :d])",
+        ),
+    ],
+    "tinyldm.nn.functional": [
+        ("offset: a mean", "dtable[:l] = dy.sum(axis=0)", "dtable[:l] = dy.mean(axis=0)"),
+        ("offset: rows from the end", "dtable[:l] = dy.sum", "dtable[-l:] = dy.sum"),
+        ("linear: weight transposed in dx", "dx = (dy2 @ w)", "dx = (dy2 @ w.T)"),
+        ("linear: dw transposed", "dx, dy2.T @ x2,", "dx, x2.T @ dy2,"),
+        ("linear: db a mean", "dy2.sum(axis=0)", "dy2.mean(axis=0)"),
+        (
+            "embedding: repeated ids do not add up",
+            "xp.add.at(dtable, ids.reshape(-1), as_rows(dy))",
+            "dtable[ids.reshape(-1)] = as_rows(dy)",
         ),
         (
             "group_norm: the mean moves, forgotten",
@@ -317,8 +336,8 @@ FAULTS = {
         ("group_norm: dw of the last sample only", "sums[0] += dw_", "sums[0] = dw_"),
         (
             "group_norm + silu: slope taken before scale and shift",
-            "_silu_slope(normal * w + b)",
-            "_silu_slope(normal)",
+            "silu_slope(normal * w + b)",
+            "silu_slope(normal)",
         ),
         ("layer_norm: scale lost", "(dx_ * normal) @ average", "(dy_ * normal) @ average"),
         ("layer_norm: the mean moves, forgotten", "dx_ -= dx_ @ average", "pass"),
@@ -464,36 +483,19 @@ FAULTS = {
             "position_back(q_back(dq, grads), grads)",
         ),
     ],
-    "tinyldm.models.unet": [
-        (
-            "skips of one level: taken in the wrong order",
-            "dskips += reversed(dtaken)",
-            "dskips += dtaken",
-        ),
+    "tinyldm.models.levels": [
         ("skips of one level: in reverse", "dskips.insert(0, dskip)", "dskips.append(dskip)"),
         (
             "skips of one level: from the wrong end",
             "stage_back(dy + dskips.pop(), grads)",
             "stage_back(dy + dskips.pop(0), grads)",
         ),
-        ("skips: first one lost", "in_back(dh + dskips.pop(), grads)", "in_back(dh, grads)"),
         (
             "skips: one lost after downsampling",
             "dy = down_back(dy + dskips.pop(), grads)",
             "dy = down_back(dy + 0 * dskips.pop(), grads)",
         ),
         ("skips: swapped with the features", "dy, dskip = join_back", "dskip, dy = join_back"),
-        (
-            "middle: dtime lost",
-            "dh, dt, dc = mid_back(dh, grads)",
-            "(dh, _, dc), dt = mid_back(dh, grads), None",
-        ),
-        (
-            "context: of the last block only",
-            "dskips += reversed(dtaken)\n"
-            "                dtime, dcontext = plus(dtime, dt), plus(dcontext, dc)",
-            "dskips += reversed(dtaken)\n                dtime, dcontext = plus(dtime, dt), None",
-        ),
         (
             "context: of the first stage only",
             "dskips.insert(0, dskip)\n"
@@ -510,6 +512,25 @@ FAULTS = {
             "middle: of its last stage only",
             "dy, dt, dc = stage_back(dy, grads)\n            dtime, dcontext = plus(dtime, dt),",
             "dy, dt, dc = stage_back(dy, grads)\n            dtime, dcontext = plus(None, dt),",
+        ),
+    ],
+    "tinyldm.models.unet": [
+        (
+            "skips of one level: taken in the wrong order",
+            "dskips += reversed(dtaken)",
+            "dskips += dtaken",
+        ),
+        ("skips: first one lost", "in_back(dh + dskips.pop(), grads)", "in_back(dh, grads)"),
+        (
+            "middle: dtime lost",
+            "dh, dt, dc = mid_back(dh, grads)",
+            "(dh, _, dc), dt = mid_back(dh, grads), None",
+        ),
+        (
+            "context: of the last block only",
+            "dskips += reversed(dtaken)\n"
+            "                dtime, dcontext = plus(dtime, dt), plus(dcontext, dc)",
+            "dskips += reversed(dtaken)\n                dtime, dcontext = plus(dtime, dt), None",
         ),
         ("labels: forgotten", "label_back(dtime, grads)", "pass"),
         (

@@ -23,8 +23,8 @@ import tinyldm
 from tinyldm import backend
 from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet
 from tinyldm.models.autoencoder import kl_loss, sample_gaussian
+from tinyldm.nn import activations, no_grad, recompute
 from tinyldm.nn import functional as F
-from tinyldm.nn import no_grad, recompute
 from tinyldm.nn.conv import ALGORITHMS, conv2d
 from tinyldm.pipeline import Pipeline
 from tinyldm.training.parallel import value_and_grad
@@ -325,7 +325,8 @@ def _is_library(node):
 
 
 def test_every_function_is_among_those_called_here():
-    functions = {name for name, value in vars(F).items() if hasattr(value, "__wrapped__")}
+    here = vars(F) | vars(activations)
+    functions = {name for name, value in here.items() if hasattr(value, "__wrapped__")}
     assert functions | {"conv2d", "attention"} == EVERYTHING.keys()
 
 
@@ -362,10 +363,10 @@ def test_functions_without_a_backward_pass(dtype):
     x, t = np.linspace(-7, 7, 29).astype(dtype), np.array([0, 3, 999])
     x_there, t_there = on_device((x, t))
     with strict.counting() as counts:
-        cdf = F.normal_cdf(x_there)
+        cdf = activations.normal_cdf(x_there)
         waves = [F.time_embedding(t_there, d, flip) for d in (6, 7) for flip in (True, False)]
     assert (counts.synchronisations, counts.uploads) == (0, 0)
-    near(cdf, F.normal_cdf(x))
+    near(cdf, activations.normal_cdf(x))
     near(waves, [F.time_embedding(t, d, flip) for d in (6, 7) for flip in (True, False)])
 
 
@@ -512,8 +513,9 @@ def test_a_step_of_training_never_waits(name, models):
     make, uploads = RUNS[name]
     loss_fn, params, batch, batch_on_host = make(models)
     stage = name.partition(",")[0]
-    state_there = State(CONFIG, stage, on_device(params))
-    state = State(CONFIG, stage, {name: w.copy() for name, w in params.items()})
+    rest = models.tokenizer, "fingerprint"
+    state_there = State(CONFIG, stage, on_device(params), *rest)
+    state = State(CONFIG, stage, {name: w.copy() for name, w in params.items()}, *rest)
     batch_there = on_device(batch)
     for step in range(2):
         with strict.counting() as counts:
@@ -540,7 +542,7 @@ def test_a_step_of_training_keeps_float32(name, models):
 
 def test_a_state_is_saved_from_the_device(tmp_path, models):
     _, params, _, _ = autoencoder_run(models)
-    state = State(CONFIG, "autoencoder", on_device(params))
+    state = State(CONFIG, "autoencoder", on_device(params), models.tokenizer, "fingerprint")
     save_state(tmp_path, state)
     loaded = load_state(tmp_path)
     for part in ("params", "moments", "average"):
@@ -569,10 +571,10 @@ def test_sampling_waits_once_for_the_pictures(sampler, noises, guidance, models)
     painter, painter_there = pipeline(models), pipeline(models, strict.asarray)
     prompts, options = CAPTIONS[:2], {"steps": 4, "guidance": guidance, "sampler": sampler}
     with strict.counting() as counts:
-        path_there = list(painter_there.denoise(prompts, **options))
+        path_there = list(painter_there.denoise(painter_there.recipe(prompts, **options)))
     assert counts.synchronisations == 0
     assert counts.uploads == 1 + noises + (1 if guidance == 1 else 2)  # start, noise, token ids
-    near(path_there, list(painter.denoise(prompts, **options)), tol=1e-9)
+    near(path_there, list(painter.denoise(painter.recipe(prompts, **options))), tol=1e-9)
     with strict.counting() as counts:
         pictures_there = painter_there(prompts, **options)
     assert counts.synchronisations == 1
@@ -584,7 +586,8 @@ def test_sampling_waits_once_for_the_pictures(sampler, noises, guidance, models)
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_sampling_keeps_float32(sampler, models):
     painter = pipeline(models, strict.asarray, "float32")
-    for x, x0 in painter.denoise(CAPTIONS[:2], steps=3, guidance=2.0, sampler=sampler):
+    recipe = painter.recipe(CAPTIONS[:2], steps=3, guidance=2.0, sampler=sampler)
+    for x, x0 in painter.denoise(recipe):
         assert x.dtype == x0.dtype == "float32"
 
 
@@ -594,7 +597,8 @@ def test_latents_and_pictures_of_the_user(models):
     latents = rng.standard_normal((1, 4, 4, 2), dtype="float32")
     pictures = rng.integers(0, 256, (3, 8, 8, 3), dtype="uint8")
     last_there, last = (
-        list(p.denoise("a red circle", latents=latents, steps=2)) for p in (painter_there, painter)
+        list(p.denoise(p.recipe("a red circle", steps=2), latents))
+        for p in (painter_there, painter)
     )
     near(last_there, last, tol=1e-9)
     with strict.counting() as counts:

@@ -15,9 +15,15 @@ import importlib
 import os
 import sys
 import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from types import ModuleType
+from typing import TypeVar
 
 import numpy as np
+
+Array = np.ndarray  # or cupy.ndarray, which has the same methods
+Arrays = TypeVar("Arrays", bound=Array | dict)  # an array, or a dict of arrays
 
 _POOL = "tinyldm-worker"  # the name of our threads
 
@@ -29,23 +35,23 @@ class DeviceError(RuntimeError):
     """The device asked for is not there; the message says why and what to do."""
 
 
-def array_module(x):
+def array_module(x: Array) -> ModuleType:
     """The library that made the array `x`: `numpy`, or `cupy`."""
     return sys.modules[type(x).__module__.partition(".")[0]]
 
 
-def on_host(x):
+def on_host(x: Array) -> bool:
     """Whether `x` lies in the memory of the CPU."""
     return isinstance(x, (np.ndarray, np.generic))
 
 
-def erf(x):
+def erf(x: Array) -> Array:
     """The error function, to the last bits of any floating dtype (of complex on the CPU only)."""
     library = SPECIAL_FUNCTIONS[array_module(x).__name__]
     return importlib.import_module(library).erf(x)
 
 
-def to_device(x, device):
+def to_device(x: Arrays, device: str) -> Arrays:
     """Copy an array, or a dict of arrays, to `device`: "cpu" or "cuda".
 
     Raises DeviceError where CuPy or a GPU is missing.
@@ -84,9 +90,9 @@ def _cupy(device):
 # a single call runs and the BLAS library uses the cores inside its matrix products.
 
 
-def cores():
+def cores() -> int:
     """The number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache
@@ -102,16 +108,17 @@ def _thread_controller():
 
 
 @contextlib.contextmanager
-def blas_threads(count):
+def blas_threads(count: int) -> Iterator[None]:
     """Hold the BLAS library to `count` threads for the length of a `with` block."""
     with _thread_controller().limit(limits=count, user_api="blas"):
         yield
 
 
-def map_threads(function, items, workers=None):
+def map_threads(function: Callable, items: Iterable, workers: int | None = None) -> list:
     """`[function(item) for item in items]`, on all cores, with one BLAS thread each.
 
-    The state of `no_grad` is that of the caller. The order of the results is that of the items.
+    The state of `no_grad` is that of the caller. The order of the results is that of the items. The
+    first item that fails raises its exception, once all threads have ended.
     """
     items = list(items)
     workers = min(workers or cores(), len(items))
@@ -125,7 +132,7 @@ def map_threads(function, items, workers=None):
         return [future.result() for future in futures]
 
 
-def map_batch(function, *arrays, size=64):
+def map_batch(function: Callable[..., Array], *arrays: Array, size: int = 64) -> Array:
     """`function(*arrays)` of a whole batch, in parts of at most `size` on all cores.
 
     The arrays are cut along their first axis and the results joined along theirs. On a GPU the
@@ -143,8 +150,11 @@ def map_batch(function, *arrays, size=64):
     return parts[0] if count == 1 else array_module(parts[0]).concatenate(parts)
 
 
-def describe(device="cpu"):
-    """One line that says what will do the arithmetic: library, BLAS and its core, threads."""
+def describe(device: str = "cpu") -> str:
+    """One line that says what will do the arithmetic: library, BLAS and its core, threads.
+
+    Raises DeviceError where `device` is not there.
+    """
     if device != "cpu":
         cupy = _cupy(device)
         name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
@@ -154,3 +164,17 @@ def describe(device="cpu"):
         dict.fromkeys(f"{p['internal_api']} {p['version']} ({p.get('architecture')})" for p in blas)
     )
     return f"NumPy {np.__version__}, {libraries or 'unknown BLAS'}, {cores()} threads"
+
+
+def gpus() -> list[str]:
+    """The GPUs that CuPy sees, a line each. Raises DeviceError where there is none."""
+    runtime = _cupy("cuda").cuda.runtime
+    version = runtime.driverGetVersion()
+    driver = f"driver for CUDA {version // 1000}.{version % 1000 // 10}"
+    lines = []
+    for i in range(runtime.getDeviceCount()):
+        with _cupy("cuda").cuda.Device(i):
+            free, total = runtime.memGetInfo()
+        name = runtime.getDeviceProperties(i)["name"].decode()
+        lines.append(f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, {driver}")
+    return lines

@@ -1,29 +1,41 @@
-"""The command line: `tinyldm demo`, `train`, `sample`, `eval`.
+"""The command line: `tinyldm demo`, `train`, `sample`, `eval`, `doctor`.
 
 Only results go to stdout. A user's mistake is one line on stderr and exit code 2, a failure while
-running is 1, and 130 or 143 mean: interrupted, with everything saved. Heavy modules are imported
-by the commands that need them, so that `--help` is immediate.
+running is 1, and 130 or 143 mean: interrupted, with everything saved. What the commands do is in
+`commands.py`, which is imported once there is something to do: `--help` is immediate.
 """
 
 import argparse
 import math
 import os
+import re
 import sys
-import time
+from collections.abc import Sequence
+from pathlib import Path
 
 from tinyldm import __version__
+from tinyldm.config import meant, unknown
 
-PRESETS = ("demo", "tiny")
+PRESETS = {  # name → what it takes, for --help
+    "tiny": "16 px, seconds, to try things out",
+    "demo": "32 px, 5 minutes",
+    "medium": "64 px, 30 minutes",
+    "large": "128 px, 3 hours",
+}
+COMMANDS = ("demo", "train", "sample", "eval", "doctor")
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; → exit code."""
-    options = parser().parse_args(arguments)
     try:
-        code = options.command(options) or 0
+        options, extra = parser().parse_known_args(arguments)
+        if extra:
+            options.parser.refuse(extra[0])
+        run(options)
         sys.stdout.flush()
-        return code
+        return 0
     except KeyboardInterrupt:
+        print("tinyldm: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read the results has gone: tell Python not to try again
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -36,9 +48,23 @@ def main(arguments=None):
         return code
 
 
+def run(options: argparse.Namespace) -> None:
+    """Do what was asked for, and import no more than that needs."""
+    if options.command == "doctor":  # which works where a package is missing
+        from tinyldm import doctor
+
+        report = doctor.examine(options.device)
+        print(report.to_json() if options.json else report)
+        return
+    from tinyldm import commands
+
+    getattr(commands, f"run_{options.command}")(options)
+
+
 def _exit_code(error):
     from tinyldm.backend import DeviceError
-    from tinyldm.training.loop import Diverged, Stopped
+    from tinyldm.training.loop import Diverged
+    from tinyldm.training.signals import Stopped
 
     if isinstance(error, Stopped):
         return 128 + error.number
@@ -49,206 +75,177 @@ def _exit_code(error):
     return None
 
 
-def parser():
-    top = argparse.ArgumentParser(
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with the nearest name, instead of the whole usage."""
+
+    def error(self, message):
+        message = re.sub(r"^argument ", "", message)
+        if choice := re.match(r"COMMAND: invalid choice: '(.*?)'", message):
+            message = unknown(choice[1], COMMANDS)
+        print(f"tinyldm: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+    def refuse(self, word):
+        """An argument that nothing has asked for."""
+        if not word.startswith("-"):
+            self.error(f"unexpected {word!r}; a PROMPT of several words needs quotes")
+        options = [name for action in self._actions for name in action.option_strings]
+        name = word.partition("=")[0]
+        self.error(f"unknown option {name!r}{meant(name, options)}")
+
+
+def parser() -> Parser:
+    """The commands and their options."""
+    top = Parser(
         prog="tinyldm",
+        allow_abbrev=False,
         description="A whole Stable Diffusion, trained and sampled in NumPy.",
         epilog='start with: tinyldm demo    then: tinyldm sample runs/demo "a large red circle on '
-        'blue at the left" -o circle.png',
+        'blue at the left" -o circle.png    if anything is odd: tinyldm doctor',
     )
     top.add_argument("--version", action="version", version=f"tinyldm {__version__}")
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    top.set_defaults(parser=top)
+    commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
-    def command(name, function, text):
-        one = commands.add_parser(name, help=text, description=text)
-        one.set_defaults(command=function)
+    def command(name, text):
+        one = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        one.set_defaults(command=name, parser=one)
         return one
 
-    demo = command("demo", run_demo, "train on captioned shapes in five minutes, and score it")
+    demo = command("demo", "train on captioned shapes in five minutes, and score it")
     _add_run(demo, out="runs/demo")
-    demo.set_defaults(data="shapes", preset="demo")
+    demo.set_defaults(data=None, preset="demo", size=None, minutes=None, skip_bad=None)
 
-    train = command("train", run_train, "train both stages on shapes or on a folder of pictures")
-    train.add_argument("--data", default="shapes", help='"shapes" or a folder (default: shapes)')
-    train.add_argument("--preset", choices=PRESETS, default="demo", help="size (default: demo)")
+    train = command("train", "train both stages on shapes or on a folder of pictures")
+    train.add_argument("--data", metavar="FOLDER", help='pictures (default: "shapes", drawn here)')
+    presets = "; ".join(f"{name}: {text}" for name, text in PRESETS.items())
+    train.add_argument(
+        "--preset",
+        type=_one_of(PRESETS),
+        help=f"{presets} (default: the smallest for --size, else demo)",
+    )
+    train.add_argument(
+        "--size",
+        type=_whole(1, 1024),
+        metavar="S",
+        help="pixels; every picture is cropped to the square in its middle and "
+        "resized (default: the preset's)",
+    )
+    train.add_argument(
+        "--minutes",
+        type=_number(0.01, 100_000),
+        help="of training (default: the preset's); with --resume, from now on",
+    )
+    train.add_argument(
+        "--skip-bad",
+        action="store_true",
+        default=None,
+        help="leave out files that cannot be read, and name them",
+    )
     _add_run(train, out=None)
 
-    sample = command("sample", run_sample, "paint pictures from a caption")
-    sample.add_argument("run", metavar="RUN", help="folder of a run, or of a Stable Diffusion")
-    sample.add_argument("prompt", metavar="PROMPT")
-    sample.add_argument("-o", "--output", metavar="FILE", default="sample.png",
-                        help="a picture; several get numbers (default: sample.png)")  # fmt: skip
-    sample.add_argument("--negative", default="", help="what to lead away from")
-    sample.add_argument("--steps", type=_whole(1), help="of the sampler (default: the run's)")
-    sample.add_argument("--guidance", type=_number, help="1 is none (default: the run's)")
+    sample = command("sample", "paint pictures from a caption")
+    sample.add_argument(
+        "run", metavar="RUN", nargs="?", help="folder of a run, or of a Stable Diffusion"
+    )
+    sample.add_argument("prompt", metavar="PROMPT", nargs="?")
+    sample.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="a picture; several get numbers (default: sample.png)",
+    )
+    sample.add_argument(
+        "--again",
+        metavar="FILE",
+        type=Path,
+        help="paint this PNG once more, by what it says of itself",
+    )
+    sample.add_argument("--negative", help="what to lead away from")
+    _add_sampling(sample)
     sample.add_argument("--sampler", help="ddim or ddpm (default: the run's)")
-    sample.add_argument("--seed", type=_whole(0), default=0, help="of the noise (default: 0)")
-    sample.add_argument("--n", type=_whole(1), default=1, help="pictures (default: 1)")
+    sample.add_argument("--seed", type=_whole(0), help="of the noise (default: 0)")
+    sample.add_argument("--n", type=_whole(1, 4096), help="pictures (default: 1)")
     sample.add_argument("--size", type=_size, help="pixels, S or HEIGHTxWIDTH")
     _add_device(sample)
 
-    evaluate = command("eval", run_eval, "score a run that was trained on shapes")
+    evaluate = command("eval", "score a run, on shapes or on any pictures")
     evaluate.add_argument("run", metavar="RUN")
-    evaluate.add_argument("--captions", type=_whole(2), default=500, help="to paint (default: 500)")
-    evaluate.add_argument("--steps", type=_whole(1), help="of the sampler (default: the run's)")
-    evaluate.add_argument("--guidance", type=_number, help="1 is none (default: the run's)")
+    evaluate.add_argument("--data", metavar="FOLDER", help="where its pictures are now")
+    evaluate.add_argument(
+        "--captions", type=_whole(4, 100_000), default=500, help="to paint (default: 500)"
+    )
+    _add_sampling(evaluate)
     _add_device(evaluate)
+
+    doctor = command("doctor", "is everything there, and how fast is it?")
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    _add_device(doctor)
     return top
 
 
 def _add_run(command, out):
     text = "folder of the run" + (f" (default: {out})" if out else "")
     command.add_argument("--out", default=out, required=out is None, metavar="RUN", help=text)
-    command.add_argument("--resume", action="store_true", help="go on with the run in RUN")
-    command.add_argument("--seed", type=_whole(0), default=0, help="of everything (default: 0)")
+    old = command.add_mutually_exclusive_group()
+    old.add_argument("--resume", action="store_true", help="go on with the run in RUN")
+    old.add_argument("--overwrite", action="store_true", help="replace the run in RUN")
+    command.add_argument("--seed", type=_whole(0), help="of everything (default: 0)")
+    command.add_argument(
+        "--keep", type=_whole(1, 1000), help="states on disk, the last ones (default: 2)"
+    )
     _add_device(command)
 
 
+def _add_sampling(command):
+    command.add_argument("--steps", type=_whole(1), help="of the sampler (default: the run's)")
+    command.add_argument("--guidance", type=_number(), help="1 is none (default: the run's)")
+
+
 def _add_device(command):
-    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    command.add_argument(
+        "--device", type=_one_of(("cpu", "cuda")), default="cpu", help="cpu or cuda (default: cpu)"
+    )
 
 
-def _whole(least):
+def _one_of(names):
     def parse(text):
-        try:
-            number = int(text)
-        except ValueError:
-            number = least - 1
-        if number < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number ≥ {least}, found {text!r}")
+        if text not in names:
+            raise argparse.ArgumentTypeError(unknown(text, names))
+        return text
+
+    return parse
+
+
+def _whole(least, most=None):
+    wanted = f"{least}…{most}" if most else f"≥ {least}"
+
+    def parse(text):
+        number = int(text) if re.fullmatch(r"-?[0-9]{1,30}", text) else least - 1
+        if number < least or (most and number > most):
+            raise argparse.ArgumentTypeError(f"expected a whole number {wanted}, found {text!r}")
         return number
 
     return parse
 
 
-def _number(text):
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}")
-    return number
+def _number(least=-math.inf, most=math.inf):
+    wanted = f" {least:g}…{most:g}" if math.isfinite(least) else ""
+
+    def parse(text):
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not (math.isfinite(number) and least <= number <= most):
+            raise argparse.ArgumentTypeError(f"expected a number{wanted}, found {text!r}")
+        return number
+
+    return parse
 
 
 def _size(text):
-    try:
-        height, x, width = text.lower().partition("x")
-        return int(height), int(width if x else height)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected S or HEIGHTxWIDTH, found {text!r}") from None
-
-
-# --------------------------------------------------------------------------------------- commands
-
-
-def run_train(options):
-    import dataclasses
-
-    from tinyldm.training.loop import train
-    from tinyldm.training.presets import PRESETS
-
-    config = dataclasses.replace(PRESETS[options.preset], data=options.data, seed=options.seed)
-    _say_device(options)
-    started = time.monotonic()
-    train(options.out, config, options.resume, options.device, say=_say)
-    _say(f"trained in {_minutes(time.monotonic() - started)}")
-    print(options.out)
-
-
-def run_demo(options):
-    from pathlib import Path
-
-    run_train(options)
-    _say("scoring: 200 captions are painted and read back by rule")
-    options.run, options.captions, options.steps, options.guidance = options.out, 200, None, None
-    run_eval(options)
-    samples = Path(options.out) / "samples"
-    _say(
-        f"\nLook at {samples / 'samples.png'} (its last six captions pair a colour with a shape as "
-        f"no training picture did),\nat {samples / 'reverse.webp'} (noise becoming pictures), and "
-        "try:\n"
-        f'  tinyldm sample {options.out} "a large red circle on blue at the left" -o circle.png\n'
-        f'  tinyldm sample {options.out} "a small white triangle on black at the top" --n 4 '
-        "--seed 7 -o triangle.png\n"
-        f"  tinyldm eval {options.out}"
-    )
-
-
-def run_sample(options):
-    from pathlib import Path
-
-    from tqdm import tqdm
-
-    from tinyldm.evaluation.pictures import picture_format, save_picture
-    from tinyldm.pipeline import Pipeline
-
-    output = Path(options.output)
-    picture_format(output)  # complains before the work rather than after it
-    pipeline = Pipeline.load(_whole_run(options.run), options.device)
-    steps = options.steps or pipeline.defaults["steps"]
-    progress = tqdm(
-        pipeline.denoise(
-            [options.prompt] * options.n, options.negative, options.steps, options.guidance,
-            options.sampler, options.seed, options.size,
-        ),
-        total=steps, desc="painting", unit="step", disable=None,
-    )  # fmt: skip
-    *_, (latents, _) = progress
-    for i, picture in enumerate(pipeline.decode(latents)):
-        name = output if options.n == 1 else output.with_stem(f"{output.stem}-{i}")
-        save_picture(name, _image(picture))
-        print(name)
-
-
-def run_eval(options):
-    import json
-    from pathlib import Path
-
-    from tinyldm.evaluation.metrics import evaluate_shapes, table
-    from tinyldm.files import replacing
-    from tinyldm.pipeline import Pipeline
-    from tinyldm.training.state import load_notes
-
-    run = _whole_run(options.run)
-    data = load_notes(run)["config"].data
-    if data != "shapes":
-        raise ValueError(f"{run}: was trained on {data}; eval scores runs trained on shapes")
-    pipeline = Pipeline.load(run, options.device)
-    result = evaluate_shapes(pipeline, options.captions, options.steps, options.guidance)
-    with replacing(Path(run) / "eval.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(table(result))
-
-
-def _whole_run(run):
-    """`run`, its component folders made again if the last export was cut off."""
-    from pathlib import Path
-
-    from tinyldm.training.loop import rebuild
-    from tinyldm.training.state import state_files
-
-    if not (Path(run) / "model_index.json").exists() and state_files(run):
-        _say(f"{run}: the export is not whole; making it again from the state")
-        rebuild(run)
-    return run
-
-
-def _image(picture):
-    from PIL import Image
-
-    return Image.fromarray(picture)
-
-
-def _say_device(options):
-    from tinyldm.backend import describe
-
-    _say(f"tinyldm {__version__}: {describe(options.device)}")
-
-
-def _say(line):
-    print(line, file=sys.stderr, flush=True)
-
-
-def _minutes(seconds):
-    return f"{int(seconds // 60)} min {seconds % 60:.0f} s"
+    found = re.fullmatch(r"(-?[0-9]{1,5})(?:[x×](-?[0-9]{1,5}))?", text.lower())
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected S or HEIGHTxWIDTH, found {text!r}")
+    return int(found[1]), int(found[2] or found[1])

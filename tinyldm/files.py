@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tinyldm.config import ConfigError
 
@@ -14,10 +15,10 @@ class replacing:
     After the block either the old file or the whole new one is there, even if the power fails.
     """
 
-    def __init__(self, file):
+    def __init__(self, file: str | Path):
         self.file = Path(file)
 
-    def __enter__(self):
+    def __enter__(self) -> Path:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{self.file.name}-", dir=self.file.parent)
         os.close(handle)
@@ -47,8 +48,8 @@ def _sync(path):
         os.close(handle)
 
 
-def read_json(file):
-    """The JSON object in a file. FileNotFoundError or ConfigError in one line."""
+def read_json(file: Path) -> dict:
+    """The JSON object in a file. Raises FileNotFoundError or ConfigError, in one line."""
     if not file.exists():
         raise FileNotFoundError(
             f"{file}: missing; expected the folder of a trained run, or of a Stable Diffusion model"
@@ -62,6 +63,7 @@ def read_json(file):
     return content
 
 
-def write_json(file, content):
+def write_json(file: str | Path, content: Any) -> None:
+    """Write `content` as JSON, with its keys in order, whole or not at all."""
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

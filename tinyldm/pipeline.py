@@ -4,14 +4,19 @@ The folder is diffusers' own layout (`model_index.json`, one sub-folder a compon
 tinyldm trained the model or somebody else did, and diffusers loads what tinyldm saves.
 """
 
+import hashlib
+import json
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from tinyldm.backend import array_module, map_batch, to_device
-from tinyldm.diffusion.samplers import SAMPLERS, guided
+from tinyldm.backend import Array, array_module, map_batch, map_threads, to_device
+from tinyldm.config import unknown
+from tinyldm.diffusion.samplers import SAMPLERS, guided, timesteps
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.files import read_json, write_json
 from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet
@@ -36,7 +41,13 @@ class Pipeline:
     defaults: any of steps, guidance and sampler; what a call uses where it says nothing.
     """
 
-    def __init__(self, configs, params, tokenizer, defaults=None):
+    def __init__(
+        self,
+        configs: dict[str, dict],
+        params: dict[str, dict[str, Array]],
+        tokenizer: Tokenizer,
+        defaults: dict | None = None,
+    ):
         self.configs, self.params, self.tokenizer = configs, params, tokenizer
         self.unet, self.vae, self.text_encoder = (
             COMPONENTS[name][1](configs[name]) for name in ("unet", "vae", "text_encoder")
@@ -49,7 +60,7 @@ class Pipeline:
         self.xp = array_module(next(iter(params["unet"].values())))
 
     @classmethod
-    def load(cls, folder, device="cpu"):
+    def load(cls, folder: str | Path, device: str = "cpu") -> "Pipeline":
         """Read a folder that tinyldm trained, or one of Stable Diffusion's.
 
         device: "cpu", or "cuda" for CuPy. Weights become float32.
@@ -65,7 +76,7 @@ class Pipeline:
         tokenizer = Tokenizer.load(folder / "tokenizer")
         return cls(configs, params, tokenizer, index.get("_tinyldm"))
 
-    def save(self, folder):
+    def save(self, folder: str | Path) -> None:
         """Write the folder; `model_index.json` comes last, so a folder that has it is whole."""
         folder = Path(folder)
         (folder / "model_index.json").unlink(missing_ok=True)
@@ -91,16 +102,16 @@ class Pipeline:
 
     def __call__(
         self,
-        prompt,
+        prompt: str | list[str],
         *,
-        negative_prompt="",
-        steps=None,
-        guidance=None,
-        sampler=None,
-        seed=0,
-        size=None,
-        latents=None,
-    ):
+        negative_prompt: str | list[str] = "",
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        seed: int = 0,
+        size: int | tuple[int, int] | None = None,
+        latents: Array | None = None,
+    ) -> list[Image.Image]:
         """Paint one picture a prompt: str or list of str → list of PIL images.
 
         negative_prompt: what guidance leads away from, one for all or one a prompt.
@@ -108,74 +119,91 @@ class Pipeline:
         seed: picture i starts from the noise of (seed, i), whatever the batch and the device.
         size: pixels, one number or (height, width); None is the size trained on.
         latents: (n, h, w, c) unit normal noise to start from instead.
+        ValueError where one of them is not what is expected.
         """
-        *_, (x, _) = self.denoise(
-            prompt, negative_prompt, steps, guidance, sampler, seed, size, latents
-        )
+        recipe = self.recipe(prompt, negative_prompt, steps, guidance, sampler, seed, size)
+        *_, (x, _) = self.denoise(recipe, latents)
         return [Image.fromarray(picture) for picture in self.decode(x)]
 
-    def denoise(
+    def recipe(
         self,
-        prompt,
-        negative_prompt="",
-        steps=None,
-        guidance=None,
-        sampler=None,
-        seed=0,
-        size=None,
-        latents=None,
-    ):
-        """The reverse process, as a generator of (x, x0): latents so far, and where they lead.
-
-        The arguments are those of a call, which decodes the last x.
-        """
+        prompt: str | list[str],
+        negative_prompt: str | list[str] = "",
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        seed: int = 0,
+        size: int | tuple[int, int] | None = None,
+    ) -> "Recipe":
+        """The arguments of a call, checked, with the folder's defaults filled in."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         n = len(prompts)
         negatives = [negative_prompt] * n if isinstance(negative_prompt, str) else negative_prompt
-        if n == 0 or len(negatives) != n:
-            raise ValueError(f"expected one negative prompt, or one for each of {n} ≥ 1 prompts")
+        if n == 0:
+            raise ValueError("prompt: expected at least one")
+        if len(negatives) != n:
+            raise ValueError(f"negative_prompt: expected one, or {n}, found {len(negatives)}")
         steps = self.defaults["steps"] if steps is None else steps
+        timesteps(self.schedule, steps)  # raises where there are not so many
         guidance = self.defaults["guidance"] if guidance is None else guidance
         if not math.isfinite(guidance):
             raise ValueError(f"guidance: expected a finite number, found {guidance}")
-        name = sampler or self.defaults["sampler"]
-        if name not in SAMPLERS:
-            raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, found {name!r}")
-        shape = self._latent_shape(n, size)
-        streams = [np.random.default_rng((seed, i)) for i in range(n)]
+        sampler = sampler or self.defaults["sampler"]
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler: {unknown(sampler, SAMPLERS)}")
+        if seed < 0:
+            raise ValueError(f"seed: expected 0 or more, found {seed}")
+        height, width = self._sides(size)
+        return Recipe(
+            tuple(prompts), tuple(negatives), steps, guidance, sampler, seed, height, width
+        )
+
+    def denoise(
+        self, recipe: "Recipe", latents: Array | None = None
+    ) -> Iterator[tuple[Array, Array]]:
+        """The reverse process, as a generator of (x, x0): latents so far, and where they lead.
+
+        Both are (n, h, w, c). latents: unit normal noise to start from instead of the recipe's.
+        """
+        f = self.vae.factor
+        sides = recipe.height // f, recipe.width // f, self.unet.config.in_channels
+        streams = [np.random.default_rng((recipe.seed, i)) for i in range(len(recipe.prompts))]
 
         def noise():  # drawn on the host, so it is the same on any device
-            drawn = [stream.standard_normal(shape[1:], dtype=np.float32) for stream in streams]
+            drawn = [stream.standard_normal(sides, dtype=np.float32) for stream in streams]
             return self.xp.asarray(np.stack(drawn))
 
         x = noise()  # drawn in any case: DDPM's later noise is the same with latents of your own
         if latents is not None:
+            if latents.shape != x.shape:
+                raise ValueError(f"latents: expected {x.shape}, found {latents.shape}")
             x = self.xp.asarray(latents, dtype=np.float32)
-        if x.shape != shape:
-            raise ValueError(f"latents: expected {shape}, found {x.shape}")
-        context = self.embed(prompts)
-        null_context = self.embed(negatives) if guidance != 1 else None
-        predict = guided(self.predict, context, null_context, guidance)
-        options = {"noise": noise} if name == "ddpm" else {}
-        yield from SAMPLERS[name](predict, self.schedule, x, steps, **options)
+        context = self.embed(recipe.prompts)
+        null_context = self.embed(recipe.negatives) if recipe.guidance != 1 else None
+        predict = guided(self.predict, context, null_context, recipe.guidance)
+        options = {"noise": noise} if recipe.sampler == "ddpm" else {}
+        yield from SAMPLERS[recipe.sampler](predict, self.schedule, x, recipe.steps, **options)
 
-    def predict(self, x, t, context):
-        """The U-Net's prediction at latents x (n, h, w, c), one time step t, context (n, l, d)."""
+    def predict(self, x: Array, t: int | np.ndarray, context: Array) -> Array:
+        """The U-Net's prediction at latents x (n, h, w, c), context (n, l, d).
 
-        def part(x, context):
-            t_ = self.xp.full(len(x), int(t))
+        t: the time step, one for all or (n,) on the host.
+        """
+        t = self.xp.asarray(t) if np.ndim(t) else self.xp.full(len(x), int(t))
+
+        def part(x, t, context):
             with no_grad():
-                return self.unet(self.params["unet"], x, t_, context)[0]
+                return self.unet(self.params["unet"], x, t, context)[0]
 
-        return map_batch(part, x, context)
+        return map_batch(part, x, t, context)
 
-    def embed(self, texts):
+    def embed(self, texts: Sequence[str]) -> Array:
         """Texts → hidden states (n, l, d)."""
         with no_grad():
             ids = self.xp.asarray(self.tokenizer(texts))
             return self.text_encoder(self.params["text_encoder"], ids)[0]
 
-    def decode(self, latents):
+    def decode(self, latents: Array) -> np.ndarray:
         """Latents (n, h, w, c) → pictures, uint8 (n, height, width, 3) on the host."""
 
         def part(x):
@@ -184,7 +212,7 @@ class Pipeline:
 
         return to_uint8(to_device(map_batch(part, latents), "cpu"))
 
-    def encode(self, pictures):
+    def encode(self, pictures: np.ndarray) -> Array:
         """Pictures, uint8 (n, height, width, 3) → the means of their latents (n, h, w, c)."""
 
         def part(x):
@@ -194,29 +222,60 @@ class Pipeline:
         return map_batch(part, self.xp.asarray(from_uint8(pictures)))
 
     @property
-    def size(self):
+    def size(self) -> tuple[int, int]:
         """(height, width) in pixels that the model was trained on."""
         side = self.unet.config.sample_size or 64
         h, w = side if isinstance(side, (list, tuple)) else (side, side)
         return h * self.vae.factor, w * self.vae.factor
 
-    def _latent_shape(self, n, size):
+    def _sides(self, size):
         size = self.size if size is None else size
         sides = (size, size) if np.isscalar(size) else tuple(size)
         factor = self.vae.factor
         if len(sides) != 2 or not all(side >= 1 and side % factor == 0 for side in sides):
             found = "×".join(map(str, sides))
-            raise ValueError(f"size: expected multiples of {factor}, found {found}")
-        height, width = sides
-        return n, height // factor, width // factor, self.unet.config.in_channels
+            near = "×".join(str(max(1, round(side / factor)) * factor) for side in sides)
+            raise ValueError(
+                f"size: expected multiples of {factor}, found {found}; the nearest is {near}"
+            )
+        return sides
+
+    def fingerprint(self) -> str:
+        """A hash of all weights and configs, in hexadecimal: equal hash, equal model."""
+
+        def digest(named):
+            component, name = named
+            weights = np.ascontiguousarray(to_device(self.params[component][name], "cpu"))
+            return hashlib.sha256(weights).hexdigest()
+
+        names = [(component, name) for component in COMPONENTS for name in self.params[component]]
+        parts = dict(zip(map("/".join, names), map_threads(digest, names), strict=True))
+        for component, config in self.configs.items():
+            parts[component] = {k: v for k, v in config.items() if not k.startswith("_")}
+        text = json.dumps(parts, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def from_uint8(pictures):
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a batch of pictures depends on, beside the weights."""
+
+    prompts: tuple[str, ...]
+    negatives: tuple[str, ...]
+    steps: int
+    guidance: float
+    sampler: str
+    seed: int
+    height: int  # pixels
+    width: int
+
+
+def from_uint8(pictures: np.ndarray) -> np.ndarray:
     """0…255 → float32 in −1…1, the range of the autoencoder."""
     return pictures.astype(np.float32) / 127.5 - 1
 
 
-def to_uint8(pictures):
+def to_uint8(pictures: np.ndarray) -> np.ndarray:
     """−1…1 → 0…255, rounded and clipped. ValueError for what is not a number."""
     if not np.isfinite(pictures).all():
         raise ValueError("the picture holds values that are not finite: the weights have diverged")

@@ -9,8 +9,8 @@ import transformers
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.models import Tokenizer
 from tinyldm.pipeline import Pipeline
-from tinyldm.training.loop import train
 from tinyldm.training.presets import Config, Stage
+from tinyldm.training.runs import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -150,7 +150,7 @@ def test_pictures_are_those_of_diffusers(pair, prompts, guidance, negative, caps
     ours, theirs = pair
     noise = start_noise(ours, len(prompts))
     expected = paint(theirs, prompts, guidance, negative, noise, "np")
-    *_, (x, _) = ours.denoise(prompts, negative, STEPS, guidance, latents=noise)
+    *_, (x, _) = ours.denoise(ours.recipe(prompts, negative, STEPS, guidance), noise)
     pixels = np.clip(ours.vae.from_latents(ours.params["vae"], x)[0] / 2 + 0.5, 0, 1)
     assert pixels.shape == expected.shape
     assert expected.std() > 0.05, "a plain picture would prove nothing"
@@ -174,7 +174,7 @@ def test_pictures_are_those_of_diffusers(pair, prompts, guidance, negative, caps
 def test_latents_are_those_of_diffusers(pair, guidance):
     ours, theirs = pair
     noise = start_noise(ours, 2)
-    *_, (x, _) = ours.denoise(PROMPTS, NEGATIVE, STEPS, guidance, latents=noise)
+    *_, (x, _) = ours.denoise(ours.recipe(PROMPTS, NEGATIVE, STEPS, guidance), noise)
     expected = paint(theirs, PROMPTS, guidance, NEGATIVE, noise, "latent")
     expected = expected.numpy().transpose(0, 2, 3, 1)
     assert expected.std() > 0.1
@@ -187,7 +187,7 @@ def test_a_picture_that_is_not_square(pair):
     shape = (1, height // ours.vae.factor, width // ours.vae.factor, 4)
     noise = np.random.default_rng(3).standard_normal(shape, dtype=np.float32)
     *_, (x, _) = ours.denoise(
-        PROMPTS[0], steps=4, guidance=2.0, size=(height, width), latents=noise
+        ours.recipe(PROMPTS[0], steps=4, guidance=2.0, size=(height, width)), noise
     )
     expected = theirs(
         PROMPTS[0],

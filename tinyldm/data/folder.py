@@ -1,44 +1,89 @@
 """A folder of pictures as a data set: any sizes, captions from where they are usually kept."""
 
 import json
+import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+from tinyldm.backend import map_threads
+from tinyldm.data.dataset import DataError, Dataset
+
+FORMATS = {  # suffix of a file → a format that is read, whichever of these suffixes it has
+    ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF",
+}  # fmt: skip
+MOST_PIXELS = 64_000_000  # of one picture; a larger one is a mistake, or meant to fill the memory
 
 
-class DataError(ValueError):
-    """The data cannot be trained on; the message names the file and what to do."""
+def load_folder(folder: str | Path, side: int, skip_bad: bool = False) -> Dataset:
+    """All pictures below `folder`, in the order of their names, as `load_picture` reads them.
 
+    A picture's caption is its line (`file_name`, `text`) in metadata.jsonl, else the text file of
+    its name, else the name of its sub-folder, else "". Hidden files are left alone.
 
-def load_folder(folder, side):
-    """All pictures below `folder` → uint8 (n, side, side, 3), and their captions.
-
-    A picture is turned as its EXIF note says, laid on white where it is transparent, cropped to the
-    square in its middle and resized. Its caption is its line (`file_name`, `text`) in
-    metadata.jsonl, else the text file of its name, else the name of its sub-folder, else "".
+    Every file is read before any training. DataError names all that cannot be used; with
+    `skip_bad` they are left out and listed in `skipped`.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder}: expected a folder of pictures, found nothing of that name")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in FORMATS and p.is_file())
-    if not files:
-        raise DataError(f"{folder}: no picture in it; formats read are {', '.join(FORMATS)}")
-    listed = _read_metadata(folder / "metadata.jsonl")
-    images = np.empty((len(files), side, side, 3), np.uint8)
-    captions = []
-    for i, file in enumerate(files):
-        images[i] = load_picture(file, side)
-        captions.append(_caption(file, folder, listed))
-    return images, captions
+        found = "a file" if folder.exists() else "nothing of that name"
+        raise DataError(f"{folder}: expected a folder of pictures, found {found}")
+    files, others = _find(folder)
+    listed, damaged = _read_metadata(folder)
+
+    def read(file):
+        try:
+            picture = open_picture(file, side)
+            return _square(picture, side), min(picture.size) < side, *_caption(file, folder, listed)
+        except DataError as error:
+            return error
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, about notes in files that are not used here
+        results = map_threads(read, files)
+    damaged += [str(result) for result in results if isinstance(result, DataError)]
+    good = [i for i, result in enumerate(results) if not isinstance(result, DataError)]
+    if damaged and not skip_bad:
+        raise DataError(
+            f"{folder}: {len(damaged)} of {len(files)} files cannot be used; mend or remove them, "
+            "or leave them out with --skip-bad:\n  " + "\n  ".join(damaged)
+        )
+    if not good:
+        raise DataError(f"{folder}: none of its {len(files)} pictures can be read")
+    images, enlarged, captions, sources = zip(*(results[i] for i in good), strict=True)
+    remarks = [f"captions: {_count(sources)}"]
+    if any(enlarged):
+        remarks.append(f"{sum(enlarged)} of {len(good)} pictures are enlarged to {side} pixels")
+    if others:
+        remarks.append(f"files of other kinds, left alone: {_count(others)}")
+    names = [files[i].relative_to(folder).as_posix() for i in good]
+    return Dataset(np.stack(images), list(captions), names, tuple(remarks), tuple(damaged))
 
 
-def load_picture(file, side):
-    """One picture → uint8 (side, side, 3)."""
+def load_picture(file: str | Path, side: int) -> np.ndarray:
+    """One picture, cropped to the square in its middle and resized → uint8 (side, side, 3)."""
+    return _square(open_picture(Path(file), side), side)
+
+
+def open_picture(file: Path, side: int) -> Image.Image:
+    """One picture in RGB, of at least 2·side pixels if it has them.
+
+    It is turned as its EXIF note says, and laid on white where it is transparent. Of an animation
+    it is the first frame. DataError says in one line why a file cannot be used.
+    """
+    formats = tuple(FORMATS.values())
     try:
-        with Image.open(file) as opened:
+        with Image.open(file, formats=formats) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise ValueError(
+                    f"expected at most {MOST_PIXELS // 10**6} million pixels, found "
+                    f"{opened.width}×{opened.height}"
+                )
+            opened.verify()  # the checksums of PNG, which reading alone passes over
+        with Image.open(file, formats=formats) as opened:
+            opened.draft(None, (2 * side, 2 * side))  # JPEG: decode no more of it than is needed
             picture = ImageOps.exif_transpose(opened)
             if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would only clip
                 gray = np.asarray(picture, np.float32) / 257
@@ -46,20 +91,54 @@ def load_picture(file, side):
             if "A" in picture.getbands() or "transparency" in picture.info:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            picture = ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file}: cannot be read as a picture ({error}); remove it") from None
-    return np.asarray(picture)
+            return picture.convert("RGB")
+    except UnidentifiedImageError:
+        reason = f"not a picture in a format that is read ({', '.join(dict.fromkeys(formats))})"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except Exception as error:  # decoders of damaged bytes raise whatever they stumble over
+        reason = str(error) or type(error).__name__
+    raise DataError(f"{file}: {reason}")
+
+
+def _square(picture, side):
+    return np.asarray(ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS))
+
+
+def _count(kinds):
+    return ", ".join(f"{number} {kind}" for kind, number in Counter(kinds).most_common())
+
+
+def _find(folder):
+    """The picture files below a folder, sorted, and the suffixes of what else lies there."""
+    files, others = [], []
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if hidden or path.is_dir():
+            continue
+        if path.suffix.lower() in FORMATS:
+            files.append(path)
+        elif path.suffix != ".txt" and path.name != "metadata.jsonl":
+            others.append(path.suffix or path.name)
+    if not files:
+        raise DataError(
+            f"{folder}: no picture among its {len(others)} files; formats read are "
+            f"{', '.join(FORMATS)}"
+        )
+    return files, others
 
 
 def _caption(file, folder, listed):
+    """→ the caption, where it is from."""
     name = file.relative_to(folder).as_posix()
     if name in listed:
-        return listed[name]
+        return listed[name], "from metadata.jsonl"
     text = file.with_suffix(".txt")
     if text.exists():
-        return _read_text(text).strip()
-    return "" if file.parent == folder else file.parent.name.replace("_", " ")
+        return _read_text(text).strip(), "from .txt files"
+    if file.parent == folder:
+        return "", "pictures without one"
+    return file.parent.name.replace("_", " "), "from the name of a sub-folder"
 
 
 def _read_text(file):
@@ -69,20 +148,26 @@ def _read_text(file):
         raise DataError(f"{file}: expected text in UTF-8 ({error})") from None
 
 
-def _read_metadata(file):
+def _read_metadata(folder):
+    """({file name: caption}, [what is wrong with a line]) of metadata.jsonl."""
+    file = folder / "metadata.jsonl"
+    listed, damaged = {}, []
     if not file.exists():
-        return {}
-    listed = {}
+        return listed, damaged
     for number, line in enumerate(_read_text(file).split("\n"), 1):
-        if line.strip():
-            try:
-                entry = json.loads(line)
-                name, text = entry["file_name"], entry["text"]
-                if not isinstance(name, str) or not isinstance(text, str):
-                    raise TypeError
-                listed[name] = text
-            except (ValueError, KeyError, TypeError):
-                raise DataError(
-                    f'{file}: line {number}: expected {{"file_name": …, "text": …}}, found {line!r}'
-                ) from None
-    return listed
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            name, text = entry["file_name"], entry["text"]
+            if not isinstance(name, str) or not isinstance(text, str):
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            damaged.append(
+                f'{file}: line {number}: expected {{"file_name": …, "text": …}}, found {line!r}'
+            )
+            continue
+        if not (folder / name).is_file():
+            damaged.append(f"{file}: line {number}: there is no file {name!r}")
+        listed[name] = text
+    return listed, damaged

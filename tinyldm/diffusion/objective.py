@@ -1,13 +1,26 @@
 """What the denoiser is trained on."""
 
+from collections.abc import Callable
+
 import numpy as np
 
-from tinyldm.backend import array_module
+from tinyldm.backend import Array, array_module
+from tinyldm.diffusion.schedule import Schedule
 from tinyldm.nn import functional as F
+from tinyldm.nn.protocol import Backward
 
 
-def diffusion_loss(predict, schedule, x0, noise, t, min_snr=None):
+def diffusion_loss(
+    predict: Callable[[Array, Array], tuple[Array, Backward]],
+    schedule: Schedule,
+    x0: Array,
+    noise: Array,
+    t: np.ndarray,
+    min_snr: float | None = None,
+) -> tuple[Array, Backward]:
     """The simple loss: mean of (prediction − target)² at x_t (Ho et al. 2020, eq. 14).
+
+    With latents as x_0 and a `predict` that sees text it is that of Rombach et al. 2022, eq. 3.
 
     predict: `predict(x_t, t) → (prediction, backward)`.
     x0, noise (n, h, w, c); t (n,) whole numbers on the host.
@@ -29,7 +42,7 @@ def diffusion_loss(predict, schedule, x0, noise, t, min_snr=None):
     return loss, backward
 
 
-def min_snr_weight(snr, prediction, gamma):
+def min_snr_weight(snr: np.ndarray, prediction: str, gamma: float) -> np.ndarray:
     """min(SNR, γ) as a weight of the loss in x_0, expressed for each prediction (n,).
 
     Hang et al. 2023, "Efficient diffusion training via min-SNR weighting", section 3.4: the loss in

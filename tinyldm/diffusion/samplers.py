@@ -6,18 +6,24 @@ jump to from there. The last x is the sample.
 """
 
 import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from tinyldm.backend import array_module
-from tinyldm.diffusion.schedule import posterior
+from tinyldm.backend import Array, array_module
+from tinyldm.diffusion.schedule import Schedule, posterior
+
+Predict = Callable[[Array, int], Array]
+Noise = Callable[[], Array]  # fresh standard normal noise, of the shape of x
 
 
-def timesteps(schedule, steps):
+def timesteps(schedule: Schedule, steps: int) -> np.ndarray:
     """The steps t (steps,) to visit, falling, as the scheduler config's `timestep_spacing` says.
 
     "leading" visits 0, T/n, 2T/n … plus `steps_offset`, "trailing" T−1, T−1−T/n …, "linspace" both
     ends. Where the offset would lead past the last trained step, that step is taken.
+
+    Raises ValueError for more steps than were trained, or an unknown spacing.
     """
     total = len(schedule)
     if not 1 <= steps <= total:
@@ -36,7 +42,14 @@ def timesteps(schedule, steps):
     return np.minimum(t, total - 1).astype(np.int64)
 
 
-def ddim(predict, schedule, x, steps, eta=0.0, noise=None):
+def ddim(
+    predict: Predict,
+    schedule: Schedule,
+    x: Array,
+    steps: int,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+) -> Iterator[tuple[Array, Array]]:
     """Denoising diffusion implicit models (Song et al. 2020, eq. 12 and 16).
 
     eta: 0 deterministic … 1 as random as DDPM; then `noise()` gives fresh normal noise like x.
@@ -55,7 +68,9 @@ def ddim(predict, schedule, x, steps, eta=0.0, noise=None):
         yield x, x0
 
 
-def ddpm(predict, schedule, x, steps, noise):
+def ddpm(
+    predict: Predict, schedule: Schedule, x: Array, steps: int, noise: Noise
+) -> Iterator[tuple[Array, Array]]:
     """Ancestral sampling with the posterior's variance (Ho et al. 2020, algorithm 2)."""
     t = timesteps(schedule, steps)
     alphas_bar = [*schedule.alphas_bar[t].tolist(), 1.0]
@@ -80,11 +95,16 @@ def _split(schedule, prediction, x, alpha_bar):
 SAMPLERS = {"ddim": ddim, "ddpm": ddpm}
 
 
-def guided(predict, context, null_context, guidance):
+def guided(
+    predict: Callable[[Array, int, Array], Array],
+    context: Array,
+    null_context: Array,
+    guidance: float,
+) -> Predict:
     """Classifier-free guidance: `predict(x, t, context)` → a `predict(x, t)` for a sampler.
 
     Away from the prediction without text by `guidance` times the way to the one with text; 1 is
-    plain conditional, and costs half (Ho & Salimans 2022, with their w = guidance − 1).
+    plain conditional, and costs half (Ho & Salimans 2022, eq. 6, with their w = guidance − 1).
     """
     if guidance == 1:
         return lambda x, t: predict(x, t, context)

@@ -11,22 +11,23 @@ import math
 
 import numpy as np
 
-from tinyldm.backend import array_module
+from tinyldm.backend import Array, array_module
 from tinyldm.config import ConfigError
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
-def linear_betas(steps, start, end):
+def linear_betas(steps: int, start: float, end: float) -> np.ndarray:
+    """β (steps,) from `start` to `end` in equal steps (Ho et al. 2020, section 4)."""
     return np.linspace(start, end, steps)
 
 
-def scaled_linear_betas(steps, start, end):
+def scaled_linear_betas(steps: int, start: float, end: float) -> np.ndarray:
     """Linear in √β: the schedule of latent and of Stable Diffusion (there called "linear")."""
     return np.linspace(start**0.5, end**0.5, steps) ** 2
 
 
-def cosine_betas(steps, start, end):
+def cosine_betas(steps: int, start: float, end: float) -> np.ndarray:
     """ᾱ falls as a squared cosine (Nichol & Dhariwal 2021, eq. 17), whatever the ends."""
 
     def alpha_bar(u):
@@ -48,10 +49,11 @@ BETAS = {
 class Schedule:
     """Tables of a schedule with T steps, and the conversions between what a network may predict.
 
-    config: the keys of a diffusers scheduler config; others are kept but not used here.
+    config: the keys of a diffusers scheduler config; others are kept but not used here. Raises
+    ConfigError for what is not implemented.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: dict):
         self.config = config
         steps = config.get("num_train_timesteps", 1000)
         start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
@@ -79,19 +81,19 @@ class Schedule:
         self.betas = BETAS[kind](steps, start, end)
         self.alphas_bar = np.cumprod(1 - self.betas)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.betas)
 
     @property
-    def sigmas(self):
-        """Noise relative to signal, s_t / a_t, the time of Karras et al. 2022."""
+    def sigmas(self) -> np.ndarray:
+        """Noise relative to signal, s_t / a_t (T,), the time of Karras et al. 2022."""
         return np.sqrt(1 / self.alphas_bar - 1)
 
-    def snr(self, t):
+    def snr(self, t: np.ndarray) -> np.ndarray:
         """Signal to noise, ᾱ / (1 − ᾱ), at the steps t."""
         return self.alphas_bar[t] / (1 - self.alphas_bar[t])
 
-    def signal_and_noise(self, t, like):
+    def signal_and_noise(self, t: np.ndarray, like: Array) -> tuple[Array, Array]:
         """a_t and s_t at the steps t (n,), shaped to multiply `like` (n, ...) on its device."""
         xp = array_module(like)
         shape = (-1, *[1] * (like.ndim - 1))
@@ -101,13 +103,13 @@ class Schedule:
             for x in (alpha_bar, 1 - alpha_bar)
         )
 
-    def add_noise(self, x0, noise, t):
+    def add_noise(self, x0: Array, noise: Array, t: np.ndarray) -> Array:
         """Draw x_t from q(x_t | x_0) with the given standard normal noise; t (n,) on the host."""
         a, s = self.signal_and_noise(t, x0)
         return a * x0 + s * noise
 
-    def target(self, x0, noise, t):
-        """What to predict at x_t: ε, x_0, or v = a ε − s x_0 (Salimans & Ho 2022)."""
+    def target(self, x0: Array, noise: Array, t: np.ndarray) -> Array:
+        """What to predict at x_t: ε, x_0, or v = a ε − s x_0 (Salimans & Ho 2022, section 4)."""
         if self.prediction == "epsilon":
             return noise
         if self.prediction == "sample":
@@ -115,7 +117,7 @@ class Schedule:
         a, s = self.signal_and_noise(t, x0)
         return a * noise - s * x0
 
-    def split(self, prediction, x, alpha_bar):
+    def split(self, prediction: Array, x: Array, alpha_bar: float) -> tuple[Array, Array]:
         """A prediction at x, where ᾱ is `alpha_bar` → the x_0 and the ε that it stands for."""
         a, s = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
         if self.prediction == "epsilon":
@@ -125,7 +127,7 @@ class Schedule:
         return a * x - s * prediction, s * x + a * prediction
 
 
-def posterior(alpha_bar, alpha_bar_previous):
+def posterior(alpha_bar: float, alpha_bar_previous: float) -> tuple[float, float, float]:
     """q(x_s | x_t, x_0) for s before t: (weight of x_0, weight of x_t, variance) of the normal.
 
     Ho et al. 2020, eq. 6 and 7, with β and α taken between the two steps, however far apart.

@@ -1,64 +1,185 @@
-"""How good is a model, in numbers."""
+"""How good is a model, in numbers, each beside the number that it should be compared with."""
+
+from collections.abc import Iterator
 
 import numpy as np
 from tqdm import tqdm
 
+from tinyldm.backend import to_device
+from tinyldm.data.dataset import Dataset
 from tinyldm.data.shapes import ATTRIBUTES, make_shapes
 from tinyldm.evaluation.reader import score
+from tinyldm.evaluation.statistics import (
+    copied,
+    frechet_distance,
+    kernel_distance,
+    nearest,
+    psnr,
+    ssim,
+)
+from tinyldm.pipeline import Pipeline
 
-SEED = 20_260_101  # of pictures and captions for scoring: none of them is in a training set
+SEED = 20_260_101  # of pictures, captions and noise for scoring: none of them is in a training set
 BATCH = 50
+BANDS = 5  # of noise levels, from the least to the most
+FEATURES = 4  # positions along each side of the latents that features are averaged over
 
 
-def psnr(pictures, truth):
-    """Peak signal to noise ratio in dB of each picture, uint8 (n, h, w, 3), averaged over n."""
-    error = np.square(pictures.astype(np.float64) - truth).mean(axis=(1, 2, 3))
-    return float((10 * np.log10(255**2 / np.maximum(error, 1e-10))).mean())
+def loss_by_noise(pipeline: Pipeline, data: Dataset, bands: int = BANDS) -> list[float]:
+    """The denoiser's mean squared error on pictures, in equal bands of the time step t.
 
-
-def evaluate_shapes(pipeline, captions=500, steps=None, guidance=None):
-    """Score a model of the captioned shapes by the rule-based reader.
-
-    captions: how many to paint, half of them of the combinations held out of training.
-    Returns {"reader", "reconstructed", "seen", "held_out": {attribute: share right}, "psnr": dB}.
+    A loss over all t hides what is learnt: at low noise little is left to remove, at high noise
+    only the caption says what to paint. Noise and steps are always the same.
     """
-    side = pipeline.size[0]
-    half = max(1, captions // 2)
-    truth, truth_captions = make_shapes(half, side, SEED)
-    decoded = pipeline.decode(pipeline.encode(truth))
+    rng = np.random.default_rng(SEED)
+    xp, schedule = pipeline.xp, pipeline.schedule
+    latents, context = pipeline.encode(data.images), pipeline.embed(data.captions)
+    n, width = len(data), len(schedule) // bands
+    losses = []
+    for band in range(bands):
+        t = band * width + np.arange(n) * width // n
+        noise = xp.asarray(rng.standard_normal(latents.shape, dtype=np.float32))
+        prediction = pipeline.predict(schedule.add_noise(latents, noise, t), t, context)
+        error = prediction - schedule.target(latents, noise, t)
+        losses.append(float((error * error).mean()))
+    return losses
+
+
+def evaluate(
+    pipeline: Pipeline,
+    training: Dataset,
+    held_out: Dataset,
+    count: int = 500,
+    steps: int | None = None,
+    guidance: float | None = None,
+    shapes: bool = False,
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Score a model against the pictures it was trained on and those it never saw.
+
+    count: pictures to paint. shapes: read attributes back by rule, half of them of held-out pairs.
+    Returns what eval.json holds, and the pictures nearest to training ones beside those:
+    {"samples", "nearest": uint8 (n, h, w, 3)}.
+    """
+    true = held_out if len(held_out) else training
+    decoded = pipeline.decode(pipeline.encode(true.images))
     result = {
-        "captions": 2 * half,
-        "reader": score(truth, truth_captions),
-        "psnr": psnr(decoded, truth),
-        "reconstructed": score(decoded, truth_captions),
+        "pictures": {"trained_on": len(training), "held_out": len(held_out)},
+        "psnr": psnr(decoded, true.images),
+        "ssim": ssim(decoded, true.images),
+        "loss_by_noise": {
+            name: loss_by_noise(pipeline, data.pick(range(min(len(data), 256))))
+            for name, data in (("training", training), ("held_out", held_out))
+            if len(data)
+        },
     }
-    with tqdm(total=2 * half, desc="painting", unit="picture", disable=None) as bar:
-        for name, held_out in (("seen", False), ("held_out", True)):
-            _, prompts = make_shapes(half, side, SEED, held_out)
-            pictures = []
-            for start in range(0, half, BATCH):
-                part = prompts[start : start + BATCH]
-                pictures += pipeline(part, steps=steps, guidance=guidance, seed=SEED + start)
-                bar.update(len(part))
-            result[name] = score([np.asarray(picture) for picture in pictures], prompts)
-    return result
+    with tqdm(total=count, desc="painting", unit="picture", disable=None) as bar:
+        if shapes:
+            painted = _score_shapes(pipeline, count, steps, guidance, bar, result)
+        else:
+            captions = [true.captions[i % len(true)] for i in range(count)]
+            painted = np.concatenate(list(_paint(pipeline, captions, steps, guidance, bar)))
+    return result, _compare(pipeline, painted, training, held_out, result)
 
 
-def table(result):
-    """The result of `evaluate_shapes` as lines of text."""
-    rows = {
-        "the reader on true pictures": result["reader"],
-        "first stage, reconstructions": result["reconstructed"],
-        "painted, combinations seen": result["seen"],
-        "painted, combinations held out": result["held_out"],
+def _score_shapes(pipeline, count, steps, guidance, bar, result):
+    """Attributes read back by rule, of true pictures, reconstructions and painted ones."""
+    side = pipeline.size[0]
+    half = max(1, count // 2)
+    truth, captions = make_shapes(half, side, SEED)
+    result["captions"] = 2 * half
+    result["reader"] = score(truth, captions)
+    result["reconstructed"] = score(pipeline.decode(pipeline.encode(truth)), captions)
+    painted = {}
+    for name, unseen in (("seen", False), ("held_out", True)):
+        _, prompts = make_shapes(half, side, SEED, unseen)
+        painted[name] = np.concatenate(list(_paint(pipeline, prompts, steps, guidance, bar)))
+        result[name] = score(painted[name], prompts)
+    return painted["seen"]  # the held-out pairs are meant to differ from all that was trained on
+
+
+def _paint(pipeline, captions, steps, guidance, bar) -> Iterator[np.ndarray]:
+    for start in range(0, len(captions), BATCH):
+        part = captions[start : start + BATCH]
+        pictures = pipeline(part, steps=steps, guidance=guidance, seed=SEED + start)
+        bar.update(len(part))
+        yield np.stack([np.asarray(picture) for picture in pictures])
+
+
+def _compare(pipeline, painted, training, held_out, result):
+    """How the painted pictures lie among the true ones; → pictures beside their nearest."""
+    at, distance = nearest(painted, training.images)
+    result["nearest"] = {"painted": float(np.median(distance))}
+    n = min(len(painted), len(held_out)) if len(held_out) > 1 else len(painted)
+    features = features_of(pipeline, painted[:n])  # equally many, to compare like with like
+    some = training.pick(np.linspace(0, len(training) - 1, min(len(training), 2048)).astype(int))
+    real = features_of(pipeline, some.images)
+    result["frechet"] = {"painted": frechet_distance(features, real)}
+    result["kernel"] = {"painted": kernel_distance(features, real)}
+    if len(held_out) > 1:
+        _, real_distance = nearest(held_out.images, training.images)
+        unseen = features_of(pipeline, held_out.images[:n])
+        result["nearest"]["held_out"] = float(np.median(real_distance))
+        result["nearest"]["copied"] = copied(distance, real_distance)
+        result["frechet"]["held_out"] = frechet_distance(unseen, real)
+        result["kernel"]["held_out"] = kernel_distance(unseen, real)
+    closest = np.argsort(distance, kind="stable")[:12]
+    return {"samples": painted[closest], "nearest": training.images[at[closest]]}
+
+
+def features_of(pipeline: Pipeline, pictures: np.ndarray) -> np.ndarray:
+    """Features (n, d) of pictures: the first stage's latents, averaged over a coarse grid."""
+    latents = to_device(pipeline.encode(pictures), "cpu")
+    n, h, w, c = latents.shape
+    rows, columns = (np.array_split(np.arange(side), min(side, FEATURES)) for side in (h, w))
+    cells = [latents[:, r][:, :, q].mean(axis=(1, 2)) for r in rows for q in columns]
+    return np.concatenate(cells, axis=1).astype(np.float64)
+
+
+def table(result: dict) -> str:
+    """The result of `evaluate` as lines of text, each number with what it means."""
+    lines = []
+    if "seen" in result:
+        rows = {
+            "the reader on true pictures": result["reader"],
+            "first stage, reconstructions": result["reconstructed"],
+            "painted, combinations seen": result["seen"],
+            "painted, combinations held out": result["held_out"],
+        }
+        names = [*ATTRIBUTES, "all"]
+        lines.append("right by rule, in %".ljust(32) + "".join(f"{name:>12}" for name in names))
+        for title, row in rows.items():
+            shares = "".join(f"{100 * row[name]:12.1f}" for name in names)
+            lines.append(title.ljust(32) + shares)
+        lines.append(f"{result['captions']} captions painted\n")
+    unseen = "held_out" in result["loss_by_noise"]
+    which = "held-out pictures" if unseen else "training pictures (none are held out)"
+    lines += [
+        f"{which}: {result['pictures']['held_out' if unseen else 'trained_on']}",
+        _row("first stage, PSNR", f"{result['psnr']:.1f} dB",
+             "decoded against the picture; 30 is soft, 40 is hard to tell apart"),
+        _row("first stage, SSIM", f"{result['ssim']:.3f}", "the same for structure; 1 is equal"),
+    ]  # fmt: skip
+    for name, losses in result["loss_by_noise"].items():
+        numbers = " ".join(f"{loss:.3f}" for loss in losses)
+        lines.append(_row(f"loss by noise, {name.replace('_', '-')}", numbers, ""))
+    lines.append(_row("", "", "from little noise to nearly all; far apart means overfitting"))
+    meanings = {
+        "frechet": ("Fréchet distance", "of painted to training pictures, in latents; 0 is alike"),
+        "kernel": ("kernel distance", "the same without assuming Gaussians; about 0 is alike"),
+        "nearest": ("nearest training picture", "median difference, in levels of 255"),
     }
-    names = [*ATTRIBUTES, "all"]
-    lines = ["right by rule, in %".ljust(32) + "".join(name.rjust(12) for name in names)]
-    for title, row in rows.items():
-        lines.append(
-            title.ljust(32) + "".join(f"{100 * row[name]:.1f}".rjust(12) for name in names)
-        )
-    lines.append(
-        f"first stage: {result['psnr']:.1f} dB PSNR; {result['captions']} captions painted"
-    )
+    for key, (title, meaning) in meanings.items():
+        numbers = f"{result[key]['painted']:.3f}"
+        if "held_out" in result[key]:
+            numbers += f" (held-out {result[key]['held_out']:.3f})"
+        lines.append(_row(title, numbers, meaning))
+    if "copied" in result["nearest"]:
+        share = f"{100 * result['nearest']['copied']:.1f} %"
+        lines.append(_row("copied from training", share,
+                          "nearer to a training picture than 95 % of held-out ones are; "
+                          "about 5 % means that nothing is copied"))  # fmt: skip
     return "\n".join(lines)
+
+
+def _row(title, numbers, meaning):
+    return f"{title:32}{numbers:34}{meaning}".rstrip()

@@ -1,17 +1,26 @@
 """Pictures about pictures: grids, strips, animations and curves, drawn with Pillow."""
 
 import textwrap
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from tinyldm.files import replacing
 
 INK, PAPER, GRID = (40, 40, 40), (255, 255, 255), (225, 225, 225)
-LINES = ((200, 60, 50), (50, 90, 200), (40, 150, 80), (150, 90, 180))
+LINES = ((200, 60, 50), (50, 90, 200), (40, 150, 80), (150, 90, 180), (230, 150, 40))
 
 
-def grid(pictures, captions=None, columns=None, tile=96, labels=None):
+def grid(
+    pictures: np.ndarray,
+    captions: Sequence[str] | None = None,
+    columns: int | None = None,
+    tile: int = 96,
+    labels: Sequence[str] | None = None,
+) -> Image.Image:
     """Pictures, uint8 (n, h, w, 3), in rows, each enlarged to about `tile` pixels → a PIL image.
 
     captions: a line of text, wrapped, under each; labels: one to the left of each row.
@@ -38,7 +47,7 @@ def grid(pictures, captions=None, columns=None, tile=96, labels=None):
     return sheet
 
 
-def latents_as_pictures(latents):
+def latents_as_pictures(latents: np.ndarray) -> np.ndarray:
     """Latents (n, h, w, c) → uint8 (n, h, w, 3): three channels, from −3 black to 3 white."""
     shown = np.zeros((*latents.shape[:3], 3), np.float32)
     channels = min(3, latents.shape[3])
@@ -48,12 +57,12 @@ def latents_as_pictures(latents):
     return np.clip(127.5 + shown * (127.5 / 3), 0, 255).astype(np.uint8)
 
 
-def enlarge(pictures, factor):
+def enlarge(pictures: np.ndarray, factor: int) -> np.ndarray:
     """Repeat each pixel of (n, h, w, 3)."""
     return pictures.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def curves(series, title):
+def curves(series: dict[str, tuple], title: str) -> Image.Image:
     """{name: (steps, values)} as lines over a logarithmic height → a PIL image."""
     width, height, left, top, right, bottom = 640, 360, 60, 34, 16, 34
     sheet = Image.new("RGB", (width, height), PAPER)
@@ -88,7 +97,7 @@ def curves(series, title):
     return sheet
 
 
-def picture_format(file):
+def picture_format(file: Path) -> str:
     """The format that the name of a file asks for. ValueError where that is none."""
     known = Image.registered_extensions()
     kind = known.get(file.suffix.lower())
@@ -97,14 +106,23 @@ def picture_format(file):
     return kind
 
 
-def save_picture(file, picture, **options):
-    """Write a PIL image whole or not at all; the format is that of the name."""
+def save_picture(file: Path, picture: Image.Image, notes: dict | None = None, **options) -> None:
+    """Write a PIL image whole or not at all; the format is that of the name.
+
+    notes: {key: text}, for a PNG. options: Pillow's, of the format.
+    """
     kind = picture_format(file)
+    if notes and kind == "PNG":
+        options["pnginfo"] = PngInfo()
+        for key, text in notes.items():
+            options["pnginfo"].add_itxt(key, text)
     with replacing(file) as temporary:
         picture.save(temporary, format=kind, **options)
 
 
-def save_animation(file, frames, milliseconds=80, hold=1500):
+def save_animation(
+    file: Path, frames: list[Image.Image], milliseconds: int = 80, hold: int = 1500
+) -> None:
     """Write PIL images as an animated .webp or .gif that rests on the last one."""
     duration = [milliseconds] * (len(frames) - 1) + [hold]
     save_picture(

@@ -5,12 +5,16 @@ towards the standard normal keeps the latents in one place (Rombach et al. 2022,
 Kingma & Welling 2013).
 """
 
-from tinyldm.backend import array_module
+from types import SimpleNamespace
+
+from numpy.random import Generator
+
+from tinyldm.backend import Array, array_module
 from tinyldm.config import per_block, read_config
 from tinyldm.models.blocks import ResnetBlock, SpatialAttention, Upsample, downsample
 from tinyldm.nn import functional as F
 from tinyldm.nn.layers import Conv2d, GroupNorm, Layer, zeros
-from tinyldm.nn.protocol import differentiable
+from tinyldm.nn.protocol import Backward, Params, differentiable
 
 DEFAULTS = {
     "in_channels": 3,
@@ -42,10 +46,11 @@ LOGVAR_RANGE = (-30.0, 20.0)
 class AutoencoderKL(Layer):
     """Pictures (n, h, w, 3) in −1…1 ↔ latents (n, h/f, w/f, latent_channels).
 
-    config: the keys of diffusers' AutoencoderKL; f = 2^(number of blocks − 1).
+    config: the keys of diffusers' AutoencoderKL; f = 2^(number of blocks − 1). ConfigError names
+    what is not implemented. Every backward pass is (dy, grads) → dx.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: dict):
         self.config = c = read_config("vae config", config, DEFAULTS, FIXED)
         levels = len(c.block_out_channels)
         for key in BLOCKS:
@@ -62,13 +67,16 @@ class AutoencoderKL(Layer):
         )
         self.decoder = Decoder("decoder", c)
 
-    def init(self, rng):
+    def init(self, rng: Generator) -> Params:
         """Fresh parameters. Biases start at 0, unlike the U-Net's: a faster, steadier start."""
         params = super().init(rng)
         return {name: w * 0 if name.endswith(".bias") else w for name, w in params.items()}
 
-    def encode(self, params, images):
-        """→ moments (n, h/f, w/f, 2·latent_channels): mean, then logarithm of the variance."""
+    def encode(self, params: Params, images: Array) -> tuple[Array, Backward]:
+        """→ moments (n, h/f, w/f, 2·latent_channels): mean, then logarithm of the variance.
+
+        Raises ValueError for another number of channels, or a size that f does not divide.
+        """
         if images.ndim != 4 or images.shape[3] != self.config.in_channels:
             raise ValueError(
                 f"vae: expected images (n, h, w, {self.config.in_channels}), found {images.shape}"
@@ -89,7 +97,7 @@ class AutoencoderKL(Layer):
 
         return h, backward
 
-    def decode(self, params, z):
+    def decode(self, params: Params, z: Array) -> tuple[Array, Backward]:
         """Latents at the autoencoder's own scale → pictures (n, h, w, out_channels)."""
         if self.post_quant:
             z, quant_back = self.post_quant(params, z)
@@ -101,11 +109,13 @@ class AutoencoderKL(Layer):
 
         return images, backward
 
-    def to_latents(self, params, images, noise=None):
+    def to_latents(
+        self, params: Params, images: Array, noise: Array | None = None
+    ) -> tuple[Array, Backward]:
         """Pictures → latents at the scale of the diffusion: (z − shift) · scaling_factor.
 
         `noise` (n, h/f, w/f, latent_channels), standard normal, draws z from the Gaussian;
-        without it z is the mean.
+        without it z is the mean. Raises ValueError for noise of another shape.
         """
         moments, encode_back = self.encode(params, images)
         latents = (*moments.shape[:3], self.config.latent_channels)
@@ -119,7 +129,7 @@ class AutoencoderKL(Layer):
 
         return (z - shift) * scale, backward
 
-    def from_latents(self, params, latents):
+    def from_latents(self, params: Params, latents: Array) -> tuple[Array, Backward]:
         """The way back: latents / scaling_factor + shift, decoded."""
         scale, shift = self.config.scaling_factor, self.config.shift_factor or 0
         images, decode_back = self.decode(params, latents * (1 / scale) + shift)
@@ -130,8 +140,11 @@ class AutoencoderKL(Layer):
         return images, backward
 
 
-def split_moments(moments):
-    """(n, h, w, 2c) → mean and log-variance (n, h, w, c), clamped; a clamped entry has slope 0."""
+def split_moments(moments: Array) -> tuple[Array, Array, Array]:
+    """(n, h, w, 2c) → mean, log-variance and where it is within its bounds, all (n, h, w, c).
+
+    The log-variance is clamped to LOGVAR_RANGE; a clamped entry has slope 0.
+    """
     c = moments.shape[-1] // 2
     mean, logvar = moments[..., :c], moments[..., c:]
     low, high = LOGVAR_RANGE
@@ -141,8 +154,11 @@ def split_moments(moments):
 
 
 @differentiable
-def sample_gaussian(moments, noise=None):
-    """z = mean + e^(logvar/2) · noise, or the mean (Kingma & Welling 2013, section 2.4)."""
+def sample_gaussian(moments: Array, noise: Array | None = None) -> tuple[Array, Backward]:
+    """z = mean + e^(logvar/2) · noise, or the mean (Kingma & Welling 2013, section 2.4).
+
+    moments (n, h, w, 2c), noise and z (n, h, w, c).
+    """
     xp = array_module(moments)
     mean, logvar, inside = split_moments(moments)
     if noise is None:
@@ -159,7 +175,7 @@ def sample_gaussian(moments, noise=None):
 
 
 @differentiable
-def kl_loss(moments):
+def kl_loss(moments: Array) -> tuple[Array, Backward]:
     """KL divergence of the moments' Gaussian from N(0, 1), summed over latents, mean over n."""
     xp = array_module(moments)
     mean, logvar, inside = split_moments(moments)
@@ -173,7 +189,9 @@ def kl_loss(moments):
 
 
 class Encoder(Layer):
-    def __init__(self, name, c, moments):
+    """Pictures (n, h, w, in_channels) → (n, h/f, w/f, moments); `c` is the config."""
+
+    def __init__(self, name: str, c: SimpleNamespace, moments: int):
         widths = list(c.block_out_channels)
         self.conv_in = Conv2d(f"{name}.conv_in", c.in_channels, widths[0])
         self.stages = []
@@ -190,12 +208,14 @@ class Encoder(Layer):
         )
         self.conv_out = Conv2d(f"{name}.conv_out", widths[-1], moments)
 
-    def __call__(self, params, x):
+    def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
         return _chain([self.conv_in, *self.stages, self.norm_out, self.conv_out], params, x)
 
 
 class Decoder(Layer):
-    def __init__(self, name, c):
+    """Latents (n, h, w, latent_channels) → pictures (n, f·h, f·w, out_channels)."""
+
+    def __init__(self, name: str, c: SimpleNamespace):
         widths = list(c.block_out_channels)[::-1]
         self.conv_in = Conv2d(f"{name}.conv_in", c.latent_channels, widths[0])
         self.stages = _middle(name, widths[0], c)
@@ -211,7 +231,7 @@ class Decoder(Layer):
         )
         self.conv_out = Conv2d(f"{name}.conv_out", widths[-1], c.out_channels)
 
-    def __call__(self, params, x):
+    def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
         return _chain([self.conv_in, *self.stages, self.norm_out, self.conv_out], params, x)
 
 

@@ -5,15 +5,20 @@ Every parameter has the name it has in a checkpoint. A backward pass is its forw
 upwards; where an input is used twice its gradients are added.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
+from tinyldm.backend import Array
 from tinyldm.config import ConfigError
 from tinyldm.nn import functional as F
+from tinyldm.nn.activations import geglu, silu
 from tinyldm.nn.attention import attention
-from tinyldm.nn.layers import Conv2d, GroupNorm, Layer, LayerNorm, Linear, Offset
+from tinyldm.nn.conv import Padding
+from tinyldm.nn.layers import Conv2d, GroupNorm, Initialiser, Layer, LayerNorm, Linear, Offset
+from tinyldm.nn.protocol import Backward, Params
 
 
-def plus(a, b):
+def plus(a: Array | None, b: Array | None) -> Array | None:
     """The sum of two gradients, either of which may be None."""
     return b if a is None else a if b is None else a + b
 
@@ -21,10 +26,21 @@ def plus(a, b):
 class ResnetBlock(Layer):
     """x → x + conv(silu(norm(conv(silu(norm(x))) + time))), of diffusers' ResnetBlock2D.
 
+    x (n, h, w, c_in), time (n, d_time) → (n, h, w, c_out); backward gives (dx, dtime). Where
+    c_in ≠ c_out, x passes a 1×1 convolution before it is added (He et al. 2015, eq. 2).
     `init` is that of the last convolution: with zeros the block starts as the identity.
     """
 
-    def __init__(self, name, c_in, c_out, groups, eps, d_time=None, init=None):
+    def __init__(
+        self,
+        name: str,
+        c_in: int,
+        c_out: int,
+        groups: int,
+        eps: float,
+        d_time: int | None = None,
+        init: Initialiser | None = None,
+    ):
         self.norm1 = GroupNorm(f"{name}.norm1", c_in, groups, eps, silu=True)
         self.conv1 = Conv2d(f"{name}.conv1", c_in, c_out)
         self.time_proj = Linear(f"{name}.time_emb_proj", d_time, c_out) if d_time else None
@@ -34,11 +50,13 @@ class ResnetBlock(Layer):
             Conv2d(f"{name}.conv_shortcut", c_in, c_out, kernel=1) if c_in != c_out else None
         )
 
-    def __call__(self, params, x, time=None):
+    def __call__(
+        self, params: Params, x: Array, time: Array | None = None
+    ) -> tuple[Array, Backward]:
         h, norm1_back = self.norm1(params, x)
         h, conv1_back = self.conv1(params, h)
         if self.time_proj:
-            t, silu_back = F.silu(time)
+            t, silu_back = silu(time)
             t, time_back = self.time_proj(params, t)
             h += t[:, None, None, :]
         h, norm2_back = self.norm2(params, h)
@@ -57,11 +75,24 @@ class ResnetBlock(Layer):
 
 
 class Attention(Layer):
-    """Multi-head attention from x (n, l, d) to the context (n, m, d_context), or to x itself."""
+    """Multi-head attention from x (n, l, d) to the context (n, m, d_context), or to x itself.
+
+    backward gives (dx, dcontext); dcontext is None without context. `names` are those of the
+    projections q, k, v and out. Raises ConfigError where d does not divide into `heads`.
+    """
 
     NAMES = ("to_q", "to_k", "to_v", "to_out.0")  # to_out.1 is dropout, without parameters
 
-    def __init__(self, name, d, heads, d_context=None, bias=False, causal=False, names=NAMES):
+    def __init__(
+        self,
+        name: str,
+        d: int,
+        heads: int,
+        d_context: int | None = None,
+        bias: bool = False,
+        causal: bool = False,
+        names: Sequence[str] = NAMES,
+    ):
         if d % heads:
             raise ConfigError(f"{name}: width {d} does not divide into {heads} heads")
         q, k, v, out = names
@@ -71,7 +102,9 @@ class Attention(Layer):
         self.to_out = Linear(f"{name}.{out}", d, d)
         self.heads, self.causal = heads, causal
 
-    def __call__(self, params, x, context=None):
+    def __call__(
+        self, params: Params, x: Array, context: Array | None = None
+    ) -> tuple[Array, Backward]:
         is_self = context is None
         source = x if is_self else context
         q, q_back = self.to_q(params, x)
@@ -90,15 +123,15 @@ class Attention(Layer):
 
 
 class FeedForward(Layer):
-    """Widen to twice 4d, gate, return to d."""
+    """Widen x (..., d) to twice 4d, gate, return to d (Shazeer 2020, eq. 6, with biases)."""
 
-    def __init__(self, name, d):
+    def __init__(self, name: str, d: int):
         self.widen = Linear(f"{name}.net.0.proj", d, 8 * d)
         self.narrow = Linear(f"{name}.net.2", 4 * d, d)
 
-    def __call__(self, params, x):
+    def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
         h, widen_back = self.widen(params, x)
-        h, gate_back = F.geglu(h)
+        h, gate_back = geglu(h)
         y, narrow_back = self.narrow(params, h)
 
         def backward(dy, grads):
@@ -108,9 +141,12 @@ class FeedForward(Layer):
 
 
 class TransformerBlock(Layer):
-    """Self-attention, attention to the context, feed-forward, each as x + f(norm(x))."""
+    """Self-attention, attention to the context, feed-forward, each as x + f(norm(x)).
 
-    def __init__(self, name, d, heads, d_context):
+    x (n, l, d), context (n, m, d_context); backward gives (dx, dcontext).
+    """
+
+    def __init__(self, name: str, d: int, heads: int, d_context: int):
         self.norm1 = LayerNorm(f"{name}.norm1", d)
         self.attn1 = Attention(f"{name}.attn1", d, heads)
         self.norm2 = LayerNorm(f"{name}.norm2", d)
@@ -118,7 +154,7 @@ class TransformerBlock(Layer):
         self.norm3 = LayerNorm(f"{name}.norm3", d)
         self.ff = FeedForward(f"{name}.ff", d)
 
-    def __call__(self, params, x, context):
+    def __call__(self, params: Params, x: Array, context: Array) -> tuple[Array, Backward]:
         h, norm1_back = self.norm1(params, x)
         h, attn1_back = self.attn1(params, h)
         x1 = x + h
@@ -139,9 +175,21 @@ class TransformerBlock(Layer):
 
 
 class SpatialTransformer(Layer):
-    """Transformer blocks over the pixels as tokens, of diffusers' Transformer2DModel."""
+    """Transformer blocks over the pixels as tokens, of diffusers' Transformer2DModel.
 
-    def __init__(self, name, c, heads, d_context, groups, layers=1, linear_projection=False):
+    x (n, h, w, c), context (n, l, d_context); backward gives (dx, dcontext).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        c: int,
+        heads: int,
+        d_context: int,
+        groups: int,
+        layers: int = 1,
+        linear_projection: bool = False,
+    ):
         self.norm = GroupNorm(f"{name}.norm", c, groups, eps=1e-6)
         # The same mathematics; the checkpoint's shape differs.
         project = Linear if linear_projection else partial(Conv2d, kernel=1)
@@ -152,7 +200,7 @@ class SpatialTransformer(Layer):
         ]
         self.proj_out = project(f"{name}.proj_out", c, c)
 
-    def __call__(self, params, x, context):
+    def __call__(self, params: Params, x: Array, context: Array) -> tuple[Array, Backward]:
         n, height, w, c = x.shape
         h, norm_back = self.norm(params, x)
         h, in_back = self.proj_in(params, h)
@@ -178,11 +226,11 @@ class SpatialTransformer(Layer):
 class SpatialAttention(Layer):
     """x + self-attention over the pixels with one head, as in the middle of the autoencoder."""
 
-    def __init__(self, name, c, groups, eps):
+    def __init__(self, name: str, c: int, groups: int, eps: float):
         self.norm = GroupNorm(f"{name}.group_norm", c, groups, eps)
         self.attention = Attention(name, c, heads=1, bias=True)
 
-    def __call__(self, params, x):
+    def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
         n, height, w, c = x.shape
         h, norm_back = self.norm(params, x)
         h, attention_back = self.attention(params, h.reshape(n, height * w, c))
@@ -195,12 +243,14 @@ class SpatialAttention(Layer):
 
 
 class Upsample(Layer):
-    """Repeat each pixel, then convolve."""
+    """Repeat each pixel, then convolve: x (n, h, w, c) → (n, 2h, 2w, c), or to `size`."""
 
-    def __init__(self, name, c):
+    def __init__(self, name: str, c: int):
         self.conv = Conv2d(f"{name}.upsamplers.0.conv", c, c)
 
-    def __call__(self, params, x, size=None):
+    def __call__(
+        self, params: Params, x: Array, size: tuple[int, int] | None = None
+    ) -> tuple[Array, Backward]:
         h, repeat_back = F.upsample_nearest(x, size)
         y, conv_back = self.conv(params, h)
 
@@ -210,7 +260,7 @@ class Upsample(Layer):
         return y, backward
 
 
-def downsample(name, c, padding):
+def downsample(name: str, c: int, padding: Padding) -> Conv2d:
     """Halve height and width by a convolution with stride 2."""
     return Conv2d(f"{name}.downsamplers.0.conv", c, c, stride=2, padding=padding)
 
@@ -221,7 +271,7 @@ class AttentionPool(Layer):
     diffusers' AttentionPooling, after DeepFloyd IF and CLIP's image encoder.
     """
 
-    def __init__(self, name, d, heads):
+    def __init__(self, name: str, d: int, heads: int):
         if d % heads:
             raise ConfigError(f"{name}: width {d} does not divide into {heads} heads")
         self.heads = heads
@@ -230,7 +280,7 @@ class AttentionPool(Layer):
         self.v_proj = Linear(f"{name}.v_proj", d, d)
         self.position = Offset(f"{name}.positional_embedding", 1, d, std=d**-0.5)
 
-    def __call__(self, params, x):
+    def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
         l = x.shape[1]
         mean, position_back = self.position(params, x.mean(axis=1, keepdims=True))
         tokens, join_back = F.concatenate(mean, x, axis=1)
@@ -251,13 +301,13 @@ class AttentionPool(Layer):
 class TextTimeEmbedding(Layer):
     """The pooled text as an addition to the time embedding: (n, l, d) → (n, d_time)."""
 
-    def __init__(self, name, d, d_time, heads):
+    def __init__(self, name: str, d: int, d_time: int, heads: int):
         self.norm1 = LayerNorm(f"{name}.norm1", d)
         self.pool = AttentionPool(f"{name}.pool", d, heads)
         self.proj = Linear(f"{name}.proj", d, d_time)
         self.norm2 = LayerNorm(f"{name}.norm2", d_time)
 
-    def __call__(self, params, context):
+    def __call__(self, params: Params, context: Array) -> tuple[Array, Backward]:
         h, norm1_back = self.norm1(params, context)
         h, pool_back = self.pool(params, h)
         h, proj_back = self.proj(params, h)

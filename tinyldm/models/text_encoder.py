@@ -1,9 +1,13 @@
 """The text encoder: CLIP's causal transformer over tokens (Radford et al. 2021)."""
 
+from types import SimpleNamespace
+
+from tinyldm.backend import Array
 from tinyldm.config import ConfigError, read_config
 from tinyldm.models.blocks import Attention
-from tinyldm.nn import functional as F
+from tinyldm.nn.activations import gelu, quick_gelu
 from tinyldm.nn.layers import Embedding, Layer, LayerNorm, Linear, Offset
+from tinyldm.nn.protocol import Backward, Params
 
 DEFAULTS = {
     "vocab_size": 49408,
@@ -16,16 +20,16 @@ DEFAULTS = {
     "layer_norm_eps": 1e-5,
 }
 FIXED = {"attention_dropout": [0.0]}
-ACTIVATIONS = {"quick_gelu": F.quick_gelu, "gelu": F.gelu}
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
 class TextEncoder(Layer):
     """text(params, token_ids (n, l)) → hidden states after the last norm (n, l, d), and backward.
 
-    config: the keys of transformers' CLIPTextConfig.
+    config: the keys of transformers' CLIPTextConfig; ConfigError names what is not implemented.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: dict):
         self.config = c = read_config(
             "text_encoder config", config, DEFAULTS, FIXED, ignore_unknown=True
         )
@@ -47,8 +51,11 @@ class TextEncoder(Layer):
         ]
         self.norm = LayerNorm(f"{root}.final_layer_norm", d, c.layer_norm_eps)
 
-    def __call__(self, params, token_ids):
-        """backward(dy, grads) → None: token ids have no gradient."""
+    def __call__(self, params: Params, token_ids: Array) -> tuple[Array, Backward]:
+        """backward(dy, grads) → None: token ids have no gradient.
+
+        Raises ValueError for ids that are not (n, l), outside the vocabulary, or too many.
+        """
         if token_ids.ndim != 2:
             raise ValueError(f"text_encoder: expected token ids (n, l), found {token_ids.shape}")
         x, token_back = self.tokens(params, token_ids)
@@ -69,9 +76,9 @@ class TextEncoder(Layer):
 
 
 class EncoderLayer(Layer):
-    """x → x + attention(norm(x)), then x → x + mlp(norm(x))."""
+    """x → x + attention(norm(x)), then x → x + mlp(norm(x)); x (n, l, d), `c` the config."""
 
-    def __init__(self, name, c):
+    def __init__(self, name: str, c: SimpleNamespace):
         d = c.hidden_size
         self.norm1 = LayerNorm(f"{name}.layer_norm1", d, c.layer_norm_eps)
         self.attention = Attention(
@@ -83,7 +90,7 @@ class EncoderLayer(Layer):
         self.fc2 = Linear(f"{name}.mlp.fc2", c.intermediate_size, d)
         self.activation = ACTIVATIONS[c.hidden_act]
 
-    def __call__(self, params, x):
+    def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
         h, norm1_back = self.norm1(params, x)
         h, attention_back = self.attention(params, h)
         x1 = x + h

@@ -10,8 +10,10 @@ import re
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -87,8 +89,8 @@ class Tokenizer:
     """Turns captions into fixed-length rows of token ids, with the same ids as CLIP's own.
 
     Args:
-        vocab: dict, the id of every token; the ids are 0 .. len(vocab) - 1.
-        merges: list of the pairs (tuples) of tokens to join, the first learned first.
+        vocab: the id of every token; the ids are 0 .. len(vocab) - 1.
+        merges: the pairs of tokens to join, the first learned first.
         max_length: tokens in a row, start and end token included.
         pad_token: the token of `vocab` that fills short rows. Like the start and end token, it is
             taken whole where a caption spells it out.
@@ -102,7 +104,13 @@ class Tokenizer:
             has no room for the start and end token.
     """
 
-    def __init__(self, vocab, merges, max_length=77, pad_token=END):
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        merges: list[tuple[str, str]],
+        max_length: int = 77,
+        pad_token: str = END,
+    ):
         if sorted(vocab.values()) != list(range(len(vocab))):
             raise ValueError(f"vocab: the ids must be 0 .. {len(vocab) - 1}, each once")
         for token in (START, END, pad_token):
@@ -125,10 +133,10 @@ class Tokenizer:
         self._special = re.compile(f"({'|'.join(map(re.escape, special))})")
         self._ids_of_piece = {}
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.vocab)
 
-    def __call__(self, texts):
+    def __call__(self, texts: str | Sequence[str]) -> np.ndarray:
         """Token ids of a list of captions, int64 (n, max_length); a string is a list of one.
 
         Each row is the start token, the caption, the end token, then padding. A caption that is
@@ -160,7 +168,7 @@ class Tokenizer:
                 ids += self._ids_of_piece[piece]
         return ids
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of one row of ids, for readers.
 
         It is in lower case, with a space after each piece, without special tokens, and with a
@@ -180,9 +188,10 @@ class Tokenizer:
         return data.decode("utf-8", errors="replace").strip()
 
     @classmethod
-    def train(cls, texts, vocab_size=1024, max_length=16):
+    def train(cls, texts: Iterable[str], vocab_size: int = 1024, max_length: int = 16) -> Self:
         """Learn merges from captions: join the most frequent pair of neighbours, again and again.
 
+        Sennrich et al. 2016, algorithm 1, over the bytes of UTF-8 (Radford et al. 2019).
         Of equally frequent pairs, the first in code point order is joined, so equal captions
         give equal tokenizers. Ends at `vocab_size` tokens, or once no pair occurs twice.
 
@@ -217,7 +226,7 @@ class Tokenizer:
         return cls(vocab, merges, max_length)
 
     @classmethod
-    def load(cls, folder):
+    def load(cls, folder: str | Path) -> Self:
         """Read the tokenizer folder of a checkpoint, as `save` or transformers writes it.
 
         Vocabulary and merges come from vocab.json and merges.txt or, without those, from
@@ -260,7 +269,7 @@ class Tokenizer:
                 f"{folder}: not the files of one CLIP tokenizer ({error}); fetch them again"
             ) from error
 
-    def save(self, folder):
+    def save(self, folder: str | Path) -> None:
         """Write vocab.json, merges.txt and tokenizer_config.json, which transformers reads too."""
         config = {
             "tokenizer_class": "CLIPTokenizer",

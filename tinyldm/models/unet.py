@@ -4,6 +4,7 @@ It goes down through ever smaller and deeper features, keeps each on a stack, an
 joins them again (Ronneberger et al. 2015; Ho et al. 2020; Rombach et al. 2022, section 3.3).
 """
 
+from tinyldm.backend import Array
 from tinyldm.config import ConfigError, per_block, read_config
 from tinyldm.models.blocks import (
     ResnetBlock,
@@ -13,8 +14,11 @@ from tinyldm.models.blocks import (
     downsample,
     plus,
 )
+from tinyldm.models.levels import DownBlock, Stage, UpBlock, run_stages
 from tinyldm.nn import functional as F
+from tinyldm.nn.activations import silu
 from tinyldm.nn.layers import Conv2d, Embedding, GroupNorm, Layer, Linear, zeros
+from tinyldm.nn.protocol import Backward, Params
 
 DEFAULTS = {
     "sample_size": None,
@@ -80,7 +84,7 @@ class UNet(Layer):
     config: the keys of diffusers' UNet2DConditionModel; ConfigError names what is not implemented.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: dict):
         self.config = c = read_config("unet config", config, DEFAULTS, FIXED)
         widths = list(c.block_out_channels)
         levels = len(widths)
@@ -182,10 +186,18 @@ class UNet(Layer):
             padding=(c.conv_out_kernel - 1) // 2, init=zeros,
         )  # fmt: skip
 
-    def __call__(self, params, x, t, context=None, labels=None):
+    def __call__(
+        self,
+        params: Params,
+        x: Array,
+        t: Array,
+        context: Array | None = None,
+        labels: Array | None = None,
+    ) -> tuple[Array, Backward]:
         """x (n, h, w, c) noisy latents, t (n,) time steps, context (n, l, d), labels (n,) classes.
 
-        backward(dy, grads) → (dx, dcontext); dcontext is None without context.
+        backward(dy, grads) → (dx, dcontext); dcontext is None without context. Raises ValueError
+        for an input that is missing, superfluous or misshapen.
         """
         self._check_inputs(x, t, context, labels)
         time, time_back = self._embed_time(params, x, t, context, labels)
@@ -227,7 +239,7 @@ class UNet(Layer):
         c = self.config
         waves = F.time_embedding(t, self.linear_1.d_in, c.flip_sin_to_cos, c.freq_shift)
         h, back_1 = self.linear_1(params, waves.astype(x.dtype))
-        h, silu_back = F.silu(h)
+        h, silu_back = silu(h)
         time, back_2 = self.linear_2(params, h)
         if self.class_embedding:
             label, label_back = self.class_embedding(params, labels)
@@ -266,100 +278,3 @@ class UNet(Layer):
             )  # fmt: skip
         if labels is not None and labels.shape != (n,):
             raise ValueError(f"unet: expected labels ({n},), found {labels.shape}")
-
-
-class Stage(Layer):
-    """A ResNet block and, where the level has attention, a spatial transformer."""
-
-    def __init__(self, resnet, transformer):
-        self.resnet, self.attention = resnet, transformer
-
-    def __call__(self, params, x, time, context):
-        h, resnet_back = self.resnet(params, x, time)
-        if self.attention:
-            h, attention_back = self.attention(params, h, context)
-
-        def backward(dy, grads):
-            dcontext = None
-            if self.attention:
-                dy, dcontext = attention_back(dy, grads)
-            dx, dtime = resnet_back(dy, grads)
-            return dx, dtime, dcontext
-
-        return h, backward
-
-
-def run_stages(stages, params, x, time, context):
-    """The stages one after the other."""
-    backs = []
-    for stage in stages:
-        x, stage_back = stage(params, x, time, context)
-        backs.append(stage_back)
-
-    def backward(dy, grads):
-        dtime = dcontext = None
-        for stage_back in reversed(backs):
-            dy, dt, dc = stage_back(dy, grads)
-            dtime, dcontext = plus(dtime, dt), plus(dcontext, dc)
-        return dy, dtime, dcontext
-
-    return x, backward
-
-
-class DownBlock(Layer):
-    """Stages, then half the size; everything on the way is a skip for the way up."""
-
-    def __init__(self, stages, down):
-        self.stages, self.down = stages, down
-
-    def __call__(self, params, x, time, context):
-        skips, backs = [], []
-        for stage in self.stages:
-            x, stage_back = stage(params, x, time, context)
-            skips.append(x)
-            backs.append(stage_back)
-        if self.down:
-            x, down_back = self.down(params, x)
-            skips.append(x)
-
-        def backward(dy, dskips, grads):
-            """Takes this block's own gradients from the end of `dskips`."""
-            dtime = dcontext = None
-            if self.down:
-                dy = down_back(dy + dskips.pop(), grads)
-            for stage_back in reversed(backs):
-                dy, dt, dc = stage_back(dy + dskips.pop(), grads)
-                dtime, dcontext = plus(dtime, dt), plus(dcontext, dc)
-            return dy, dtime, dcontext
-
-        return skips, backward
-
-
-class UpBlock(Layer):
-    """Stages, each joined by the skip of its size, then twice the size."""
-
-    def __init__(self, stages, up):
-        self.stages, self.up = stages, up
-
-    def __call__(self, params, x, skips, time, context, size):
-        backs = []
-        for stage, skip in zip(self.stages, skips, strict=True):
-            x, join_back = F.concatenate(x, skip)
-            x, stage_back = stage(params, x, time, context)
-            backs.append((join_back, stage_back))
-        if self.up:
-            x, up_back = self.up(params, x, size)
-
-        def backward(dy, grads):
-            """→ dx, the gradients of `skips` in their order, dtime, dcontext."""
-            dskips, dtime, dcontext = [], None, None
-            if self.up:
-                dy = up_back(dy, grads)
-            for join_back, stage_back in reversed(backs):
-                dy, dt, dc = stage_back(dy, grads)
-                dy, dskip = join_back(dy)
-                dskips.insert(0, dskip)
-                dtime, dcontext = plus(dtime, dt), plus(dcontext, dc)
-            return dy, dskips, dtime, dcontext
-
-        return x, backward

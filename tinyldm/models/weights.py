@@ -11,8 +11,10 @@ import os
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from tinyldm.files import replacing
+from tinyldm.nn.protocol import Params
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
@@ -22,7 +24,7 @@ class WeightsError(ValueError):
     """A file of weights is damaged or does not fit the model; the message lists everything."""
 
 
-def load_weights(file, dtype=None):
+def load_weights(file: str | Path, dtype: DTypeLike | None = None) -> Params:
     """Read a .safetensors file into {name: array}, kernels as (kh, kw, c_in, c_out).
 
     dtype: what floating tensors become, by default what they are in the file (bfloat16, which
@@ -38,16 +40,17 @@ def load_weights(file, dtype=None):
     return params
 
 
-def load_metadata(file):
-    """The {key: text} notes in the header of a .safetensors file."""
+def load_metadata(file: str | Path) -> dict[str, str]:
+    """The {key: text} notes in the header of a .safetensors file. Raises as `load_weights` does."""
     with open(file, "rb") as stream:
         return _parse_header(stream, file).get("__metadata__", {})
 
 
-def save_weights(file, params, metadata=None):
+def save_weights(file: str | Path, params: Params, metadata: dict[str, str] | None = None) -> None:
     """Write {name: array} to a .safetensors file, the inverse of `load_weights`.
 
-    The file appears whole or not at all: it is written beside, synced and renamed.
+    The file appears whole or not at all: it is written beside, synced and renamed. Raises
+    WeightsError for a dtype that `load_weights` would not read.
     """
     from safetensors.numpy import save_file
 
@@ -59,8 +62,8 @@ def save_weights(file, params, metadata=None):
         save_file(tensors, temporary, metadata=metadata)
 
 
-def match(params, shapes, where):
-    """Check names and shapes of `params` against a model's; WeightsError lists all that differs."""
+def match(params: Params, shapes: dict[str, tuple[int, ...]], where: str | Path) -> Params:
+    """`params`, if names and shapes are those of the model; WeightsError lists all that differs."""
     missing = sorted(shapes.keys() - params.keys())
     extra = sorted(params.keys() - shapes.keys())
     misshapen = [
@@ -78,8 +81,13 @@ def match(params, shapes, where):
     return params
 
 
-def load_component(folder, shapes, dtype="float32"):
-    """The weights of one component of a diffusers folder, checked against the model's `shapes`."""
+def load_component(
+    folder: str | Path, shapes: dict[str, tuple[int, ...]], dtype: DTypeLike = "float32"
+) -> Params:
+    """The weights of one component of a diffusers folder, checked against the model's `shapes`.
+
+    One file, or several with an index. Raises FileNotFoundError or WeightsError.
+    """
     folder = Path(folder)
     params = {}
     for file in _weight_files(folder):

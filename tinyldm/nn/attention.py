@@ -2,22 +2,26 @@
 
 The matrix of scores is made a block at a time and thrown away. What is kept for the backward pass
 is the output and, per query, the logarithm of the softmax's denominator, from which a block's
-probabilities are made again: memory is linear in the number of tokens (Vaswani et al. 2017;
-Rabe & Staats 2021; Dao et al. 2022, algorithm 4).
+probabilities are made again: memory is linear in the number of tokens (Rabe & Staats 2021; Dao et
+al. 2022, algorithm 4).
 """
 
 import math
 
-from tinyldm.backend import array_module, on_host
-from tinyldm.nn.functional import blocks
-from tinyldm.nn.protocol import differentiable
+from tinyldm.backend import Array, array_module, on_host
+from tinyldm.nn.pieces import blocks
+from tinyldm.nn.protocol import Backward, differentiable
 
 BLOCK_SCORES = 2**17  # scores at a time: 512 KiB of float32
 
 
 @differentiable
-def attention(q, k, v, heads, causal=False, block=None):
-    """Attend from q (n, l, d) to k, v (n, m, d), each split into `heads` → (n, l, d).
+def attention(
+    q: Array, k: Array, v: Array, heads: int, causal: bool = False, block: int | None = None
+) -> tuple[Array, Backward]:
+    """Attend from q (n, l, d) to k (n, m, d), v (n, m, e), each split into `heads` → (n, l, e).
+
+    softmax(q kᵀ / √(d / heads)) v of each head (Vaswani et al. 2017, eq. 1, section 3.2.2).
 
     `causal`: token i sees tokens 0…i only. `block`: scores at a time, by default what fits the
     cache (or, on a GPU, 64 times that).

@@ -8,14 +8,14 @@ seen as a (kh·kw·c_in, c_out) matrix. The rows of a whole batch would be nine 
 they are gathered in blocks that stay in a core's cache while the matrix product reads them.
 """
 
-from tinyldm.backend import array_module, on_host
-from tinyldm.nn.functional import blocks
-from tinyldm.nn.protocol import differentiable
+from tinyldm.backend import Array, array_module, on_host
+from tinyldm.nn.pieces import blocks
+from tinyldm.nn.protocol import Backward, differentiable
+
+Padding = int | tuple[int, int, int, int]  # zeros on all sides, or (top, bottom, left, right)
 
 BLOCK_BYTES = 2**20  # of gathered rows at a time in the passes to y and to dx
-WEIGHT_BLOCK_BYTES = (
-    2**21
-)  # in the pass to dw, where each block also costs an addition of dw's size
+WEIGHT_BLOCK_BYTES = 2**21  # in the pass to dw, where each block also costs an addition to dw
 
 # "pointwise": a 1×1 kernel is one matrix product.
 # "gather": dx is a convolution too, of dy with the kernel turned by 180° (stride 1 only).
@@ -23,7 +23,9 @@ WEIGHT_BLOCK_BYTES = (
 ALGORITHMS = ("pointwise", "gather", "scatter")
 
 
-def algorithms_for(kernel, stride, padding):
+def algorithms_for(
+    kernel: tuple[int, int], stride: int, padding: tuple[int, int, int, int]
+) -> list[str]:
     """The ALGORITHMS that can do this shape, the fastest first."""
     pointwise = kernel == (1, 1) and stride == 1 and padding == (0, 0, 0, 0)
     able = {"pointwise": pointwise, "gather": stride == 1, "scatter": True}
@@ -31,11 +33,19 @@ def algorithms_for(kernel, stride, padding):
 
 
 @differentiable
-def conv2d(x, w, b=None, stride=1, padding=1, algorithm=None):
-    """Convolve x (n, h, w, c_in) with w (kh, kw, c_in, c_out), b (c_out,).
+def conv2d(
+    x: Array,
+    w: Array,
+    b: Array | None = None,
+    stride: int = 1,
+    padding: Padding = 1,
+    algorithm: str | None = None,
+) -> tuple[Array, Backward]:
+    """Convolve x (n, h, w, c_in) with w (kh, kw, c_in, c_out), b (c_out,) → (n, h', w', c_out).
 
     `padding`: zeros on all sides, or (top, bottom, left, right); the autoencoder downsamples with
-    (0, 1, 0, 1). `algorithm`: one of ALGORITHMS, or None for the fastest.
+    (0, 1, 0, 1). `algorithm`: one of ALGORITHMS, or None for the fastest. Raises ValueError for
+    shapes that do not fit, or for an algorithm that cannot do them.
     """
     kh, kw, c_in, c_out = w.shape
     if x.ndim != 4 or x.shape[3] != c_in:

@@ -9,9 +9,13 @@ derivative is right to the last few bits, where a finite difference keeps half o
 sharpness is what finds a fault in one entry of a million from a single direction.
 """
 
-import numpy as np
+from collections.abc import Callable, Sequence
 
-from tinyldm.backend import array_module, to_device
+import numpy as np
+from numpy.random import Generator
+
+from tinyldm.backend import Array, array_module, to_device
+from tinyldm.nn.protocol import Backward, Params
 
 COMPLEX_STEP = 1e-20
 CENTRAL_STEP = 1e-3  # for the five-point stencil, whose error falls with its fourth power
@@ -21,7 +25,14 @@ class GradientError(AssertionError):
     """A gradient is missing, misshapen or wrong; the message names the tensor and both numbers."""
 
 
-def check_gradients(f, inputs, params=None, rng=0, tol=1e-10, method="complex"):
+def check_gradients(
+    f: Callable[..., tuple[Array, Backward]],
+    inputs: Array | Sequence[Array | None],
+    params: Params | None = None,
+    rng: int | Generator = 0,
+    tol: float = 1e-10,
+    method: str = "complex",
+) -> int:
     """Check the backward pass of `f` against derivatives of its forward pass, in float64.
 
     f: `f(*inputs) → (y, backward)` with `backward(dy) → the gradients of the inputs`, or with

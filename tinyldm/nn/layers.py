@@ -6,10 +6,17 @@ comprehension.
 """
 
 import math
+from collections.abc import Callable
 
+from numpy.random import Generator
+
+from tinyldm.backend import Array
 from tinyldm.nn import functional as F
-from tinyldm.nn.conv import conv2d
-from tinyldm.nn.protocol import add_grad, wants
+from tinyldm.nn.conv import Padding, conv2d
+from tinyldm.nn.protocol import Backward, Params, add_grad, wants
+
+Shape = tuple[int, ...]
+Initialiser = Callable[[Generator, Shape], Array]
 
 
 class Layer:
@@ -18,7 +25,7 @@ class Layer:
     A leaf overrides `parameters`; the parameters of everything else are those of its attributes.
     """
 
-    def parameters(self):
+    def parameters(self) -> dict[str, tuple[Shape, Initialiser]]:
         """{name: (shape in memory, initialiser)}, children in the order of construction."""
         merged = {}
         for value in vars(self).values():
@@ -27,11 +34,11 @@ class Layer:
                     merged.update(child.parameters())
         return merged
 
-    def shapes(self):
+    def shapes(self) -> dict[str, Shape]:
         """{name: shape}: what a checkpoint of this layer must hold (4-D as kh, kw, c_in, c_out)."""
         return {name: shape for name, (shape, _) in self.parameters().items()}
 
-    def init(self, rng):
+    def init(self, rng: Generator) -> Params:
         """Fresh parameters {name: float32 array} drawn from `rng`, a numpy.random.Generator."""
         return {
             name: initialise(rng, shape).astype("float32")
@@ -42,7 +49,7 @@ class Layer:
 # ------------------------------------------------------------------------------------ initialisers
 
 
-def uniform_fan_in(fan_in):
+def uniform_fan_in(fan_in: int) -> Initialiser:
     """U(±1/√fan_in), of weights and biases: activations keep about their size (LeCun et al. 1998).
 
     Biases matter in a U-Net: with all of them zero, zero padding leaves no trace in the features,
@@ -52,22 +59,25 @@ def uniform_fan_in(fan_in):
     return lambda rng, shape: rng.uniform(-bound, bound, shape)
 
 
-def normal(std):
+def normal(std: float) -> Initialiser:
+    """N(0, std²)."""
     return lambda rng, shape: rng.normal(0, std, shape)
 
 
-def zeros(rng, shape):
+def zeros(rng: Generator, shape: Shape) -> Array:
+    """0. Draws as `uniform_fan_in` does: what comes after it starts the same with either."""
     return rng.uniform(0, 0, shape)
 
 
-def ones(rng, shape):
+def ones(rng: Generator, shape: Shape) -> Array:
+    """1. Draws as `zeros` does."""
     return zeros(rng, shape) + 1
 
 
 # ------------------------------------------------------------------------------------------ layers
 
 
-def named(functional_back, weight, bias=None):
+def named(functional_back: Backward, weight: str, bias: str | None = None) -> Backward:
     """Give names to the weight gradients of a function's backward pass."""
 
     def backward(dy, grads):
@@ -83,51 +93,65 @@ def named(functional_back, weight, bias=None):
 class Linear(Layer):
     """x (..., d_in) → (..., d_out)."""
 
-    def __init__(self, name, d_in, d_out, bias=True, init=None):
+    def __init__(
+        self, name: str, d_in: int, d_out: int, bias: bool = True, init: Initialiser | None = None
+    ):
         self.weight, self.bias = f"{name}.weight", f"{name}.bias" if bias else None
         self.d_in, self.d_out = d_in, d_out
         self.initialise = init or uniform_fan_in(d_in)
 
-    def parameters(self):
+    def parameters(self) -> dict[str, tuple[Shape, Initialiser]]:
         weight = {self.weight: ((self.d_out, self.d_in), self.initialise)}
         return weight | ({self.bias: ((self.d_out,), self.initialise)} if self.bias else {})
 
-    def __call__(self, params, x):
+    def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
         y, linear_back = F.linear(x, params[self.weight], params[self.bias] if self.bias else None)
         return y, named(linear_back, self.weight, self.bias)
 
 
 class Conv2d(Layer):
-    """x (n, h, w, c_in) → (n, h', w', c_out)."""
+    """x (n, h, w, c_in) → (n, h', w', c_out); `padding` keeps the size at stride 1 by default."""
 
-    def __init__(self, name, c_in, c_out, kernel=3, stride=1, padding=None, init=None):
+    def __init__(
+        self,
+        name: str,
+        c_in: int,
+        c_out: int,
+        kernel: int = 3,
+        stride: int = 1,
+        padding: Padding | None = None,
+        init: Initialiser | None = None,
+    ):
         self.weight, self.bias = f"{name}.weight", f"{name}.bias"
         self.shape = (kernel, kernel, c_in, c_out)
         self.stride, self.padding = stride, kernel // 2 if padding is None else padding
         self.initialise = init or uniform_fan_in(kernel * kernel * c_in)
 
-    def parameters(self):
+    def parameters(self) -> dict[str, tuple[Shape, Initialiser]]:
         bias = ((self.shape[3],), self.initialise)
         return {self.weight: (self.shape, self.initialise), self.bias: bias}
 
-    def __call__(self, params, x):
+    def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
         y, conv_back = conv2d(x, params[self.weight], params[self.bias], self.stride, self.padding)
         return y, named(conv_back, self.weight, self.bias)
 
 
 class GroupNorm(Layer):
-    """x (n, ..., c) → the same shape; with `silu`, the activation too."""
+    """x (n, ..., c) → the same shape; with `silu`, the activation too.
 
-    def __init__(self, name, c, groups, eps, silu=False):
+    Raises ValueError where the channels do not divide into `groups`.
+    """
+
+    def __init__(self, name: str, c: int, groups: int, eps: float, silu: bool = False):
         if c % groups:
             raise ValueError(f"{name}: {c} channels do not divide into {groups} groups")
         self.weight, self.bias, self.c = f"{name}.weight", f"{name}.bias", c
         self.groups, self.eps, self.silu = groups, eps, silu
 
-    def parameters(self):
+    def parameters(self) -> dict[str, tuple[Shape, Initialiser]]:
         return {self.weight: ((self.c,), ones), self.bias: ((self.c,), zeros)}
 
-    def __call__(self, params, x):
+    def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
         w, b = params[self.weight], params[self.bias]
         y, norm_back = F.group_norm(x, w, b, self.groups, self.eps, self.silu)
         return y, named(norm_back, self.weight, self.bias)
@@ -136,13 +160,13 @@ class GroupNorm(Layer):
 class LayerNorm(Layer):
     """x (..., d) → the same shape."""
 
-    def __init__(self, name, d, eps=1e-5):
+    def __init__(self, name: str, d: int, eps: float = 1e-5):
         self.weight, self.bias, self.d, self.eps = f"{name}.weight", f"{name}.bias", d, eps
 
-    def parameters(self):
+    def parameters(self) -> dict[str, tuple[Shape, Initialiser]]:
         return {self.weight: ((self.d,), ones), self.bias: ((self.d,), zeros)}
 
-    def __call__(self, params, x):
+    def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
         y, norm_back = F.layer_norm(x, params[self.weight], params[self.bias], self.eps)
         return y, named(norm_back, self.weight, self.bias)
 
@@ -150,13 +174,13 @@ class LayerNorm(Layer):
 class Embedding(Layer):
     """Whole numbers (...) → (..., d). Its backward pass returns None: numbers have no gradient."""
 
-    def __init__(self, name, count, d, std=1.0):
+    def __init__(self, name: str, count: int, d: int, std: float = 1.0):
         self.weight, self.shape, self.std = f"{name}.weight", (count, d), std
 
-    def parameters(self):
+    def parameters(self) -> dict[str, tuple[Shape, Initialiser]]:
         return {self.weight: (self.shape, normal(self.std))}
 
-    def __call__(self, params, ids):
+    def __call__(self, params: Params, ids: Array) -> tuple[Array, Backward]:
         y, embedding_back = F.embedding(params[self.weight], ids)
 
         def backward(dy, grads):
@@ -167,15 +191,18 @@ class Embedding(Layer):
 
 
 class Offset(Layer):
-    """Adds a learned table (length, d), such as positions, to x (n, l, d) with l ≤ length."""
+    """Adds a learned table (length, d), such as positions, to x (n, l, d) with l ≤ length.
 
-    def __init__(self, name, length, d, std):
+    Called with more tokens it raises ValueError.
+    """
+
+    def __init__(self, name: str, length: int, d: int, std: float):
         self.name, self.length, self.d, self.std = name, length, d, std
 
-    def parameters(self):
+    def parameters(self) -> dict[str, tuple[Shape, Initialiser]]:
         return {self.name: ((self.length, self.d), normal(self.std))}
 
-    def __call__(self, params, x):
+    def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
         if x.shape[1] > self.length:
             raise ValueError(f"{self.name}: at most {self.length} tokens, found {x.shape[1]}")
         y, offset_back = F.offset(x, params[self.name])

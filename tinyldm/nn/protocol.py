@@ -18,6 +18,14 @@ may be called once, and what it kept is freed as the gradient passes.
 import contextlib
 import contextvars
 import functools
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec
+
+from tinyldm.backend import Array
+
+Params = dict[str, Array]  # by full name: parameters, and their gradients
+Backward = Callable[..., Any]  # dy → dx, or (dy, grads) → dx; None takes its place under `no_grad`
+Arguments = ParamSpec("Arguments")
 
 _recording = contextvars.ContextVar("recording", default=True)
 
@@ -31,13 +39,18 @@ def _set_recording(value):
         _recording.reset(token)
 
 
-def no_grad():
+def no_grad() -> contextlib.AbstractContextManager[None]:
     """Within `with no_grad():` every function returns `(y, None)` and keeps nothing alive."""
     return _set_recording(False)
 
 
-def differentiable(function):
-    """Make `function`, which returns `(y, backward)`, obey `no_grad` and the call-once rule."""
+def differentiable(
+    function: Callable[Arguments, tuple[Array, Backward]],
+) -> Callable[Arguments, tuple[Array, Backward]]:
+    """Make `function`, which returns `(y, backward)`, obey `no_grad` and the call-once rule.
+
+    A second call of `backward` raises RuntimeError.
+    """
 
     @functools.wraps(function)
     def call(*args, **kwargs):
@@ -59,7 +72,9 @@ def _once(backward, name):
 
 
 @differentiable
-def recompute(layer, params, *inputs):
+def recompute(
+    layer: Callable[..., tuple[Array, Backward]], params: Params, *inputs: Array | None
+) -> tuple[Array, Backward]:
     """`layer(params, *inputs)`, forgetting its activations and making them again when needed.
 
     Trades one more forward pass for the memory of everything inside `layer` (Chen et al. 2016,
@@ -83,19 +98,19 @@ class Grads(dict):
     inputs alone, and a plain dict takes all.
     """
 
-    def __init__(self, only):
+    def __init__(self, only: Iterable[str]):
         super().__init__()
         self.only = frozenset(only)
 
 
-def wants(grads, *names):
+def wants(grads: Params | None, *names: str) -> bool:
     """Whether the gradient of any of the named parameters is asked for."""
     if isinstance(grads, Grads):
         return not grads.only.isdisjoint(names)
     return grads is not None
 
 
-def add_grad(grads, name, dw):
+def add_grad(grads: Params | None, name: str, dw: Array) -> None:
     """Add `dw`, a fresh array that `grads` may keep, to the gradient of the parameter `name`."""
     if not wants(grads, name):
         return

@@ -2,13 +2,13 @@
 
 import math
 
-from tinyldm.backend import array_module, cores, map_threads, on_host
-from tinyldm.nn.functional import pieces
+from tinyldm.backend import Array, array_module, cores, map_threads, on_host
+from tinyldm.nn.pieces import pieces
 
 BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8
 
 
-def learning_rate(step, total, peak, warmup):
+def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
     """Linear from 0 to `peak` in `warmup` steps, then half a cosine down to 0 at `total`.
 
     It depends on the step alone, so a resumed run goes on with the right one.
@@ -19,18 +19,18 @@ def learning_rate(step, total, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def global_norm(grads):
+def global_norm(grads: dict[str, Array]) -> Array:
     """√Σ g² over all gradients: an array without axes that stays on the device."""
     xp = array_module(next(iter(grads.values())))
     return xp.sqrt(sum(xp.dot(g.reshape(-1), g.reshape(-1)) for g in grads.values()))
 
 
-def clip_factor(norm, limit):
+def clip_factor(norm: Array, limit: float) -> Array:
     """What to multiply gradients of this norm by so that it is at most `limit`."""
     return array_module(norm).minimum(limit / (norm + 1e-12), 1.0)
 
 
-def adam_state(params):
+def adam_state(params: dict[str, Array]) -> dict[str, dict[str, Array]]:
     """The first and second moments of each parameter, at the start: zeros."""
     return {
         moment: {name: array_module(w).zeros_like(w) for name, w in params.items()}
@@ -38,7 +38,17 @@ def adam_state(params):
     }
 
 
-def adamw(params, grads, state, average, step, lr, scale=1.0, decay=0.01, ema=0.999):
+def adamw(
+    params: dict[str, Array],
+    grads: dict[str, Array],
+    state: dict[str, dict[str, Array]],
+    average: dict[str, Array],
+    step: int,
+    lr: float,
+    scale: float | Array = 1.0,
+    decay: float = 0.01,
+    ema: float = 0.999,
+) -> None:
     """One step of AdamW (Loshchilov & Hutter 2017, algorithm 2), and of the moving average.
 
     step: from 0. scale: multiplies the gradients (`clip_factor`). decay: weight decay, of matrices
@@ -77,6 +87,6 @@ def adamw(params, grads, state, average, step, lr, scale=1.0, decay=0.01, ema=0.
     map_threads(update, [names[i::shards] for i in range(shards)])
 
 
-def ema_decay(step, limit):
+def ema_decay(step: int, limit: float) -> float:
     """min(limit, (1 + n) / (10 + n)) for the n-th update: soon after the start, recent weights."""
     return min(limit, (2 + step) / (11 + step))

@@ -1,19 +1,29 @@
 """The gradient of a batch, on all cores."""
 
-from tinyldm.backend import cores, map_threads, on_host
+from collections.abc import Callable
+
+from tinyldm.backend import Array, cores, map_threads, on_host
 
 
-def value_and_grad(loss_fn, params, batch, shards=None):
+def value_and_grad(
+    loss_fn: Callable,
+    params: dict[str, Array],
+    batch: tuple[Array, ...],
+    shards: int | None = None,
+) -> tuple[Array, dict[str, Array]]:
     """The mean loss of a batch and its gradients {name: array}.
 
     loss_fn: `loss_fn(params, *part) → (mean loss of the part, backward(grads))`.
     batch: a tuple of arrays with equal first axes. It is cut into `shards` (default: the cores; one
     on a GPU), one thread each; their results are weighted by length, so the cut matters only to
-    the rounding.
+    the rounding. ValueError for arrays of different lengths, or of none.
     """
     n = len(batch[0])
-    if any(len(array) != n for array in batch):
-        raise ValueError(f"value_and_grad: batch of lengths {[len(array) for array in batch]}")
+    if n == 0 or any(len(array) != n for array in batch):
+        raise ValueError(
+            "value_and_grad: expected arrays of one length, at least 1, found "
+            f"{[len(array) for array in batch]}"
+        )
     shards = min(n, shards or (cores() if on_host(batch[0]) else 1))
     bounds = [n * i // shards for i in range(shards + 1)]
 

@@ -1,7 +1,12 @@
 """What a run is made of, and the presets: sizes, rates, and how long each stage takes."""
 
-import dataclasses
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from tinyldm.config import ConfigError, unknown
+from tinyldm.models import Tokenizer
+
+STAGES = ("autoencoder", "denoiser")
 
 
 @dataclass(frozen=True)
@@ -20,9 +25,13 @@ class Stage:
 class Config:
     """Everything that a run depends on. It is stored in the run's state."""
 
+    preset: str = "demo"
     data: str = "shapes"  # or a folder
     side: int = 32  # pixels
-    pictures: int = 20_000  # to draw, for shapes
+    pictures: int = 20_512  # to draw, for shapes
+    held_out: float = 0.05  # share of the pictures that validate and are never trained on
+    skip_bad: bool = False  # leave out files that cannot be read, instead of refusing the folder
+    keep: int = 2  # states on disk: the newest, and those before it
     seed: int = 0
     autoencoder: Stage = field(default_factory=lambda: DEMO_AUTOENCODER)
     denoiser: Stage = field(default_factory=lambda: DEMO_DENOISER)
@@ -44,15 +53,25 @@ class Config:
     steps: int = 25  # of sampling
     guidance: float = 2.0
 
+    def __post_init__(self):
+        factor = 2 ** (len(self.vae_widths) + len(self.unet_widths) - 2)
+        if self.side < factor or self.side % factor:
+            below = max(1, self.side // factor) * factor
+            raise ConfigError(
+                f"size: expected a multiple of {factor} (the levels of the networks halve it), "
+                f"found {self.side}; the nearest are {below} and {below + factor}"
+            )
+
     @classmethod
-    def from_json(cls, content):
+    def from_json(cls, content: dict) -> "Config":
         """The inverse of dataclasses.asdict, after a trip through JSON."""
         content = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
         for stage in ("autoencoder", "denoiser"):
             content[stage] = Stage(**content[stage])
         return cls(**content)
 
-    def vae_config(self):
+    def vae_config(self) -> dict:
+        """diffusers' AutoencoderKL."""
         levels = len(self.vae_widths)
         return {
             "down_block_types": ["DownEncoderBlock2D"] * levels,
@@ -66,7 +85,8 @@ class Config:
             "scaling_factor": 1.0,  # until it is measured
         }
 
-    def unet_config(self):
+    def unet_config(self) -> dict:
+        """diffusers' UNet2DConditionModel."""
         return {
             "sample_size": self.side // 2 ** (len(self.vae_widths) - 1),
             "in_channels": self.latent_channels,
@@ -88,7 +108,8 @@ class Config:
             "addition_embed_type_num_heads": self.heads,
         }
 
-    def text_config(self, tokenizer):
+    def text_config(self, tokenizer: Tokenizer) -> dict:
+        """transformers' CLIPTextModel."""
         return {
             "architectures": ["CLIPTextModel"],
             "model_type": "clip_text_model",
@@ -104,7 +125,8 @@ class Config:
             "pad_token_id": tokenizer.pad_id,
         }
 
-    def scheduler_config(self):
+    def scheduler_config(self) -> dict:
+        """diffusers' DDIMScheduler."""
         return {
             "_class_name": "DDIMScheduler",
             "_diffusers_version": "0.32.0",
@@ -126,16 +148,91 @@ DEMO_AUTOENCODER = Stage(batch=16, rate=2e-3, warmup=50, ema=0.995, seconds=72)
 DEMO_DENOISER = Stage(batch=32, rate=2e-3, warmup=50, ema=0.995, seconds=188)
 
 PRESETS = {
-    "demo": Config(),
     "tiny": Config(
+        preset="tiny",
         side=16,
         pictures=512,
-        autoencoder=dataclasses.replace(DEMO_AUTOENCODER, steps=60, seconds=None, warmup=10),
-        denoiser=dataclasses.replace(DEMO_DENOISER, steps=60, seconds=None, warmup=10, batch=16),
+        autoencoder=replace(DEMO_AUTOENCODER, steps=60, seconds=None, warmup=10),
+        denoiser=replace(DEMO_DENOISER, steps=60, seconds=None, warmup=10, batch=16),
         vae_widths=(8, 16),
         unet_widths=(16, 32),
         unet_attention=(False, True),
         text_width=32,
         steps=5,
     ),
+    "demo": Config(),
+    "medium": Config(
+        preset="medium",
+        side=64,
+        autoencoder=Stage(batch=16, rate=1e-3, warmup=100, ema=0.998, seconds=600),
+        denoiser=Stage(batch=32, rate=1e-3, warmup=100, ema=0.999, seconds=1200),
+        vae_widths=(32, 64, 64),
+        unet_widths=(64, 96, 128),
+        text_width=96,
+    ),
+    "large": Config(
+        preset="large",
+        side=128,
+        autoencoder=Stage(batch=8, rate=5e-4, warmup=200, ema=0.999, seconds=3600),
+        denoiser=Stage(batch=32, rate=5e-4, warmup=200, ema=0.9995, seconds=7200),
+        vae_widths=(32, 64, 64, 96),
+        latent_channels=8,
+        unet_widths=(64, 128, 192),
+        text_width=128,
+    ),
 }
+FOR_TESTS = "tiny"  # too small to be chosen by size
+
+
+def make_config(
+    preset: str | None = None,
+    size: int | None = None,
+    minutes: float | None = None,
+    **others: object,
+) -> Config:
+    """The config of a new run.
+
+    preset: by default the smallest for pictures of `size`. size: pixels of a side, by default the
+    preset's. minutes: of training, shared between the stages as the preset does. others: any field
+    of Config. ConfigError for an unknown preset, or a size that does not divide.
+    """
+    if preset is None:
+        by_side = sorted((c.side, name) for name, c in PRESETS.items() if name != FOR_TESTS)
+        fitting = [name for side, name in by_side if side >= (size or PRESETS["demo"].side)]
+        preset = fitting[0] if fitting else by_side[-1][1]
+    if preset not in PRESETS:
+        raise ConfigError(f"preset: {unknown(preset, PRESETS)}")
+    config = replace(PRESETS[preset], **others)
+    if size is not None:
+        config = replace(config, side=size)
+    return config if minutes is None else with_length(config, 60 * minutes)
+
+
+def with_length(config: Config, seconds: float, stages: Sequence[str] = STAGES) -> Config:
+    """The config whose `stages` take `seconds` together, in the proportion that they have in it."""
+    parts = {name: getattr(config, name) for name in stages}
+    lengths = {name: part.seconds or part.steps for name, part in parts.items()}
+    whole = sum(lengths.values())
+    parts = {
+        name: replace(part, steps=None, seconds=seconds * lengths[name] / whole)
+        for name, part in parts.items()
+    }
+    return replace(config, **parts)
+
+
+def changed(config: Config, **settings: object) -> Config:
+    """The config of a run that is resumed with other settings; those that are None stay the same.
+
+    keep, data (if the pictures have moved) and skip_bad may change. ConfigError for preset, size or
+    seed that differ: the result would not be the run that was begun.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    began = {"preset": config.preset, "size": config.side, "seed": config.seed}
+    for name in began.keys() & given.keys():
+        if given.pop(name) != began[name]:
+            raise ConfigError(
+                f"--{name} {settings[name]}: the run began with {began[name]}, which stays; what "
+                "may change on --resume: --minutes, --keep, --device, and --data if the same "
+                "pictures have moved"
+            )
+    return replace(config, **given)

@@ -8,7 +8,7 @@ import threading
 class Stopped(Exception):
     """A signal asked training to stop, and everything is saved."""
 
-    def __init__(self, number):
+    def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}; everything is saved")
         self.number = number
 

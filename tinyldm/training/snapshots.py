@@ -1,11 +1,14 @@
-"""The pictures that a run leaves in `samples/` on its way."""
+"""What a run shows of itself on its way: pictures in `samples/`, and numbers on unseen pictures."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 
+from tinyldm.backend import array_module, map_batch, to_device
+from tinyldm.data.dataset import Dataset
 from tinyldm.data.shapes import Attributes
+from tinyldm.evaluation.metrics import loss_by_noise
 from tinyldm.evaluation.pictures import (
     curves,
     enlarge,
@@ -14,60 +17,113 @@ from tinyldm.evaluation.pictures import (
     save_animation,
     save_picture,
 )
+from tinyldm.evaluation.reader import score
+from tinyldm.evaluation.statistics import psnr
+from tinyldm.nn import no_grad
+from tinyldm.pipeline import Pipeline, from_uint8, to_uint8
 
-SHARES = (0.1, 0.3, 0.6)  # of stage 2 after which samples are painted
+SHARES = (0.1, 0.3, 0.6, 1.0)  # of a stage after which it reports
+EVERY = 600.0  # seconds, at the latest
 FORWARD_STEPS = (0, 100, 200, 300, 400, 500, 600, 800, 999)
+GUIDANCES = (1, 2, 4, 8)
+ONE_WORD_CHANGED = [
+    "a large red circle on blue at the left",
+    "a small red circle on blue at the left",
+    "a large green circle on blue at the left",
+    "a large red square on blue at the left",
+    "a large red circle on white at the left",
+    "a large red circle on blue at the right",
+]
+MOST = 128  # held-out pictures that a report looks at
 
 
-def data(run, images, captions):
+def due(step: int, total: int | None, seconds: float) -> bool:
+    """Whether to report after this step of `total`, `seconds` after the last report."""
+    if total is None:
+        return False
+    return seconds > EVERY or step in {round(share * total) for share in SHARES}
+
+
+def data(run: Path, training: Dataset) -> None:
     """data.png: what the model is to learn."""
-    save_picture(Path(run) / "samples" / "data.png", grid(images[:18], captions[:18], columns=6))
+    some = training.pick(range(min(18, len(training))))
+    save_picture(run / "samples" / "data.png", grid(some.images, some.captions, columns=6))
 
 
-class Progress:
-    """Pictures of stage 2: its noise, its first stage, samples from the same noise as it learns.
+def autoencoder(vae, params: dict, held_out: Dataset) -> tuple[dict, str]:
+    """How well stage 1 does on pictures that it never saw: ({name: number}, a text)."""
+    if not len(held_out):
+        return {}, ""
+    images = held_out.images[:MOST]
 
-    export: `export() → the Pipeline as it is now`, saved in the run.
+    def part(x):
+        with no_grad():
+            z, _ = vae.to_latents(params, x)
+            return vae.from_latents(params, z)[0]
+
+    xp = array_module(next(iter(params.values())))
+    decoded = to_device(map_batch(part, xp.asarray(from_uint8(images))), "cpu")
+    validation = float(np.square(decoded - from_uint8(images)).mean())
+    quality = psnr(to_uint8(decoded), images)
+    text = f"; held-out pictures: {validation:.4f}, {quality:.1f} dB"
+    return {"validation": validation, "psnr": quality}, text
+
+
+def first_stage(run: Path, pipeline: Pipeline, training: Dataset, latents: np.ndarray) -> None:
+    """forward.png (the forward process) and reconstructions.png, once stage 1 is done.
+
+    latents: those of the first picture, (h, w, c).
     """
-
-    def __init__(self, run, export, captions, images):
-        self.folder, self.export = Path(run) / "samples", export
-        self.prompts, self.images = prompts_for(captions), images
-
-    def before(self, latents, schedule):
-        """forward.png (the forward process) and reconstructions.png (the first stage)."""
-        pipeline = self.export()
-        noise = np.random.default_rng(0).standard_normal(latents.shape[1:], dtype=np.float32)
-        t = [min(t, len(schedule) - 1) for t in FORWARD_STEPS]
-        noisy = np.stack([schedule.add_noise(latents[:1], noise, [step])[0] for step in t])
-        pixels = self.images[:1] / np.float32(127.5) - 1
-        pixel_noise = np.random.default_rng(1).standard_normal(pixels.shape[1:], dtype=np.float32)
-        in_pixels = np.stack([schedule.add_noise(pixels, pixel_noise, [step])[0] for step in t])
-        factor = pixels.shape[1] // latents.shape[1]
-        rows = [
-            np.clip(127.5 * (in_pixels + 1), 0, 255).astype(np.uint8),
-            enlarge(latents_as_pictures(noisy), factor),
-            pipeline.decode(pipeline.xp.asarray(noisy)),
-        ]
-        strip = grid(np.concatenate(rows), columns=len(t), labels=["pixels", "latents", "decoded"])
-        save_picture(self.folder / "forward.png", strip)
-        some = self.images[:9]
-        back = pipeline.decode(pipeline.encode(some))
-        pair = grid(np.concatenate([some, back]), columns=len(some), labels=["picture", "decoded"])
-        save_picture(self.folder / "reconstructions.png", pair)
-
-    def after_step(self, step, total):
-        if total and step in {int(share * total) for share in SHARES}:
-            paint_samples(self.export(), self.prompts, self.folder / f"step-{step:06d}.png")
+    folder, schedule = run / "samples", pipeline.schedule
+    noise = np.random.default_rng(0).standard_normal(latents.shape, dtype=np.float32)
+    t = [min(t, len(schedule) - 1) for t in FORWARD_STEPS]
+    noisy = np.stack([schedule.add_noise(latents[None], noise, [step])[0] for step in t])
+    pixels = from_uint8(training.images[:1])
+    pixel_noise = np.random.default_rng(1).standard_normal(pixels.shape[1:], dtype=np.float32)
+    in_pixels = np.stack([schedule.add_noise(pixels, pixel_noise, [step])[0] for step in t])
+    rows = [
+        to_uint8(in_pixels),
+        enlarge(latents_as_pictures(noisy), pipeline.vae.factor),
+        pipeline.decode(pipeline.xp.asarray(noisy)),
+    ]
+    strip = grid(np.concatenate(rows), columns=len(t), labels=["pixels", "latents", "decoded"])
+    save_picture(folder / "forward.png", strip)
+    some = training.images[:9]
+    back = pipeline.decode(pipeline.encode(some))
+    pair = grid(np.concatenate([some, back]), columns=len(some), labels=["picture", "decoded"])
+    save_picture(folder / "reconstructions.png", pair)
 
 
-def finished(run, pipeline, captions):
-    """samples.png, reverse.png and reverse.webp (the reverse process), loss.png."""
-    folder = Path(run) / "samples"
+def denoiser(
+    run: Path, pipeline: Pipeline, captions: list[str], held_out: Dataset, step: int
+) -> tuple[dict, str]:
+    """step-….png, and how well stage 2 does: ({name: number}, a text)."""
+    numbers, text = {}, ""
+    if len(held_out):
+        bands = loss_by_noise(pipeline, held_out.pick(range(min(MOST, len(held_out)))))
+        numbers = {"validation": float(np.mean(bands)), "by_noise": bands}
+        text = f"; held-out pictures: {numbers['validation']:.4f}, from little noise to much: "
+        text += " ".join(f"{loss:.3f}" for loss in bands)
+    prompts = prompts_for(captions)
+    pictures = paint_samples(pipeline, prompts, run / "samples" / f"step-{step:06d}.png")
+    if are_shapes(prompts):
+        right = score(pictures, prompts)
+        numbers["right"] = right
+        counts = ", ".join(f"{name} {round(len(prompts) * x)}" for name, x in right.items())
+        text += f"; right in {len(prompts)} samples: {counts}"
+    return numbers, text
+
+
+def finished(run: Path, pipeline: Pipeline, captions: list[str]) -> None:
+    """samples.png, guidance.png, words.png, reverse.png and .webp, loss.png, loss-by-noise.png."""
+    folder = run / "samples"
     prompts = prompts_for(captions)
     paint_samples(pipeline, prompts, folder / "samples.png")
+    sweep_guidance(pipeline, prompts[:6], folder / "guidance.png")
+    if are_shapes(prompts):
+        change_words(pipeline, folder / "words.png")
     frames, states, goals = [], [], []
-    for x, x0 in pipeline.denoise(prompts[:6]):
+    for x, x0 in pipeline.denoise(pipeline.recipe(prompts[:6])):
         states.append(pipeline.decode(x))
         goals.append(pipeline.decode(x0))
         both = np.concatenate([states[-1], goals[-1]])
@@ -80,19 +136,35 @@ def finished(run, pipeline, captions):
     draw_losses(run)
 
 
-def paint_samples(pipeline, prompts, file):
-    """One picture a prompt, always from the same noise."""
-    pictures = [np.asarray(picture) for picture in pipeline(prompts)]
-    save_picture(file, grid(np.stack(pictures), prompts, columns=6))
+def paint_samples(pipeline: Pipeline, prompts: list[str], file: Path) -> np.ndarray:
+    """One picture a prompt, always from the same noise → uint8 (n, h, w, 3), saved as a grid."""
+    pictures = np.stack([np.asarray(picture) for picture in pipeline(prompts)])
+    save_picture(file, grid(pictures, prompts, columns=6))
+    return pictures
 
 
-def prompts_for(captions):
+def sweep_guidance(pipeline: Pipeline, prompts: list[str], file: Path) -> None:
+    """The same noise and captions at rising guidance: obedience grows, variety and tones suffer."""
+    rows = [np.stack(list(map(np.asarray, pipeline(prompts, guidance=g)))) for g in GUIDANCES]
+    labels = [f"guidance {g}" for g in GUIDANCES]
+    save_picture(file, grid(np.concatenate(rows), columns=len(prompts), labels=labels))
+
+
+def change_words(pipeline: Pipeline, file: Path) -> None:
+    """One noise, one caption, and the same caption with one word changed at a time."""
+    h, w = (side // pipeline.vae.factor for side in pipeline.size)
+    shape = (1, h, w, pipeline.unet.config.in_channels)
+    noise = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    latents = noise.repeat(len(ONE_WORD_CHANGED), axis=0)
+    pictures = np.stack(list(map(np.asarray, pipeline(ONE_WORD_CHANGED, latents=latents))))
+    save_picture(file, grid(pictures, ONE_WORD_CHANGED, columns=len(pictures)))
+
+
+def prompts_for(captions: list[str]) -> list[str]:
     """Eighteen captions to paint: the first different ones, and for shapes also unseen pairs."""
     prompts = list(dict.fromkeys(captions))[:18]
-    try:
-        Attributes.parse(prompts[0])
-    except ValueError:
-        return prompts
+    if not are_shapes(prompts):
+        return (prompts * 18)[:18] if len(prompts) < 6 else prompts
     unseen = [
         "a large red triangle on white at the center",
         "a small blue circle on yellow at the left",
@@ -104,15 +176,37 @@ def prompts_for(captions):
     return prompts[:12] + unseen
 
 
-def draw_losses(run, window=20):
-    """loss.png: both stages' losses, averaged over `window` lines of metrics."""
-    lines = (Path(run) / "training" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+def are_shapes(captions: list[str]) -> bool:
+    """Whether these are captions of the embedded shapes, which can be read back by rule."""
+    try:
+        return all(Attributes.parse(caption) for caption in captions)
+    except ValueError:
+        return False
+
+
+def draw_losses(run: Path, window: int = 20) -> None:
+    """loss.png: both stages' losses, averaged over `window` lines of metrics; loss-by-noise.png."""
+    lines = (run / "training" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
     series = {}
     for stage in ("autoencoder", "denoiser"):
-        entries = [e for e in map(json.loads, lines) if e["stage"] == stage]
-        if entries:
-            losses = np.array([e["loss"] for e in entries])
+        of_stage = [e for e in entries if e["stage"] == stage and "loss" in e]
+        if of_stage:
+            losses = np.array([e["loss"] for e in of_stage])
             smooth = [losses[max(0, i - window) : i + 1].mean() for i in range(len(losses))]
-            series[stage] = ([e["step"] for e in entries], smooth)
-    picture = curves(series, "loss against step (a flat denoiser loss is normal)")
-    save_picture(Path(run) / "samples" / "loss.png", picture)
+            series[stage] = ([e["step"] for e in of_stage], smooth)
+        checked = [e for e in entries if e["stage"] == stage and "validation" in e]
+        if checked:
+            points = [e["validation"] for e in checked]
+            series[f"{stage}, held-out"] = ([e["step"] for e in checked], points)
+    title = "loss against step (a flat denoiser loss is normal)"
+    save_picture(run / "samples" / "loss.png", curves(series, title))
+    banded = [e for e in entries if "by_noise" in e]
+    if banded:
+        steps = [e["step"] for e in banded]
+        series = {
+            f"noise band {i + 1}": (steps, [e["by_noise"][i] for e in banded])
+            for i in range(len(banded[0]["by_noise"]))
+        }
+        title = "denoiser, held-out pictures, from little noise (1) to much (5)"
+        save_picture(run / "samples" / "loss-by-noise.png", curves(series, title))

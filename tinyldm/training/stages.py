@@ -1,14 +1,18 @@
 """What is trained: the networks of a run, the loss of each stage, one step of the optimizer."""
 
 import math
+from collections.abc import Callable
 
+from tinyldm.backend import Array
 from tinyldm.diffusion.objective import diffusion_loss
 from tinyldm.diffusion.schedule import Schedule
-from tinyldm.models import AutoencoderKL, TextEncoder, UNet
+from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet
 from tinyldm.models.autoencoder import kl_loss, sample_gaussian
 from tinyldm.nn import functional as F
 from tinyldm.training.optim import adamw, clip_factor, global_norm
 from tinyldm.training.parallel import value_and_grad
+from tinyldm.training.presets import Config
+from tinyldm.training.state import State
 
 MAX_NORM = 1.0  # of the gradient
 
@@ -16,7 +20,7 @@ MAX_NORM = 1.0  # of the gradient
 class Models:
     """The networks of a run, without parameters."""
 
-    def __init__(self, config, tokenizer):
+    def __init__(self, config: Config, tokenizer: Tokenizer):
         self.config, self.tokenizer = config, tokenizer
         self.vae = AutoencoderKL(config.vae_config())
         self.unet = UNet(config.unet_config())
@@ -24,7 +28,7 @@ class Models:
         self.schedule = Schedule(config.scheduler_config())
 
 
-def autoencoder_loss(vae, kl_weight):
+def autoencoder_loss(vae: AutoencoderKL, kl_weight: float) -> Callable:
     """Mean squared error of the reconstruction + kl_weight · mean KL of a latent number."""
 
     def loss_fn(params, images, noise):
@@ -45,7 +49,7 @@ def autoencoder_loss(vae, kl_weight):
     return loss_fn
 
 
-def denoiser_loss(models, min_snr=None):
+def denoiser_loss(models: Models, min_snr: float | None = None) -> Callable:
     """The diffusion loss of U-Net and text encoder, whose parameters share one dict."""
 
     def loss_fn(params, z, noise, tokens, t):
@@ -65,7 +69,9 @@ def denoiser_loss(models, min_snr=None):
     return loss_fn
 
 
-def train_step(state, loss_fn, batch, rate, ema):
+def train_step(
+    state: State, loss_fn: Callable, batch: tuple[Array, ...], rate: float, ema: float
+) -> tuple[Array, Array]:
     """One step of the optimizer on one batch → loss and norm of the gradient, on the device."""
     loss, grads = value_and_grad(loss_fn, state.params, batch)
     norm = global_norm(grads)

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tinyldm.backend import to_device
+from tinyldm.models import Tokenizer
 from tinyldm.models.weights import WeightsError, load_metadata, load_weights, save_weights
 from tinyldm.training.optim import adam_state
-from tinyldm.training.presets import Config
+from tinyldm.training.presets import STAGES, Config
 
-KEEP = 2  # state files: the newest, and one before in case it is damaged
-STAGES = ("autoencoder", "denoiser")
+TOKENIZER = ("vocab", "merges", "max_length", "pad_token")  # what it is made from
 
 
 @dataclass
@@ -26,6 +26,8 @@ class State:
     config: Config
     stage: str
     params: dict
+    tokenizer: Tokenizer
+    data: str  # fingerprint of the pictures and captions
     moments: dict = None  # of Adam
     average: dict = None  # moving average of params
     first_stage: dict = field(default_factory=dict)
@@ -39,12 +41,13 @@ class State:
         self.average = self.average or {name: w.copy() for name, w in self.params.items()}
 
     @property
-    def finished(self):
+    def finished(self) -> bool:
+        """Whether the last stage has made all its steps."""
         return self.stage == STAGES[-1] and self.step == self.total
 
 
-def save_state(run, state):
-    """Write the newest state and remove all but the last KEEP."""
+def save_state(run: str | Path, state: State) -> Path:
+    """Write the newest state and remove all but the last `config.keep`."""
     folder = Path(run) / "training"
     groups = {
         "params": state.params,
@@ -60,30 +63,33 @@ def save_state(run, state):
     }
     notes = {
         key: getattr(state, key)
-        for key in ("stage", "step", "total", "done_before", "scaling_factor")
+        for key in ("stage", "data", "step", "total", "done_before", "scaling_factor")
     }
     notes["config"] = dataclasses.asdict(state.config)
+    notes["tokenizer"] = {key: getattr(state.tokenizer, key) for key in TOKENIZER}
     file = folder / f"state-{state.done_before + state.step:08d}.safetensors"
     save_weights(file, arrays, {"tinyldm": json.dumps(notes)})
     cut_off = folder.glob(".state-*")  # by a process that ended while it wrote
-    for old in [*state_files(run)[:-KEEP], *cut_off]:
+    for old in [*state_files(run)[: -state.config.keep], *cut_off]:
         old.unlink()
     return file
 
 
-def state_files(run):
+def state_files(run: str | Path) -> list[Path]:
     """The state files of a run, oldest first."""
     return sorted((Path(run) / "training").glob("state-*.safetensors"))
 
 
-def load_notes(run):
+def load_notes(run: str | Path) -> dict:
     """What the newest state of a run says of itself: its config, its stage, how far it is."""
     file = _newest(run)
     try:
         notes = json.loads(load_metadata(file)["tinyldm"])
         notes["config"] = Config.from_json(notes["config"])
+        notes["tokenizer"]["merges"] = [tuple(pair) for pair in notes["tokenizer"]["merges"]]
+        notes["tokenizer"] = Tokenizer(**notes["tokenizer"])
     except WeightsError as error:
-        raise WeightsError(f"{error}; remove it to go on from the state before") from None
+        raise WeightsError(f"{error}; {_way_back(run)}") from None
     except KeyError as error:
         raise WeightsError(
             f"{file}: not a state of tinyldm, or of another version: no {error}"
@@ -93,6 +99,11 @@ def load_notes(run):
     return notes
 
 
+def _way_back(run):
+    before = state_files(run)[-2:-1]
+    return f"remove it to go on from {before[0].name}" if before else "there is none before it"
+
+
 def _newest(run):
     files = state_files(run)
     if not files:
@@ -100,7 +111,7 @@ def _newest(run):
     return files[-1]
 
 
-def load_state(run, device="cpu"):
+def load_state(run: str | Path, device: str = "cpu") -> State:
     """The newest state of a run. FileNotFoundError if it has none, WeightsError if damaged."""
     notes = load_notes(run)
     file = _newest(run)
@@ -117,6 +128,6 @@ def load_state(run, device="cpu"):
             **notes,
         )
     except WeightsError as error:
-        raise WeightsError(f"{error}; remove it to go on from the state before") from None
+        raise WeightsError(f"{error}; {_way_back(run)}") from None
     except (TypeError, KeyError) as error:
         raise WeightsError(f"{file}: a state of another version: {error}") from None

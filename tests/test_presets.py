@@ -1,0 +1,88 @@
+"""What a run is made of: presets, sizes, lengths, and what may change when it goes on."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyldm.config import ConfigError
+from tinyldm.models import AutoencoderKL, UNet
+from tinyldm.training.presets import PRESETS, STAGES, Config, changed, make_config, with_length
+
+
+def seconds(config):
+    return [getattr(config, name).seconds for name in STAGES]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_models(name):
+    config = make_config(name)
+    assert config.preset == name
+    vae, unet = AutoencoderKL(config.vae_config()), UNet(config.unet_config())
+    assert config.side % (vae.factor * 2 ** (len(config.unet_widths) - 1)) == 0
+    assert vae.shapes() and unet.shapes()
+    assert config == Config.from_json(dataclasses.asdict(config))
+
+
+@pytest.mark.parametrize(
+    ("size", "preset"),
+    [(None, "demo"), (8, "demo"), (16, "demo"), (32, "demo"), (48, "medium"), (64, "medium"),
+     (96, "large"), (128, "large"), (256, "large")],
+)  # fmt: skip
+def test_the_size_chooses_the_preset(size, preset):
+    config = make_config(size=size)
+    assert (config.preset, config.side) == (preset, size or 32)
+
+
+def test_what_is_given_goes_before_the_preset():
+    config = make_config("demo", size=64, seed=3, data="pictures", skip_bad=True)
+    assert (config.preset, config.side, config.seed, config.data) == ("demo", 64, 3, "pictures")
+    assert config.skip_bad and config.unet_widths == PRESETS["demo"].unet_widths
+
+
+@given(st.integers(1, 1024), st.sampled_from(sorted(PRESETS)))
+def test_a_size_divides_or_the_nearest_are_named(size, name):
+    factor = 2 ** (len(PRESETS[name].vae_widths) + len(PRESETS[name].unet_widths) - 2)
+    if size % factor == 0:
+        assert make_config(name, size=size).side == size
+        return
+    with pytest.raises(ConfigError, match=f"multiple of {factor} .*found {size};") as caught:
+        make_config(name, size=size)
+    below, above = (int(word) for word in str(caught.value).rsplit("are ")[1].split(" and "))
+    assert below % factor == above % factor == 0 < below and above - below == factor
+    assert below < size < above or size < below == factor
+
+
+def test_a_preset_that_there_is_not():
+    with pytest.raises(ConfigError, match="tiny, demo, medium or large, found 'dmeo'; did you mea"):
+        make_config("dmeo")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_minutes_are_shared_as_the_preset_does(name):
+    first, second = seconds(make_config(name, minutes=10))
+    assert first + second == pytest.approx(600)
+    stages = PRESETS[name].autoencoder, PRESETS[name].denoiser
+    before = [stage.seconds or stage.steps for stage in stages]
+    assert first / second == pytest.approx(before[0] / before[1])
+    assert make_config(name, minutes=10).autoencoder.steps is None
+
+
+def test_the_rest_of_a_run_can_get_all_the_time():
+    assert seconds(with_length(make_config("demo"), 100, ["denoiser"])) == [72, 100]
+
+
+def test_what_may_change_when_a_run_goes_on():
+    config = make_config("demo", seed=3)
+    assert changed(config) == changed(config, data=None, seed=None) == config
+    assert changed(config, seed=3, size=32, preset="demo") == config
+    assert changed(config, keep=5, data="moved").keep == 5
+    assert changed(config, data="moved").data == "moved"
+
+
+@pytest.mark.parametrize("setting", [{"seed": 4}, {"size": 64}, {"preset": "tiny"}])
+def test_what_may_not_change(setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(ConfigError, match=f"--{name} {value}: the run began with .*may change"):
+        changed(make_config("demo", seed=3), **setting)

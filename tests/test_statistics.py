@@ -1,0 +1,460 @@
+"""The numbers that judge pictures: closed forms, slow versions of the definitions, invariances."""
+
+import tracemalloc
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyldm.evaluation import statistics
+from tinyldm.evaluation.statistics import (
+    copied,
+    frechet_distance,
+    kernel_distance,
+    nearest,
+    psnr,
+    ssim,
+)
+
+seeds = st.integers(0, 2**32 - 1)
+few = st.integers(1, 4)
+sides = st.integers(1, 6)
+counts = st.integers(2, 12)  # of feature vectors: some fewer, some more than dimensions
+dimensions = st.integers(1, 6)
+
+
+def pictures_of(rng, n=1, h=8, w=8):
+    return rng.integers(0, 256, (n, h, w, 3), dtype=np.uint8)
+
+
+def features_of(rng, n, d):
+    """Features with correlations and a mean."""
+    return rng.standard_normal((n, d)) @ rng.standard_normal((d, d)) + rng.standard_normal(d)
+
+
+def gaussian(rng, n, mean, root):
+    """n features with exactly this mean (d,) and the covariance rootᵀ root, root (d, d)."""
+    x = rng.standard_normal((n, len(mean)))
+    q, _ = np.linalg.qr(x - x.mean(0))
+    return mean + np.sqrt(n - 1) * q @ root
+
+
+def rotation(rng, d):
+    return np.linalg.qr(rng.standard_normal((d, d)))[0]
+
+
+# -------------------------------------------------------------------------------------------- PSNR
+
+
+@pytest.mark.parametrize(
+    ("difference", "expected"),
+    [(0, 148.13), (1, 48.13), (10, 28.13), (255, 0)],  # 20 log₁₀(255 / difference)
+)
+def test_psnr_of_a_known_difference(difference, expected):
+    truth = np.zeros((2, 3, 5, 3), np.uint8)
+    for pair in ((truth, truth + np.uint8(difference)), (truth + np.uint8(difference), truth)):
+        assert psnr(*pair) == pytest.approx(expected, abs=0.005)
+
+
+@given(few, sides, sides, seeds)
+def test_psnr_is_the_mean_over_pictures(n, h, w, seed):
+    rng = np.random.default_rng(seed)
+    a, b = pictures_of(rng, n, h, w), pictures_of(rng, n, h, w)
+    each = []
+    for x, y in zip(a.tolist(), b.tolist(), strict=True):
+        squares = np.square(np.subtract(x, y)).ravel()
+        each.append(10 * np.log10(255**2 / max(sum(squares) / len(squares), 1e-10)))
+    assert psnr(a, b) == pytest.approx(sum(each) / n)
+
+
+# -------------------------------------------------------------------------------------------- SSIM
+
+
+def waves(h, w):
+    """A picture and a bad copy of it, without a generator of random numbers."""
+    i, j, k = np.indices((h, w, 3))
+    truth = (20 * i + 9 * j + 3 * i * j + 50 * k) % 256
+    error = (7 * i * i + 5 * i * j + 11 * k) % 200 - 100
+    return np.clip(truth + error, 0, 255).astype(np.uint8), truth.astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("h", "w", "expected"),
+    [(11, 11, 0.8072288366281075), (12, 29, 0.7802394034784399), (64, 48, 0.7768457918623084)],
+)
+def test_ssim_is_that_of_scikit_image(h, w, expected):
+    # skimage 0.26: structural_similarity(*waves(h, w), channel_axis=2, data_range=255,
+    #     gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    picture, truth = waves(h, w)
+    assert ssim(picture[None], truth[None]) == pytest.approx(expected, abs=1e-12)
+
+
+def slow_ssim(x, y):
+    """The definition, a window at a time, of two pictures (h, w, 3)."""
+    offsets = np.arange(-5, 6)
+    window = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * 1.5**2))
+    window /= window.sum()
+    margins = [(0, 0) if side >= 11 else (5, 5) for side in x.shape[:2]]
+    x, y = (np.pad(p.astype(float), [*margins, (0, 0)], mode="symmetric") for p in (x, y))
+    values = []
+    for i in range(x.shape[0] - 10):
+        for j in range(x.shape[1] - 10):
+            for c in range(3):
+                p, q = x[i : i + 11, j : j + 11, c], y[i : i + 11, j : j + 11, c]
+                m, n = (window * p).sum(), (window * q).sum()
+                pp, qq = (window * (p - m) ** 2).sum(), (window * (q - n) ** 2).sum()
+                pq = (window * (p - m) * (q - n)).sum()
+                c1, c2 = 2.55**2, 7.65**2
+                luminance = (2 * m * n + c1) / (m * m + n * n + c1)
+                values.append(luminance * (2 * pq + c2) / (pp + qq + c2))
+    return np.mean(values)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (10, 10), (7, 13), (12, 4), (11, 12)])
+def test_ssim_agrees_with_the_definition_at_any_size(size):
+    rng = np.random.default_rng(sum(size))
+    a, b = pictures_of(rng, 2, *size), pictures_of(rng, 2, *size)
+    expected = np.mean([slow_ssim(x, y) for x, y in zip(a, b, strict=True)])
+    assert ssim(a, b) == pytest.approx(expected, abs=1e-12)
+
+
+@given(few, st.integers(1, 14), st.integers(1, 14), seeds)
+def test_ssim_is_symmetric_and_one_for_equals(n, h, w, seed):
+    rng = np.random.default_rng(seed)
+    a, b = pictures_of(rng, n, h, w), pictures_of(rng, n, h, w)
+    assert ssim(a, a) == 1
+    assert -1 <= ssim(a, b) < 1
+    assert ssim(a, b) == pytest.approx(ssim(b, a))
+    assert ssim(a, b) == pytest.approx(ssim(a[:, ::-1, ::-1], b[:, ::-1, ::-1]))
+    assert ssim(a, b) == pytest.approx(ssim(a.swapaxes(1, 2), b.swapaxes(1, 2)))
+
+
+def test_ssim_sees_structure_where_psnr_sees_none():
+    rng = np.random.default_rng(0)
+    truth = pictures_of(rng, 1, 32, 32) // 2 + 64
+    brighter, noisy = truth + 20, truth + rng.choice(np.uint8([236, 20]), truth.shape)
+    assert psnr(brighter, truth) == pytest.approx(psnr(noisy, truth))
+    assert ssim(brighter, truth) > 0.95 > 0.9 > ssim(noisy, truth)
+
+
+# ------------------------------------------------------------------------------- Fréchet distance
+
+
+def textbook_frechet(a, b):
+    """Heusel et al. (2017), equation 6, by the eigenvalues of the product of the covariances."""
+    s, t = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
+    root = np.sqrt(np.linalg.eigvals(s @ t).astype(complex)).real.sum()
+    return np.square(a.mean(0) - b.mean(0)).sum() + np.trace(s) + np.trace(t) - 2 * root
+
+
+@given(counts, counts, dimensions, seeds)
+def test_frechet_agrees_with_the_textbook(n, m, d, seed):
+    rng = np.random.default_rng(seed)
+    a, b = features_of(rng, n, d), features_of(rng, m, d)
+    scale = np.square(a).sum() + np.square(b).sum()
+    # The textbook takes roots of eigenvalues that should be 0 and are 1e-16.
+    assert frechet_distance(a, b) == pytest.approx(textbook_frechet(a, b), abs=1e-6 * scale)
+
+
+@given(dimensions, seeds)
+def test_frechet_of_gaussians_that_share_their_axes(d, seed):
+    """In one dimension (μ − ν)² + (σ − τ)²; along shared axes the sum of these."""
+    rng = np.random.default_rng(seed)
+    means, sigmas = rng.normal(0, 3, (2, d)), rng.uniform(0, 3, (2, d))
+    axes = rotation(rng, d)
+    a = gaussian(rng, d + 5, means[0], np.diag(sigmas[0])) @ axes
+    b = gaussian(rng, d + 9, means[1], np.diag(sigmas[1])) @ axes
+    expected = np.square(means[0] - means[1]).sum() + np.square(sigmas[0] - sigmas[1]).sum()
+    assert frechet_distance(a, b) == pytest.approx(expected)
+
+
+@given(counts, counts, counts, dimensions, seeds)
+def test_frechet_is_the_square_of_a_distance(n, m, k, d, seed):
+    rng = np.random.default_rng(seed)
+    a, b, c = (features_of(rng, count, d) for count in (n, m, k))
+    ab, ac, bc = frechet_distance(a, b), frechet_distance(a, c), frechet_distance(b, c)
+    assert min(ab, ac, bc) >= 0
+    assert ab == pytest.approx(frechet_distance(b, a))
+    assert np.sqrt(ac) <= np.sqrt(ab) + np.sqrt(bc) + 1e-9
+    assert frechet_distance(a, rng.permutation(a)) < 1e-24 * np.square(a).sum()
+
+
+@given(counts, counts, dimensions, seeds)
+def test_frechet_does_not_see_order_place_or_direction(n, m, d, seed):
+    rng = np.random.default_rng(seed)
+    a, b = features_of(rng, n, d), features_of(rng, m, d)
+    turn, shift = rotation(rng, d), rng.normal(0, 10, d)
+    found = frechet_distance(a, b)
+    assert frechet_distance(rng.permutation(a), rng.permutation(b)) == pytest.approx(found)
+    assert frechet_distance(a @ turn, b @ turn) == pytest.approx(found)
+    assert frechet_distance(a + shift, b + shift) == pytest.approx(found)
+    assert frechet_distance(3 * a, 3 * b) == pytest.approx(9 * found)
+    moved = np.square(a.mean(0) - b.mean(0) + shift).sum() - np.square(a.mean(0) - b.mean(0)).sum()
+    assert frechet_distance(a + shift, b) == pytest.approx(found + moved)
+
+
+def test_frechet_of_few_pictures():
+    """Spread along one line each, at right angles: no overlap, so the variances add up."""
+    a, b = np.zeros((2, 2, 20))
+    a[:, 7], b[:, 12] = (-3, 3), (-4, 4)
+    assert frechet_distance(a, b) == pytest.approx(18 + 32)
+    assert frechet_distance(a, np.zeros((5, 20))) == pytest.approx(18)
+    assert frechet_distance(np.ones((2, 20)), np.zeros((3, 20))) == pytest.approx(20)
+
+
+def test_frechet_of_badly_scaled_features():
+    rng = np.random.default_rng(0)
+    sigma = np.logspace(-8, 8, 9)
+    a = gaussian(rng, 50, np.zeros(9), np.diag(sigma))
+    b = gaussian(rng, 50, np.zeros(9), np.diag(sigma * 1.001))
+    assert frechet_distance(a, b) == pytest.approx(np.square(0.001 * sigma).sum(), rel=1e-9)
+    assert frechet_distance(a[:, ::-1], a[::-1, ::-1]) < 1e-14  # of 1e16
+
+
+# -------------------------------------------------------------------------------- kernel distance
+
+
+def slow_kernel_distance(a, b):
+    def kernel(x, y):
+        return (sum(p * q for p, q in zip(x, y, strict=True)) / len(x) + 1) ** 3
+
+    def mean(values):
+        values = list(values)
+        return sum(values) / len(values)
+
+    within_a, within_b = (mean(kernel(x, y) for x, y in combinations(s, 2)) for s in (a, b))
+    return within_a + within_b - 2 * mean(kernel(x, y) for x in a for y in b)
+
+
+@given(counts, counts, dimensions, seeds)
+def test_kernel_distance_agrees_with_the_definition(n, m, d, seed):
+    rng = np.random.default_rng(seed)
+    a, b = features_of(rng, n, d), features_of(rng, m, d)
+    found, scale = kernel_distance(a, b), (np.square(a).sum() + np.square(b).sum() + 1) ** 3
+    assert found == pytest.approx(slow_kernel_distance(a.tolist(), b.tolist()), abs=1e-14 * scale)
+    assert kernel_distance(b, a) == pytest.approx(found, abs=1e-14 * scale)
+    turn = rotation(rng, d)
+    turned = kernel_distance(rng.permutation(a) @ turn, rng.permutation(b) @ turn)
+    assert turned == pytest.approx(found, abs=1e-14 * scale)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_kernel_distance_is_unbiased(n):
+    """Its mean over all ways to split one set in two is 0, however few and unequal the halves."""
+    pool = features_of(np.random.default_rng(n), 7, 4)
+    splits = [
+        kernel_distance(pool[list(chosen)], np.delete(pool, chosen, axis=0))
+        for chosen in combinations(range(7), n)
+    ]
+    assert min(splits) < 0 < max(splits)
+    assert np.mean(splits) == pytest.approx(0, abs=1e-12 * max(splits))
+
+
+def test_kernel_distance_sees_what_frechet_does_not():
+    """Sets of one mean and covariance that are skewed to opposite sides."""
+    a = np.random.default_rng(0).exponential(size=(300, 1)) - 1
+    a -= a.mean()
+    assert frechet_distance(a, -a) == pytest.approx(0, abs=1e-20)
+    assert kernel_distance(a, -a) > 10
+
+
+def test_kernel_distance_in_blocks(monkeypatch):
+    rng = np.random.default_rng(0)
+    a, b = features_of(rng, 23, 4), features_of(rng, 31, 4)
+    whole = kernel_distance(a, b)
+    for numbers in (1, 100, 300):
+        monkeypatch.setattr(statistics, "BLOCK", numbers)
+        assert kernel_distance(a, b) == pytest.approx(whole)
+
+
+# ---------------------------------------------------------------------------------------- nearest
+
+
+def slow_nearest(queries, pictures):
+    found = []
+    for query in queries.astype(int):
+        distances = [np.sqrt(np.square(query - p).mean()) for p in pictures.astype(int)]
+        found.append((int(np.argmin(distances)), min(distances)))
+    index, distance = zip(*found, strict=True)
+    return list(index), list(distance)
+
+
+blocks = st.sampled_from([1, 30, 400, 2**22])
+levels = st.sampled_from([1, 2, 256])  # with few levels many are equal, and the first counts
+
+
+@given(few, st.integers(1, 20), sides, sides, levels, blocks, seeds)
+def test_nearest_agrees_with_the_definition(q, n, h, w, levels, block, seed):
+    rng = np.random.default_rng(seed)
+    queries, pictures = (rng.integers(0, levels, (k, h, w, 3), np.uint8) for k in (q, n))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "BLOCK", block)
+        index, distance = nearest(queries, pictures)
+    assert (index.tolist(), distance.tolist()) == slow_nearest(queries, pictures)
+
+
+def test_a_copy_is_at_no_distance():
+    rng = np.random.default_rng(0)
+    pictures = pictures_of(rng, 50, 16, 16)
+    order = rng.permutation(50)
+    index, distance = nearest(pictures[order], pictures)
+    np.testing.assert_array_equal(index, order)
+    np.testing.assert_array_equal(distance, 0)
+
+
+def test_one_level_in_one_number_is_seen():
+    """|a|² + |b|² − 2ab in float32 takes these pictures, of |a|² = 8 · 10⁸, for equal."""
+    bright = np.full((64, 64, 3), 255, np.uint8)
+    pictures = np.stack([bright] * 4)
+    pictures[(0, 1, 2), 5, 7, 1] -= np.uint8([3, 2, 1])
+    index, distance = nearest(bright[None], pictures[:3])
+    assert (index[0], distance[0]) == (2, np.sqrt(1 / (64 * 64 * 3)))
+    assert nearest(bright[None], pictures)[0] == 3
+
+
+def test_nearest_unpacks_few_pictures_at_a_time(monkeypatch):
+    monkeypatch.setattr(statistics, "BLOCK", 2**12)
+    pictures = pictures_of(np.random.default_rng(0), 1000)
+    tracemalloc.start()
+    nearest(pictures[:100], pictures)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * (8 * 2**12) < pictures.size * 8 / 4
+
+
+# ----------------------------------------------------------------------------------------- copied
+
+
+@given(st.sampled_from([20, 40, 100]), seeds)
+def test_where_nothing_is_copied_the_share_is_five_per_cent(n, seed):
+    """Exactly, over all ways to take one of n distances for a sample's and the rest for real."""
+    distances = np.random.default_rng(seed).permutation(n).astype(float)
+    shares = [copied(distances[i : i + 1], np.delete(distances, i)) for i in range(n)]
+    assert np.mean(shares) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("m", [1, 5, 18])
+def test_with_few_real_distances_the_least_is_the_limit(m):
+    real = np.arange(m, dtype=float)[::-1] + 1
+    assert copied(np.array([0.5, 1, 1.5, 9]), real) == 0.5
+
+
+@given(st.integers(0, 40), st.integers(0, 40), seeds)
+def test_copies_among_new_pictures_are_counted(copies, new, seed):
+    rng = np.random.default_rng(seed)
+    real = rng.uniform(1, 2, 50)
+    samples = np.concatenate([np.zeros(copies), rng.uniform(2, 3, new), [9.0]])
+    found = copied(rng.permutation(samples), real)
+    assert found == copies / len(samples)
+    assert copied(7 * samples, 7 * real) == found
+
+
+def test_copies_are_counted_where_real_pictures_repeat():
+    real = np.array([0.0] * 4 + [5.0] * 16)  # a data set with duplicates
+    assert copied(np.zeros(10), real) == 1
+    assert copied(np.ones(10), real) == 0
+
+
+def test_from_pictures_to_the_share_of_copies():
+    rng = np.random.default_rng(0)
+    training, real, new = (pictures_of(rng, count) for count in (100, 60, 15))
+    _, real_distance = nearest(real, training)
+    _, distance = nearest(np.concatenate([new, training[:45]]), training)
+    assert 0.75 <= copied(distance, real_distance) <= 0.85
+
+
+# ------------------------------------------------------------------------------- malformed arrays
+
+PICTURES, FEATURES = np.zeros((2, 4, 4, 3), np.uint8), np.arange(12.0).reshape(4, 3)
+NO_PICTURES = [
+    PICTURES.astype(np.float32),
+    PICTURES.astype(bool),
+    PICTURES[0],
+    PICTURES[..., :1],
+    PICTURES[:0],
+    PICTURES[:, :0],
+    np.uint8(3),
+]
+NO_FEATURES = [
+    FEATURES[0],
+    FEATURES[:1],
+    FEATURES[:0],
+    FEATURES[:, :0],
+    FEATURES + 0j,
+    FEATURES.astype(str),
+    np.where(FEATURES == 5, np.nan, FEATURES),
+    np.where(FEATURES == 5, -np.inf, FEATURES),
+]
+NO_DISTANCES = [
+    np.zeros(0),
+    np.zeros((2, 1)),
+    np.float64(1),
+    np.array([1, np.nan]),
+    np.array([1, np.inf]),
+    np.array(["1"]),
+]
+
+
+def short(array):
+    return f"{array.dtype}{array.shape}"
+
+
+@pytest.mark.parametrize("wrong", NO_PICTURES, ids=short)
+@pytest.mark.parametrize("function", [psnr, ssim, nearest])
+def test_what_are_no_pictures_are_refused(function, wrong):
+    for arguments in ((wrong, PICTURES), (PICTURES, wrong)):
+        with pytest.raises(ValueError, match=r"^\w+: expected uint8 \(n, h, w, 3\), found .+$"):
+            function(*arguments)
+
+
+@pytest.mark.parametrize("function", [psnr, ssim, nearest])
+def test_pictures_of_another_size_are_refused(function):
+    with pytest.raises(ValueError, match=r": expected \(.*4, 4, 3\).*, found \(.*4, 2, 3\)$"):
+        function(PICTURES, PICTURES[:, :, :2])
+
+
+@pytest.mark.parametrize("function", [psnr, ssim])
+def test_another_number_of_pictures_is_refused(function):
+    with pytest.raises(ValueError, match=r"^truth: expected \(2, .*, found \(1, 4, 4, 3\)$"):
+        function(PICTURES, PICTURES[:1])
+
+
+@pytest.mark.parametrize("wrong", NO_FEATURES, ids=short)
+@pytest.mark.parametrize("function", [frechet_distance, kernel_distance])
+def test_what_are_no_features_are_refused(function, wrong):
+    for arguments in ((wrong, FEATURES), (FEATURES, wrong), (wrong, wrong)):
+        with pytest.raises(ValueError, match=r"^[ab]: expected finite .+, found .+$"):
+            function(*arguments)
+
+
+@pytest.mark.parametrize("function", [frechet_distance, kernel_distance])
+def test_features_of_another_length_are_refused(function):
+    with pytest.raises(ValueError, match=r"^b: .*\(n ≥ 2, 3\), found float64 \(4, 2\)$"):
+        function(FEATURES, FEATURES[:, :2])
+
+
+@pytest.mark.parametrize("wrong", NO_DISTANCES, ids=short)
+def test_what_are_no_distances_are_refused(wrong):
+    for arguments in ((wrong, np.ones(3)), (np.ones(3), wrong)):
+        with pytest.raises(ValueError, match=r"^\w+_distance: expected finite .+, found .+$"):
+            copied(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int64, np.uint8])
+def test_features_of_any_kind_of_number(dtype):
+    a, b = FEATURES.astype(dtype), FEATURES[::-1].astype(dtype) + dtype(2)
+    assert frechet_distance(a, b) == pytest.approx(12)
+    assert kernel_distance(a, b) == pytest.approx(kernel_distance(FEATURES, FEATURES[::-1] + 2))
+
+
+def test_arguments_are_only_read():
+    pictures, features = PICTURES.copy(), FEATURES.copy()
+    for array in (pictures, features):
+        array.setflags(write=False)
+    for function in (psnr, ssim, nearest):
+        function(pictures, pictures)
+    for function in (frechet_distance, kernel_distance):
+        function(features, features)
+    copied(features[0], features[1])

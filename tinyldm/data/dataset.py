@@ -1,0 +1,54 @@
+"""Pictures with captions, in memory: what training sees, and what it never sees."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+FEWEST_TO_SPLIT = 20  # below that every picture is needed for training
+MOST_HELD_OUT = 512  # enough to measure a loss to a per cent or so
+
+
+class DataError(ValueError):
+    """The data cannot be trained on; the message names the files and what to do."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Pictures, uint8 (n, side, side, 3), their captions, and names by which to speak of them.
+
+    remarks: what a person should know of them, a line each. skipped: {file: why it was left out}.
+    """
+
+    images: np.ndarray
+    captions: Sequence[str]
+    names: Sequence[str]
+    remarks: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pick(self, chosen: Sequence[int]) -> "Dataset":
+        """Only the pictures of these indices."""
+        captions, names = ([texts[i] for i in chosen] for texts in (self.captions, self.names))
+        return Dataset(self.images[chosen], captions, names, self.remarks, self.skipped)
+
+    def split(self, share: float, seed: int) -> tuple["Dataset", "Dataset"]:
+        """(for training, held out of it): about `share` of the pictures, at random, are kept away.
+
+        At most 512 of them, and none of fewer than 20.
+        """
+        n = len(self)
+        count = min(MOST_HELD_OUT, round(n * share)) if n >= FEWEST_TO_SPLIT else 0
+        order = np.random.default_rng((seed, 5)).permutation(n)
+        return self.pick(np.sort(order[count:])), self.pick(np.sort(order[:count]))
+
+    def fingerprint(self) -> str:
+        """A hash of every pixel and caption, in hexadecimal: equal data, equal fingerprint."""
+        digest = hashlib.sha256(f"{self.images.shape}".encode())
+        digest.update(np.ascontiguousarray(self.images))
+        for caption in self.captions:
+            digest.update(caption.encode("utf-8", "surrogatepass") + b"\0")
+        return digest.hexdigest()[:16]

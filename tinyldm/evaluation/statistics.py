@@ -1,0 +1,193 @@
+"""The numbers that judge pictures, from NumPy arrays alone: no model, no files."""
+
+from collections.abc import Iterator
+from math import isqrt
+
+import numpy as np
+from scipy.linalg import orthogonal_procrustes
+from scipy.ndimage import gaussian_filter
+
+BLOCK = 2**22  # float64 numbers that one block of a large product holds: 32 MiB
+WINDOW = 11  # pixels along each side that SSIM compares at a time
+TAIL = 0.05  # share of held-out pictures, the nearest to training pictures, that pass for copies
+
+
+def psnr(pictures: np.ndarray, truth: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB, the mean over pictures, uint8 (n, h, w, 3).
+
+    10 log₁₀(255² / mean squared error): 30 looks soft, 40 is hard to tell apart, equal pictures
+    have 148. ValueError for anything but two such arrays of one shape.
+    """
+    _check_alike(pictures, truth)
+    error = [
+        np.square(np.subtract(x, y, dtype=np.float64)).mean()
+        for x, y in zip(pictures, truth, strict=True)
+    ]
+    return float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-10))))
+
+
+def ssim(pictures: np.ndarray, truth: np.ndarray) -> float:
+    """Structural similarity, the mean over pictures, uint8 (n, h, w, 3), positions and channels.
+
+    Do edges and textures lie where they should? 1 is equal, 0 unrelated. Wang, Bovik, Sheikh and
+    Simoncelli (2004), equation 13, in a Gaussian window of σ = 1.5 and 11×11 pixels, wherever it
+    fits; along a side shorter than that at every pixel, of the picture continued by its mirror
+    image. ValueError for anything but two such arrays of one shape.
+    """
+    _check_alike(pictures, truth)
+    inside = tuple(
+        slice(WINDOW // 2, -(WINDOW // 2)) if side >= WINDOW else slice(None)
+        for side in pictures.shape[1:3]
+    )
+    stabiliser, contrast_stabiliser = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = []
+    for picture, original in zip(pictures, truth, strict=True):
+        x, y = picture.astype(np.float64), original.astype(np.float64)
+        products = np.stack([x, y, x * x, y * y, x * y])
+        means = gaussian_filter(products, (0, 1.5, 1.5, 0), radius=WINDOW // 2)
+        x, y, xx, yy, xy = means[:, *inside]
+        luminance = (2 * x * y + stabiliser) / (x * x + y * y + stabiliser)
+        covariance, variances = xy - x * y, (xx - x * x) + (yy - y * y)
+        structure = (2 * covariance + contrast_stabiliser) / (variances + contrast_stabiliser)
+        similarity.append((luminance * structure).mean())
+    return float(np.mean(similarity))
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """The Fréchet distance of the Gaussians through two sets of features, (n, d) and (m, d).
+
+    How far a set of pictures is from another in mean and spread: 0 is alike. Heusel et al. (2017),
+    equation 6: |μ_a − μ_b|² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½). Few pictures make it larger, so only
+    distances of equal n and m compare. ValueError for features that are not finite numbers, or
+    fewer than two.
+    """
+    a, b = _check_features(a, b)
+    # With Σ = RᵀR the trace is the least |R_aᵀQ − R_bᵀ|² over orthogonal Q (Masarotto, Panaretos
+    # and Zemel 2019): no root of a matrix, and no difference of large numbers.
+    root_a, root_b = _covariance_root(a), _covariance_root(b)
+    q, _ = orthogonal_procrustes(root_a.T, root_b.T)
+    means = a.mean(axis=0) - b.mean(axis=0)
+    return float(np.square(means).sum() + np.square(root_a.T @ q - root_b.T).sum())
+
+
+def _covariance_root(features: np.ndarray) -> np.ndarray:
+    """R (d, d) such that RᵀR is the covariance of features (n, d), of any rank."""
+    n, d = features.shape
+    r = np.linalg.qr((features - features.mean(axis=0)) / np.sqrt(n - 1), mode="r")
+    return np.pad(r, ((0, d - len(r)), (0, 0)))
+
+
+def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """The kernel distance (KID) of two sets of features, (n, d) and (m, d).
+
+    How far a set of pictures is from another in every moment up to the third: 0 is alike, and the
+    mean over sets of one origin at any n and m, so it may be negative. Bińkowski et al. (2018),
+    section 4: Gretton et al. (2012), equation 3, with the kernel (x·y / d + 1)³. ValueError for
+    features that are not finite numbers, or fewer than two.
+    """
+    a, b = _check_features(a, b)
+    across = _kernel_sum(a, b) / (len(a) * len(b))
+    return float(_kernel_mean(a) + _kernel_mean(b) - 2 * across)
+
+
+def _kernel_mean(x: np.ndarray) -> float:
+    """The mean of the kernel over all pairs of different rows."""
+    n, d = x.shape
+    equal = (np.square(x).sum(axis=1) / d + 1) ** 3
+    return (_kernel_sum(x, x) - equal.sum()) / (n * (n - 1))
+
+
+def _kernel_sum(a: np.ndarray, b: np.ndarray) -> float:
+    d = a.shape[1]
+    return sum(((a[rows] @ b.T / d + 1) ** 3).sum() for rows in _blocks(len(a), len(b)))
+
+
+def nearest(queries: np.ndarray, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the pictures is nearest to each query, and how near: index and distance, (q,) each.
+
+    queries: uint8 (q, h, w, 3); pictures: uint8 (n, h, w, 3), of which a few hundred are unpacked
+    at a time. Distances are root mean square differences in levels of 255, exactly 0 for a copy;
+    the first of equals is taken. ValueError for other arrays, or pictures of another size.
+    """
+    _check_pictures("queries", queries)
+    _check_pictures("pictures", pictures)
+    if queries.shape[1:] != pictures.shape[1:]:
+        raise ValueError(
+            f"pictures: expected {queries.shape[1:]} each, as queries, found {pictures.shape[1:]}"
+        )
+    index = np.zeros(len(queries), np.intp)
+    least = np.full(len(queries), np.inf)
+    size = queries[0].size
+    width = max(size, isqrt(BLOCK))  # so that the distances fit into a block, too
+    for rows in _blocks(len(queries), width):
+        a, a_square = _unpack(queries[rows])
+        for columns in _blocks(len(pictures), width):
+            b, b_square = _unpack(pictures[columns])
+            # |a − b|², exact because all are whole numbers below 2⁵³; in float32 most would not be.
+            square = a_square[:, None] + b_square - 2 * (a @ b.T)
+            at = square.argmin(axis=1)
+            square = square[np.arange(len(a)), at]
+            index[rows] = np.where(square < least[rows], columns.start + at, index[rows])
+            least[rows] = np.minimum(square, least[rows])
+    return index, np.sqrt(least / size)
+
+
+def _unpack(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures as float64 rows (n, h·w·3), and the squared length of each."""
+    x = pictures.reshape(len(pictures), -1).astype(np.float64)
+    return x, np.einsum("ij,ij->i", x, x)
+
+
+def copied(samples_distance: np.ndarray, real_distance: np.ndarray) -> float:
+    """The share of samples as near to a training picture as the nearest 5 % of held-out ones are.
+
+    About 0.05 where nothing is copied, towards 1 where everything is. The distances, (n,) and
+    (m,), are those that `nearest` finds in the training pictures; that held-out pictures are the
+    measure of them is the idea of Meehan, Chaudhuri and Dasgupta (2020). Blurred pictures are near
+    to many: a high share is a reason to look at the pairs, not a proof. With m < 19 the nearest
+    held-out picture is the limit, and 1 / (m + 1) is expected. ValueError for distances that are
+    not finite, or none.
+    """
+    named = {"samples_distance": samples_distance, "real_distance": real_distance}
+    for name, distance in named.items():
+        if distance.ndim != 1 or not distance.size or not _finite(distance):
+            raise ValueError(f"{name}: expected finite numbers (n ≥ 1,), {_found(distance)}")
+    # Weibull's quantile is the one that a new draw falls below in 5 % of cases even at small m.
+    limit = np.quantile(real_distance, TAIL, method="weibull")
+    return float(np.mean(samples_distance <= limit))
+
+
+def _blocks(n: int, width: int) -> Iterator[slice]:
+    """Slices of n rows such that each, `width` numbers a row, holds at most BLOCK."""
+    step = max(1, BLOCK // width)
+    return (slice(start, start + step) for start in range(0, n, step))
+
+
+def _check_pictures(name: str, x: np.ndarray) -> None:
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or not x.size:
+        raise ValueError(f"{name}: expected uint8 (n, h, w, 3), {_found(x)}")
+
+
+def _check_alike(pictures: np.ndarray, truth: np.ndarray) -> None:
+    _check_pictures("pictures", pictures)
+    _check_pictures("truth", truth)
+    if pictures.shape != truth.shape:
+        raise ValueError(f"truth: expected {pictures.shape}, as pictures, found {truth.shape}")
+
+
+def _check_features(*sets: np.ndarray) -> list[np.ndarray]:
+    """Both sets in float64."""
+    d = sets[0].shape[-1] if sets[0].ndim else 0
+    for name, x in zip("ab", sets, strict=True):
+        if x.ndim != 2 or len(x) < 2 or x.shape[1] != d or d == 0 or not _finite(x):
+            raise ValueError(f"{name}: expected finite numbers (n ≥ 2, {d or 'd'}), {_found(x)}")
+    return [x.astype(np.float64) for x in sets]
+
+
+def _finite(x: np.ndarray) -> bool:
+    return x.dtype.kind in "fiu" and bool(np.isfinite(x).all())
+
+
+def _found(x: np.ndarray) -> str:
+    endless = x.dtype.kind == "f" and not _finite(x)
+    return f"found {x.dtype} {x.shape}" + endless * ", not all finite"

@@ -1,0 +1,107 @@
+"""What the operating system says of the machine, and of the share that this process has of it.
+
+In a container the machine is larger than the share: the limits of its control groups count too.
+"""
+
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+PROC = Path("/proc")
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def processor() -> str:
+    """The name of the CPU, as far as it is known."""
+    names = [
+        line.partition(":")[2].strip()
+        for line in _read(PROC / "cpuinfo").splitlines()
+        if line.startswith("model name")
+    ]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def quota() -> float | None:
+    """How many cores' worth of time the control groups grant; None where there is no limit."""
+    limits = []
+    for folder in _control_groups("cpu"):
+        version_2 = _read(folder / "cpu.max").split()
+        version_1 = [_read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+        granted, period = version_2 or version_1
+        if granted.isdecimal() and period.isdecimal():  # not "max", "-1" or ""
+            limits.append(int(granted) / int(period))
+    return min(limits, default=None)
+
+
+def free_memory() -> int | None:
+    """Bytes that this process can still take, of the machine's or its control groups' memory.
+
+    None where it cannot be known.
+    """
+    free = [_available(), *map(_left, _control_groups("memory"))]
+    return min((size for size in free if size is not None), default=None)
+
+
+def held_memory() -> int:
+    """Bytes of memory that this process holds; the most that it held where only that is known.
+
+    0 where neither is.
+    """
+    pages = _read(PROC / "self" / "statm").split()
+    if pages:
+        return int(pages[1]) * os.sysconf("SC_PAGE_SIZE")
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if platform.system() == "Darwin" else 1024 * most
+
+
+def _available():
+    """Of the whole machine."""
+    for line in _read(PROC / "meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _left(folder):
+    """Of one control group: its limit, less what is used and no mere cache of files."""
+    stat = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        limit, used = _read(folder / limit).strip(), _read(folder / used).strip()
+        if limit.isdecimal() and used.isdecimal():
+            return max(0, int(limit) - int(used) + int(stat.get(cache, 0)))
+    return None
+
+
+def _control_groups(controller) -> Iterator[Path]:
+    """The folders of this process's control groups (version 1 and 2) and of those around them."""
+    for line in _read(PROC / "self" / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root = CGROUPS
+        elif controller in controllers.split(","):
+            root = CGROUPS / controller
+        else:
+            continue
+        folder = root / path.strip("/")
+        yield folder
+        while folder != root:  # which a container may see as its own
+            folder = folder.parent
+            yield folder
+
+
+def _read(file):
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

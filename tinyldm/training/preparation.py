@@ -1,0 +1,87 @@
+"""What comes before the first step: the pictures, the tokenizer, and a folder to write to."""
+
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from tinyldm.config import ConfigError
+from tinyldm.data.dataset import Dataset
+from tinyldm.data.folder import load_folder
+from tinyldm.data.shapes import make_shapes
+from tinyldm.models import Tokenizer
+from tinyldm.pipeline import COMPONENTS
+from tinyldm.training.presets import Config
+from tinyldm.training.state import state_files
+
+LONGEST_CAPTION = 77  # tokens, as in Stable Diffusion
+OF_A_RUN = ("training", "samples", "tokenizer", "scheduler", *COMPONENTS)  # folders that it makes
+
+Say = Callable[[str], None]
+
+
+def load_data(config: Config) -> Dataset:
+    """All the pictures of a run. DataError where they cannot be used."""
+    if config.data != "shapes":
+        return load_folder(config.data, config.side, config.skip_bad)
+    images, captions = make_shapes(config.pictures, config.side, config.seed)
+    return Dataset(images, captions, [f"shape {i}" for i in range(len(images))])
+
+
+def fit_tokenizer(config: Config, captions: list[str], say: Say) -> tuple[Tokenizer, Config]:
+    """A tokenizer trained on the captions, and the config with as many tokens as they need."""
+    tokenizer = Tokenizer.train(captions, config.vocabulary, LONGEST_CAPTION)
+    with warnings.catch_warnings(record=True) as cut:
+        warnings.simplefilter("always")
+        ids = tokenizer(list(dict.fromkeys(captions)))
+    if cut:
+        say(f"{len(cut)} captions are longer than {LONGEST_CAPTION} tokens and are cut there")
+    longest = int((ids != tokenizer.end_id).sum(axis=1).max()) + 1
+    tokens = max(config.tokens, min(longest, LONGEST_CAPTION))
+    if len(set(captions)) == 1:
+        say(f"every caption is {captions[0]!r}: the model is unconditional, its guidance is 1")
+        config = replace(config, guidance=1.0)
+    tokenizer = Tokenizer(tokenizer.vocab, tokenizer.merges, tokens)
+    return tokenizer, replace(config, tokens=tokens)
+
+
+def refuse_folder(run: Path, config: Config, overwrite: bool) -> None:
+    """FileExistsError or ConfigError rather than lose or mix up what is there."""
+    if state_files(run) and not overwrite:
+        raise FileExistsError(
+            f"{run}: holds a run already; go on with it (--resume), take another --out, or lose it "
+            "(--overwrite)"
+        )
+    if run.exists() and not run.is_dir():
+        raise FileExistsError(f"{run}: expected a folder, or nothing, found a file")
+    if config.data != "shapes" and run.resolve().is_relative_to(Path(config.data).resolve()):
+        raise ConfigError(
+            f"{run}: lies in the folder of pictures, and what it paints would become one of them; "
+            "take an --out outside"
+        )
+
+
+def remove(run: Path) -> None:
+    """Remove what a run consists of, and nothing else that somebody may have put beside it."""
+    (run / "model_index.json").unlink(missing_ok=True)
+    (run / "eval.json").unlink(missing_ok=True)
+    for name in OF_A_RUN:
+        shutil.rmtree(run / name, ignore_errors=True)
+
+
+def describe(training: Dataset, held_out: Dataset, say: Say) -> None:
+    """Say what a person should know of the data before hours are spent on them."""
+    side = training.images.shape[1]
+    say(
+        f"{len(training):,} pictures of {side}×{side} to train on"
+        + (f", {len(held_out)} held out" if len(held_out) else "")
+    )
+    for remark in training.remarks:
+        say(f"  {remark}")
+    for line in training.skipped:
+        say(f"  left out: {line}")
+    if not held_out:
+        say("  too few to hold any out: there will be no validation loss")
+    if (training.images == training.images[0]).all():
+        say("  they are all equal: this picture is all that can be learnt")

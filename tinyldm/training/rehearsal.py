@@ -1,0 +1,194 @@
+"""What a run will take, measured before it starts: real steps on random data, timed and weighed."""
+
+import contextlib
+import math
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinyldm.backend import cores, map_batch, to_device
+from tinyldm.machine import free_memory, held_memory
+from tinyldm.models import Tokenizer
+from tinyldm.nn import no_grad
+from tinyldm.training.presets import STAGES, Config
+from tinyldm.training.stages import Models, autoencoder_loss, denoiser_loss, train_step
+from tinyldm.training.state import State
+
+ENCODED_AT_ONCE = 128  # pictures a thread, when all become latents between the stages
+CALLS = 8  # of a step; more would tell no more
+CAPTION = "a large red circle on blue at the left"  # any will do
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a run will take. What differs by stage is {"autoencoder": …, "denoiser": …}."""
+
+    step_seconds: dict[str, float]
+    steps: dict[str, int]
+    encoding: float  # seconds between the stages, in which every picture becomes latents
+    memory: int  # bytes, the most that the process will hold
+    held: int  # of them, what it held before
+    free: int | None  # bytes that it could take beside those; None if unknown
+
+    @property
+    def seconds(self) -> float:
+        """Of training, without the pictures that are painted on the way."""
+        steps = sum(self.step_seconds[stage] * self.steps[stage] for stage in STAGES)
+        return steps + self.encoding
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory suffices, as far as it is known."""
+        return self.free is None or self.memory - self.held <= self.free
+
+    def announce(self, say: Callable[[str], None]) -> None:
+        """Tell a person: a line, and one with what to do if the memory does not suffice."""
+        steps = " + ".join(f"{self.steps[stage]:,}" for stage in STAGES)
+        free = "" if self.free is None else f" ({gigabytes(self.free)} are free)"
+        say(
+            f"{steps} steps will take about {duration(self.seconds)}, beside the pictures painted "
+            f"on the way, and {gigabytes(self.memory)} of memory{free}"
+        )
+        if not self.fits:
+            say(
+                "  that is more than is free: close other programs, or take fewer pictures, a "
+                "smaller --size or a smaller --preset"
+            )
+
+
+def rehearse(config: Config, pictures: int, device: str = "cpu", seconds: float = 2.0) -> Rehearsal:
+    """Measure what a run of `config` takes on this machine.
+
+    pictures: how many are trained on. They are in memory already, as when a run begins.
+    seconds: to spend at the most; a step of each stage is made even where it takes longer.
+    Memory is that of the host, on a GPU too. DeviceError where the device is not there.
+    """
+    free, held = free_memory(), held_memory()
+    models = Models(config, Tokenizer.train([CAPTION], config.vocabulary, config.tokens))
+    step_seconds, states, peaks = {}, [], []
+    for name, make in zip(STAGES, (_autoencoder, _denoiser), strict=True):
+        with _traced() as traced:
+            step = make(models, np.random.default_rng(0), device)
+            states.append(traced()[0])
+        step_seconds[name], peak = _measure(step, seconds / 2, device)
+        peaks.append(peak)
+        del step
+    encoding, encoded = _encoding(models, pictures, device, seconds / 10)
+    latents = 4 * pictures * math.prod(_latent(models))
+    saving = 2 * sum(states)  # copies: in the order of the file, and as the file's bytes
+    # What is freed is rarely given back to the system, so what is needed in turn adds up. Of the
+    # latents there are the mean, the standard deviation, the moments they came from, and a copy.
+    memory = held + sum(states) + max(*peaks, saving) + encoded + 4 * latents
+    steps = {name: _steps(getattr(config, name), step_seconds[name]) for name in STAGES}
+    return Rehearsal(step_seconds, steps, encoding, int(memory), held, free)
+
+
+def _steps(stage, step_seconds):
+    return stage.steps or max(1, int(stage.seconds / step_seconds))
+
+
+def _autoencoder(models, rng, device):
+    """A step of stage 1, to be called."""
+    config = models.config
+    n = config.autoencoder.batch
+    batch = _normal(rng, n, config.side, config.side, 3), _normal(rng, n, *_latent(models))
+    loss_fn = autoencoder_loss(models.vae, config.kl_weight)
+    return _step(models, models.vae.init(rng), loss_fn, batch, device)
+
+
+def _denoiser(models, rng, device):
+    """A step of stage 2, to be called."""
+    config = models.config
+    n = config.denoiser.batch
+    z, noise = _normal(rng, 2, n, *_latent(models))
+    tokens = rng.integers(0, len(models.tokenizer), (n, config.tokens))
+    t = rng.integers(0, len(models.schedule), n)
+    params = models.unet.init(rng) | models.text.init(rng)
+    loss_fn = denoiser_loss(models, config.min_snr)
+    return _step(models, params, loss_fn, (z, noise, tokens, t), device)
+
+
+def _step(models, params, loss_fn, batch, device):
+    state = State(models.config, "", to_device(params, device), models.tokenizer, "")
+    batch = tuple(to_device(x, device) for x in batch)
+
+    def step():
+        loss, _ = train_step(state, loss_fn, batch, rate=1e-4, ema=0.99)
+        float(loss)  # waits for a GPU
+
+    return step
+
+
+def _encoding(models, pictures, device, seconds):
+    """Seconds that it takes to encode so many pictures, and bytes for those that are at once."""
+    config, rng = models.config, np.random.default_rng(0)
+    params = to_device(models.vae.init(rng), device)
+    n = min(pictures, 8 * cores())
+    images = to_device(_normal(rng, n, config.side, config.side, 3), device)
+
+    def part(x):
+        with no_grad():
+            return models.vae.encode(params, x)[0]
+
+    each, peak = _measure(lambda: float(map_batch(part, images).sum()), seconds, device)
+    return each * pictures / n, peak * min(pictures, ENCODED_AT_ONCE * cores()) / n
+
+
+def _latent(models):
+    """(h, w, c) of a picture's latents."""
+    side = models.config.side // models.vae.factor
+    return side, side, models.config.latent_channels
+
+
+def _normal(rng, *shape):
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def _measure(function, seconds, device):
+    """Call it for so long, within reason → seconds of a call, and the most bytes that one takes."""
+    least = 1 if device == "cpu" else 2  # the first is slower, on a GPU by far
+    with _traced() as traced:
+        times = [_timed(function)]
+        _, peak = traced()
+    while len(times) < least or (len(times) < CALLS and sum(times) + times[-1] < seconds):
+        times.append(_timed(function))
+    return float(np.median(times[1:] or times)), peak
+
+
+def _timed(function):
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def _traced():
+    """Gives a function: bytes held since the block began, now and at the most, by all arrays."""
+    ours = not tracemalloc.is_tracing()
+    if ours:
+        tracemalloc.start()
+    tracemalloc.reset_peak()
+    before, _ = tracemalloc.get_traced_memory()
+    try:
+        yield lambda: tuple(size - before for size in tracemalloc.get_traced_memory())
+    finally:
+        if ours:
+            tracemalloc.stop()
+
+
+def duration(seconds: float) -> str:
+    """Such as "45 s", "4 min 20 s", "2 h 5 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def gigabytes(size: float) -> str:
+    """Bytes, such as "0.8 GB"."""
+    return f"{size / 1e9:.1f} GB"
