@@ -41,7 +41,7 @@ STEPS = 4  # of each stage
 STAGE = Stage(batch=4, rate=1e-3, warmup=2, ema=0.9, steps=STEPS)
 CONFIG = Config(
     side=16,
-    pictures=64,
+    pictures=32,
     autoencoder=STAGE,
     denoiser=STAGE,
     vae_widths=(4, 8),
@@ -914,7 +914,7 @@ def test_batches_of_the_first_stage(batches):
     pictures, noise = batches.autoencoder(0)
     known = {picture.tobytes() for picture in batches.images / np.float32(127.5) - 1}
     assert {picture.tobytes() for picture in pictures} <= known
-    assert len({picture.tobytes() for picture in pictures}) > 48  # of 64, all likely
+    assert len({picture.tobytes() for picture in pictures}) > 24  # of 30, all likely
     assert noise.dtype == np.float32 and abs(noise.std() - 1) < 0.02
 
 
@@ -944,10 +944,10 @@ def test_the_latent_scale_gives_a_standard_deviation_of_one(batches):
 # Found by this very run. They change with the mathematics or the start of a training, which is
 # then worth a second look; between processors and numbers of threads they differ by 4e-6.
 LOSSES = {
-    "autoencoder": [0.6221199, 0.6016958, 0.5256444, 0.3962514, 0.5340134,
-                    0.4449664, 0.416305, 0.5202032, 0.4822617, 0.5930014],
-    "denoiser": [1.07911, 0.9973605, 1.088051, 0.991415, 1.044911,
-                 0.9555022, 0.9996121, 0.9243739, 1.022954, 1.027387],
+    "autoencoder": [0.496801, 0.5474652, 0.5148995, 0.5062388, 0.4505463,
+                    0.5002872, 0.4483837, 0.4958444, 0.5062534, 0.4630535],
+    "denoiser": [1.089615, 0.9922436, 1.104399, 1.046447, 1.079139,
+                 0.9248483, 1.008427, 0.9472024, 1.042467, 1.032228],
 }  # fmt: skip
 
 
