@@ -49,7 +49,7 @@ def test_a_grid_has_its_pictures_in_rows(n, columns, expected):
 
 
 @pytest.mark.parametrize(
-    ("h", "w", "tile", "scale"), [(8, 12, 24, 2), (32, 32, 96, 3), (5, 5, 24, 4), (99, 20, 24, 1)]
+    ("h", "w", "tile", "scale"), [(8, 12, 24, 2), (32, 32, 96, 3), (5, 5, 24, 5), (99, 20, 24, 1)]
 )
 def test_tiles_are_enlarged_by_a_whole_number(h, w, tile, scale):
     pictures = pictures_of(2, h, w)

@@ -5,6 +5,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import strict
 
 from tinyldm import backend
 from tinyldm.backend import DeviceError
@@ -154,6 +155,20 @@ def test_which_times_count(monkeypatch, device, seconds, times, expected):
     monkeypatch.setattr(rehearsal, "_timed", lambda function: next(clock))
     assert rehearsal._measure(None, seconds, device)[0] == expected
     assert len(list(clock)) >= len(times) - rehearsal.CALLS
+
+
+def test_on_a_gpu(no_timing, monkeypatch):
+    """On a double of CuPy, which accepts nothing that a GPU would not."""
+
+    def to_device(x, device):
+        if isinstance(x, dict):
+            return {name: to_device(value, device) for name, value in x.items()}
+        return strict.asarray(x)
+
+    monkeypatch.setitem(backend.SPECIAL_FUNCTIONS, "strict", "strict")
+    monkeypatch.setattr(rehearsal, "to_device", to_device)
+    found = rehearse(CONFIG, 16, device="cuda")
+    assert found.step_seconds == {"autoencoder": 1, "denoiser": 1}
 
 
 def test_without_the_device_it_says_so():

@@ -79,7 +79,7 @@ def without_pictures(monkeypatch):
         monkeypatch.setattr(snapshots, name, lambda *args: None)
     monkeypatch.setattr(snapshots, "SHARES", ())
     monkeypatch.setattr(
-        runs, "rehearse", lambda *args: SimpleNamespace(announce=lambda say: None, fits=True)
+        runs, "rehearse", lambda *args: SimpleNamespace(announce=lambda say: None, hopeless=False)
     )
 
 
@@ -324,6 +324,19 @@ def test_files_that_are_left_out_are_said(tmp_path, no_pictures):
     assert any("left out" in line and "broken.png" in line for line in said)
     skipped = (tmp_path / "run" / "training" / "skipped.txt").read_text()
     assert len(skipped.splitlines()) == 1 and str(folder / "broken.png") in skipped
+
+
+def test_a_run_that_cannot_fit_into_memory_does_not_begin(tmp_path, monkeypatch):
+    rehearse, said = runs.rehearse, []
+
+    def on_a_small_machine(*args):
+        return dataclasses.replace(rehearse(*args), free=10**6)
+
+    monkeypatch.setattr(runs, "rehearse", on_a_small_machine)
+    with pytest.raises(ConfigError, match="not begun, for want of memory"):
+        train(tmp_path / "run", CONFIG, say=said.append)
+    assert any("smaller --size" in line for line in said)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_painted_never_becomes_data(tmp_path):

@@ -123,8 +123,8 @@ def hardware() -> Finding:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > os.cpu_count() / 2:
         problems.append(
-            f"the machine is busy (load {load:.1f} on {os.cpu_count()} cores), and what is "
-            "measured here is less than it can do: close other programs"
+            f"the machine was busy in the last minute (load {load:.1f} on {os.cpu_count()} cores), "
+            "and what is measured here may be less than it can do: close other programs"
         )
     if disk < DEMO_DISK:
         problems.append(

@@ -18,14 +18,14 @@ class DataError(ValueError):
 class Dataset:
     """Pictures, uint8 (n, side, side, 3), their captions, and names by which to speak of them.
 
-    remarks: what a person should know of them, a line each. skipped: {file: why it was left out}.
+    remarks: what a person should know of them. skipped: files left out, and why. A line each.
     """
 
     images: np.ndarray
     captions: Sequence[str]
     names: Sequence[str]
     remarks: tuple[str, ...] = ()
-    skipped: tuple[tuple[str, str], ...] = ()
+    skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)

@@ -27,7 +27,7 @@ def grid(
     """
     n, h, w, _ = pictures.shape
     columns = min(n, columns or int(np.ceil(np.sqrt(n))))
-    scale = max(1, tile // max(h, w))
+    scale = max(1, round(tile / max(h, w)))
     font = ImageFont.load_default(11)
     gap, margin = 4, 74 if labels else 4
     wrapped = [textwrap.fill(c, max(1, w * scale // 6)) for c in captions] if captions else [""] * n
@@ -64,7 +64,8 @@ def enlarge(pictures: np.ndarray, factor: int) -> np.ndarray:
 
 def curves(series: dict[str, tuple], title: str) -> Image.Image:
     """{name: (steps, values)} as lines over a logarithmic height → a PIL image."""
-    width, height, left, top, right, bottom = 640, 360, 60, 34, 16, 34
+    width, height, left, right, bottom = 640, 360, 60, 16, 34
+    top = 14 + 15 * len(series)  # the names of the lines, one above the other
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(12)

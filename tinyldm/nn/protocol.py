@@ -40,7 +40,7 @@ def _set_recording(value):
 
 
 def no_grad() -> contextlib.AbstractContextManager[None]:
-    """Within `with no_grad():` every function returns `(y, None)` and keeps nothing alive."""
+    """Within `with no_grad():` functions return `(y, None)`, and nothing is kept alive."""
     return _set_recording(False)
 
 

@@ -17,7 +17,7 @@ from tinyldm.training.presets import STAGES, Config
 from tinyldm.training.stages import Models, autoencoder_loss, denoiser_loss, train_step
 from tinyldm.training.state import State
 
-ENCODED_AT_ONCE = 128  # pictures a thread, when all become latents between the stages
+ENCODED_AT_ONCE = 16  # pictures a thread, when all become latents between the stages
 CALLS = 8  # of a step; more would tell no more
 CAPTION = "a large red circle on blue at the left"  # any will do
 
@@ -43,6 +43,11 @@ class Rehearsal:
     def fits(self) -> bool:
         """Whether the memory suffices, as far as it is known."""
         return self.free is None or self.memory - self.held <= self.free
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether it cannot suffice, even if the estimate is half as much again too high."""
+        return self.free is not None and self.memory - self.held > 1.5 * self.free
 
     def announce(self, say: Callable[[str], None]) -> None:
         """Tell a person: a line, and one with what to do if the memory does not suffice."""
@@ -108,12 +113,12 @@ def _denoiser(models, rng, device):
     t = rng.integers(0, len(models.schedule), n)
     params = models.unet.init(rng) | models.text.init(rng)
     loss_fn = denoiser_loss(models, config.min_snr)
-    return _step(models, params, loss_fn, (z, noise, tokens, t), device)
+    return _step(models, params, loss_fn, (z, noise, tokens), device, t)
 
 
-def _step(models, params, loss_fn, batch, device):
+def _step(models, params, loss_fn, batch, device, *on_host):
     state = State(models.config, "", to_device(params, device), models.tokenizer, "")
-    batch = tuple(to_device(x, device) for x in batch)
+    batch = *(to_device(x, device) for x in batch), *on_host
 
     def step():
         loss, _ = train_step(state, loss_fn, batch, rate=1e-4, ema=0.99)
@@ -166,7 +171,7 @@ def _timed(function):
 
 @contextlib.contextmanager
 def _traced():
-    """Gives a function: bytes held since the block began, now and at the most, by all arrays."""
+    """Yields a function → bytes allocated since the block began: (now, at the most)."""
     ours = not tracemalloc.is_tracing()
     if ours:
         tracemalloc.start()

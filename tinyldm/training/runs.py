@@ -26,7 +26,7 @@ from tinyldm.training.preparation import (
     remove,
 )
 from tinyldm.training.presets import STAGES, Config, changed, with_length
-from tinyldm.training.rehearsal import rehearse
+from tinyldm.training.rehearsal import ENCODED_AT_ONCE, rehearse
 from tinyldm.training.signals import Interruptible, Stopped
 from tinyldm.training.stages import Models, autoencoder_loss, denoiser_loss
 from tinyldm.training.state import State, load_state, save_state
@@ -52,7 +52,7 @@ def train(
     tokenizer, config = fit_tokenizer(config, training.captions, say)
     rehearsal = rehearse(config, len(training), device)
     rehearsal.announce(say)
-    if not rehearsal.fits:
+    if rehearsal.hopeless:
         raise ConfigError(f"{run}: not begun, for want of memory")
     models = Models(config, tokenizer)
     rng = np.random.default_rng((config.seed, 0))
@@ -172,7 +172,7 @@ def _gaussians(vae, params, images, xp):
         with no_grad():
             return vae.encode(params, xp.asarray(from_uint8(x)))[0]
 
-    moments = to_device(map_batch(part, images, size=128), "cpu")
+    moments = to_device(map_batch(part, images, size=ENCODED_AT_ONCE), "cpu")
     mean, logvar = np.split(moments, 2, axis=-1)
     return mean, np.exp(0.5 * np.clip(logvar, -30, 20))
 

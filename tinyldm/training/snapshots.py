@@ -1,6 +1,7 @@
 """What a run shows of itself on its way: pictures in `samples/`, and numbers on unseen pictures."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from tinyldm.evaluation.pictures import (
 )
 from tinyldm.evaluation.reader import score
 from tinyldm.evaluation.statistics import psnr
+from tinyldm.models.autoencoder import kl_loss, split_moments
 from tinyldm.nn import no_grad
 from tinyldm.pipeline import Pipeline, from_uint8, to_uint8
 
@@ -56,17 +58,23 @@ def autoencoder(vae, params: dict, held_out: Dataset) -> tuple[dict, str]:
         return {}, ""
     images = held_out.images[:MOST]
 
-    def part(x):
+    def encode(x):
         with no_grad():
-            z, _ = vae.to_latents(params, x)
-            return vae.from_latents(params, z)[0]
+            return vae.encode(params, x)[0]
+
+    def decode(moments):
+        with no_grad():
+            return vae.decode(params, split_moments(moments)[0])[0]
 
     xp = array_module(next(iter(params.values())))
-    decoded = to_device(map_batch(part, xp.asarray(from_uint8(images))), "cpu")
+    moments = map_batch(encode, xp.asarray(from_uint8(images)))
+    decoded = to_device(map_batch(decode, moments), "cpu")
     validation = float(np.square(decoded - from_uint8(images)).mean())
     quality = psnr(to_uint8(decoded), images)
-    text = f"; held-out pictures: {validation:.4f}, {quality:.1f} dB"
-    return {"validation": validation, "psnr": quality}, text
+    # It is summed over the latent numbers of a picture: half as many as there are moments.
+    kl = 2 * float(kl_loss(moments)[0]) / math.prod(moments.shape[1:])
+    text = f"; held-out pictures: {validation:.4f}, {quality:.1f} dB, KL {kl:.2f}"
+    return {"validation": validation, "psnr": quality, "kl": kl}, text
 
 
 def first_stage(run: Path, pipeline: Pipeline, training: Dataset, latents: np.ndarray) -> None:
