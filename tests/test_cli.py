@@ -1,6 +1,7 @@
 """The command line: exit codes, one line for every mistake, and stdout for results alone."""
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import math
@@ -28,10 +29,12 @@ STEPS = 3  # of each stage
 STAGE = Stage(batch=4, rate=1e-3, warmup=2, ema=0.9, steps=STEPS)
 SMALL = dataclasses.replace(
     presets.PRESETS["tiny"],
-    pictures=64,
+    pictures=32,
     autoencoder=STAGE,
     denoiser=STAGE,
-    unet_widths=(8, 16),
+    vae_widths=(4, 8),
+    unet_widths=(8,),
+    unet_attention=(True,),
     groups=4,
     heads=2,
     text_width=8,
@@ -323,6 +326,17 @@ def test_without_memory(call, run, monkeypatch):
         "",
         "tinyldm: Unable to allocate 3.00 TiB\n",
     )
+
+
+def test_a_full_disk_is_a_failure_and_not_a_mistake(call, copy, monkeypatch, tmp_path):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "a.png"))
+
+    monkeypatch.setattr(commands, "save_picture", full)
+    result = call("sample", copy, PROMPT, "-o", tmp_path / "a.png")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("tinyldm: ") and "No space left on device" in result.err
+    assert len(result.err.splitlines()) == 1
 
 
 def test_ctrl_c_anywhere_else(call, run, monkeypatch):

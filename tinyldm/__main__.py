@@ -1,3 +1,5 @@
+"""`python -m tinyldm` is the command line."""
+
 import sys
 
 from tinyldm.cli import main

@@ -6,12 +6,14 @@ running is 1, and 130 or 143 mean: interrupted, with everything saved. What the 
 """
 
 import argparse
+import errno
 import math
 import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from tinyldm import __version__
 from tinyldm.config import meant, unknown
@@ -68,7 +70,8 @@ def _exit_code(error):
 
     if isinstance(error, Stopped):
         return 128 + error.number
-    if isinstance(error, (Diverged, MemoryError)):
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+    if isinstance(error, (Diverged, MemoryError)) or full:
         return 1
     if isinstance(error, (ValueError, DeviceError, OSError)):
         return 2  # every reader and every model says so in one line
@@ -78,15 +81,16 @@ def _exit_code(error):
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, with the nearest name, instead of the whole usage."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
+        """One line, exit code 2."""
         message = re.sub(r"^argument ", "", message)
         if choice := re.match(r"COMMAND: invalid choice: '(.*?)'", message):
             message = unknown(choice[1], COMMANDS)
         print(f"tinyldm: {message}; see {self.prog} --help", file=sys.stderr)
         sys.exit(2)
 
-    def refuse(self, word):
-        """An argument that nothing has asked for."""
+    def refuse(self, word: str) -> NoReturn:
+        """The same for an argument that nothing has asked for."""
         if not word.startswith("-"):
             self.error(f"unexpected {word!r}; a PROMPT of several words needs quotes")
         options = [name for action in self._actions for name in action.option_strings]

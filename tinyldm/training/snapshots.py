@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyldm.backend import array_module, map_batch, to_device
+from tinyldm.backend import Array, array_module, map_batch, to_device
 from tinyldm.data.dataset import Dataset
 from tinyldm.data.shapes import Attributes
 from tinyldm.evaluation.metrics import loss_by_noise
@@ -20,6 +20,7 @@ from tinyldm.evaluation.pictures import (
 )
 from tinyldm.evaluation.reader import score
 from tinyldm.evaluation.statistics import psnr
+from tinyldm.models import AutoencoderKL
 from tinyldm.models.autoencoder import kl_loss, split_moments
 from tinyldm.nn import no_grad
 from tinyldm.pipeline import Pipeline, from_uint8, to_uint8
@@ -52,7 +53,9 @@ def data(run: Path, training: Dataset) -> None:
     save_picture(run / "samples" / "data.png", grid(some.images, some.captions, columns=6))
 
 
-def autoencoder(vae, params: dict, held_out: Dataset) -> tuple[dict, str]:
+def autoencoder(
+    vae: AutoencoderKL, params: dict[str, Array], held_out: Dataset
+) -> tuple[dict, str]:
     """How well stage 1 does on pictures that it never saw: ({name: number}, a text)."""
     if not len(held_out):
         return {}, ""
