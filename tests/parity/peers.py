@@ -141,13 +141,14 @@ def _gradients(module, inputs):
 # --------------------------------------------------------------------------------------- comparison
 
 
-def assert_same(ours, theirs, output_tol=1e-10, gradient_tol=1e-9):
+largest = {}  # what: the largest differences of outputs and of gradients; conftest.py prints them
+
+
+def assert_same(what, ours, theirs, output_tol=1e-10, gradient_tol=1e-9):
     """Compare two (output, {name: gradient}), each tensor relative to its own largest number.
 
     A gradient that is zero by mathematics, such as that of a bias before a softmax, is rounding
     in both and is measured by the largest gradient of the model.
-
-    Returns the largest differences of output and gradients.
     """
     (y, grads), (expected_y, expected_grads) = ours, theirs
     assert grads.keys() == expected_grads.keys()
@@ -163,7 +164,8 @@ def assert_same(ours, theirs, output_tol=1e-10, gradient_tol=1e-9):
         )
     wrong = {name: f"{e:.1e}" for name, e in errors.items() if not e <= gradient_tol}
     assert not wrong, f"gradients differ: {wrong}"
-    return output_error, max(errors.values())
+    before = largest.get(what, (0, 0))
+    largest[what] = max(before[0], output_error), max(before[1], *errors.values())
 
 
 def _difference(a, b, scale):

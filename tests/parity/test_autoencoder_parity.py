@@ -58,7 +58,7 @@ def both(config, method, n=2, height=2, width=3, params=None, noise=None):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: ",".join(change) or "base")
 def test_every_flag(change, method):
-    peers.assert_same(*both(BASE | change, method))
+    peers.assert_same("autoencoder", *both(BASE | change, method))
 
 
 @given(
@@ -72,7 +72,7 @@ def test_any_configuration(config, method, n, height, width):
     noise = None
     if method == "to_latents":
         noise = 2 * numbers("noise", n, height, width, config["latent_channels"])
-    peers.assert_same(*both(config, method, n, height, width, noise=noise))
+    peers.assert_same("autoencoder", *both(config, method, n, height, width, noise=noise))
     module = TheirAutoencoderKL.from_config(config)
     assert AutoencoderKL(config).shapes() == peers.shapes(module)
 
@@ -85,7 +85,7 @@ def test_latents_beyond_the_clamp(use_quant_conv):
     bias = "quant_conv.bias" if use_quant_conv else "encoder.conv_out.bias"
     params[bias] = np.array([0, 0, 0, 0, 40, -50, 20, 0.0])
     noise = 2 * numbers("noise", 2, 2, 3, 4)
-    peers.assert_same(*both(config, "to_latents", params=params, noise=noise))
+    peers.assert_same("autoencoder", *both(config, "to_latents", params=params, noise=noise))
 
 
 @given(n=st.integers(1, 3), c=st.integers(1, 4), spread=st.sampled_from([1, 40]))

@@ -45,12 +45,12 @@ def both(config, n, l):
 @pytest.mark.parametrize("l", [1, 4, 7])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: ",".join(change) or "base")
 def test_every_flag(change, l):
-    peers.assert_same(*both(BASE | change, 3, l))
+    peers.assert_same("text encoder", *both(BASE | change, 3, l))
 
 
 @given(config=text_configs(), n=st.integers(1, 3), l=st.integers(1, 4))
 def test_any_configuration(config, n, l):
-    peers.assert_same(*both(config, n, l))
+    peers.assert_same("text encoder", *both(config, n, l))
     module = peers.text_module(config)
     shapes = peers.shapes(module, peers.text_prefix(module))
     assert TextEncoder(config).shapes() == shapes

@@ -81,14 +81,14 @@ def both(config, inputs):
 def test_every_flag(change):
     config = BASE | change
     ours, theirs = both(config, unet_inputs(config))
-    peers.assert_same(ours, theirs)
+    peers.assert_same("U-Net", ours, theirs)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (4, 12), (6, 3), (7, 1)], ids=str)
 def test_every_size(size):
     config = BASE | THREE_LEVELS
     ours, theirs = both(config, unet_inputs(config, 3, *size, l=1))
-    peers.assert_same(ours, theirs)
+    peers.assert_same("U-Net", ours, theirs)
 
 
 @given(
@@ -100,7 +100,7 @@ def test_every_size(size):
 )
 def test_any_configuration(config, n, height, width, l):
     ours, theirs = both(config, unet_inputs(config, n, height, width, l))
-    peers.assert_same(ours, theirs)
+    peers.assert_same("U-Net", ours, theirs)
     module = UNet2DConditionModel.from_config(config)
     assert UNet(config).shapes() == peers.shapes(module)
 
