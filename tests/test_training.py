@@ -538,9 +538,11 @@ def test_a_signal_between_the_stages_waits_for_the_next_step(
     tmp_path, monkeypatch, no_pictures, whole
 ):
     with monkeypatch.context() as patch:
-        begin = runs.begin_denoiser
+        begin = runs.Run.begin_denoiser
         patch.setattr(
-            runs, "begin_denoiser", lambda *a: signal.raise_signal(signal.SIGTERM) or begin(*a)
+            runs.Run,
+            "begin_denoiser",
+            lambda run: signal.raise_signal(signal.SIGTERM) or begin(run),
         )
         with pytest.raises(Stopped):
             train(tmp_path, CONFIG, say=silent)
@@ -907,8 +909,9 @@ def batches(whole):
         training, held_out = load_data(config).split(config.held_out, config.seed)
         models = stages.Models(config, whole.pipeline.tokenizer)
         first = State(config, "autoencoder", state.first_stage, state.tokenizer, state.data)
-        runs.fit_autoencoder(whole.run, first, models, training, held_out, None, silent)
-        runs.fit_denoiser(whole.run, state, models, training, held_out, None, silent)
+        rest = models, training, held_out, "cpu", silent
+        runs.Run(whole.run, first, *rest).fit_autoencoder(None)
+        runs.Run(whole.run, state, *rest).fit_denoiser(None)
     found["images"], found["captions"] = training.images, training.captions
     return SimpleNamespace(models=models, **found)
 

@@ -5,6 +5,7 @@ once, and teaches the U-Net and the text encoder together to undo noise in laten
 """
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +56,7 @@ def train(
     if rehearsal.hopeless:
         raise ConfigError(f"{run}: not begun, for want of memory")
     models = Models(config, tokenizer)
-    rng = np.random.default_rng((config.seed, 0))
-    params = to_device(models.vae.init(rng), device)
+    params = to_device(models.vae.init(np.random.default_rng((config.seed, 0))), device)
     state = State(config, STAGES[0], params, tokenizer, data.fingerprint())
     if overwrite:
         remove(run)
@@ -66,7 +66,7 @@ def train(
         report.write_text("".join(f"{line}\n" for line in data.skipped), encoding="utf-8")
     snapshots.data(run, training)
     say(f"what is to be learnt: {run / 'samples' / 'data.png'}")
-    return _finish(run, state, models, training, held_out, device, say)
+    return Run(run, state, models, training, held_out, device, say).finish()
 
 
 def resume(
@@ -96,135 +96,130 @@ def resume(
     models = Models(state.config, state.tokenizer)
     training, held_out = data.split(state.config.held_out, state.config.seed)
     say(f"going on with {state.stage}, step {state.step}")
-    return _finish(run, state, models, training, held_out, device, say)
+    return Run(run, state, models, training, held_out, device, say).finish()
 
 
-def _finish(run, state, models, training, held_out, device, say):
-    with Interruptible() as stop:
-        if state.stage == "autoencoder":
-            fit_autoencoder(run, state, models, training, held_out, stop, say)
-            state = begin_denoiser(run, state, models, training, device, say)
-        fit_denoiser(run, state, models, training, held_out, stop, say)
-    pipeline = export(run, state, models)
-    snapshots.finished(run, pipeline, training.captions)
-    return pipeline
+@dataclass
+class Run:
+    """A run in progress: where it is kept, how far it is, and what it learns from."""
 
+    folder: Path
+    state: State
+    models: Models
+    training: Dataset
+    held_out: Dataset
+    device: str
+    say: Say
 
-# ----------------------------------------------------------------------------------------- stage 1
+    def __post_init__(self):
+        self.xp = array_module(next(iter(self.state.params.values())))
 
+    def finish(self) -> Pipeline:
+        """Train to the end of both stages, or until a signal (Stopped)."""
+        with Interruptible() as stop:
+            if self.state.stage == "autoencoder":
+                self.fit_autoencoder(stop)
+                self.begin_denoiser()
+            if not self.state.finished:
+                self.fit_denoiser(stop)
+        pipeline = self.export()
+        snapshots.finished(self.folder, pipeline, self.training.captions)
+        return pipeline
 
-def fit_autoencoder(
-    run: Path,
-    state: State,
-    models: Models,
-    training: Dataset,
-    held_out: Dataset,
-    stop: Interruptible,
-    say: Say,
-) -> None:
-    """Stage 1. `state` moves on; pictures (n, side, side, 3) become reconstructions of the same."""
-    say("stage 1 of 2: the autoencoder learns to pack pictures into latents, and back")
-    config, xp = state.config, _library(state)
-    images = training.images
-    side = config.side // models.vae.factor
-    latent = (config.autoencoder.batch, side, side, config.latent_channels)
+    def export(self) -> Pipeline:
+        """Write the model as it is now."""
+        return export(self.folder, self.state, self.models)
 
-    def batch_at(step):
-        rng = np.random.default_rng((config.seed, 1, step))
-        chosen = rng.integers(0, len(images), config.autoencoder.batch)
-        noise = rng.standard_normal(latent, dtype=np.float32)
-        return xp.asarray(from_uint8(images[chosen])), xp.asarray(noise)
+    # ------------------------------------------------------------------------------------- stage 1
 
-    def report():
-        return snapshots.autoencoder(models.vae, state.average, held_out)
+    def fit_autoencoder(self, stop: Interruptible) -> None:
+        """Stage 1: pictures (n, side, side, 3) become reconstructions of the same."""
+        self.say("stage 1 of 2: the autoencoder learns to pack pictures into latents, and back")
+        config, models, images = self.state.config, self.models, self.training.images
+        size = config.autoencoder.batch
+        side = config.side // models.vae.factor
 
-    loss_fn = autoencoder_loss(models.vae, config.kl_weight)
-    fit(run, state, config.autoencoder, loss_fn, batch_at, stop, report, say)
+        def batch_at(step):
+            rng = np.random.default_rng((config.seed, 1, step))
+            chosen = rng.integers(0, len(images), size)
+            noise = rng.standard_normal((size, side, side, config.latent_channels), np.float32)
+            return self.xp.asarray(from_uint8(images[chosen])), self.xp.asarray(noise)
 
+        def report():
+            return snapshots.autoencoder(models.vae, self.state.average, self.held_out)
 
-def begin_denoiser(
-    run: Path, state: State, models: Models, training: Dataset, device: str, say: Say
-) -> State:
-    """From a finished stage 1 to the start of stage 2: measure the latent scale, make the U-Net."""
-    config = state.config
-    sample = training.images[:2048]
-    mean, std = _gaussians(models.vae, state.average, sample, _library(state))
-    z = mean + std * np.random.default_rng((config.seed, 2)).standard_normal(mean.shape)
-    scale = float(1 / z.std())
-    say(
-        f"latent scale 1/std = {scale:.4f}: the latents have a standard deviation of "
-        f"{1 / scale:.3f}, and the noise schedule expects 1"
-    )
-    rng = np.random.default_rng((config.seed, 3))
-    params = to_device(models.unet.init(rng) | models.text.init(rng), device)
-    new = State(
-        config, "denoiser", params, state.tokenizer, state.data, first_stage=state.average,
-        done_before=state.step, scaling_factor=scale,
-    )  # fmt: skip
-    save_state(run, new)
-    return new
+        loss_fn = autoencoder_loss(models.vae, config.kl_weight)
+        stage = config.autoencoder
+        fit(self.folder, self.state, stage, loss_fn, batch_at, stop, report, self.say)
 
+    def begin_denoiser(self) -> None:
+        """From the end of stage 1 to the start of 2: measure the latent scale, make the U-Net."""
+        before, models = self.state, self.models
+        config = before.config
+        mean, std = self._gaussians(before.average, self.training.images[:2048])
+        z = mean + std * np.random.default_rng((config.seed, 2)).standard_normal(mean.shape)
+        scale = float(1 / z.std())
+        self.say(
+            f"latent scale 1/std = {scale:.4f}: the latents have a standard deviation of "
+            f"{1 / scale:.3f}, and the noise schedule expects 1"
+        )
+        rng = np.random.default_rng((config.seed, 3))
+        params = to_device(models.unet.init(rng) | models.text.init(rng), self.device)
+        self.state = State(
+            config, "denoiser", params, before.tokenizer, before.data, first_stage=before.average,
+            done_before=before.step, scaling_factor=scale,
+        )  # fmt: skip
+        save_state(self.folder, self.state)
 
-def _gaussians(vae, params, images, xp):
-    """Mean and standard deviation of every picture's latents, (n, h, w, c) each, on the host."""
+    def _gaussians(self, params, images):
+        """Mean and standard deviation of every picture's latents, (n, h, w, c), on the host."""
 
-    def part(x):
-        with no_grad():
-            return vae.encode(params, xp.asarray(from_uint8(x)))[0]
+        def part(x):
+            with no_grad():
+                return self.models.vae.encode(params, self.xp.asarray(from_uint8(x)))[0]
 
-    moments = to_device(map_batch(part, images, size=ENCODED_AT_ONCE), "cpu")
-    mean, logvar = np.split(moments, 2, axis=-1)
-    return mean, np.exp(0.5 * np.clip(logvar, -30, 20))
+        moments = to_device(map_batch(part, images, size=ENCODED_AT_ONCE), "cpu")
+        mean, logvar = np.split(moments, 2, axis=-1)
+        return mean, np.exp(0.5 * np.clip(logvar, -30, 20))
 
+    # ------------------------------------------------------------------------------------- stage 2
 
-# ----------------------------------------------------------------------------------------- stage 2
+    def fit_denoiser(self, stop: Interruptible) -> None:
+        """Stage 2: every picture becomes latents (h, w, c) once, and noise is removed from them."""
+        self.say(
+            "stage 2 of 2: the U-Net learns to remove noise from latents, guided by the caption; "
+            "its loss goes flat early, and that is normal: most of it is noise that nobody could "
+            "predict. Look at samples/, and at the loss at high noise"
+        )
+        state, models, captions = self.state, self.models, self.training.captions
+        config, n = state.config, len(self.training)
+        mean, std = self._gaussians(state.first_stage, self.training.images)
+        scale = np.float32(state.scaling_factor)
+        ids, no_caption = tokens_of(models.tokenizer, captions), models.tokenizer("")
+        snapshots.first_stage(self.folder, self.export(), self.training, mean[0] * scale)
 
+        def batch_at(step):
+            rng = np.random.default_rng((config.seed, 4, step))
+            size = config.denoiser.batch
+            chosen = rng.integers(0, n, size)
+            normal = rng.standard_normal((2, size, *mean.shape[1:]), dtype=np.float32)
+            t = rng.integers(0, len(models.schedule), size)
+            dropped = rng.random(size) < config.caption_dropout
+            z = (mean[chosen] + std[chosen] * normal[0]) * scale
+            tokens = np.where(dropped[:, None], no_caption, ids[chosen])
+            return *(self.xp.asarray(x) for x in (z, normal[1], tokens)), t
 
-def fit_denoiser(
-    run: Path,
-    state: State,
-    models: Models,
-    training: Dataset,
-    held_out: Dataset,
-    stop: Interruptible,
-    say: Say,
-) -> None:
-    """Stage 2. `state` moves on; every picture becomes latents (h, w, c) once, at the start."""
-    config, xp = state.config, _library(state)
-    if state.finished:
-        return
-    say(
-        "stage 2 of 2: the U-Net learns to remove noise from latents, guided by the caption; its "
-        "loss goes flat early, and that is normal: most of it is noise that nobody could predict. "
-        "Look at samples/, and at the loss at high noise"
-    )
-    n = len(training)
-    mean, std = _gaussians(models.vae, state.first_stage, training.images, xp)
-    ids = tokens_of(models.tokenizer, training.captions)
-    no_caption = models.tokenizer("")
-    snapshots.first_stage(run, export(run, state, models), training, mean[0] * state.scaling_factor)
+        def report():
+            return snapshots.denoiser(
+                self.folder, self.export(), captions, self.held_out, state.step
+            )
 
-    def batch_at(step):
-        rng = np.random.default_rng((config.seed, 4, step))
-        size = config.denoiser.batch
-        chosen = rng.integers(0, n, size)
-        normal = rng.standard_normal((2, size, *mean.shape[1:]), dtype=np.float32)
-        t = rng.integers(0, len(models.schedule), size)
-        dropped = rng.random(size) < config.caption_dropout
-        z = (mean[chosen] + std[chosen] * normal[0]) * np.float32(state.scaling_factor)
-        tokens = np.where(dropped[:, None], no_caption, ids[chosen])
-        return *(xp.asarray(x) for x in (z, normal[1], tokens)), t
-
-    def report():
-        pipeline = export(run, state, models)
-        return snapshots.denoiser(run, pipeline, training.captions, held_out, state.step)
-
-    loss_fn = denoiser_loss(models, config.min_snr)
-    try:
-        fit(run, state, config.denoiser, loss_fn, batch_at, stop, report, say)
-    except Stopped:
-        export(run, state, models)
-        raise
+        loss_fn = denoiser_loss(models, config.min_snr)
+        try:
+            fit(self.folder, state, config.denoiser, loss_fn, batch_at, stop, report, self.say)
+        except Stopped:
+            self.export()
+            raise
 
 
 def tokens_of(tokenizer: Tokenizer, captions: list[str]) -> np.ndarray:
@@ -264,7 +259,3 @@ def rebuild(run: str | Path) -> Pipeline:
             "goes on with it"
         )
     return export(run, state, Models(state.config, state.tokenizer))
-
-
-def _library(state):
-    return array_module(next(iter(state.params.values())))
