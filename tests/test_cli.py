@@ -30,6 +30,7 @@ STAGE = Stage(batch=4, rate=1e-3, warmup=2, ema=0.9, steps=STEPS)
 SMALL = dataclasses.replace(
     presets.PRESETS["tiny"],
     pictures=32,
+    held_out=0.6,
     autoencoder=STAGE,
     denoiser=STAGE,
     vae_widths=(4, 8),

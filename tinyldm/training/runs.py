@@ -50,7 +50,7 @@ def train(
     data = load_data(config)
     training, held_out = data.split(config.held_out, config.seed)
     describe(training, held_out, say)
-    tokenizer, config = fit_tokenizer(config, training.captions, say)
+    tokenizer, config = fit_tokenizer(config, data.captions, say)
     rehearsal = rehearse(config, len(training), device)
     rehearsal.announce(say)
     if rehearsal.hopeless:
