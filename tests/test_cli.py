@@ -283,7 +283,7 @@ def test_what_train_cannot_begin_with(call, tmp_path):
     (data / "a.png").write_bytes(b"")
     result = call(*TRAIN, nowhere, "--data", data)
     assert_mistake(result, f"  {data / 'a.png'}: not a picture", lines=3, begins="  ")
-    assert f"tinyldm: {data}: 1 of 1 files cannot be used" in result.err
+    assert f"tinyldm: {data}: 1 problems with 1 pictures" in result.err
     assert not nowhere.exists()
 
 
@@ -556,6 +556,23 @@ def test_eval(call, copy):
         assert picture.height > 2 * 90
     again = call("eval", copy, "--captions", 6, "--steps", 1, "--guidance", 1)
     assert again.out == result.out
+
+
+def test_eval_of_a_run_of_one_picture(call, small, tmp_path):
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "data" / "only.png")
+    assert call(*TRAIN, tmp_path / "run", "--data", tmp_path / "data").code == 0
+    result = call("eval", tmp_path / "run", "--captions", 4)
+    assert result.code == 0
+    assert "nearest training picture" in result.out and "Fréchet" not in result.out
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_prompt_that_is_too_long_gets_a_line(call, run, tmp_path):
+    result = call("sample", run, "a red circle " * 20, "-o", tmp_path / "a.png")
+    assert result.code == 0
+    assert result.err.startswith("tinyldm: caption cut at 14 tokens, without ")
+    assert len(result.err.splitlines()) == 1
 
 
 def test_eval_of_a_model_that_says_nothing_of_its_training(call, copy):

@@ -496,3 +496,18 @@ def test_a_damaged_list_of_shards_is_named(folder):
         with pytest.raises(ValueError) as caught:
             Pipeline.load(folder)
         assert index.name in one_line(caught)
+
+
+def test_the_fingerprint_sees_weights_configs_and_tokenizer(folder):
+    pipe = Pipeline.load(folder)
+    expected = pipe.fingerprint()
+    assert Pipeline.load(folder).fingerprint() == expected and len(expected) == 16
+    name = min(pipe.params["vae"])
+    pipe.params["vae"][name].reshape(-1)[-1] += 1
+    assert pipe.fingerprint() != expected
+    pipe = Pipeline.load(folder)
+    pipe.configs["scheduler"] = pipe.configs["scheduler"] | {"steps_offset": 0}
+    assert pipe.fingerprint() != expected
+    pipe = Pipeline.load(folder)
+    pipe.tokenizer.max_length -= 1
+    assert pipe.fingerprint() != expected

@@ -12,6 +12,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tinyldm import cli
 from tinyldm.models.weights import load_metadata, load_weights, save_weights
@@ -129,6 +130,38 @@ def painted_elsewhere(world):
     weights(lambda params: params["conv_in.bias"].__iadd__(1))(world)
 
 
+def add_folder(name):
+    def spoil(world):
+        (world["new"] / name).mkdir(parents=True)
+        (world["new"] / name / "mine.png").write_bytes(b"precious")
+
+    return spoil
+
+
+def without_training(world):
+    shutil.rmtree(world["run"] / "training")
+
+
+def pictures_in_run(world):
+    shutil.rmtree(world["run"] / "samples", ignore_errors=True)
+    world["pictures"].rename(world["run"] / "samples")
+
+
+def painted_with_notes(**changes):
+    """A picture whose notes are not what they were."""
+
+    def spoil(world):
+        assert cli.main(SAMPLE.format(**world).split()) == 0
+        with Image.open(world["picture"]) as picture:
+            picture.load()
+            notes = PngInfo()
+            for key, text in (picture.text | changes).items():
+                notes.add_itxt(key, text)
+            picture.save(world["picture"], pnginfo=notes)
+
+    return spoil
+
+
 def turn_into_pickle(world):
     replace("unet/diffusion_pytorch_model.safetensors", b"\x80\x02}q\x00.")(world)
 
@@ -192,7 +225,7 @@ MISTAKES = [
     (
         f"{TRAIN} --data {{pictures}}",
         add_picture("b.png", b""),
-        "1 of 4 .*\n  .*b.png: not a picture",
+        "1 problems with 4 .*\n  .*b.png: not a picture",
     ),
     (
         f"{TRAIN} --data {{pictures}}",
@@ -226,6 +259,18 @@ MISTAKES = [
     ),
     ("sample {file} caption", None, "file"),
     ("eval {pictures}", None, "holds no run"),
+    (TRAIN, add_folder("samples"), "holds no run, but something else in samples"),
+    (f"{TRAIN} --overwrite", add_folder("training"), "holds no run, but something else in train"),
+    ("train --preset tiny --out {run}", without_training, "holds a run already"),
+    (
+        "train --preset tiny --out {run} --overwrite --data {run}/samples",
+        pictures_in_run,
+        "samples: lies where the run .* writes",
+    ),
+    ("eval {run} --data {pictures}", None, "no longer those that .* was trained on"),
+    ("sample --again {picture}", painted_with_notes(picture="4 of 1"), "not those of tinyldm"),
+    ("sample --again {picture}", painted_with_notes(sampler="dpm"), "found 'dpm'; did you mean"),
+    ("sample --again {picture}", painted_with_notes(size="15x15"), "multiples of 2, found 15×15"),
     # configs and weights
     (SAMPLE, remove("unet"), "unet.config.json: missing"),
     (SAMPLE, replace("unet/config.json", b"{"), "config.json: not valid JSON"),

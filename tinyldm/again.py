@@ -1,6 +1,6 @@
 """What a painted PNG says of how it was painted, which is enough to paint it again."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -9,6 +9,7 @@ from tinyldm import __version__
 from tinyldm.pipeline import Pipeline, Recipe
 
 SOFTWARE = "tinyldm"
+MOST = 4096  # pictures of a batch
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Origin:
             raise ValueError(f"{file}: expected a PNG painted by tinyldm ({error})") from None
         try:
             i, n = map(int, notes["picture"].split(" of "))
+            if not 1 <= i <= n <= MOST:
+                raise ValueError(f"picture {i} of {n}")
             height, width = map(int, notes["size"].split("x"))
             recipe = Recipe(
                 prompts=(notes["prompt"],) * n,
@@ -66,11 +69,17 @@ class Origin:
         except ValueError as error:
             raise ValueError(f"{file}: its notes are not those of tinyldm: {error}") from None
 
-    def check(self, pipeline: Pipeline) -> None:
-        """ValueError unless this model is the one that painted the picture."""
+    def checked(self, pipeline: Pipeline, run: str) -> "Origin":
+        """The same, if this model of the folder `run` can paint it again; else ValueError."""
         found = pipeline.fingerprint()
         if found != self.weights:
             raise ValueError(
-                f"{self.run}: the picture was painted with weights {self.weights}, these are "
-                f"{found}; name the folder of the others: tinyldm sample RUN --again FILE"
+                f"{run}: the picture was painted with weights {self.weights}, these are {found}; "
+                "name the folder of the others: tinyldm sample RUN --again FILE"
             )
+        r = self.recipe
+        size = (r.height, r.width)
+        recipe = pipeline.recipe(
+            r.prompts, r.negatives, r.steps, r.guidance, r.sampler, r.seed, size
+        )
+        return replace(self, recipe=recipe)

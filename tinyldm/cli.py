@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -33,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, extra = parser().parse_known_args(arguments)
         if extra:
             options.parser.refuse(extra[0])
-        run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            run(options)
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
@@ -61,6 +64,10 @@ def run(options: argparse.Namespace) -> None:
     from tinyldm import commands
 
     getattr(commands, f"run_{options.command}")(options)
+
+
+def _show_warning(message, *_, **__):
+    print(f"tinyldm: {message}", file=sys.stderr)
 
 
 def _exit_code(error):
@@ -92,7 +99,8 @@ class Parser(argparse.ArgumentParser):
     def refuse(self, word: str) -> NoReturn:
         """The same for an argument that nothing has asked for."""
         if not word.startswith("-"):
-            self.error(f"unexpected {word!r}; a PROMPT of several words needs quotes")
+            hint = "; a PROMPT of several words needs quotes" if "sample" in self.prog else ""
+            self.error(f"unexpected {word!r}{hint}")
         options = [name for action in self._actions for name in action.option_strings]
         name = word.partition("=")[0]
         self.error(f"unknown option {name!r}{meant(name, options)}")

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import warnings
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,11 @@ from tqdm import tqdm
 from tinyldm import __version__
 from tinyldm.again import Origin
 from tinyldm.backend import describe
+from tinyldm.data.dataset import DataError
 from tinyldm.evaluation.metrics import evaluate, table
 from tinyldm.evaluation.pictures import grid, picture_format, save_picture
 from tinyldm.files import replacing
+from tinyldm.models.tokenizer import CaptionCut
 from tinyldm.pipeline import Pipeline
 from tinyldm.training.preparation import load_data
 from tinyldm.training.presets import make_config
@@ -110,8 +113,9 @@ def _again(options):
     origin = Origin.read(options.again)
     output = Path(options.output or options.again.with_stem(f"{options.again.stem}-again"))
     picture_format(output)
-    pipeline = Pipeline.load(_whole_run(options.run or origin.run), options.device)
-    origin.check(pipeline)
+    run = options.run or origin.run
+    pipeline = Pipeline.load(_whole_run(run), options.device)
+    origin = origin.checked(pipeline, run)
     return [origin], output, pipeline
 
 
@@ -122,13 +126,17 @@ def run_eval(options: Namespace) -> None:
     config = replace(notes["config"], data=options.data or notes["config"].data)
     pipeline = Pipeline.load(run, options.device)
     data = load_data(config)
-    if data.fingerprint() != notes["data"]:
-        _say(f"{config.data}: not quite the pictures and captions that {run} was trained on")
+    if data.fingerprint() != notes["data"]:  # which of them it never saw is no longer known
+        raise DataError(
+            f"{config.data}: the {len(data):,} pictures and captions are no longer those that "
+            f"{run} was trained on; bring them back, or name their folder with --data"
+        )
     training, held_out = data.split(config.held_out, config.seed)
     shapes = config.data == "shapes"
-    result, pictures = evaluate(
-        pipeline, training, held_out, options.captions, options.steps, options.guidance, shapes
-    )
+    with warnings.catch_warnings(action="ignore", category=CaptionCut):
+        result, pictures = evaluate(
+            pipeline, training, held_out, options.captions, options.steps, options.guidance, shapes
+        )
     with replacing(run / "eval.json") as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     pair = np.concatenate([pictures["samples"], pictures["nearest"]])

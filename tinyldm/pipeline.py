@@ -241,7 +241,7 @@ class Pipeline:
         return sides
 
     def fingerprint(self) -> str:
-        """A hash of all weights and configs, in hexadecimal: equal hash, equal model."""
+        """A hash of weights, configs and tokenizer, in hexadecimal: equal hash, equal model."""
 
         def digest(named):
             component, name = named
@@ -250,6 +250,13 @@ class Pipeline:
 
         names = [(component, name) for component in COMPONENTS for name in self.params[component]]
         parts = dict(zip(map("/".join, names), map_threads(digest, names), strict=True))
+        tokenizer = self.tokenizer
+        parts["tokenizer"] = [
+            tokenizer.vocab,
+            tokenizer.merges,
+            tokenizer.max_length,
+            tokenizer.pad_token,
+        ]
         for component, config in self.configs.items():
             parts[component] = {k: v for k, v in config.items() if not k.startswith("_")}
         text = json.dumps(parts, sort_keys=True)

@@ -1,9 +1,10 @@
 """A folder of pictures as a data set: any sizes, captions from where they are usually kept."""
 
 import json
+import posixpath
 import warnings
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -31,7 +32,7 @@ def load_folder(folder: str | Path, side: int, skip_bad: bool = False) -> Datase
         found = "a file" if folder.exists() else "nothing of that name"
         raise DataError(f"{folder}: expected a folder of pictures, found {found}")
     files, others = _find(folder)
-    listed, damaged = _read_metadata(folder)
+    listed, damaged = _read_metadata(folder, files)
 
     def read(file):
         try:
@@ -47,8 +48,8 @@ def load_folder(folder: str | Path, side: int, skip_bad: bool = False) -> Datase
     good = [i for i, result in enumerate(results) if not isinstance(result, DataError)]
     if damaged and not skip_bad:
         raise DataError(
-            f"{folder}: {len(damaged)} of {len(files)} files cannot be used; mend or remove them, "
-            "or leave them out with --skip-bad:\n  " + "\n  ".join(damaged)
+            f"{folder}: {len(damaged)} problems with {len(files)} pictures and their captions; "
+            "mend or remove them, or train without them (--skip-bad):\n  " + "\n  ".join(damaged)
         )
     if not good:
         raise DataError(f"{folder}: none of its {len(files)} pictures can be read")
@@ -148,9 +149,10 @@ def _read_text(file):
         raise DataError(f"{file}: expected text in UTF-8 ({error})") from None
 
 
-def _read_metadata(folder):
+def _read_metadata(folder, files):
     """({file name: caption}, [what is wrong with a line]) of metadata.jsonl."""
     file = folder / "metadata.jsonl"
+    names = {picture.relative_to(folder).as_posix() for picture in files}
     listed, damaged = {}, []
     if not file.exists():
         return listed, damaged
@@ -167,7 +169,8 @@ def _read_metadata(folder):
                 f'{file}: line {number}: expected {{"file_name": …, "text": …}}, found {line!r}'
             )
             continue
-        if not (folder / name).is_file():
-            damaged.append(f"{file}: line {number}: there is no file {name!r}")
+        name = PurePosixPath(posixpath.normpath(name)).as_posix()  # "./a.png" is a.png
+        if name not in names:
+            damaged.append(f"{file}: line {number}: there is no picture {name!r}")
         listed[name] = text
     return listed, damaged

@@ -114,8 +114,9 @@ def _compare(pipeline, painted, training, held_out, result):
     features = features_of(pipeline, painted[:n])  # equally many, to compare like with like
     some = training.pick(np.linspace(0, len(training) - 1, min(len(training), 2048)).astype(int))
     real = features_of(pipeline, some.images)
-    result["frechet"] = {"painted": frechet_distance(features, real)}
-    result["kernel"] = {"painted": kernel_distance(features, real)}
+    if len(some) > 1:  # one picture has no spread
+        result["frechet"] = {"painted": frechet_distance(features, real)}
+        result["kernel"] = {"painted": kernel_distance(features, real)}
     if len(held_out) > 1:
         _, real_distance = nearest(held_out.images, training.images)
         unseen = features_of(pipeline, held_out.images[:n])
@@ -171,6 +172,8 @@ def table(result: dict) -> str:
         "nearest": ("nearest training picture", "median difference, in levels of 255"),
     }
     for key, (title, meaning) in meanings.items():
+        if key not in result:
+            continue
         numbers = f"{result[key]['painted']:.3f}"
         if "held_out" in result[key]:
             numbers += f" (held-out {result[key]['held_out']:.3f})"

@@ -85,6 +85,10 @@ def _read_json(path):
     raise ValueError(f"{path.name}: expected an object, found a {type(data).__name__}")
 
 
+class CaptionCut(UserWarning):
+    """A caption has more tokens than a row holds."""
+
+
 class Tokenizer:
     """Turns captions into fixed-length rows of token ids, with the same ids as CLIP's own.
 
@@ -149,7 +153,9 @@ class Tokenizer:
             ids = self._encode(text)
             if len(ids) > room:
                 lost = self.decode(ids[room:])
-                warnings.warn(f"caption cut at {room} tokens, without {lost!r}", stacklevel=2)
+                warnings.warn(
+                    f"caption cut at {room} tokens, without {lost!r}", CaptionCut, stacklevel=2
+                )
             ids = [self.start_id, *ids[:room], self.end_id]
             row[: len(ids)] = ids
         return rows

@@ -10,7 +10,7 @@ from tinyldm.config import ConfigError
 from tinyldm.data.dataset import Dataset
 from tinyldm.data.folder import load_folder
 from tinyldm.data.shapes import make_shapes
-from tinyldm.models import Tokenizer
+from tinyldm.models.tokenizer import CaptionCut, Tokenizer
 from tinyldm.pipeline import COMPONENTS
 from tinyldm.training.presets import Config
 from tinyldm.training.state import state_files
@@ -32,8 +32,7 @@ def load_data(config: Config) -> Dataset:
 def fit_tokenizer(config: Config, captions: list[str], say: Say) -> tuple[Tokenizer, Config]:
     """A tokenizer trained on the captions, and the config with as many tokens as they need."""
     tokenizer = Tokenizer.train(captions, config.vocabulary, LONGEST_CAPTION)
-    with warnings.catch_warnings(record=True) as cut:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True, action="always", category=CaptionCut) as cut:
         ids = tokenizer(list(dict.fromkeys(captions)))
     if cut:
         say(f"{len(cut)} captions are longer than {LONGEST_CAPTION} tokens and are cut there")
@@ -48,18 +47,30 @@ def fit_tokenizer(config: Config, captions: list[str], say: Say) -> tuple[Tokeni
 
 def refuse_folder(run: Path, config: Config, overwrite: bool) -> None:
     """FileExistsError or ConfigError rather than lose or mix up what is there."""
-    if state_files(run) and not overwrite:
+    if run.exists() and not run.is_dir():
+        raise FileExistsError(f"{run}: expected a folder, or nothing, found a file")
+    holds_one = state_files(run) or (run / "model_index.json").exists()
+    if holds_one and not overwrite:
         raise FileExistsError(
             f"{run}: holds a run already; go on with it (--resume), take another --out, or lose it "
             "(--overwrite)"
         )
-    if run.exists() and not run.is_dir():
-        raise FileExistsError(f"{run}: expected a folder, or nothing, found a file")
-    if config.data != "shapes" and run.resolve().is_relative_to(Path(config.data).resolve()):
+    in_the_way = [name for name in OF_A_RUN if any((run / name).glob("[!.]*"))]
+    if in_the_way and not holds_one:
+        raise FileExistsError(
+            f"{run}: holds no run, but something else in {', '.join(in_the_way)}, where a run "
+            "would write; take another --out"
+        )
+    if config.data == "shapes":
+        return
+    data = Path(config.data).resolve()
+    if run.resolve().is_relative_to(data):
         raise ConfigError(
             f"{run}: lies in the folder of pictures, and what it paints would become one of them; "
             "take an --out outside"
         )
+    if any(data.is_relative_to((run / name).resolve()) for name in OF_A_RUN):
+        raise ConfigError(f"{config.data}: lies where the run {run} writes; take another --out")
 
 
 def remove(run: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from tinyldm.backend import array_module, map_batch, to_device
 from tinyldm.config import ConfigError
 from tinyldm.data.dataset import DataError, Dataset
-from tinyldm.models import Tokenizer
+from tinyldm.models.tokenizer import CaptionCut
 from tinyldm.nn import no_grad
 from tinyldm.pipeline import Pipeline, from_uint8
 from tinyldm.training import snapshots
@@ -116,14 +116,16 @@ class Run:
 
     def finish(self) -> Pipeline:
         """Train to the end of both stages, or until a signal (Stopped)."""
-        with Interruptible() as stop:
-            if self.state.stage == "autoencoder":
-                self.fit_autoencoder(stop)
-                self.begin_denoiser()
-            if not self.state.finished:
-                self.fit_denoiser(stop)
-        pipeline = self.export()
-        snapshots.finished(self.folder, pipeline, self.training.captions)
+        # Which captions are cut was said when the run began.
+        with warnings.catch_warnings(action="ignore", category=CaptionCut):
+            with Interruptible() as stop:
+                if self.state.stage == "autoencoder":
+                    self.fit_autoencoder(stop)
+                    self.begin_denoiser()
+                if not self.state.finished:
+                    self.fit_denoiser(stop)
+            pipeline = self.export()
+            snapshots.finished(self.folder, pipeline, self.training.captions)
         return pipeline
 
     def export(self) -> Pipeline:
@@ -176,9 +178,10 @@ class Run:
 
         def part(x):
             with no_grad():
-                return self.models.vae.encode(params, self.xp.asarray(from_uint8(x)))[0]
+                return self.models.vae.encode(params, from_uint8(x))[0]
 
-        moments = to_device(map_batch(part, images, size=ENCODED_AT_ONCE), "cpu")
+        moments = map_batch(part, self.xp.asarray(images), size=ENCODED_AT_ONCE)
+        moments = to_device(moments, "cpu")
         mean, logvar = np.split(moments, 2, axis=-1)
         return mean, np.exp(0.5 * np.clip(logvar, -30, 20))
 
@@ -195,7 +198,7 @@ class Run:
         config, n = state.config, len(self.training)
         mean, std = self._gaussians(state.first_stage, self.training.images)
         scale = np.float32(state.scaling_factor)
-        ids, no_caption = tokens_of(models.tokenizer, captions), models.tokenizer("")
+        ids, no_caption = models.tokenizer(captions), models.tokenizer("")
         snapshots.first_stage(self.folder, self.export(), self.training, mean[0] * scale)
 
         def batch_at(step):
@@ -220,13 +223,6 @@ class Run:
         except Stopped:
             self.export()
             raise
-
-
-def tokens_of(tokenizer: Tokenizer, captions: list[str]) -> np.ndarray:
-    """Ids (n, l) of captions, cut without a word: that was said when the run began."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return tokenizer(captions)
 
 
 def export(run: Path, state: State, models: Models) -> Pipeline:
