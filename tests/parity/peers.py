@@ -141,7 +141,7 @@ def _gradients(module, inputs):
 # --------------------------------------------------------------------------------------- comparison
 
 
-largest = {}  # what: the largest differences of outputs and of gradients; conftest.py prints them
+seen = {}  # what: the largest differences of outputs and of gradients; conftest.py prints them
 
 
 def assert_same(what, ours, theirs, output_tol=1e-10, gradient_tol=1e-9):
@@ -164,8 +164,8 @@ def assert_same(what, ours, theirs, output_tol=1e-10, gradient_tol=1e-9):
         )
     wrong = {name: f"{e:.1e}" for name, e in errors.items() if not e <= gradient_tol}
     assert not wrong, f"gradients differ: {wrong}"
-    before = largest.get(what, (0, 0))
-    largest[what] = max(before[0], output_error), max(before[1], *errors.values())
+    before = seen.get(what, (0, 0))
+    seen[what] = max(before[0], output_error), max(before[1], *errors.values())
 
 
 def _difference(a, b, scale):
