@@ -84,7 +84,8 @@ def fit(
                 raise Stopped(stop.number)
             if snapshots.due(state.step, state.total, time.monotonic() - reported):
                 numbers, text = report()
-                log(numbers)
+                if numbers:
+                    log(numbers)
                 with bar.external_write_mode():
                     say(_progress(state, _finite(loss, state), step_times) + text)
                 reported = time.monotonic()
@@ -119,6 +120,7 @@ def _finite(number, state):
     if not math.isfinite(number):
         raise Diverged(
             f"stage {state.stage}, step {state.step}: loss or gradient is {number}. The last "
-            "saved state is intact; start again with a lower learning rate"
+            "saved state is intact; start again with another --seed, or in Python with a lower "
+            "learning rate"
         )
     return number
