@@ -146,6 +146,7 @@ def concatenate_calls(draw):
 # What each algorithm can do; the fastest for a shape is always one of those that can do it.
 CONV_LIMITS = {
     "pointwise": {"kernels": st.just(1), "strides": st.just(1), "paddings": st.just(0)},
+    "winograd": {"kernels": st.just(3), "strides": st.just(1)},
     "gather": {"strides": st.just(1)},
     "scatter": {},
 }

@@ -57,7 +57,7 @@ def test_gradients(algorithm, data, piece):
 def test_the_algorithm_chosen_is_one_that_can(call):
     x, w, *b = call.arrays()
     padding = reference.four_sides(call.options["padding"])
-    chosen = algorithms_for(w.shape[:2], call.options["stride"], padding)[0]
+    chosen = algorithms_for(w.shape, call.options["stride"], padding)[0]
     y, backward = call(x, w, *b)
     expected, chosen_back = forced(call, chosen)(x, w, *b)
     assert np.array_equal(y, expected)
@@ -89,6 +89,22 @@ def test_without_weight_gradients_dx_is_the_same(algorithm, data):
     dx, *none = backward_to_x(y, weights=False)
     assert np.array_equal(dx, backward(y)[0])
     assert none == [None, None]
+
+
+@pytest.mark.parametrize("algorithm", ["winograd", "gather"])
+@pytest.mark.parametrize("c", [32, 320])
+def test_the_error_of_float32(algorithm, c):
+    """Winograd's sums of differences cost less than a digit: 1e-6 of the largest value."""
+    rng = np.random.default_rng(c)
+    x, dy = rng.standard_normal((2, 1, 16, 16, c))
+    w = rng.standard_normal((3, 3, c, c)) / (3 * np.sqrt(c))
+    results = []
+    for dtype in ("float64", "float32"):
+        y, backward = conv2d(x.astype(dtype), w.astype(dtype), algorithm=algorithm)
+        results.append([y, *backward(dy.astype(dtype))[:2]])
+    for exact, z in zip(*results, strict=True):
+        assert z.dtype == "float32"
+        assert np.abs(z - exact).max() <= 2e-6 * np.abs(exact).max()
 
 
 # --------------------------------------------------------------------------------------------- laws

@@ -355,6 +355,10 @@ def test_functions(name, data):
 @given(data=st.data())
 def test_convolutions(algorithm, data):
     call = data.draw(conv_calls(algorithm))
+    if algorithm == "winograd":  # sends its small matrices to the device, once
+        conv2d(*on_device(call.arrays()), **call.options, algorithm=algorithm)[1](
+            on_device(conv2d(*call.arrays(), **call.options)[0])
+        )
     same_on_the_device(conv2d, call.arrays(), call.options | {"algorithm": algorithm})
 
 
@@ -478,6 +482,7 @@ CONFIG = Config(
     heads=2, groups=2, text_width=4, text_layers=1, tokens=16, vocabulary=560,
 )  # fmt: skip
 CAPTIONS = ["a red circle", "a blue square", "a blue circle", "a square"]
+FLOAT32 = 1e-5  # the CPU takes other algorithms, and their sums are rounded elsewhere
 
 
 @pytest.fixture(scope="module")
@@ -574,7 +579,7 @@ def test_sampling_waits_once_for_the_pictures(sampler, noises, guidance, models)
         path_there = list(painter_there.denoise(painter_there.recipe(prompts, **options)))
     assert counts.synchronisations == 0
     assert counts.uploads == 1 + noises + (1 if guidance == 1 else 2)  # start, noise, token ids
-    near(path_there, list(painter.denoise(painter.recipe(prompts, **options))), tol=1e-9)
+    near(path_there, list(painter.denoise(painter.recipe(prompts, **options))), tol=FLOAT32)
     with strict.counting() as counts:
         pictures_there = painter_there(prompts, **options)
     assert counts.synchronisations == 1
@@ -600,12 +605,12 @@ def test_latents_and_pictures_of_the_user(models):
         list(p.denoise(p.recipe("a red circle", steps=2), latents))
         for p in (painter_there, painter)
     )
-    near(last_there, last, tol=1e-9)
+    near(last_there, last, tol=FLOAT32)
     with strict.counting() as counts:
         encoded = painter_there.encode(pictures)
         decoded = painter_there.decode(encoded)
     assert (counts.synchronisations, counts.uploads) == (1, 1)
-    near(encoded, painter.encode(pictures), tol=1e-9)
+    near(encoded, painter.encode(pictures), tol=FLOAT32)
     assert np.abs(np.int64(decoded) - painter.decode(painter.encode(pictures))).max() <= 1
 
 

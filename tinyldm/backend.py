@@ -26,6 +26,7 @@ Array = np.ndarray  # or cupy.ndarray, which has the same methods
 Arrays = TypeVar("Arrays", bound=Array | dict)  # an array, or a dict of arrays
 
 _POOL = "tinyldm-worker"  # the name of our threads
+AVX512_CORES = ("SkylakeX", "Cooperlake", "SapphireRapids")  # as OpenBLAS calls them
 
 # Arrays of an unlisted library cannot be passed to the layers.
 SPECIAL_FUNCTIONS = {"numpy": "scipy.special", "cupy": "cupyx.scipy.special"}
@@ -105,6 +106,15 @@ def _thread_controller():
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController()
+
+
+@functools.cache
+def has_small_products() -> bool:
+    """Whether BLAS multiplies small matrices without copying them first (OpenBLAS on AVX-512)."""
+    return any(
+        pool["internal_api"] == "openblas" and pool.get("architecture") in AVX512_CORES
+        for pool in _thread_controller().info()
+    )
 
 
 @contextlib.contextmanager

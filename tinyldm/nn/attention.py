@@ -4,15 +4,20 @@ The matrix of scores is made a block at a time and thrown away. What is kept for
 is the output and, per query, the logarithm of the softmax's denominator, from which a block's
 probabilities are made again: memory is linear in the number of tokens (Rabe & Staats 2021; Dao et
 al. 2022, algorithm 4).
+
+A pass over the scores costs as much as the matrix products, so those do what they can on the way:
+one more column of q with one more row of ones in kᵀ subtracts a number from each row of scores, and
+one more column of ones in v adds up the probabilities.
 """
 
 import math
 
 from tinyldm.backend import Array, array_module, on_host
-from tinyldm.nn.pieces import blocks
+from tinyldm.nn.pieces import blocks, empty, product, scratch
 from tinyldm.nn.protocol import Backward, differentiable
 
-BLOCK_SCORES = 2**17  # scores at a time: 512 KiB of float32
+BLOCK_SCORES = 2**18  # scores at a time: 1 MiB of float32
+SAFE_SCORE = 60.0  # e^±60 and a sum of thousands of them are within the range of float32
 
 
 @differentiable
@@ -28,52 +33,103 @@ def attention(
     """
     xp = array_module(q)
     n, l, d = q.shape
-    m = k.shape[1]
+    m, e = v.shape[1:]
     scale = 1 / math.sqrt(d // heads)
-    q_, k_, v_ = (_split_heads(x, heads) for x in (q, k, v))
     block = block or (BLOCK_SCORES if on_host(q) else 64 * BLOCK_SCORES)
-    y = xp.empty((n, l, v.shape[2]), q.dtype)
+    queries = _widened(q, heads, 0)
+    queries *= scale
+    keys_t = _widened(k, heads, 1).swapaxes(2, 3).copy()
+    values = _widened(v, heads, 1)
+    shift = not _within(SAFE_SCORE, q, k, scale)
+    y, log_sum = empty((n, l, e), q), empty((n, heads, l, 1), q)
     y_ = _split_heads(y, heads)
-    log_sum = xp.empty((n, heads, l, 1), q.dtype)
-
-    def scores(ns, ls):
-        s = (q_[ns, :, ls] * scale) @ k_[ns].swapaxes(2, 3)  # (n, heads, l, m)
+    for ns, hs, ls in _score_blocks(n, heads, l, m, block):
+        (p,) = _scores(queries[ns, hs, ls], keys_t[ns, hs])  # (samples, heads, queries, m)
         if causal:
-            hidden = xp.arange(m) > xp.arange(ls.start, ls.stop)[:, None]
-            s += xp.where(hidden, -math.inf, 0)
-        return s
-
-    for ns, ls in blocks(n, l, heads * m, block):
-        s = scores(ns, ls)
-        top = s.real.max(axis=3, keepdims=True)  # any shift will do: this one cannot overflow
-        s -= top
-        p = xp.exp(s)
-        total = p.sum(axis=3, keepdims=True)
-        y_[ns, :, ls] = (p @ v_[ns]) / total
-        log_sum[ns, :, ls] = top + xp.log(total)
+            p += _hidden(xp, ls, m)
+        if shift:
+            top = p.real.max(axis=3, keepdims=True)
+            p -= top
+        xp.exp(p, out=p)
+        sums = p @ values[ns, hs]  # of p v and, in the last column, of p
+        total = sums[..., -1:]
+        xp.divide(sums[..., :-1], total, out=y_[ns, hs, ls])
+        log_sum[ns, hs, ls] = xp.log(total) + (top if shift else 0)
 
     def backward(dy):
-        dq, dk, dv = (xp.zeros(x.shape, x.dtype) for x in (q, k, v))
-        dq_, dk_, dv_ = (_split_heads(x, heads) for x in (dq, dk, dv))
-        dy_ = _split_heads(dy, heads)
-        for ns, ls in blocks(n, l, heads * m, block):
-            p = scores(ns, ls)
-            p -= log_sum[ns, :, ls]
-            p = xp.exp(p)
-            dy_block = dy_[ns, :, ls]
-            dv_[ns] += p.swapaxes(2, 3) @ dy_block
-            ds = dy_block @ v_[ns].swapaxes(2, 3)
-            ds -= (dy_block * y_[ns, :, ls]).sum(axis=3, keepdims=True)  # = Σ p dp
+        # softmax: ds = p (dp − Σ p dp), where Σ p dp = Σ dy y
+        dys = _widened(dy, heads, 0)
+        weighted = _split_heads(dy * y, heads) @ xp.ones((e // heads, 1), y.dtype)
+        xp.negative(weighted, out=dys[..., -1:])
+        xp.negative(log_sum, out=queries[..., -1:])
+        keys = _widened(k, heads, 0)[..., :-1]
+        values_t = values.swapaxes(2, 3).copy()
+        dqs, dks, dvs = (
+            xp.zeros(x.shape, x.dtype) for x in (queries[..., :-1], keys, values[..., :-1])
+        )
+        for ns, hs, ls in _score_blocks(n, heads, l, m, block):
+            p, ds = _scores(queries[ns, hs, ls], keys_t[ns, hs], dys[ns, hs, ls], values_t[ns, hs])
+            if causal:
+                p += _hidden(xp, ls, m)
+            xp.exp(p, out=p)
             ds *= p
-            ds *= scale
-            dq_[ns, :, ls] = ds @ k_[ns]
-            dk_[ns] += ds.swapaxes(2, 3) @ q_[ns, :, ls]
-        return dq, dk, dv
+            xp.matmul(ds, keys[ns, hs], out=dqs[ns, hs, ls])
+            dks[ns, hs] += ds.swapaxes(2, 3) @ queries[ns, hs, ls, :-1]
+            dvs[ns, hs] += p.swapaxes(2, 3) @ dys[ns, hs, ls, :-1]
+        dqs *= scale
+        return tuple(_join_heads(dx) for dx in (dqs, dks, dvs))
 
     return y, backward
+
+
+def _scores(*pairs):
+    """The products a b of pairs (a, b, a, b, …), in scratch memory."""
+    shapes = [(*a.shape[:-1], b.shape[-1]) for a, b in zip(pairs[::2], pairs[1::2], strict=True)]
+    memory = scratch(pairs[0], *map(math.prod, shapes))
+    products = [part.reshape(shape) for part, shape in zip(memory, shapes, strict=True)]
+    for a, b, out in zip(pairs[::2], pairs[1::2], products, strict=True):
+        product(a, b, out)
+    return products
+
+
+def _score_blocks(n, heads, l, m, budget):
+    """Yield (samples, heads, queries): slices that have at most `budget` scores together."""
+    for ns, hs in blocks(n, heads, l * m, budget):
+        for _, ls in blocks(1, l, m, max(budget, 1) if l * m > budget else l * m):
+            yield ns, hs, ls
+
+
+def _within(limit, q, k, scale):
+    """Whether no score can exceed `limit`: |q·k| ≤ |q| |k|. Not asked on a GPU: it would wait."""
+    if not on_host(q):
+        return False
+    longest = ((x.real * x.real).sum(axis=2).max() for x in (q, k))
+    return math.prod(longest) * scale**2 <= limit**2
+
+
+def _hidden(xp, ls, m):
+    """−∞ where token i of `ls` may not see token j (l, m), else 0."""
+    return xp.where(xp.arange(m) > xp.arange(ls.start, ls.stop)[:, None], -math.inf, 0)
+
+
+def _widened(x, heads, last):
+    """(n, l, d) → (n, heads, l, d / heads + 1), a copy that ends in a column of `last`."""
+    x_ = _split_heads(x, heads)
+    wide = empty((*x_.shape[:3], x_.shape[3] + 1), x)
+    wide[..., :-1] = x_
+    wide[..., -1] = last
+    return wide
 
 
 def _split_heads(x, heads):
     """(n, l, d) → (n, heads, l, d / heads), a view."""
     n, l, d = x.shape
     return x.reshape(n, l, heads, d // heads).transpose(0, 2, 1, 3)
+
+
+def _join_heads(x):
+    """(n, heads, l, d / heads) → (n, l, d), a copy."""
+    n, heads, l, d = x.shape
+    joined = empty((n, l, heads * d), x)
+    _split_heads(joined, heads)[...] = x
+    return joined

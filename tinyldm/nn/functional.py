@@ -15,7 +15,7 @@ import math
 
 from tinyldm.backend import Array, array_module, on_host
 from tinyldm.nn.activations import sigmoid, silu_slope
-from tinyldm.nn.pieces import as_rows, pieces
+from tinyldm.nn.pieces import as_rows, empty, pieces, product
 from tinyldm.nn.protocol import Backward, differentiable
 
 # ------------------------------------------------------------------------------------------ linear
@@ -24,17 +24,21 @@ from tinyldm.nn.protocol import Backward, differentiable
 @differentiable
 def linear(x: Array, w: Array, b: Array | None = None) -> tuple[Array, Backward]:
     """y = x wᵀ + b, for x (..., d_in), w (d_out, d_in), b (d_out,) → (..., d_out)."""
+    xp = array_module(x)
     x2 = as_rows(x)
-    y = x2 @ w.T
+    y = empty((len(x2), len(w)), x, w)
+    product(x2, w.T, y)
     if b is not None:
         y += b
 
     def backward(dy, weights=True):
         dy2 = as_rows(dy)
-        dx = (dy2 @ w).reshape(x.shape)
+        dx = empty(x2.shape, dy, w)
+        product(dy2, w, dx)
+        dx = dx.reshape(x.shape)
         if not weights:
             return dx, None, None
-        return dx, dy2.T @ x2, None if b is None else dy2.sum(axis=0)
+        return dx, dy2.T @ x2, None if b is None else xp.ones(len(dy2), dy.dtype) @ dy2
 
     return y.reshape(*x.shape[:-1], w.shape[0]), backward
 

@@ -5,13 +5,16 @@ the cache, are far cheaper than the same passes over the whole, one after the ot
 """
 
 import math
+import threading
 from collections.abc import Iterator
 
-from tinyldm.backend import Array, on_host
+import numpy as np
 
-# Elements of one array that a memory-bound loop touches at a time: 256 KiB of float32, so that
+from tinyldm.backend import Array, array_module, has_small_products, on_host
+
+# Elements of one array that a memory-bound loop touches at a time: 512 KiB of float32, so that
 # the handful of arrays it works on stays in a core's second-level cache.
-PIECE = 2**16
+PIECE = 2**17
 
 
 def as_rows(x: Array) -> Array:
@@ -46,3 +49,102 @@ def blocks(samples: int, rows: int, row_size: int, budget: float) -> Iterator[tu
         for sample in range(samples):
             for start in range(0, rows, some):
                 yield slice(sample, sample + 1), slice(start, min(rows, start + some))
+
+
+# ------------------------------------------------------------------------------------ memory
+#
+# A vector register of 64 bytes that lies across two cache lines costs twice as much to load or
+# store, and NumPy aligns its arrays to 16 bytes only.
+
+ALIGNMENT = 64  # bytes
+
+_thread = threading.local()
+
+
+def empty(shape: tuple[int, ...], *like: Array) -> Array:
+    """An array for results of `like`: of their device and common dtype, aligned to cache lines.
+
+    Its numbers are not set.
+    """
+    dtype = np.result_type(*(x.dtype for x in like)) if len(like) > 1 else like[0].dtype
+    if not on_host(like[0]):
+        return array_module(like[0]).empty(shape, dtype)
+    return _aligned(math.prod(shape), dtype).reshape(shape)
+
+
+def _aligned(size, dtype):
+    memory = np.empty(size * dtype.itemsize + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size * dtype.itemsize].view(dtype)
+
+
+def scratch(like: Array, *sizes: int) -> list[Array]:
+    """Flat arrays of these sizes in memory that this thread uses again and again.
+
+    Valid until the thread asks for scratch again: for use within one function, between two calls
+    of others. What is in the cache from the last use need not be fetched from memory.
+    """
+    if not on_host(like):
+        return [array_module(like).empty(size, like.dtype) for size in sizes]
+    step = ALIGNMENT // like.dtype.itemsize
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + -(-size // step) * step)
+    held = getattr(_thread, "memory", None)
+    if held is None or held.nbytes < starts[-1] * like.dtype.itemsize:
+        held = _thread.memory = _aligned(starts[-1], like.dtype).view(np.uint8)
+    memory = held[: starts[-1] * like.dtype.itemsize].view(like.dtype)
+    return [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+
+
+# ---------------------------------------------------------------------------------- matrix products
+#
+# OpenBLAS copies both matrices into an order of its own before it multiplies them, except where
+# m·n·k is at most 10⁶ and the processor has AVX-512. Those small products are up to 1.5 times as
+# fast, and `matmul` makes any number of them in one call.
+
+SMALL = 10**6
+TILE = (32, 64)  # rows and columns of a small product
+PANEL = 2**14  # numbers in a right-hand matrix that stays in the first-level cache, nearly
+FEW = 256  # rows too few to be worth copying the matrices
+STRIP = 1024  # columns at a time of a product with very few rows
+
+
+def product(a: Array, b: Array, out: Array) -> None:
+    """out = a b, for a (..., m, k), b (..., k, n), out (..., m, n) with equal leading axes."""
+    *lead, m, k = a.shape
+    n = b.shape[-1]
+    rows = TILE[0] if TILE[0] * TILE[1] * k <= SMALL else TILE[0] // 2
+    columns = min(n, TILE[1])
+    tiled = (
+        on_host(a)
+        and m * n * k > SMALL >= rows * columns * k
+        and (k * n <= PANEL or m <= FEW and k * n <= 8 * PANEL)
+        and n % columns == 0
+        and has_small_products()
+    )
+    if not tiled:
+        array_module(a).matmul(a, b, out=out)
+        return
+    end = m - m % rows
+    if not lead and not b.flags.c_contiguous:
+        b = np.ascontiguousarray(b)  # a small product does not like to turn a matrix
+    # Cutting an axis in two never copies, so what is written to these views is written to `out`.
+    np.matmul(
+        a[..., :end, :].reshape(*lead, end // rows, 1, rows, k),
+        b.reshape(*lead, 1, k, n // columns, columns).swapaxes(-3, -2),
+        out=out[..., :end, :].reshape(*lead, -1, rows, n // columns, columns).swapaxes(-3, -2),
+    )
+    if end < m:
+        np.matmul(a[..., end:, :], b, out=out[..., end:, :])
+
+
+def spread(matrix: Array, x: Array, out: Array) -> None:
+    """out = matrix x, for a small matrix (p, q), x (q, n), out (p, n)."""
+    n = x.shape[1]
+    end = n - n % STRIP if on_host(x) else 0
+    if end:
+        x_, out_ = (z[:, :end].reshape(len(z), -1, STRIP).swapaxes(0, 1) for z in (x, out))
+        np.matmul(matrix, x_, out=out_)
+    if end < n:
+        array_module(x).matmul(matrix, x[:, end:], out=out[:, end:])
