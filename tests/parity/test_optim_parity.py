@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinyldm.training.optim import adam_state, adamw, clip_factor, global_norm, learning_rate
+from tinyldm.training.optim import Flat, adam_state, adamw, clip_factor, global_norm, learning_rate
 
 SHAPES = {"matrix": (4, 5), "kernel": (3, 3, 2, 4), "bias": (6,), "scale": (1,)}
 # What torch adds to a norm before it divides by it, so as to never divide by zero. Ours is 1e-12,
@@ -16,7 +16,7 @@ TORCH_MARGIN = 1e-6
 @pytest.mark.parametrize("decay", [0.0, 0.01, 0.5])
 def test_ten_steps_are_those_of_torch(decay, limit):
     rng = np.random.default_rng(0)
-    params = {name: rng.normal(size=shape) for name, shape in SHAPES.items()}
+    params = Flat({name: rng.normal(size=shape) for name, shape in SHAPES.items()})
     theirs = {name: torch.nn.Parameter(torch.tensor(w)) for name, w in params.items()}
     optimizer = torch.optim.AdamW(
         [
@@ -26,7 +26,7 @@ def test_ten_steps_are_those_of_torch(decay, limit):
         betas=(0.9, 0.99),
         eps=1e-8,
     )
-    state, average = adam_state(params), {name: w.copy() for name, w in params.items()}
+    state, average = adam_state(params), params.copy()
     for step in range(10):
         rate = learning_rate(step, 10, 1e-2, 3)
         grads = {name: rng.normal(size=shape) for name, shape in SHAPES.items()}

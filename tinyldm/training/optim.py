@@ -1,11 +1,20 @@
-"""The optimizer, on plain dicts {name: array}. Updates are made in place, in cache-sized pieces."""
+"""The optimizer. Weights, moments and averages lie in one buffer each, as a `Flat`.
 
+A network has hundreds of small arrays; one by one, most of a step would go into calls. The buffers
+are worked through in pieces that stay in the cache for all the operations of a step.
+"""
+
+import bisect
 import math
 
-from tinyldm.backend import Array, array_module, cores, map_threads, on_host
-from tinyldm.nn.pieces import pieces
+import numpy as np
 
-BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8
+from tinyldm.backend import Array, array_module, cores, map_threads, on_host
+from tinyldm.nn.pieces import empty, scratch
+
+BETA1, EPSILON = 0.9, 1e-8
+BETA2 = 1 - (1 - BETA1) ** 2  # 0.99, so that ((1 − β₁) g)² is (1 − β₂) g²: a pass less
+PIECE = 2**18  # numbers of each buffer at a time: few calls, and most of them find it in the cache
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
@@ -21,8 +30,15 @@ def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
 
 def global_norm(grads: dict[str, Array]) -> Array:
     """√Σ g² over all gradients: an array without axes that stays on the device."""
-    xp = array_module(next(iter(grads.values())))
-    return xp.sqrt(sum(xp.dot(g.reshape(-1), g.reshape(-1)) for g in grads.values()))
+    names = sorted(grads, key=lambda name: grads[name].size)
+    xp = array_module(grads[names[0]])
+
+    def squares(part):
+        flat = (grads[name].reshape(-1) for name in part)
+        return sum(xp.dot(g, g) for g in flat)
+
+    shares = min(len(names), cores() if on_host(grads[names[0]]) else 1)
+    return xp.sqrt(sum(map_threads(squares, [names[i::shares] for i in range(shares)])))
 
 
 def clip_factor(norm: Array, limit: float) -> Array:
@@ -30,19 +46,52 @@ def clip_factor(norm: Array, limit: float) -> Array:
     return array_module(norm).minimum(limit / (norm + 1e-12), 1.0)
 
 
-def adam_state(params: dict[str, Array]) -> dict[str, dict[str, Array]]:
+class Flat(dict):
+    """{name: array} whose arrays are views of one buffer, `flat`: a copy of those it is made of.
+
+    In the buffer matrices and kernels come first, `decayed` numbers: only they are to decay.
+    """
+
+    def __init__(self, named: dict[str, Array]):
+        order = sorted(named, key=lambda name: named[name].ndim <= 1)
+        sizes = [named[name].size for name in order]
+        self.order, self.starts = order, np.cumsum([0, *sizes]).tolist()
+        self.decayed = sum(named[name].size for name in order if named[name].ndim > 1)
+        self.flat = empty((self.starts[-1],), *named.values())
+        spans = {name: slice(*self.starts[i : i + 2]) for i, name in enumerate(order)}
+        super().__init__({n: self.flat[spans[n]].reshape(w.shape) for n, w in named.items()})
+        for name, w in named.items():
+            self[name][...] = w
+
+    def copy(self) -> "Flat":
+        """The same numbers in another buffer."""
+        return Flat(self)
+
+    def parts(self, start: int, stop: int) -> list[tuple[str, slice, slice]]:
+        """What lies in start…stop of the buffer: (name, where in that array, where from start)."""
+        found = []
+        i = bisect.bisect_right(self.starts, start) - 1
+        while i < len(self.order) and self.starts[i] < stop:
+            begin, end = max(start, self.starts[i]), min(stop, self.starts[i + 1])
+            inside = slice(begin - self.starts[i], end - self.starts[i])
+            found.append((self.order[i], inside, slice(begin - start, end - start)))
+            i += 1
+        return found
+
+
+def adam_state(params: Flat) -> dict[str, Flat]:
     """The first and second moments of each parameter, at the start: zeros."""
-    return {
-        moment: {name: array_module(w).zeros_like(w) for name, w in params.items()}
-        for moment in ("m", "v")
-    }
+    state = {"m": params.copy(), "v": params.copy()}
+    for moment in state.values():
+        moment.flat[...] = 0
+    return state
 
 
 def adamw(
-    params: dict[str, Array],
+    params: Flat,
     grads: dict[str, Array],
-    state: dict[str, dict[str, Array]],
-    average: dict[str, Array],
+    state: dict[str, Flat],
+    average: Flat,
     step: int,
     lr: float,
     scale: float | Array = 1.0,
@@ -54,37 +103,44 @@ def adamw(
     step: from 0. scale: multiplies the gradients (`clip_factor`). decay: weight decay, of matrices
     and kernels only. `params`, `state` and `average` are changed in place.
     """
-    fast = lr / (1 - BETA1 ** (step + 1))
-    correction = 1 / math.sqrt(1 - BETA2 ** (step + 1))
+    # w −= lr m̂ / (√v̂ + ε), with what corrects m̂ and v̂ moved out of the arrays
+    correction = math.sqrt(1 - BETA2 ** (step + 1))
+    rate = lr * correction / (1 - BETA1 ** (step + 1))
+    small = EPSILON * correction
     keep = ema_decay(step, ema)
+    g_scale = scale * (1 - BETA1)
+    size = len(params.flat)
+    piece = PIECE if on_host(params.flat) else max(1, size)
 
-    def update(names):
-        for name in names:
-            w, m, v, e = params[name], state["m"][name], state["v"][name], average[name]
-            xp = array_module(w)
-            if not w.flags.c_contiguous:  # its flat form would be a copy
-                raise ValueError(f"adamw: {name} is not C-contiguous, it cannot change in place")
-            shrink = 1 - lr * decay if w.ndim > 1 else 1.0
-            flat = (a.reshape(-1) for a in (w, grads[name], m, v, e))
-            for w_, g_, m_, v_, e_ in pieces(*flat):
-                g = g_ * scale
-                m_ *= BETA1
-                m_ += (1 - BETA1) * g
-                g *= g
-                v_ *= BETA2
-                g *= 1 - BETA2
-                v_ += g
-                denominator = xp.sqrt(v_, out=g)
-                denominator *= correction
-                denominator += EPSILON
-                if shrink != 1:
-                    w_ *= shrink
-                w_ -= fast * (m_ / denominator)
-                e_ += (1 - keep) * (w_ - e_)
+    def update(start):
+        stop = min(start + piece, size)
+        w, m, v, e = (a.flat[start:stop] for a in (params, state["m"], state["v"], average))
+        xp = array_module(w)
+        g, other = scratch(w, stop - start, stop - start)
+        for name, inside, here in params.parts(start, stop):
+            xp.multiply(grads[name].reshape(-1)[inside], g_scale, out=g[here])
+        m *= BETA1
+        m += g
+        g *= g
+        v *= BETA2
+        v += g
+        xp.sqrt(v, out=g)
+        g += small
+        xp.divide(m, g, out=g)
+        g *= rate
+        if start < params.decayed:
+            w[: params.decayed - start] *= 1 - lr * decay
+        w -= g
+        xp.subtract(w, e, out=other)
+        other *= 1 - keep
+        e += other
 
-    names = sorted(params, key=lambda name: params[name].size)
-    shards = cores() if on_host(params[names[0]]) else 1
-    map_threads(update, [names[i::shards] for i in range(shards)])
+    def update_share(i):
+        for start in range(i * piece, size, shares * piece):
+            update(start)
+
+    shares = cores() if on_host(params.flat) else 1
+    map_threads(update_share, range(shares))
 
 
 def ema_decay(step: int, limit: float) -> float:

@@ -138,7 +138,11 @@ def _encoding(models, pictures, device, seconds):
         with no_grad():
             return models.vae.encode(params, x)[0]
 
-    each, peak = _measure(lambda: float(map_batch(part, images).sum()), seconds, device)
+    def encode():
+        return float(map_batch(part, images).sum())
+
+    encode()  # each thread has its scratch memory now, which does not grow with the pictures
+    each, peak = _measure(encode, seconds, device)
     return each * pictures / n, peak * min(pictures, ENCODED_AT_ONCE * cores()) / n
 
 

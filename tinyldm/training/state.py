@@ -13,7 +13,7 @@ from pathlib import Path
 from tinyldm.backend import to_device
 from tinyldm.models import Tokenizer
 from tinyldm.models.weights import WeightsError, load_metadata, load_weights, save_weights
-from tinyldm.training.optim import adam_state
+from tinyldm.training.optim import Flat, adam_state
 from tinyldm.training.presets import STAGES, Config
 
 TOKENIZER = ("vocab", "merges", "max_length", "pad_token")  # what it is made from
@@ -37,8 +37,13 @@ class State:
     scaling_factor: float = 1.0
 
     def __post_init__(self):
-        self.moments = self.moments or adam_state(self.params)
-        self.average = self.average or {name: w.copy() for name, w in self.params.items()}
+        self.params = Flat(self.params)
+        self.average = Flat(self.average or self.params)
+        self.moments = (
+            {moment: Flat(named) for moment, named in self.moments.items()}
+            if self.moments
+            else adam_state(self.params)
+        )
 
     @property
     def finished(self) -> bool:
