@@ -310,7 +310,7 @@ def test_tinyldm_asks_for_no_other_name():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and _is_library(node.value):
                 asked.add(node.attr)
-    assert {"empty", "add", "lib", "tanh", "repeat", "clip", "full"} <= asked
+    assert {"empty", "add", "lib", "tanh", "clip", "full"} <= asked
     assert asked - {"__name__"} <= strict.NAMES
 
 
@@ -326,7 +326,7 @@ def _is_library(node):
 
 def test_every_function_is_among_those_called_here():
     here = vars(F) | vars(activations)
-    functions = {name for name, value in here.items() if hasattr(value, "__wrapped__")}
+    functions = {name for name, f in here.items() if hasattr(f, "__wrapped__") and name[0] != "_"}
     assert functions | {"conv2d", "attention"} == EVERYTHING.keys()
 
 

@@ -11,11 +11,11 @@ complex-step derivative of `check_gradients`, so everything stays analytic: no `
 buffer of a real dtype, and comparisons look at the real part.
 """
 
+import functools
 import math
 
 from tinyldm.backend import Array, array_module, on_host
-from tinyldm.nn.activations import sigmoid, silu_slope
-from tinyldm.nn.pieces import as_rows, empty, pieces, product
+from tinyldm.nn.pieces import as_rows, empty, pieces, product, scratch
 from tinyldm.nn.protocol import Backward, differentiable
 
 # ------------------------------------------------------------------------------------------ linear
@@ -95,58 +95,84 @@ def group_norm(
     xp = array_module(x)
     c = x.shape[-1]
     x3 = x.reshape(x.shape[0], -1, c)
-    size = x3.shape[1] * (c // groups)
-    y = xp.empty_like(x3)
+    y = empty(x3.shape, x, w)
+    group_means = _group_means(xp, c, groups, y.dtype.name)
     # Far from zero E[x²] − E[x]² cancels, and the rounding of a mean shows in y. So the moments are
     # those of x − guess: the mean of every eighth position, off by √8 standard deviations at most.
-    some = x3[:, ::8]
     # Per sample and channel: what to subtract, what to multiply by.
-    mean = _group_mean(_channel_sums(some), groups, some.shape[1] * (c // groups))
+    mean = group_means(_channel_means(x3[:, ::8]))
     rstd = xp.empty_like(mean)
+    half = 0.5 if silu else 1  # z σ(z) = h (1 + tanh h) for h = z / 2
     for x_, y_, mean_, rstd_ in pieces(x3, y, mean, rstd):
+        other = scratch(y_, y_.size)[0].reshape(y_.shape)
         xp.subtract(x_, mean_, out=y_)
-        rest = _group_mean(_channel_sums(y_), groups, size)
-        variance = _group_mean(_channel_sums(y_ * y_), groups, size) - rest * rest
+        xp.multiply(y_, y_, out=other)
+        rest, square = group_means(_channel_means(y_, other))
         mean_ += rest
-        rstd_[...] = 1 / xp.sqrt(variance + eps)
-        scale = rstd_ * w
+        rstd_[...] = 1 / xp.sqrt(square - rest * rest + eps)
+        scale = rstd_ * (half * w)
         y_ *= scale
-        y_ += b - rest * scale
+        y_ += half * b - rest * scale
         if silu:
-            y_ *= sigmoid(y_)
+            xp.tanh(y_, out=other)
+            other += 1
+            y_ *= other
 
     def backward(dy, weights=True):
-        dx = xp.empty_like(x3)
-        sums = xp.zeros((2, c), x.dtype)  # of dw and db
+        dx = empty(x3.shape, dy, w)
+        dw_db = xp.zeros((2, c), dx.dtype)
         for x_, dy_, dx_, mean_, rstd_ in pieces(x3, dy.reshape(x3.shape), dx, mean, rstd):
-            normal = x_ - mean_
+            normal, h, slope = (flat.reshape(dx_.shape) for flat in scratch(dx_, *[dx_.size] * 3))
+            xp.subtract(x_, mean_, out=normal)
             normal *= rstd_
-            if silu:
-                dy_ = dy_ * silu_slope(normal * w + b)
-            dw_ = _channel_sums(dy_ * normal)
-            db_ = _channel_sums(dy_)
-            sums[0] += dw_.sum(axis=(0, 1))
-            sums[1] += db_.sum(axis=(0, 1))
-            # dx = rstd · (w dy − mean(w dy) − normal · mean(w dy · normal)), means over a group
-            xp.multiply(dy_, rstd_ * w, out=dx_)
-            dx_ -= rstd_ * _group_mean(db_ * w, groups, size)
-            normal *= rstd_ * _group_mean(dw_ * w, groups, size)
+            if silu:  # dz = ½ (1 + t) (1 + h (1 − t)) dy, t = tanh h
+                xp.multiply(normal, 0.5 * w, out=h)
+                h += 0.5 * b
+                xp.tanh(h, out=dx_)
+                xp.subtract(1, dx_, out=slope)
+                slope *= h
+                slope += 1
+                dx_ += 1
+                slope *= dx_
+                slope *= dy_
+                dy_ = slope
+            xp.multiply(dy_, normal, out=h)
+            means = half * _channel_means(h, dy_)
+            dw_db += means.sum(axis=(1, 2)) * x3.shape[1]
+            # dx = rstd · (w dz − mean(w dz) − normal · mean(w dz · normal)), means over a group
+            along, across = group_means(means * w) * rstd_
+            xp.multiply(dy_, rstd_ * (half * w), out=dx_)
+            normal *= along
+            normal += across
             dx_ -= normal
-        return dx.reshape(x.shape), *(sums if weights else (None, None))
+        return dx.reshape(x.shape), *(dw_db if weights else (None, None))
 
     return y.reshape(x.shape), backward
 
 
-def _channel_sums(x):
-    """Sum over positions, (n, p, c) → (n, 1, c), as a matrix product: faster than `sum` here."""
-    return array_module(x).ones((1, x.shape[1]), x.dtype) @ x
+def _channel_means(*arrays):
+    """Means over positions, (n, p, c) → (n, 1, c), as a matrix product: faster than `mean` here.
+
+    Those of several arrays come in one, as (number of arrays, n, 1, c).
+    """
+    xp = array_module(arrays[0])
+    n, p, c = arrays[0].shape
+    weights = xp.full((1, p), 1 / p, arrays[0].dtype)
+    if len(arrays) == 1:
+        return weights @ arrays[0]
+    means = empty((len(arrays), n, 1, c), arrays[0])
+    for x, mean in zip(arrays, means, strict=True):
+        xp.matmul(weights, x, out=mean)
+    return means
 
 
-def _group_mean(sums, groups, size):
-    """Means over groups of `size` elements from the sums per channel, repeated for each channel."""
-    n, _, c = sums.shape
-    means = sums.reshape(n, 1, groups, c // groups).sum(axis=3) * (1 / size)
-    return array_module(sums).repeat(means, c // groups, axis=2)
+@functools.cache
+def _group_means(xp, c, groups, dtype):
+    """A function that replaces each channel (..., c) by the mean of its group."""
+    size = c // groups
+    members = (xp.arange(groups)[:, None] == xp.arange(c) // size).astype(dtype)  # (groups, c)
+    weights = members.T * (1 / size)
+    return lambda x: (x @ weights) @ members
 
 
 @differentiable
