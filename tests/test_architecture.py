@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # A module imports only modules above it. A package stands where its `__init__` is loaded; the root
 # package imports nothing until it is asked for something.
 ORDER = """
-    backend config files machine
+    backend team config files machine
     nn.protocol nn nn.pieces nn.activations nn.functional nn.conv nn.attention nn.layers
     nn.gradcheck
     models.weights models.tokenizer

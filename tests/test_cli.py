@@ -1,5 +1,6 @@
 """The command line: exit codes, one line for every mistake, and stdout for results alone."""
 
+import contextlib
 import dataclasses
 import errno
 import importlib.util
@@ -21,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 import tinyldm
 from tinyldm import backend, cli, commands
 from tinyldm.pipeline import Pipeline
-from tinyldm.training import presets, stages
+from tinyldm.training import loop, presets
 from tinyldm.training.presets import Stage
 from tinyldm.training.state import load_state
 
@@ -293,13 +294,11 @@ def test_a_folder_that_cannot_be_made(call, small, tmp_path):
 
 
 def test_divergence_is_a_failure_and_not_a_mistake(call, small, tmp_path, monkeypatch):
-    value_and_grad = stages.value_and_grad
+    @contextlib.contextmanager
+    def diverging(loss_fn, params):
+        yield lambda batch: (np.float32(math.nan), params)
 
-    def diverging(*args):
-        _, grads = value_and_grad(*args)
-        return np.float32(math.nan), grads
-
-    monkeypatch.setattr(stages, "value_and_grad", diverging)
+    monkeypatch.setattr(loop, "gradient", diverging)
     result = call(*TRAIN, tmp_path / "run")
     assert (result.code, result.out) == (1, "")
     last = result.err.splitlines()[-1]

@@ -63,17 +63,17 @@ def test_what_is_rehearsed_has_the_shapes_of_a_run(no_timing, monkeypatch):
     batches = []
     step = rehearsal.train_step
 
-    def record(state, loss_fn, batch, **others):
+    def record(state, gradient, batch, **others):
         batches.append([(x.shape, x.dtype.kind) for x in batch])
-        return step(state, loss_fn, batch, **others)
+        return step(state, gradient, batch, **others)
 
     monkeypatch.setattr(rehearsal, "train_step", record)
     rehearse(CONFIG, 64)
     latents = ((6, 8, 8, 4), "f")
-    assert batches == [
-        [((4, 16, 16, 3), "f"), ((4, 8, 8, 4), "f")],
-        [latents, latents, ((6, 16), "i"), ((6,), "i")],
-    ]
+    autoencoder = [((4, 16, 16, 3), "f"), ((4, 8, 8, 4), "f")]
+    denoiser = [latents, latents, ((6, 16), "i"), ((6,), "i")]
+    # Once for the memory, once for the time.
+    assert batches == [autoencoder, autoencoder, denoiser, denoiser]
 
 
 # ------------------------------------------------------------------------------------------ memory

@@ -1,5 +1,6 @@
 """Runs of a few steps: what they leave behind, and that nothing which stops them costs anything."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -741,14 +742,20 @@ def test_rebuild_exports_the_last_state_of_an_unfinished_run(tmp_path, monkeypat
 
 def spoil(monkeypatch, number, change):
     """Change loss and gradients of the `number`-th step of a run."""
-    value_and_grad, calls = stages.value_and_grad, []
+    gradient, calls = loop.gradient, []
 
-    def spoilt(*args):
-        calls.append(args)
-        loss, grads = value_and_grad(*args)
-        return change(loss, grads) if len(calls) == number else (loss, grads)
+    @contextlib.contextmanager
+    def spoilt_gradient(*args):
+        with gradient(*args) as gradient_of:
 
-    monkeypatch.setattr(stages, "value_and_grad", spoilt)
+            def spoilt(batch):
+                calls.append(batch)
+                loss, grads = gradient_of(batch)
+                return change(loss, grads) if len(calls) == number else (loss, grads)
+
+            yield spoilt
+
+    monkeypatch.setattr(loop, "gradient", spoilt_gradient)
 
 
 def assert_finite(state):

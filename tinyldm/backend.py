@@ -25,7 +25,7 @@ import numpy as np
 Array = np.ndarray  # or cupy.ndarray, which has the same methods
 Arrays = TypeVar("Arrays", bound=Array | dict)  # an array, or a dict of arrays
 
-_POOL = "tinyldm-worker"  # the name of our threads
+WORKER = "tinyldm-worker"  # how the names of our threads begin, which start no others
 AVX512_CORES = ("SkylakeX", "Cooperlake", "SapphireRapids")  # as OpenBLAS calls them
 
 # Arrays of an unlisted library cannot be passed to the layers.
@@ -98,7 +98,7 @@ def cores() -> int:
 
 @functools.cache
 def _pool(workers):
-    return ThreadPoolExecutor(workers, thread_name_prefix=_POOL)
+    return ThreadPoolExecutor(workers, thread_name_prefix=WORKER)
 
 
 @functools.cache
@@ -124,6 +124,14 @@ def blas_threads(count: int) -> Iterator[None]:
         yield
 
 
+def only_thread() -> bool:
+    """Whether no thread but this one runs, those aside that wait for `map_threads` or for tqdm."""
+    mine = threading.current_thread()
+    others = (t for t in threading.enumerate() if t is not mine)
+    idle = (t.name.startswith(WORKER) or type(t).__name__ == "TMonitor" for t in others)
+    return not mine.name.startswith(WORKER) and all(idle)
+
+
 def map_threads(function: Callable, items: Iterable, workers: int | None = None) -> list:
     """`[function(item) for item in items]`, on all cores, with one BLAS thread each.
 
@@ -132,7 +140,7 @@ def map_threads(function: Callable, items: Iterable, workers: int | None = None)
     """
     items = list(items)
     workers = min(workers or cores(), len(items))
-    if workers <= 1 or threading.current_thread().name.startswith(_POOL):  # never two levels
+    if workers <= 1 or threading.current_thread().name.startswith(WORKER):  # never two levels
         return [function(item) for item in items]
     with blas_threads(1):
         futures = [

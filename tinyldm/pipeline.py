@@ -4,6 +4,7 @@ The folder is diffusers' own layout (`model_index.json`, one sub-folder a compon
 tinyldm trained the model or somebody else did, and diffusers loads what tinyldm saves.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -22,6 +23,7 @@ from tinyldm.files import read_json, write_json
 from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet
 from tinyldm.models.weights import load_component, save_weights
 from tinyldm.nn import no_grad
+from tinyldm.team import available, team
 
 COMPONENTS = {  # folder → (library and class that diffusers loads, our class, file of weights)
     "unet": (("diffusers", "UNet2DConditionModel"), UNet, "diffusion_pytorch_model.safetensors"),
@@ -180,9 +182,11 @@ class Pipeline:
             x = self.xp.asarray(latents, dtype=np.float32)
         context = self.embed(recipe.prompts)
         null_context = self.embed(recipe.negatives) if recipe.guidance != 1 else None
-        predict = guided(self.predict, context, null_context, recipe.guidance)
         options = {"noise": noise} if recipe.sampler == "ddpm" else {}
-        yield from SAMPLERS[recipe.sampler](predict, self.schedule, x, recipe.steps, **options)
+        with self._predictor(len(x) * (1 if null_context is None else 2)) as predict:
+            predict_guided = guided(predict, context, null_context, recipe.guidance)
+            sampler = SAMPLERS[recipe.sampler]
+            yield from sampler(predict_guided, self.schedule, x, recipe.steps, **options)
 
     def predict(self, x: Array, t: int | np.ndarray, context: Array) -> Array:
         """The U-Net's prediction at latents x (n, h, w, c), context (n, l, d).
@@ -190,12 +194,21 @@ class Pipeline:
         t: the time step, one for all or (n,) on the host.
         """
         t = self.xp.asarray(t) if np.ndim(t) else self.xp.full(len(x), int(t))
+        return map_batch(self._predict, x, t, context)
 
-        def part(x, t, context):
-            with no_grad():
-                return self.unet(self.params["unet"], x, t, context)[0]
+    def _predict(self, x, t, context):
+        with no_grad():
+            return self.unet(self.params["unet"], x, t, context)[0]
 
-        return map_batch(part, x, t, context)
+    @contextlib.contextmanager
+    def _predictor(self, n):
+        """`predict` for many steps with n samples: on the CPU the processes of a team share them."""
+        processes = min(n, available()) if self.xp is np else 1
+        if processes == 1:
+            yield self.predict
+        else:
+            with team(self._predict, processes) as workers:
+                yield lambda x, t, context: workers.map_batch(x, np.full(len(x), t), context)
 
     def embed(self, texts: Sequence[str]) -> Array:
         """Texts → hidden states (n, l, d)."""

@@ -21,8 +21,8 @@ from tinyldm.nn.protocol import Backward, differentiable
 
 Padding = int | tuple[int, int, int, int]  # zeros on all sides, or (top, bottom, left, right)
 
-BLOCK_BYTES = 2**21  # of gathered neighbourhoods at a time in the passes to y and to dx
-WEIGHT_BLOCK_BYTES = 2**21  # in the pass to dw, where each block also costs an addition to dw
+BLOCK_BYTES = 2**20  # of gathered neighbourhoods at a time in the passes to y and to dx
+WEIGHT_BLOCK_BYTES = 2**20  # in the pass to dw, where each block also costs an addition to dw
 WINOGRAD_CHANNELS = 32  # with fewer, in or out, the transforms cost more than they save
 
 # "pointwise": a 1×1 kernel is one matrix product.

@@ -12,9 +12,9 @@ import numpy as np
 
 from tinyldm.backend import Array, array_module, has_small_products, on_host
 
-# Elements of one array that a memory-bound loop touches at a time: 1 MiB of float32; fewer and
+# Elements of one array that a memory-bound loop touches at a time: 256 KiB of float32, so that
 # the handful of arrays it works on stays in a core's second-level cache.
-PIECE = 2**18
+PIECE = 2**16
 
 
 def as_rows(x: Array) -> Array:

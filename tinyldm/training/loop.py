@@ -13,6 +13,7 @@ from tqdm import tqdm
 from tinyldm.files import replacing
 from tinyldm.training import snapshots
 from tinyldm.training.optim import learning_rate
+from tinyldm.training.parallel import gradient
 from tinyldm.training.presets import STAGES, Stage
 from tinyldm.training.rehearsal import duration
 from tinyldm.training.signals import Interruptible, Stopped
@@ -54,7 +55,11 @@ def fit(
         total=state.total, initial=state.step, desc=state.stage, unit="step", disable=None,
         smoothing=0.05, dynamic_ncols=True,
     )  # fmt: skip
-    with bar, open(metrics_file, "a", 1, "utf-8") as metrics:
+    with (
+        gradient(loss_fn, state.params) as gradient_of,
+        bar,
+        open(metrics_file, "a", 1, "utf-8") as metrics,
+    ):
 
         def log(numbers):
             line = {"stage": state.stage, "step": state.step} | numbers
@@ -63,7 +68,7 @@ def fit(
         while state.total is None or state.step < state.total:
             started = time.monotonic()
             rate = learning_rate(state.step, state.total or 10**9, stage.rate, stage.warmup)
-            loss, norm = train_step(state, loss_fn, batch_at(state.step), rate, stage.ema)
+            loss, norm = train_step(state, gradient_of, batch_at(state.step), rate, stage.ema)
             state.step += 1
             bar.update()
             if state.step % LOG_EVERY == 0 or state.step == state.total or stop.number:

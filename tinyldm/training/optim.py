@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from tinyldm import team
 from tinyldm.backend import Array, array_module, cores, map_threads, on_host
 from tinyldm.nn.pieces import empty, scratch
 
@@ -50,14 +51,18 @@ class Flat(dict):
     """{name: array} whose arrays are views of one buffer, `flat`: a copy of those it is made of.
 
     In the buffer matrices and kernels come first, `decayed` numbers: only they are to decay.
+    `shared`: on the CPU, processes that are copied from this one read and write the same numbers.
     """
 
-    def __init__(self, named: dict[str, Array]):
+    def __init__(self, named: dict[str, Array], shared: bool = False):
         order = sorted(named, key=lambda name: named[name].ndim <= 1)
         sizes = [named[name].size for name in order]
         self.order, self.starts = order, np.cumsum([0, *sizes]).tolist()
         self.decayed = sum(named[name].size for name in order if named[name].ndim > 1)
         self.flat = empty((self.starts[-1],), *named.values())
+        self.shared = shared and on_host(self.flat)
+        if self.shared:
+            self.flat = team.shared(self.flat.size, self.flat.dtype)
         spans = {name: slice(*self.starts[i : i + 2]) for i, name in enumerate(order)}
         super().__init__({n: self.flat[spans[n]].reshape(w.shape) for n, w in named.items()})
         for name, w in named.items():

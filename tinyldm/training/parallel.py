@@ -1,8 +1,14 @@
 """The gradient of a batch, on all cores."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from tinyldm.backend import Array, cores, map_threads, on_host
+from tinyldm.team import available, team
+from tinyldm.training.optim import Flat
+
+Gradient = Callable[[tuple[Array, ...]], tuple[Array, dict[str, Array]]]  # batch → loss, gradients
 
 
 def value_and_grad(
@@ -18,27 +24,76 @@ def value_and_grad(
     on a GPU), one thread each; their results are weighted by length, so the cut matters only to
     the rounding. ValueError for arrays of different lengths, or of none.
     """
+    shares = _cut(batch, shards or (cores() if on_host(batch[0]) else 1))
+    return _sum(map_threads(lambda share: _weighted(loss_fn, params, *share), shares))
+
+
+@contextlib.contextmanager
+def gradient(loss_fn: Callable, params: Flat, processes: int | None = None) -> Iterator[Gradient]:
+    """`value_and_grad` of one function for many steps: yields batch → (loss, gradients).
+
+    The shards go to copies of this process, where there can be any (`processes`, default: what is
+    `available`), else to threads. The result is the same to the last bit. Other processes see what
+    becomes of `params`, if they are shared, and nothing else that changes in the meantime.
+    """
+    on_cpu = on_host(params.flat)
+    processes = processes or (available() if on_cpu and params.shared else 1)
+    if processes == 1:
+        yield partial(value_and_grad, loss_fn, params)
+        return
+    theirs = [Flat(params, shared=True) for _ in range(processes - 1)]
+
+    def work(i, share):
+        loss, grads = _weighted(loss_fn, params, *share)
+        if i == 0:
+            return loss, grads
+        for name, dw in grads.items():
+            theirs[i - 1][name][...] = dw
+        return loss, list(grads)
+
+    with team(work, processes) as call:
+
+        def value_and_grad_of(batch):
+            first, *others = call(list(enumerate(_cut(batch, processes))))
+            return _sum(
+                [first]
+                + [
+                    (loss, {name: theirs[i][name] for name in names})
+                    for i, (loss, names) in enumerate(others)
+                ]
+            )
+
+        yield value_and_grad_of
+
+
+def _cut(batch, count):
+    """[(weight, part of the batch)], as many as asked for but none empty."""
     n = len(batch[0])
     if n == 0 or any(len(array) != n for array in batch):
         raise ValueError(
             "value_and_grad: expected arrays of one length, at least 1, found "
             f"{[len(array) for array in batch]}"
         )
-    shards = min(n, shards or (cores() if on_host(batch[0]) else 1))
-    bounds = [n * i // shards for i in range(shards + 1)]
+    count = min(n, count)
+    bounds = [n * i // count for i in range(count + 1)]
+    return [
+        ((end - begin) / n, tuple(array[begin:end] for array in batch))
+        for begin, end in zip(bounds, bounds[1:], strict=False)
+    ]
 
-    def run(i):
-        begin, end = bounds[i], bounds[i + 1]
-        loss, backward = loss_fn(params, *(array[begin:end] for array in batch))
-        grads = {}
-        backward(grads)
-        weight = (end - begin) / n
-        if weight != 1:
-            for name in grads:
-                grads[name] *= weight
-        return loss * weight, grads
 
-    (loss, grads), *others = map_threads(run, range(shards))
+def _weighted(loss_fn, params, weight, part):
+    loss, backward = loss_fn(params, *part)
+    grads = {}
+    backward(grads)
+    if weight != 1:
+        for name in grads:
+            grads[name] *= weight
+    return loss * weight, grads
+
+
+def _sum(results):
+    (loss, grads), *others = results
     for other_loss, other_grads in others:
         loss = loss + other_loss
         for name, dw in other_grads.items():

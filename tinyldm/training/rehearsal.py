@@ -6,6 +6,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from tinyldm.backend import cores, map_batch, to_device
 from tinyldm.machine import free_memory, held_memory
 from tinyldm.models import Tokenizer
 from tinyldm.nn import no_grad
+from tinyldm.training.parallel import gradient, value_and_grad
 from tinyldm.training.presets import STAGES, Config
 from tinyldm.training.stages import Models, autoencoder_loss, denoiser_loss, train_step
 from tinyldm.training.state import State
@@ -76,11 +78,16 @@ def rehearse(config: Config, pictures: int, device: str = "cpu", seconds: float 
     step_seconds, states, peaks = {}, [], []
     for name, make in zip(STAGES, (_autoencoder, _denoiser), strict=True):
         with _traced() as traced:
-            step = make(models, np.random.default_rng(0), device)
-            states.append(traced()[0])
-        step_seconds[name], peak = _measure(step, seconds / 2, device)
+            state, loss_fn, batch = make(models, np.random.default_rng(0), device)
+            # Parameters, and the gradients of other processes, lie where tracing does not see them.
+            states.append(traced()[0] + state.params.flat.nbytes * cores())
+        threads = partial(value_and_grad, loss_fn, state.params)
+        _, peak = _measure(partial(_step, state, threads, batch), 0, device)
         peaks.append(peak)
-        del step
+        with gradient(loss_fn, state.params) as in_training:
+            step = partial(_step, state, in_training, batch)
+            step_seconds[name], _ = _measure(step, seconds / 2, device)
+        del state, loss_fn, batch, threads, in_training, step
     encoding, encoded = _encoding(models, pictures, device, seconds / 10)
     latents = 4 * pictures * math.prod(_latent(models))
     saving = 2 * sum(states)  # copies: in the order of the file, and as the file's bytes
@@ -96,16 +103,16 @@ def _steps(stage, step_seconds):
 
 
 def _autoencoder(models, rng, device):
-    """A step of stage 1, to be called."""
+    """What a step of stage 1 is made of: state, loss, batch."""
     config = models.config
     n = config.autoencoder.batch
     batch = _normal(rng, n, config.side, config.side, 3), _normal(rng, n, *_latent(models))
     loss_fn = autoencoder_loss(models.vae, config.kl_weight)
-    return _step(models, models.vae.init(rng), loss_fn, batch, device)
+    return _work(models, models.vae.init(rng), loss_fn, batch, device)
 
 
 def _denoiser(models, rng, device):
-    """A step of stage 2, to be called."""
+    """What a step of stage 2 is made of: state, loss, batch."""
     config = models.config
     n = config.denoiser.batch
     z, noise = _normal(rng, 2, n, *_latent(models))
@@ -113,18 +120,17 @@ def _denoiser(models, rng, device):
     t = rng.integers(0, len(models.schedule), n)
     params = models.unet.init(rng) | models.text.init(rng)
     loss_fn = denoiser_loss(models, config.min_snr)
-    return _step(models, params, loss_fn, (z, noise, tokens), device, t)
+    return _work(models, params, loss_fn, (z, noise, tokens), device, t)
 
 
-def _step(models, params, loss_fn, batch, device, *on_host):
+def _work(models, params, loss_fn, batch, device, *on_host):
     state = State(models.config, "", to_device(params, device), models.tokenizer, "")
-    batch = *(to_device(x, device) for x in batch), *on_host
+    return state, loss_fn, (*(to_device(x, device) for x in batch), *on_host)
 
-    def step():
-        loss, _ = train_step(state, loss_fn, batch, rate=1e-4, ema=0.99)
-        float(loss)  # waits for a GPU
 
-    return step
+def _step(state, gradient_of, batch):
+    loss, _ = train_step(state, gradient_of, batch, rate=1e-4, ema=0.99)
+    float(loss)  # waits for a GPU
 
 
 def _encoding(models, pictures, device, seconds):

@@ -10,7 +10,7 @@ from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet
 from tinyldm.models.autoencoder import kl_loss, sample_gaussian
 from tinyldm.nn import functional as F
 from tinyldm.training.optim import adamw, clip_factor, global_norm
-from tinyldm.training.parallel import value_and_grad
+from tinyldm.training.parallel import Gradient
 from tinyldm.training.presets import Config
 from tinyldm.training.state import State
 
@@ -70,10 +70,13 @@ def denoiser_loss(models: Models, min_snr: float | None = None) -> Callable:
 
 
 def train_step(
-    state: State, loss_fn: Callable, batch: tuple[Array, ...], rate: float, ema: float
+    state: State, gradient: Gradient, batch: tuple[Array, ...], rate: float, ema: float
 ) -> tuple[Array, Array]:
-    """One step of the optimizer on one batch → loss and norm of the gradient, on the device."""
-    loss, grads = value_and_grad(loss_fn, state.params, batch)
+    """One step of the optimizer on one batch → loss and norm of the gradient, on the device.
+
+    gradient: `gradient(batch) → (loss, gradients)` at the state's parameters.
+    """
+    loss, grads = gradient(batch)
     norm = global_norm(grads)
     adamw(
         state.params, grads, state.moments, state.average, state.step, rate,

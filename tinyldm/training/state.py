@@ -37,7 +37,7 @@ class State:
     scaling_factor: float = 1.0
 
     def __post_init__(self):
-        self.params = Flat(self.params)
+        self.params = Flat(self.params, shared=True)
         self.average = Flat(self.average or self.params)
         self.moments = (
             {moment: Flat(named) for moment, named in self.moments.items()}

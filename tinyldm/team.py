@@ -1,0 +1,149 @@
+"""Work shared with copies of this process.
+
+Python runs one thread at a time; NumPy lets go of that lock for the length of an operation. Where
+operations are short, threads spend as much time handing the lock over as computing, and a network
+made of them is no faster on two threads than on one. A copy of the process has a lock of its own.
+
+`os.fork` makes such a copy in milliseconds: it sees everything that is in memory now, without
+copying it, and later what is written to arrays from `shared`.
+"""
+
+import contextlib
+import ctypes
+import mmap
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, Pipe
+
+import numpy as np
+
+from tinyldm.backend import WORKER, blas_threads, cores, only_thread
+
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
+
+
+def shared(size: int, dtype: np.dtype) -> np.ndarray:
+    """A flat array of zeros that copies of this process, made later, read and write too."""
+    return np.frombuffer(mmap.mmap(-1, max(1, size * dtype.itemsize)), dtype, size)
+
+
+def available() -> int:
+    """How many processes can share work: the cores, or 1 where a copy would not be safe.
+
+    A copy has the thread alone that made it, and whatever lock another one held stays locked. So
+    there must be no other; ours, and those of BLAS, wait idle and are made anew.
+    """
+    alone = sys.platform == "linux" and only_thread()
+    return cores() if alone else 1
+
+
+class TeamError(RuntimeError):
+    """A process of the team has ended, as where memory is short."""
+
+
+class Team:
+    """Calls a function with several shares of some work at once, each in a process of its own."""
+
+    def __init__(self, function: Callable, connections: list[Connection]):
+        self._function, self._connections = function, connections
+
+    def __call__(self, shares: list[tuple]) -> list:
+        """`[function(*share) for share in shares]`; of at most as many shares as processes.
+
+        The first is done here. What is passed to the others and returned from them is copied. An
+        exception is raised here, once all have ended.
+        """
+        others = self._connections[: len(shares) - 1]
+        with _explained():
+            for connection, share in zip(others, shares[1:], strict=True):
+                connection.send(share)
+        outcomes = [_attempt(self._function, shares[0])]
+        with _explained():
+            outcomes += [connection.recv() for connection in others]
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return [result for result, _ in outcomes]
+
+    def map_batch(self, *arrays: np.ndarray, size: int = 64) -> np.ndarray:
+        """`function(*arrays)` of a whole batch, at most `size` of it in a process at a time.
+
+        The arrays are cut along their first axis and the results joined along theirs.
+        """
+        n, workers = len(arrays[0]), len(self._connections) + 1
+        rounds = -(-n // (size * workers))
+        count = min(n, rounds * workers)
+        bounds = [n * i // count for i in range(count + 1)]
+        parts = []
+        for i in range(0, count, workers):
+            cuts = zip(bounds[i : i + workers], bounds[i + 1 : i + workers + 1], strict=False)
+            parts += self([tuple(array[begin:end] for array in arrays) for begin, end in cuts])
+        return np.concatenate(parts)
+
+
+@contextlib.contextmanager
+def team(function: Callable, size: int) -> Iterator[Team]:
+    """A team of `size` processes, this one among them, for the length of a `with` block.
+
+    Within it BLAS has one thread.
+    """
+    connections, processes = [], []
+    try:
+        for _ in range(size - 1):
+            here, there = Pipe()
+            sys.stdout.flush(), sys.stderr.flush()  # or the copy would say it a second time
+            with warnings.catch_warnings():
+                # Python warns of threads: those of BLAS, which knows what to do.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                process = os.fork()
+            if process == 0:
+                _serve(function, there, [*connections, here])
+            there.close()
+            connections.append(here)
+            processes.append(process)
+        with blas_threads(1) if size > 1 else contextlib.nullcontext():
+            yield Team(function, connections)
+    finally:
+        for connection in connections:
+            connection.close()
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)  # it holds nothing that anyone still waits for
+            os.waitpid(process, 0)
+
+
+def _serve(function, connection, not_ours):
+    """What a copy does until the other end of the connection is closed. Does not return."""
+    try:
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)  # in the middle of work, too
+        threading.current_thread().name = WORKER  # its pool of threads was not copied
+        for other in not_ours:
+            other.close()  # or it would not be closed when the first process ends
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # the first process decides
+        with blas_threads(1), contextlib.suppress(EOFError, OSError):
+            while True:
+                connection.send(_attempt(function, connection.recv()))
+    finally:
+        os._exit(0)  # without the clean-up that is the first process' business
+
+
+def _attempt(function, share):
+    try:
+        return function(*share), None
+    except Exception as error:
+        return None, error
+
+
+@contextlib.contextmanager
+def _explained():
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        raise TeamError(
+            "a process that shares the work has ended: it was killed, or memory was short"
+        ) from error
