@@ -202,7 +202,7 @@ class Pipeline:
 
     @contextlib.contextmanager
     def _predictor(self, n):
-        """`predict` for many steps with n samples: on the CPU the processes of a team share them."""
+        """`predict` for many steps with n samples, which on the CPU several processes share."""
         processes = min(n, available()) if self.xp is np else 1
         if processes == 1:
             yield self.predict

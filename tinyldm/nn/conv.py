@@ -12,6 +12,7 @@ the rows above take 36. Its transforms of picture, kernel and result are matrix 
 """
 
 import functools
+import math
 
 import numpy as np
 
@@ -24,6 +25,8 @@ Padding = int | tuple[int, int, int, int]  # zeros on all sides, or (top, bottom
 BLOCK_BYTES = 2**20  # of gathered neighbourhoods at a time in the passes to y and to dx
 WEIGHT_BLOCK_BYTES = 2**20  # in the pass to dw, where each block also costs an addition to dw
 WINOGRAD_CHANNELS = 32  # with fewer, in or out, the transforms cost more than they save
+WINOGRAD_PIXELS = 64  # with fewer, that of the kernel does
+WINOGRAD_WORK = 2**20  # pixels · c_in · c_out; with less, the calls do
 
 # "pointwise": a 1×1 kernel is one matrix product.
 # "winograd": 3×3 kernels with stride 1; all three passes at 4/9 of the multiplications.
@@ -36,17 +39,21 @@ def algorithms_for(
     kernel: tuple[int, int, int, int],
     stride: int,
     padding: tuple[int, int, int, int],
-    host: bool = True,
+    pixels: float = math.inf,
 ) -> list[str]:
     """The ALGORITHMS that can do a kernel (kh, kw, c_in, c_out), the fastest first.
 
-    host: on the CPU; a GPU waits for memory, which Winograd's transforms need more of.
+    pixels: outputs of the whole batch, or 0 on a GPU, which waits for memory anyway.
     """
     pointwise = kernel[:2] == (1, 1) and stride == 1 and padding == (0, 0, 0, 0)
     winograd = kernel[:2] == (3, 3) and stride == 1
     able = {"pointwise": pointwise, "winograd": winograd, "gather": stride == 1, "scatter": True}
     names = [name for name in ALGORITHMS if able[name]]
-    if winograd and not (host and min(kernel[2:]) >= WINOGRAD_CHANNELS):
+    if winograd and (
+        min(kernel[2:]) < WINOGRAD_CHANNELS
+        or pixels < WINOGRAD_PIXELS
+        or pixels * kernel[2] * kernel[3] < WINOGRAD_WORK
+    ):
         names.append(names.pop(0))
     return names
 
@@ -78,7 +85,8 @@ def conv2d(
             f"conv2d: a {kh}×{kw} kernel does not fit into {x.shape[1]}×{x.shape[2]} pixels "
             f"with padding {padding}"
         )
-    able = algorithms_for(w.shape, stride, padding, on_host(x))
+    pixels = len(x) * out_h * out_w if on_host(x) else 0
+    able = algorithms_for(w.shape, stride, padding, pixels)
     algorithm = algorithm or able[0]
     if algorithm not in able:
         raise ValueError(f"conv2d: algorithm: expected one of {able} here, found {algorithm!r}")

@@ -57,6 +57,7 @@ def blocks(samples: int, rows: int, row_size: int, budget: float) -> Iterator[tu
 # store, and NumPy aligns its arrays to 16 bytes only.
 
 ALIGNMENT = 64  # bytes
+UNALIGNED = 4096  # numbers; what is smaller is as it comes: the call would cost more
 
 _thread = threading.local()
 
@@ -73,8 +74,10 @@ def empty(shape: tuple[int, ...], *like: Array) -> Array:
 
 
 def _aligned(size, dtype):
+    if size < UNALIGNED:
+        return np.empty(size, dtype)
     memory = np.empty(size * dtype.itemsize + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
+    start = -memory.__array_interface__["data"][0] % ALIGNMENT
     return memory[start : start + size * dtype.itemsize].view(dtype)
 
 
@@ -92,7 +95,8 @@ def scratch(like: Array, *sizes: int) -> list[Array]:
         starts.append(starts[-1] + -(-size // step) * step)
     held = getattr(_thread, "memory", None)
     if held is None or held.nbytes < starts[-1] * like.dtype.itemsize:
-        held = _thread.memory = _aligned(starts[-1], like.dtype).view(np.uint8)
+        size = max(starts[-1], UNALIGNED)
+        held = _thread.memory = _aligned(size, like.dtype).view(np.uint8)
     memory = held[: starts[-1] * like.dtype.itemsize].view(like.dtype)
     return [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 
