@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,7 +183,7 @@ class Pipeline:
         context = self.embed(recipe.prompts)
         null_context = self.embed(recipe.negatives) if recipe.guidance != 1 else None
         options = {"noise": noise} if recipe.sampler == "ddpm" else {}
-        with self._predictor(len(x) * (1 if null_context is None else 2)) as predict:
+        with self.predictor(len(x) * (1 if null_context is None else 2)) as predict:
             predict_guided = guided(predict, context, null_context, recipe.guidance)
             sampler = SAMPLERS[recipe.sampler]
             yield from sampler(predict_guided, self.schedule, x, recipe.steps, **options)
@@ -201,7 +201,7 @@ class Pipeline:
             return self.unet(self.params["unet"], x, t, context)[0]
 
     @contextlib.contextmanager
-    def _predictor(self, n):
+    def predictor(self, n: int) -> Iterator[Callable[[Array, int, Array], Array]]:
         """`predict` for many steps with n samples, which on the CPU several processes share."""
         processes = min(n, available()) if self.xp is np else 1
         if processes == 1:

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench` on the CPU, `python -m bench.gpu` on a GPU. They assert nothing."""

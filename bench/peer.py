@@ -1,0 +1,99 @@
+"""PyTorch and diffusers, with our weights and our arrays. Importing this file needs both."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ["AutoencoderKL", "DDIMScheduler", "UNet2DConditionModel", "functional"]
+
+FORMATS = {  # how pictures and kernels lie in memory
+    "contiguous": torch.contiguous_format,
+    "channels_last": torch.channels_last,
+}
+PICTURE, KERNEL = (
+    (0, 2, 3, 1),
+    (2, 3, 1, 0),
+)  # our order of the axes, of (n, c, h, w) and (k, c, h, w)
+
+
+def describe() -> str:
+    """Version and threads."""
+    return f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def prepare_gpu() -> bool:
+    """Whether there is one. PyTorch then uses it at its best, in float32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True  # tries what is fastest for each shape
+    return torch.cuda.is_available()
+
+
+def load(
+    model: type, config: dict, params: dict[str, np.ndarray], layout: str, device: str
+) -> torch.nn.Module:
+    """A model of diffusers; on the CPU it shares our weights, except for kernels."""
+    with torch.device("meta"):  # without memory of its own
+        loaded = model(**config)
+    weights = {name: tensor(w, layout, axes=KERNEL) for name, w in params.items()}
+    loaded.load_state_dict(weights, assign=True)
+    return loaded.to(device)
+
+
+def tensor(
+    x: np.ndarray, layout: str, device: str = "cpu", axes: tuple[int, ...] = PICTURE
+) -> torch.Tensor:
+    """One of our arrays. axes: what its four axes are, if it has as many, PICTURE or KERNEL."""
+    if x.ndim < 4:
+        return torch.from_numpy(x).to(device)
+    x = torch.from_numpy(x.transpose(np.argsort(axes)))
+    return x.contiguous(memory_format=FORMATS[layout]).to(device)
+
+
+def to_numpy(x: torch.Tensor, axes: tuple[int, ...] = PICTURE) -> np.ndarray:
+    """The way back."""
+    x = x.detach().cpu()
+    return (x if x.ndim < 4 else x.permute(axes)).numpy()
+
+
+def train_step(model: torch.nn.Module, loss_fn: Callable[[], torch.Tensor]) -> Callable:
+    """→ a function that returns the loss and {name: gradient}."""
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        loss = loss_fn()
+        loss.backward()
+        return loss, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    return step
+
+
+def without_grad(function: Callable[[], Any]) -> Callable[[], Any]:
+    """The same function in inference mode."""
+    return torch.inference_mode()(function)
+
+
+def forward_backward(
+    function: Callable, inputs: Sequence[torch.Tensor], dy: torch.Tensor
+) -> Callable:
+    """→ a function that returns `function(*inputs)` and the gradients of all inputs."""
+    leaves = [x.requires_grad_() for x in inputs]
+
+    def step():
+        y = function(*leaves)
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    return step
+
+
+def flops(step: Callable) -> int:
+    """Multiplications and additions of a step's matrix products and direct convolutions."""
+    # The counter knows the products inside of attention only where they are called one by one.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
