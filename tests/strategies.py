@@ -236,11 +236,12 @@ def in_pieces(size):
         "PIECE": pieces_module,
         "BLOCK_BYTES": conv_module,
         "WEIGHT_BLOCK_BYTES": conv_module,
+        "WINOGRAD_TILES": conv_module,
         "BLOCK_SCORES": attention_module,
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, module in limits.items() if size else ():
-            patch.setattr(module, name, size)
+            patch.setattr(module, name, 1 if name == "WINOGRAD_TILES" else size)
         yield
 
 

@@ -38,9 +38,11 @@ def plant(name, old="", new=""):
         source = source.replace(old, new)
     module = ModuleType(name)
     exec(compile(source, str(path), "exec"), module.__dict__)
-    for limit in ("BLOCK_BYTES", "WEIGHT_BLOCK_BYTES", "BLOCK_SCORES"):
+    limits = {"WINOGRAD_TILES": 1}
+    limits |= dict.fromkeys(("BLOCK_BYTES", "WEIGHT_BLOCK_BYTES", "BLOCK_SCORES"), SMALL)
+    for limit, value in limits.items():
         if hasattr(module, limit):
-            setattr(module, limit, SMALL)
+            setattr(module, limit, value)
     return module
 
 

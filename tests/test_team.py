@@ -191,6 +191,20 @@ def test_there_is_no_team_where_another_thread_could_hold_a_lock(monkeypatch):
     assert available() == 1
 
 
+@pytest.mark.parametrize("preset, expected", [("1", 1), ("5", 5), ("", 3)])
+def test_the_number_of_processes_can_be_set(monkeypatch, preset, expected):
+    monkeypatch.setattr(team_module, "cores", lambda: 3)
+    monkeypatch.setenv(team_module.PRESET, preset)
+    assert available() == expected
+
+
+@pytest.mark.parametrize("preset", ["0", "-1", "two", "1.5"])
+def test_a_number_of_processes_that_is_none_is_refused(monkeypatch, preset):
+    monkeypatch.setenv(team_module.PRESET, preset)
+    with pytest.raises(ValueError, match=f"TINYLDM_PROCESSES: expected .* found '{preset}'"):
+        available()
+
+
 # -------------------------------------------------------------------------- gradients by processes
 
 

@@ -139,12 +139,14 @@ def arithmetic(device: str) -> Finding:
     from threadpoolctl import threadpool_info
 
     from tinyldm.backend import cores, describe
+    from tinyldm.team import PRESET, available
 
     threads = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
-    preset = {name: os.environ[name] for name in (CORE, *THREADS) if name in os.environ}
+    preset = {name: os.environ[name] for name in (CORE, PRESET, *THREADS) if name in os.environ}
     facts = {
         "CPU": describe(),
-        "threads of a batch, with one of BLAS each": cores(),
+        "processes that share a training or painting step": available(),
+        "threads of any other batch, with one of BLAS each": cores(),
         "threads of BLAS for a single picture": max(threads, default="unknown"),
         "preset": " ".join(f"{name}={value}" for name, value in preset.items()) or "nothing",
     }

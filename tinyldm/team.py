@@ -24,6 +24,7 @@ import numpy as np
 from tinyldm.backend import WORKER, blas_threads, cores, only_thread
 
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
+PRESET = "TINYLDM_PROCESSES"
 
 
 def shared(size: int, dtype: np.dtype) -> np.ndarray:
@@ -35,10 +36,17 @@ def available() -> int:
     """How many processes can share work: the cores, or 1 where a copy would not be safe.
 
     A copy has the thread alone that made it, and whatever lock another one held stays locked. So
-    there must be no other; ours, and those of BLAS, wait idle and are made anew.
+    there must be no other; ours, and those of BLAS, wait idle and are made anew. The environment
+    variable TINYLDM_PROCESSES sets another number; ValueError where that is none.
     """
-    alone = sys.platform == "linux" and only_thread()
-    return cores() if alone else 1
+    if sys.platform != "linux" or not only_thread():
+        return 1
+    preset = os.environ.get(PRESET, "")
+    if not preset:
+        return cores()
+    if not (preset.isdecimal() and int(preset) >= 1):
+        raise ValueError(f"{PRESET}: expected a number from 1 on, found {preset!r}")
+    return int(preset)
 
 
 class TeamError(RuntimeError):

@@ -25,7 +25,8 @@ Padding = int | tuple[int, int, int, int]  # zeros on all sides, or (top, bottom
 BLOCK_BYTES = 2**20  # of gathered neighbourhoods at a time in the passes to y and to dx
 WEIGHT_BLOCK_BYTES = 2**20  # in the pass to dw, where each block also costs an addition to dw
 WINOGRAD_CHANNELS = 32  # with fewer, in or out, the transforms cost more than they save
-WINOGRAD_PIXELS = 64  # with fewer, that of the kernel does
+WINOGRAD_PIXELS = 128  # with fewer, that of the kernel does
+WINOGRAD_TILES = 128  # at least, in a block: products of fewer rows wait for the kernels
 WINOGRAD_WORK = 2**20  # pixels · c_in · c_out; with less, the calls do
 
 # "pointwise": a 1×1 kernel is one matrix product.
@@ -248,7 +249,9 @@ def _winograd(x, w, b, padding, out_h, out_w):
     _transform("kernel", w, kernels)
     y = empty((x.shape[0], 2 * tiles_h, 2 * tiles_w, c_out), x)
     squares = _squares(y)
-    for ns, hs, windows in _windows(x, (4, 4), 2, padding, tiles_h, tiles_w, BLOCK_BYTES):
+    for ns, hs, windows in _windows(
+        x, (4, 4), 2, padding, tiles_h, tiles_w, _budget(x, BLOCK_BYTES)
+    ):
         count = windows.size // (16 * c_in)
         width = 16 * count * max(c_in, c_out)
         lowered, tiles = scratch(x, width, width)
@@ -274,7 +277,9 @@ def _winograd_weight_gradient(x, dy, padding):
         dy = even
     squares = _squares(dy)
     dkernels = None
-    for ns, hs, windows in _windows(x, (4, 4), 2, padding, tiles_h, tiles_w, WEIGHT_BLOCK_BYTES):
+    for ns, hs, windows in _windows(
+        x, (4, 4), 2, padding, tiles_h, tiles_w, _budget(x, WEIGHT_BLOCK_BYTES)
+    ):
         count = windows.size // (16 * c_in)
         lowered, tiles, dproducts = scratch(
             x, max(windows.size, 4 * count * c_out), windows.size, 16 * count * c_out
@@ -294,6 +299,11 @@ def _winograd_weight_gradient(x, dy, padding):
     dw = empty((3, 3, c_in, c_out), x)
     _transform("dkernel", dkernels, dw)
     return dw
+
+
+def _budget(x, block_bytes):
+    """Bytes of windows in a block."""
+    return max(block_bytes, WINOGRAD_TILES * 16 * x.shape[3] * x.itemsize)
 
 
 def _squares(y):
