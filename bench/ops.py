@@ -8,7 +8,7 @@ from bench.compare import Rows, Run, ratio_columns
 from bench.function import Function, measured
 from tinyldm.nn.activations import geglu
 from tinyldm.nn.attention import attention
-from tinyldm.nn.functional import group_norm, layer_norm
+from tinyldm.nn.norms import group_norm, layer_norm
 
 GROUPS, HEADS, EPS = 32, 8, 1e-5
 

@@ -18,8 +18,10 @@ from tinyldm.nn import attention as attention_module
 from tinyldm.nn import conv as conv_module
 from tinyldm.nn import functional as F
 from tinyldm.nn import pieces as pieces_module
+from tinyldm.nn import winograd as winograd_module
 from tinyldm.nn.attention import attention
 from tinyldm.nn.conv import conv2d
+from tinyldm.nn.norms import group_norm, layer_norm
 
 seeds = st.integers(0, 2**32 - 1)
 batches = st.integers(1, 3)
@@ -108,7 +110,7 @@ def group_norm_calls(draw, silu=None):
     options = {"groups": groups, "eps": draw(epsilons)}
     options["silu"] = draw(st.booleans()) if silu is None else silu
     shapes = {"x": (n, *places, c), "w": (c,), "b": (c,)}
-    return Call(F.group_norm, shapes, draw(seeds), options)
+    return Call(group_norm, shapes, draw(seeds), options)
 
 
 @st.composite
@@ -122,7 +124,7 @@ def offset_calls(draw):
 def layer_norm_calls(draw):
     d = draw(st.integers(SMALLEST_GROUP, 8))
     shapes = {"x": (*draw(leading_axes()), d), "w": (d,), "b": (d,)}
-    return Call(F.layer_norm, shapes, draw(seeds), {"eps": draw(epsilons)})
+    return Call(layer_norm, shapes, draw(seeds), {"eps": draw(epsilons)})
 
 
 @st.composite
@@ -146,7 +148,8 @@ def concatenate_calls(draw):
 # What each algorithm can do; the fastest for a shape is always one of those that can do it.
 CONV_LIMITS = {
     "pointwise": {"kernels": st.just(1), "strides": st.just(1), "paddings": st.just(0)},
-    "winograd": {"kernels": st.just(3), "strides": st.just(1)},
+    "winograd4": {"kernels": st.just(3), "strides": st.just(1)},
+    "winograd2": {"kernels": st.just(3), "strides": st.just(1)},
     "gather": {"strides": st.just(1)},
     "scatter": {},
 }
@@ -232,16 +235,16 @@ piece_sizes = st.sampled_from([1, 50, 500, None])
 @contextlib.contextmanager
 def in_pieces(size):
     """Cut all work into pieces of `size` elements or bytes; None leaves it as it is."""
-    limits = {
-        "PIECE": pieces_module,
-        "BLOCK_BYTES": conv_module,
-        "WEIGHT_BLOCK_BYTES": conv_module,
-        "WINOGRAD_TILES": conv_module,
-        "BLOCK_SCORES": attention_module,
-    }
+    limits = [
+        *((pieces_module, name) for name in ("PIECE", "WORTH_THREADS")),
+        *((conv_module, name) for name in ("BLOCK_BYTES", "WEIGHT_BLOCK_BYTES")),
+        *((winograd_module, name) for name in ("BLOCK_BYTES", "WEIGHT_BLOCK_BYTES")),
+        *((winograd_module, name) for name in ("KERNEL_BYTES", "LEAST_TILES", "LEAST_COLUMNS")),
+        (attention_module, "BLOCK_SCORES"),
+    ]
     with pytest.MonkeyPatch.context() as patch:
-        for name, module in limits.items() if size else ():
-            patch.setattr(module, name, 1 if name == "WINOGRAD_TILES" else size)
+        for module, name in limits if size else ():
+            patch.setattr(module, name, 1 if name.startswith("LEAST") else size)
         yield
 
 

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 # package imports nothing until it is asked for something.
 ORDER = """
     backend team config files machine
-    nn.protocol nn nn.pieces nn.activations nn.functional nn.conv nn.attention nn.layers
-    nn.gradcheck
+    nn.protocol nn nn.pieces nn.activations nn.functional nn.norms nn.windows nn.winograd nn.conv
+    nn.attention nn.layers nn.gradcheck
     models.weights models.tokenizer
     models.blocks models.levels models.unet models.autoencoder models.text_encoder models
     diffusion diffusion.schedule diffusion.objective diffusion.samplers

@@ -16,12 +16,12 @@ from tinyldm import backend
 from tinyldm.backend import (
     DeviceError,
     array_module,
-    blas_threads,
     cores,
     describe,
     erf,
     map_threads,
     on_host,
+    one_blas_thread,
     to_device,
 )
 
@@ -174,7 +174,7 @@ def test_the_matrix_products_inside_run_on_one_thread_each():
 
 def test_blas_threads():
     before = blas_thread_counts()
-    with blas_threads(1):
+    with one_blas_thread():
         assert blas_thread_counts() == {1}
     assert blas_thread_counts() == before
 

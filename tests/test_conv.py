@@ -57,8 +57,8 @@ def test_gradients(algorithm, data, piece):
 def test_the_algorithm_chosen_is_one_that_can(call):
     x, w, *b = call.arrays()
     padding = reference.four_sides(call.options["padding"])
-    pixels = np.prod(call(x, w)[0].shape[:3])
-    chosen = algorithms_for(w.shape, call.options["stride"], padding, pixels)[0]
+    outputs = call(x, w)[0].shape[:3]
+    chosen = algorithms_for(w.shape, call.options["stride"], padding, outputs)[0]
     y, backward = call(x, w, *b)
     expected, chosen_back = forced(call, chosen)(x, w, *b)
     assert np.array_equal(y, expected)
@@ -92,10 +92,12 @@ def test_without_weight_gradients_dx_is_the_same(algorithm, data):
     assert none == [None, None]
 
 
-@pytest.mark.parametrize("algorithm", ["winograd", "gather"])
+@pytest.mark.parametrize(
+    "algorithm, tol", [("winograd4", 5e-6), ("winograd2", 2e-6), ("gather", 2e-6)]
+)
 @pytest.mark.parametrize("c", [32, 320])
-def test_the_error_of_float32(algorithm, c):
-    """Winograd's sums of differences cost less than a digit: 1e-6 of the largest value."""
+def test_the_error_of_float32(algorithm, tol, c):
+    """Of the largest value: Winograd's sums of differences cost a digit at most."""
     rng = np.random.default_rng(c)
     x, dy = rng.standard_normal((2, 1, 16, 16, c))
     w = rng.standard_normal((3, 3, c, c)) / (3 * np.sqrt(c))
@@ -105,7 +107,7 @@ def test_the_error_of_float32(algorithm, c):
         results.append([y, *backward(dy.astype(dtype))[:2]])
     for exact, z in zip(*results, strict=True):
         assert z.dtype == "float32"
-        assert np.abs(z - exact).max() <= 2e-6 * np.abs(exact).max()
+        assert np.abs(z - exact).max() <= tol * np.abs(exact).max()
 
 
 # --------------------------------------------------------------------------------------------- laws

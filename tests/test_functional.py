@@ -23,6 +23,7 @@ from tinyldm.nn import activations
 from tinyldm.nn import functional as F
 from tinyldm.nn.attention import attention
 from tinyldm.nn.conv import conv2d
+from tinyldm.nn.norms import group_norm, layer_norm
 
 # ----------------------------------------------------------------------------------- every function
 
@@ -54,14 +55,14 @@ NATURAL = [
     Call(activations.gelu, {"x": (2, 77, 256)}, 4),
     Call(activations.geglu, {"x": (2, 256, 256)}, 5),
     Call(
-        F.group_norm, {"x": (2, 16, 16, 64), "w": (64,), "b": (64,)}, 6,
+        group_norm, {"x": (2, 16, 16, 64), "w": (64,), "b": (64,)}, 6,
         {"groups": 16, "eps": 1e-6},
     ),
     Call(
-        F.group_norm, {"x": (2, 8, 8, 128), "w": (128,), "b": (128,)}, 7,
+        group_norm, {"x": (2, 8, 8, 128), "w": (128,), "b": (128,)}, 7,
         {"groups": 32, "eps": 1e-5, "silu": True},
     ),
-    Call(F.layer_norm, {"x": (2, 256, 64), "w": (64,), "b": (64,)}, 8, {"eps": 1e-5}),
+    Call(layer_norm, {"x": (2, 256, 64), "w": (64,), "b": (64,)}, 8, {"eps": 1e-5}),
     Call(F.upsample_nearest, {"x": (2, 8, 8, 64)}, 9, {"size": (15, 16)}),
     Call(F.concatenate, {"x": (2, 8, 8, 64), "y": (2, 8, 8, 32)}, 10),
     Call(F.mse, {"x": (2, 16, 16, 4), "target": (2, 16, 16, 4)}, 11),
@@ -114,7 +115,7 @@ def test_group_norm_has_the_moments_of_its_definition(call):
 def test_group_norm_undoes_a_scale_if_eps_has_it_too(call, scale, shift):
     x, w, b = call.arrays()
     groups, eps = call.options["groups"], call.options["eps"]
-    moved, _ = F.group_norm(scale * x + shift, w, b, groups, eps * scale**2)
+    moved, _ = group_norm(scale * x + shift, w, b, groups, eps * scale**2)
     assert_near(moved, call(x, w, b)[0], tol=1e-10)
 
 
@@ -140,7 +141,7 @@ def test_group_norm_gradient_loses_two_directions(call):
 @given(group_norm_calls(silu=False))
 def test_group_norm_with_silu_is_group_norm_then_silu(call):
     x, w, b = call.arrays()
-    y, fused_back = F.group_norm(x, w, b, **call.options | {"silu": True})
+    y, fused_back = group_norm(x, w, b, **call.options | {"silu": True})
     h, norm_back = call(x, w, b)
     expected, silu_back = activations.silu(h)
     dy = random_array(np.random.default_rng(call.seed + 1), y.shape)
@@ -154,7 +155,7 @@ def test_group_norm_with_silu_is_group_norm_then_silu(call):
 def test_group_norm_of_a_constant_is_the_shift(value, dtype):
     x = np.full((2, 4, 4, 6), value, dtype)
     w, b = (random_array(np.random.default_rng(i), (6,), dtype) for i in (0, 1))
-    y, backward = F.group_norm(x, w, b, groups=3, eps=1e-5)
+    y, backward = group_norm(x, w, b, groups=3, eps=1e-5)
     assert np.array_equal(y, np.broadcast_to(b, y.shape))
     dx, dw, db = backward(np.ones_like(y))
     assert np.isfinite(dx).all()
@@ -170,8 +171,8 @@ def test_group_norm_in_float32_far_from_zero(side, far):
     x = np.random.default_rng(0).normal(far, 1, (2, side, side, 64)).astype("float32")
     x[:, 0, 0] += 30
     one, zero = np.ones(64, "float32"), np.zeros(64, "float32")
-    y, _ = F.group_norm(x, one, zero, groups=2, eps=1e-5)
-    expected, _ = F.group_norm(*(a.astype("float64") for a in (x, one, zero)), groups=2, eps=1e-5)
+    y, _ = group_norm(x, one, zero, groups=2, eps=1e-5)
+    expected, _ = group_norm(*(a.astype("float64") for a in (x, one, zero)), groups=2, eps=1e-5)
     assert np.abs(y - expected).max() < 1e-5
 
 
@@ -180,7 +181,7 @@ def test_layer_norm_is_a_group_norm_of_single_places(seed, shift, scale):
     rng = np.random.default_rng(seed)
     x, w, b = (random_array(rng, shape) for shape in [(4, 9), (9,), (9,)])
     x = scale * x + shift
-    assert_near(F.layer_norm(x, w, b, 1e-5)[0], F.group_norm(x, w, b, 1, 1e-5)[0], tol=1e-11)
+    assert_near(layer_norm(x, w, b, 1e-5)[0], group_norm(x, w, b, 1, 1e-5)[0], tol=1e-11)
 
 
 # -------------------------------------------------------------------------------- shape and joining

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from tinyldm.backend import blas_threads, cores, map_batch, map_threads
+from tinyldm.backend import cores, map_batch, map_threads, one_blas_thread
 from tinyldm.nn import functional as F
 from tinyldm.nn import no_grad
 from tinyldm.nn.protocol import add_grad
@@ -209,7 +209,7 @@ def test_blas_has_all_threads_for_a_single_item():
 
 @pytest.mark.usefixtures("two_blas_threads")
 def test_limits_of_blas_can_be_nested():
-    with blas_threads(1):
+    with one_blas_thread():
         assert map_threads(blas_counts, range(2), WORKERS) == [{1}] * 2
         assert blas_counts() == {1}
     assert blas_counts() == {2}

@@ -86,6 +86,6 @@ def test_spread_is_the_matrix_product(p, q, n, strip):
     matrix, x = rng.standard_normal((p, q)), rng.standard_normal((q, n))
     out = np.full((p, n), np.nan)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces_module, "STRIP", strip)
+        patch.setattr(pieces_module, "STRIPS", (strip, 3))
         spread(matrix, x, out)
     assert np.allclose(out, matrix @ x, rtol=1e-13, atol=1e-13)

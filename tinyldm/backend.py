@@ -117,11 +117,23 @@ def has_small_products() -> bool:
     )
 
 
+_held = []  # an entry for each `with one_blas_thread()` that is under way
+
+
 @contextlib.contextmanager
-def blas_threads(count: int) -> Iterator[None]:
-    """Hold the BLAS library to `count` threads for the length of a `with` block."""
-    with _thread_controller().limit(limits=count, user_api="blas"):
-        yield
+def one_blas_thread() -> Iterator[None]:
+    """Hold the BLAS library to one thread for the length of a `with` block: the cores are taken."""
+    with _thread_controller().limit(limits=1, user_api="blas"):
+        _held.append(None)
+        try:
+            yield
+        finally:
+            _held.pop()
+
+
+def free_cores() -> int:
+    """How many cores an operation may use: all of them, or 1 where others share the work."""
+    return 1 if _held else cores()
 
 
 def only_thread() -> bool:
@@ -139,10 +151,10 @@ def map_threads(function: Callable, items: Iterable, workers: int | None = None)
     first item that fails raises its exception, once all threads have ended.
     """
     items = list(items)
-    workers = min(workers or cores(), len(items))
-    if workers <= 1 or threading.current_thread().name.startswith(WORKER):  # never two levels
+    workers = min(workers or free_cores(), len(items))
+    if workers <= 1 or _held:  # never two levels
         return [function(item) for item in items]
-    with blas_threads(1):
+    with one_blas_thread():
         futures = [
             _pool(workers).submit(contextvars.copy_context().run, function, item) for item in items
         ]
@@ -158,7 +170,7 @@ def map_batch(function: Callable[..., Array], *arrays: Array, size: int = 64) ->
     """
     n = len(arrays[0])
     host = on_host(arrays[0])
-    count = max(-(-n // size), min(cores(), n) if host else 1)
+    count = max(-(-n // size), min(free_cores(), n) if host else 1)
     bounds = [n * i // count for i in range(count + 1)]
 
     def part(i):

@@ -3,8 +3,10 @@
 In a container the machine is larger than the share: the limits of its control groups count too.
 """
 
+import ctypes
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,3 +107,16 @@ def _read(file):
         return file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def keep_freed_memory(most: int = 2**30) -> None:
+    """Have the C library keep what is freed, up to `most` bytes, for the arrays that come next.
+
+    Otherwise it hands large arrays back at once, and each new one is given to it page by page,
+    cleared: a twentieth of the time of a train step. Only glibc is known to be told so.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_max = -1, -4  # of malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, most)
+        libc.mallopt(mmap_max, 0)

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, Pipe
 
 import numpy as np
 
-from tinyldm.backend import WORKER, blas_threads, cores, only_thread
+from tinyldm.backend import WORKER, cores, one_blas_thread, only_thread
 
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 PRESET = "TINYLDM_PROCESSES"
@@ -113,7 +113,7 @@ def team(function: Callable, size: int) -> Iterator[Team]:
             there.close()
             connections.append(here)
             processes.append(process)
-        with blas_threads(1) if size > 1 else contextlib.nullcontext():
+        with one_blas_thread() if size > 1 else contextlib.nullcontext():
             yield Team(function, connections)
     finally:
         for connection in connections:
@@ -133,7 +133,7 @@ def _serve(function, connection, not_ours):
             other.close()  # or it would not be closed when the first process ends
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # the first process decides
-        with blas_threads(1), contextlib.suppress(EOFError, OSError):
+        with one_blas_thread(), contextlib.suppress(EOFError, OSError):
             while True:
                 connection.send(_attempt(function, connection.recv()))
     finally:

@@ -69,7 +69,9 @@ class ResnetBlock(Layer):
             dx = shortcut_back(dy, grads) if self.shortcut else dy
             dh = norm2_back(conv2_back(dy, grads), grads)
             dtime = silu_back(time_back(dh.sum(axis=(1, 2)), grads)) if self.time_proj else None
-            return dx + norm1_back(conv1_back(dh, grads), grads), dtime
+            dh = norm1_back(conv1_back(dh, grads), grads)
+            dh += dx
+            return dh, dtime
 
         return h, backward
 
@@ -115,9 +117,12 @@ class Attention(Layer):
 
         def backward(dy, grads):
             dq, dk, dv = attend_back(out_back(dy, grads))
-            dx = q_back(dq, grads)
-            dsource = k_back(dk, grads) + v_back(dv, grads)
-            return (dx + dsource, None) if is_self else (dx, dsource)
+            dx, dsource = q_back(dq, grads), k_back(dk, grads)
+            dsource += v_back(dv, grads)
+            if not is_self:
+                return dx, dsource
+            dx += dsource
+            return dx, None
 
         return y, backward
 
@@ -156,22 +161,27 @@ class TransformerBlock(Layer):
 
     def __call__(self, params: Params, x: Array, context: Array) -> tuple[Array, Backward]:
         h, norm1_back = self.norm1(params, x)
-        h, attn1_back = self.attn1(params, h)
-        x1 = x + h
+        x1, attn1_back = self.attn1(params, h)
+        x1 += x
         h, norm2_back = self.norm2(params, x1)
-        h, attn2_back = self.attn2(params, h, context)
-        x2 = x1 + h
+        x2, attn2_back = self.attn2(params, h, context)
+        x2 += x1
         h, norm3_back = self.norm3(params, x2)
-        h, ff_back = self.ff(params, h)
+        y, ff_back = self.ff(params, h)
+        y += x2
 
         def backward(dy, grads):
-            dx2 = dy + norm3_back(ff_back(dy, grads), grads)
+            dx2 = norm3_back(ff_back(dy, grads), grads)
+            dx2 += dy
             dh, dcontext = attn2_back(dx2, grads)
-            dx1 = dx2 + norm2_back(dh, grads)
+            dx1 = norm2_back(dh, grads)
+            dx1 += dx2
             dh, _ = attn1_back(dx1, grads)
-            return dx1 + norm1_back(dh, grads), dcontext
+            dx = norm1_back(dh, grads)
+            dx += dx1
+            return dx, dcontext
 
-        return x2 + h, backward
+        return y, backward
 
 
 class SpatialTransformer(Layer):
@@ -217,10 +227,12 @@ class SpatialTransformer(Layer):
             for block_back in reversed(block_backs):
                 dh, dblock_context = block_back(dh, grads)
                 dcontext = plus(dcontext, dblock_context)
-            dh = in_back(dh.reshape(n, height, w, c), grads)
-            return dy + norm_back(dh, grads), dcontext
+            dx = norm_back(in_back(dh.reshape(n, height, w, c), grads), grads)
+            dx += dy
+            return dx, dcontext
 
-        return x + h, backward
+        h += x
+        return h, backward
 
 
 class SpatialAttention(Layer):
@@ -237,9 +249,13 @@ class SpatialAttention(Layer):
 
         def backward(dy, grads):
             dh, _ = attention_back(dy.reshape(n, height * w, c), grads)
-            return dy + norm_back(dh.reshape(n, height, w, c), grads)
+            dx = norm_back(dh.reshape(n, height, w, c), grads)
+            dx += dy
+            return dx
 
-        return x + h.reshape(n, height, w, c), backward
+        y = h.reshape(n, height, w, c)
+        y += x
+        return y, backward
 
 
 class Upsample(Layer):

@@ -7,7 +7,7 @@ The sigmoid, the slope of SiLU and the normal distribution are plain functions, 
 import math
 
 from tinyldm.backend import Array, array_module, erf
-from tinyldm.nn.pieces import as_rows, pieces
+from tinyldm.nn.pieces import as_rows, each_piece
 from tinyldm.nn.protocol import Backward, differentiable
 
 
@@ -30,13 +30,19 @@ def silu(x: Array) -> tuple[Array, Backward]:
     """y = x σ(x) (Ramachandran et al. 2017, "Searching for activation functions")."""
     xp = array_module(x)
     y = xp.empty(x.shape, x.dtype)
-    for x_, y_ in pieces(as_rows(x), as_rows(y)):
+
+    def piece(x_, y_):
         xp.multiply(x_, sigmoid(x_), out=y_)
+
+    each_piece(piece, as_rows(x), as_rows(y))
 
     def backward(dy):
         dx = xp.empty(x.shape, x.dtype)
-        for x_, dy_, dx_ in pieces(as_rows(x), as_rows(dy), as_rows(dx)):
+
+        def piece(x_, dy_, dx_):
             xp.multiply(dy_, silu_slope(x_), out=dx_)
+
+        each_piece(piece, as_rows(x), as_rows(dy), as_rows(dx))
         return dx
 
     return y, backward
@@ -47,14 +53,20 @@ def quick_gelu(x: Array) -> tuple[Array, Backward]:
     """y = x σ(1.702 x), CLIP's approximation of GELU (Hendrycks & Gimpel 2016, section 2)."""
     xp = array_module(x)
     y = xp.empty(x.shape, x.dtype)
-    for x_, y_ in pieces(as_rows(x), as_rows(y)):
+
+    def piece(x_, y_):
         xp.multiply(x_, sigmoid(1.702 * x_), out=y_)
+
+    each_piece(piece, as_rows(x), as_rows(y))
 
     def backward(dy):
         dx = xp.empty(x.shape, x.dtype)
-        for x_, dy_, dx_ in pieces(as_rows(x), as_rows(dy), as_rows(dx)):
+
+        def piece(x_, dy_, dx_):
             s = sigmoid(1.702 * x_)
             xp.multiply(dy_, s * (1 + 1.702 * x_ * (1 - s)), out=dx_)
+
+        each_piece(piece, as_rows(x), as_rows(dy), as_rows(dx))
         return dx
 
     return y, backward
@@ -65,13 +77,19 @@ def gelu(x: Array) -> tuple[Array, Backward]:
     """y = x Φ(x), with Φ the exact normal distribution (Hendrycks & Gimpel 2016, section 2)."""
     xp = array_module(x)
     y = xp.empty(x.shape, x.dtype)
-    for x_, y_ in pieces(as_rows(x), as_rows(y)):
+
+    def piece(x_, y_):
         xp.multiply(x_, normal_cdf(x_), out=y_)
+
+    each_piece(piece, as_rows(x), as_rows(y))
 
     def backward(dy):
         dx = xp.empty(x.shape, x.dtype)
-        for x_, dy_, dx_ in pieces(as_rows(x), as_rows(dy), as_rows(dx)):
+
+        def piece(x_, dy_, dx_):
             xp.multiply(dy_, normal_cdf(x_) + x_ * _normal_density(x_), out=dx_)
+
+        each_piece(piece, as_rows(x), as_rows(dy), as_rows(dx))
         return dx
 
     return y, backward
@@ -83,15 +101,19 @@ def geglu(x: Array) -> tuple[Array, Backward]:
     xp = array_module(x)
     d = x.shape[-1] // 2
     y = xp.empty((*x.shape[:-1], d), x.dtype)
-    for x_, y_ in pieces(as_rows(x), as_rows(y)):
+
+    def piece(x_, y_):
         value, gate = x_[:, :d], x_[:, d:]
         cdf = normal_cdf(gate)
         cdf *= gate
         xp.multiply(value, cdf, out=y_)
 
+    each_piece(piece, as_rows(x), as_rows(y))
+
     def backward(dy):
         dx = xp.empty(x.shape, x.dtype)
-        for x_, dy_, dx_ in pieces(as_rows(x), as_rows(dy), as_rows(dx)):
+
+        def piece(x_, dy_, dx_):
             value, gate = x_[:, :d], x_[:, d:]
             cdf = normal_cdf(gate)
             slope = _normal_density(gate)
@@ -101,6 +123,8 @@ def geglu(x: Array) -> tuple[Array, Backward]:
             cdf *= gate
             xp.multiply(dy_, cdf, out=dx_[:, :d])
             xp.multiply(dy_, slope, out=dx_[:, d:])
+
+        each_piece(piece, as_rows(x), as_rows(dy), as_rows(dx))
         return dx
 
     return y, backward

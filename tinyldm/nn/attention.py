@@ -13,7 +13,7 @@ one more column of ones in v adds up the probabilities.
 import math
 
 from tinyldm.backend import Array, array_module, on_host
-from tinyldm.nn.pieces import blocks, empty, product, scratch
+from tinyldm.nn.pieces import blocks, empty, on_free_cores, product, scratch
 from tinyldm.nn.protocol import Backward, differentiable
 
 BLOCK_SCORES = 2**18  # scores at a time: 1 MiB of float32
@@ -43,7 +43,8 @@ def attention(
     shift = not _within(SAFE_SCORE, q, k, scale)
     y, log_sum = empty((n, l, e), q), empty((n, heads, l, 1), q)
     y_ = _split_heads(y, heads)
-    for ns, hs, ls in _score_blocks(n, heads, l, m, block):
+
+    def forward(ns, hs, ls):
         (p,) = _scores(queries[ns, hs, ls], keys_t[ns, hs])  # (samples, heads, queries, m)
         if causal:
             p += _hidden(xp, ls, m)
@@ -56,6 +57,10 @@ def attention(
         xp.divide(sums[..., :-1], total, out=y_[ns, hs, ls])
         log_sum[ns, hs, ls] = xp.log(total) + (top if shift else 0)
 
+    head_blocks, query_blocks = _score_blocks(n, heads, l, m, block)
+    work = [(ns, hs, ls) for ns, hs in head_blocks for ls in query_blocks]
+    on_free_cores(lambda item: forward(*item), work, n * heads * l * m, q)
+
     def backward(dy):
         # softmax: ds = p (dp − Σ p dp), where Σ p dp = Σ dy y
         dys = _widened(dy, heads, 0)
@@ -67,15 +72,22 @@ def attention(
         dqs, dks, dvs = (
             xp.zeros(x.shape, x.dtype) for x in (queries[..., :-1], keys, values[..., :-1])
         )
-        for ns, hs, ls in _score_blocks(n, heads, l, m, block):
-            p, ds = _scores(queries[ns, hs, ls], keys_t[ns, hs], dys[ns, hs, ls], values_t[ns, hs])
-            if causal:
-                p += _hidden(xp, ls, m)
-            xp.exp(p, out=p)
-            ds *= p
-            xp.matmul(ds, keys[ns, hs], out=dqs[ns, hs, ls])
-            dks[ns, hs] += ds.swapaxes(2, 3) @ queries[ns, hs, ls, :-1]
-            dvs[ns, hs] += p.swapaxes(2, 3) @ dys[ns, hs, ls, :-1]
+
+        def part(heads_):
+            ns, hs = heads_
+            for ls in query_blocks:
+                p, ds = _scores(
+                    queries[ns, hs, ls], keys_t[ns, hs], dys[ns, hs, ls], values_t[ns, hs]
+                )
+                if causal:
+                    p += _hidden(xp, ls, m)
+                xp.exp(p, out=p)
+                ds *= p
+                xp.matmul(ds, keys[ns, hs], out=dqs[ns, hs, ls])
+                dks[ns, hs] += ds.swapaxes(2, 3) @ queries[ns, hs, ls, :-1]
+                dvs[ns, hs] += p.swapaxes(2, 3) @ dys[ns, hs, ls, :-1]
+
+        on_free_cores(part, head_blocks, n * heads * l * m, q)
         dqs *= scale
         return tuple(_join_heads(dx) for dx in (dqs, dks, dvs))
 
@@ -93,10 +105,9 @@ def _scores(*pairs):
 
 
 def _score_blocks(n, heads, l, m, budget):
-    """Yield (samples, heads, queries): slices that have at most `budget` scores together."""
-    for ns, hs in blocks(n, heads, l * m, budget):
-        for _, ls in blocks(1, l, m, max(budget, 1) if l * m > budget else l * m):
-            yield ns, hs, ls
+    """[(samples, heads)], [queries]: any of both together have at most `budget` scores."""
+    queries = blocks(1, l, m, max(budget, 1) if l * m > budget else l * m)
+    return list(blocks(n, heads, l * m, budget)), [ls for _, ls in queries]
 
 
 def _within(limit, q, k, scale):

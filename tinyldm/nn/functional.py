@@ -11,11 +11,10 @@ complex-step derivative of `check_gradients`, so everything stays analytic: no `
 buffer of a real dtype, and comparisons look at the real part.
 """
 
-import functools
 import math
 
 from tinyldm.backend import Array, array_module, on_host
-from tinyldm.nn.pieces import as_rows, empty, pieces, product, scratch
+from tinyldm.nn.pieces import as_rows, empty, product
 from tinyldm.nn.protocol import Backward, differentiable
 
 # ------------------------------------------------------------------------------------------ linear
@@ -77,139 +76,6 @@ def offset(x: Array, table: Array) -> tuple[Array, Backward]:
         return dy, dtable
 
     return x + table[:l], backward
-
-
-# ---------------------------------------------------------------------------------- normalisations
-
-
-@differentiable
-def group_norm(
-    x: Array, w: Array, b: Array, groups: int, eps: float, silu: bool = False
-) -> tuple[Array, Backward]:
-    """Normalise each group of channels over a picture, scale, shift; x (n, ..., c), w and b (c,).
-
-    y = w (x − mean) / √(variance + eps) + b (Wu & He 2018, section 3). With `silu` the activation
-    that follows is applied while the data are in the cache, and its input is made again in the
-    backward pass instead of being kept.
-    """
-    xp = array_module(x)
-    c = x.shape[-1]
-    x3 = x.reshape(x.shape[0], -1, c)
-    y = empty(x3.shape, x, w)
-    group_means = _group_means(xp, c, groups, y.dtype.name)
-    # Far from zero E[x²] − E[x]² cancels, and the rounding of a mean shows in y. So the moments are
-    # those of x − guess: the mean of every eighth position, off by √8 standard deviations at most.
-    # Per sample and channel: what to subtract, what to multiply by.
-    mean = group_means(_channel_means(x3[:, ::8]))
-    rstd = xp.empty_like(mean)
-    half = 0.5 if silu else 1  # z σ(z) = h (1 + tanh h) for h = z / 2
-    for x_, y_, mean_, rstd_ in pieces(x3, y, mean, rstd):
-        other = scratch(y_, y_.size)[0].reshape(y_.shape)
-        xp.subtract(x_, mean_, out=y_)
-        xp.multiply(y_, y_, out=other)
-        rest, square = group_means(_channel_means(y_, other))
-        mean_ += rest
-        rstd_[...] = 1 / xp.sqrt(square - rest * rest + eps)
-        scale = rstd_ * (half * w)
-        y_ *= scale
-        y_ += half * b - rest * scale
-        if silu:
-            xp.tanh(y_, out=other)
-            other += 1
-            y_ *= other
-
-    def backward(dy, weights=True):
-        dx = empty(x3.shape, dy, w)
-        dw_db = xp.zeros((2, c), dx.dtype)
-        for x_, dy_, dx_, mean_, rstd_ in pieces(x3, dy.reshape(x3.shape), dx, mean, rstd):
-            normal, h, slope = (flat.reshape(dx_.shape) for flat in scratch(dx_, *[dx_.size] * 3))
-            xp.subtract(x_, mean_, out=normal)
-            normal *= rstd_
-            if silu:  # dz = ½ (1 + t) (1 + h (1 − t)) dy, t = tanh h
-                xp.multiply(normal, 0.5 * w, out=h)
-                h += 0.5 * b
-                xp.tanh(h, out=dx_)
-                xp.subtract(1, dx_, out=slope)
-                slope *= h
-                slope += 1
-                dx_ += 1
-                slope *= dx_
-                slope *= dy_
-                dy_ = slope
-            xp.multiply(dy_, normal, out=h)
-            means = half * _channel_means(h, dy_)
-            dw_db += means.sum(axis=(1, 2)) * x3.shape[1]
-            # dx = rstd · (w dz − mean(w dz) − normal · mean(w dz · normal)), means over a group
-            along, across = group_means(means * w) * rstd_
-            xp.multiply(dy_, rstd_ * (half * w), out=dx_)
-            normal *= along
-            normal += across
-            dx_ -= normal
-        return dx.reshape(x.shape), *(dw_db if weights else (None, None))
-
-    return y.reshape(x.shape), backward
-
-
-def _channel_means(*arrays):
-    """Means over positions, (n, p, c) → (n, 1, c), as a matrix product: faster than `mean` here.
-
-    Those of several arrays come in one, as (number of arrays, n, 1, c).
-    """
-    xp = array_module(arrays[0])
-    n, p, c = arrays[0].shape
-    weights = xp.full((1, p), 1 / p, arrays[0].dtype)
-    if len(arrays) == 1:
-        return weights @ arrays[0]
-    means = empty((len(arrays), n, 1, c), arrays[0])
-    for x, mean in zip(arrays, means, strict=True):
-        xp.matmul(weights, x, out=mean)
-    return means
-
-
-@functools.cache
-def _group_means(xp, c, groups, dtype):
-    """A function that replaces each channel (..., c) by the mean of its group."""
-    size = c // groups
-    members = (xp.arange(groups)[:, None] == xp.arange(c) // size).astype(dtype)  # (groups, c)
-    weights = members.T * (1 / size)
-    return lambda x: (x @ weights) @ members
-
-
-@differentiable
-def layer_norm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Backward]:
-    """Normalise the last axis, scale, shift; x (..., d), w and b (d,) (Ba et al. 2016, eq. 3)."""
-    xp = array_module(x)
-    x2 = as_rows(x)
-    y = xp.empty_like(x2)
-    mean = xp.empty((x2.shape[0], 1), x.dtype)
-    rstd = xp.empty_like(mean)
-    average = xp.full((x2.shape[1], 1), 1 / x2.shape[1], x.dtype)
-    for x_, y_, mean_, rstd_ in pieces(x2, y, mean, rstd):
-        mean_[...] = x_ @ average
-        xp.subtract(x_, mean_, out=y_)
-        rstd_[...] = 1 / xp.sqrt((y_ * y_) @ average + eps)
-        y_ *= rstd_
-        y_ *= w
-        y_ += b
-
-    def backward(dy, weights=True):
-        dx = xp.empty_like(x2)
-        dw, db = xp.zeros_like(w), xp.zeros_like(b)
-        for x_, dy_, dx_, mean_, rstd_ in pieces(x2, as_rows(dy), dx, mean, rstd):
-            normal = x_ - mean_
-            normal *= rstd_
-            xp.multiply(dy_, w, out=dx_)
-            correlation = (dx_ * normal) @ average
-            if weights:
-                dw += (dy_ * normal).sum(axis=0)
-                db += dy_.sum(axis=0)
-            dx_ -= dx_ @ average
-            normal *= correlation
-            dx_ -= normal
-            dx_ *= rstd_
-        return (dx.reshape(x.shape), dw, db) if weights else (dx.reshape(x.shape), None, None)
-
-    return y.reshape(x.shape), backward
 
 
 # -------------------------------------------------------------------------------- shape and joining

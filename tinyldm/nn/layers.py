@@ -13,6 +13,7 @@ from numpy.random import Generator
 from tinyldm.backend import Array
 from tinyldm.nn import functional as F
 from tinyldm.nn.conv import Padding, conv2d
+from tinyldm.nn.norms import group_norm, layer_norm
 from tinyldm.nn.protocol import Backward, Params, add_grad, wants
 
 Shape = tuple[int, ...]
@@ -153,7 +154,7 @@ class GroupNorm(Layer):
 
     def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
         w, b = params[self.weight], params[self.bias]
-        y, norm_back = F.group_norm(x, w, b, self.groups, self.eps, self.silu)
+        y, norm_back = group_norm(x, w, b, self.groups, self.eps, self.silu)
         return y, named(norm_back, self.weight, self.bias)
 
 
@@ -167,7 +168,7 @@ class LayerNorm(Layer):
         return {self.weight: ((self.d,), ones), self.bias: ((self.d,), zeros)}
 
     def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
-        y, norm_back = F.layer_norm(x, params[self.weight], params[self.bias], self.eps)
+        y, norm_back = layer_norm(x, params[self.weight], params[self.bias], self.eps)
         return y, named(norm_back, self.weight, self.bias)
 
 

@@ -6,15 +6,24 @@ the cache, are far cheaper than the same passes over the whole, one after the ot
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from tinyldm.backend import Array, array_module, has_small_products, on_host
+from tinyldm.backend import (
+    Array,
+    array_module,
+    free_cores,
+    has_small_products,
+    map_threads,
+    on_host,
+)
+from tinyldm.machine import keep_freed_memory
 
-# Elements of one array that a memory-bound loop touches at a time: 256 KiB of float32, so that
-# the handful of arrays it works on stays in a core's second-level cache.
-PIECE = 2**16
+# Elements of one array that a memory-bound loop touches at a time: 512 KiB of float32. With fewer,
+# calls would take as long as their work; more would no longer lie in the cache.
+PIECE = 2**17
+WORTH_THREADS = 2**20  # numbers; for less, waking a thread takes too long
 
 
 def as_rows(x: Array) -> Array:
@@ -51,6 +60,55 @@ def blocks(samples: int, rows: int, row_size: int, budget: float) -> Iterator[tu
                 yield slice(sample, sample + 1), slice(start, min(rows, start + some))
 
 
+def runs(x: Array) -> tuple[list[slice], list[slice]]:
+    """Cut x (n, rows, d) along its first axis or, where one sample is too large, the second too.
+
+    → (samples, rows); any of both together fit the cache. On a GPU there is one of each.
+    """
+    n, rows, d = x.shape
+    piece = PIECE if on_host(x) else x.size
+    samples = max(1, piece // (rows * d))
+    some = rows if rows * d <= piece else max(1, piece // d)
+    return (
+        [slice(i, i + samples) for i in range(0, n, samples)],
+        [slice(i, i + some) for i in range(0, rows, some)],
+    )
+
+
+# ----------------------------------------------------------------------------------- free cores
+#
+# In training each core has its own share of the batch. Where a single picture leaves cores without
+# work, the pieces of an operation are dealt out to them.
+
+
+def shares(work: list, size: int, like: Array) -> list[list]:
+    """Deal work on `size` numbers out to the cores that are free: a run of the list to each.
+
+    There is one run where the work is little, or on a GPU.
+    """
+    if size < WORTH_THREADS or len(work) == 1 or not on_host(like):
+        return [work]
+    count = min(len(work), free_cores())
+    return [work[len(work) * i // count : len(work) * (i + 1) // count] for i in range(count)]
+
+
+def on_free_cores(function: Callable, work: list, size: int, like: Array) -> list:
+    """`[function(item) for item in work]`, dealt out as by `shares`."""
+    dealt = shares(work, size, like)
+    if len(dealt) == 1:
+        return [function(item) for item in work]
+    parts = map_threads(lambda run: [function(item) for item in run], dealt)
+    return [result for part in parts for result in part]
+
+
+def each_piece(function: Callable, *arrays: Array) -> list:
+    """`function` of each of their `pieces`, on the cores that are free."""
+    if arrays[0].size <= PIECE:
+        return [function(*arrays)]
+    cut = list(pieces(*arrays))
+    return on_free_cores(lambda piece: function(*piece), cut, arrays[0].size, arrays[0])
+
+
 # ------------------------------------------------------------------------------------ memory
 #
 # A vector register of 64 bytes that lies across two cache lines costs twice as much to load or
@@ -60,6 +118,7 @@ ALIGNMENT = 64  # bytes
 UNALIGNED = 4096  # numbers; what is smaller is as it comes: the call would cost more
 
 _thread = threading.local()
+keep_freed_memory()
 
 
 def empty(shape: tuple[int, ...], *like: Array) -> Array:
@@ -111,7 +170,7 @@ SMALL = 10**6
 TILE = (32, 64)  # rows and columns of a small product
 PANEL = 2**14  # numbers in a right-hand matrix that stays in the first-level cache, nearly
 FEW = 256  # rows too few to be worth copying the matrices
-STRIP = 1024  # columns at a time of a product with very few rows
+STRIPS = (1024, 768)  # columns at a time of a product with very few rows
 
 
 def product(a: Array, b: Array, out: Array) -> None:
@@ -146,9 +205,10 @@ def product(a: Array, b: Array, out: Array) -> None:
 def spread(matrix: Array, x: Array, out: Array) -> None:
     """out = matrix x, for a small matrix (p, q), x (q, n), out (p, n)."""
     n = x.shape[1]
-    end = n - n % STRIP if on_host(x) else 0
+    strip = next((strip for strip in STRIPS if n % strip == 0), STRIPS[0])
+    end = n - n % strip if on_host(x) else 0
     if end:
-        x_, out_ = (z[:, :end].reshape(len(z), -1, STRIP).swapaxes(0, 1) for z in (x, out))
+        x_, out_ = (z[:, :end].reshape(len(z), -1, strip).swapaxes(0, 1) for z in (x, out))
         np.matmul(matrix, x_, out=out_)
     if end < n:
         array_module(x).matmul(matrix, x[:, end:], out=out[:, end:])

@@ -1,0 +1,65 @@
+"""The windows of a convolution: what each of its outputs sees of the picture."""
+
+from collections.abc import Iterator
+
+from tinyldm.backend import Array, array_module, on_host
+from tinyldm.nn.pieces import blocks as cut_blocks
+from tinyldm.nn.pieces import shares
+
+
+def cut(
+    n: int, rows: int, row_bytes: int, budget: int, like: Array
+) -> list[list[tuple[slice, slice]]]:
+    """The outputs of n samples in blocks (samples, rows), dealt out to the threads that are free."""
+    budget = budget if on_host(like) else 64 * budget
+    size = n * rows * row_bytes // like.itemsize
+    return shares(list(cut_blocks(n, rows, row_bytes, budget)), size, like)
+
+
+def windows(
+    x: Array,
+    kernel: tuple[int, int],
+    stride: int,
+    padding: tuple[int, int, int, int],
+    out_w: int,
+    blocks: list[tuple[slice, slice]],
+) -> Iterator[tuple[slice, slice, Array]]:
+    """Yield (samples, output rows, windows): what the outputs of a block see, zeros around x.
+
+    windows [n, y, x, i, j, c] = x[n, y·stride + i − top, x·stride + j − left, c] is a view of a
+    buffer that is filled anew for the next block. blocks: (samples, output rows).
+    """
+    xp = array_module(x)
+    n, h, w, c = x.shape
+    kh, kw = kernel
+    top, _, left, _ = padding
+    width = (out_w - 1) * stride + kw  # of x with its padding, as far as it is seen
+    left_in, right_in = _inside(width, left, w)
+    padded = None
+    for ns, hs in blocks:
+        samples, rows = ns.stop - ns.start, hs.stop - hs.start
+        height = (rows - 1) * stride + kh
+        if padded is None or padded.shape[:2] != (samples, height):
+            padded = xp.zeros((samples, height, width, c), x.dtype)
+            sn, sh, sw, sc = padded.strides
+            seen = xp.lib.stride_tricks.as_strided(
+                padded,
+                (samples, rows, out_w, kh, kw, c),
+                (sn, sh * stride, sw * stride, sh, sw, sc),
+            )
+        first = hs.start * stride - top  # the row of x that is the first of `padded`
+        top_in, bottom_in = _inside(height, -first, h)
+        if top_in:
+            padded[:, :top_in] = 0
+        if bottom_in < height:
+            padded[:, bottom_in:] = 0
+        padded[:, top_in:bottom_in, left_in:right_in] = x[
+            ns, top_in + first : bottom_in + first, left_in - left : right_in - left
+        ]
+        yield ns, hs, seen
+
+
+def _inside(size, start, length):
+    """The part of 0…size that a picture of this length covers from `start` on."""
+    begin = min(size, max(0, start))
+    return begin, max(begin, min(size, start + length))
