@@ -8,7 +8,7 @@ import numpy as np
 from bench.compare import Rows, Run, speed
 from bench.measure import Step, entered
 from bench.nets import NetworkCase, Params, picture_difference, random_params
-from tinyldm.backend import Array, to_device
+from tinyldm.backend import Array, array_module, to_device
 from tinyldm.diffusion.samplers import ddim, guided
 from tinyldm.models import UNet
 from tinyldm.pipeline import Pipeline
@@ -61,8 +61,8 @@ class SamplingStep(NetworkCase):
         params = to_device(params, device)
         x, null_context, context = (to_device(array, device) for array in self.inputs())
         pipe = unet_pipeline(c.unet_config(), params, c.scheduler_config())
-        predictor = entered(pipe.predictor(2 * self.pictures))
-        predict = guided(predictor, context, null_context, c.guidance)
+        both = array_module(context).concatenate([null_context, context])
+        predict = guided(entered(pipe.predictor(both)), c.guidance)
         return lambda: ddim(predict, pipe.schedule, x, c.steps)
 
     def ours(self, params: Params, device: str) -> Step:

@@ -57,8 +57,8 @@ class Prediction(NetworkCase):
         """→ prediction."""
         z, t, context = self.inputs()
         pipe = unet_pipeline(self.config(), to_device(params, device), {})
-        predict = entered(pipe.predictor(len(z)))
-        return partial(predict, to_device(z, device), t, to_device(context, device))
+        predict = entered(pipe.predictor(to_device(context, device)))
+        return partial(predict, to_device(z, device), t)
 
     def theirs(self, params: Params, layout: str, device: str) -> Step:
         """The same with diffusers."""

@@ -18,7 +18,8 @@ ORDER = """
     nn.protocol nn nn.pieces nn.activations nn.functional nn.norms nn.windows nn.winograd nn.conv
     nn.attention nn.layers nn.gradcheck
     models.weights models.tokenizer
-    models.blocks models.levels models.unet models.autoencoder models.text_encoder models
+    models.context models.blocks models.levels models.unet models.autoencoder models.text_encoder
+    models
     diffusion diffusion.schedule diffusion.objective diffusion.samplers
     pipeline again
     data data.dataset data.shapes data.folder

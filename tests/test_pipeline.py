@@ -116,6 +116,40 @@ def test_a_picture_does_not_depend_on_its_company(pipe, sampler, n):
     assert len({picture.tobytes() for picture in together}) == len(PROMPTS)
 
 
+@pytest.mark.parametrize("processes", ["", "1", "2", "3"])
+@pytest.mark.parametrize("n, at_once", [(1, 64), (2, 64), (7, 1), (7, 2), (7, 64)])
+def test_steps_with_a_fixed_context_predict_what_single_calls_do(
+    pipe, monkeypatch, processes, n, at_once
+):
+    monkeypatch.setenv("TINYLDM_PROCESSES", processes)
+    monkeypatch.setattr(module, "SAMPLES_AT_ONCE", at_once)
+    context = pipe.embed([PROMPTS[i % 5] for i in range(n)])
+    with pipe.predictor(context) as predict:
+        for t in (900, 3):
+            x = start_noise(n, seed=t)
+            np.testing.assert_allclose(predict(x, t), pipe.predict(x, t, context), atol=1e-5)
+
+
+def test_what_depends_on_the_context_alone_is_made_once(pipe, monkeypatch):
+    """Then other weights there change nothing, and elsewhere they do."""
+    monkeypatch.setenv("TINYLDM_PROCESSES", "1")
+    params = dict(pipe.params["unet"])
+    monkeypatch.setitem(pipe.params, "unet", params)
+    x = start_noise(2)
+    with pipe.predictor(pipe.embed(PROMPTS[:2])) as predict:
+        before = predict(x, 5)
+        once = [n for n in params if "attn2.to_k" in n or "attn2.to_v" in n or "add_emb" in n]
+        assert len(once) > 10
+        for name in once:
+            params[name] = params[name] + 1
+        np.testing.assert_array_equal(predict(x, 5), before)
+        for name in params.keys() - set(once):
+            monkeypatch.setitem(params, name, params[name] + 0.1)
+            after = predict(x, 5)
+            assert not np.array_equal(after, before), name
+            before = after
+
+
 @pytest.mark.parametrize("sampler", module.SAMPLERS)
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_start_noise_is_that_of_seed_and_index(pipe, monkeypatch, sampler, n):
@@ -180,18 +214,18 @@ def test_guidance_zero_is_the_negative_prompt(pipe):
 @pytest.mark.parametrize(("guidance", "contexts"), [(1, 2), (1.0, 2), (1.5, 4), (0, 4), (-1, 4)])
 def test_without_guidance_nothing_is_computed_for_it(pipe, monkeypatch, guidance, contexts):
     """At guidance 1 neither U-Net nor text encoder sees the null context; else both halves run."""
-    rows, texts = [], []
-    predict, embed = pipe.predict, pipe.embed
+    seen, texts = [], []
+    unet, embed = pipe.unet, pipe.embed
     monkeypatch.setattr(module, "available", lambda: 1)  # else others would see them
-    monkeypatch.setattr(
-        pipe, "predict", lambda x, t, c: rows.append((len(x), c.copy())) or predict(x, t, c)
-    )
+    monkeypatch.setattr(module, "cores", lambda: 1)
+    monkeypatch.setattr(pipe, "unet", lambda p, x, t, c: seen.append((x, c)) or unet(p, x, t, c))
+    monkeypatch.setattr(pipe.unet, "config", unet.config, raising=False)
     monkeypatch.setattr(pipe, "embed", lambda t: texts.append(list(t)) or embed(t))
     paint(pipe, PROMPTS[:2], guidance=guidance)
-    assert [n for n, _ in rows] == [contexts] * STEPS
+    assert [len(x) for x, _ in seen] == [contexts] * STEPS
     assert texts == [PROMPTS[:2]] + ([["", ""]] if contexts == 4 else [])
-    for _, context in rows:
-        np.testing.assert_array_equal(context[-2:], embed(PROMPTS[:2]))
+    for _, context in seen:
+        np.testing.assert_array_equal(context.array[-2:], embed(PROMPTS[:2]))
 
 
 @pytest.mark.parametrize(

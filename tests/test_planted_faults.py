@@ -38,8 +38,9 @@ def plant(name, old="", new=""):
         source = source.replace(old, new)
     module = ModuleType(name)
     exec(compile(source, str(path), "exec"), module.__dict__)
-    limits = {"WINOGRAD_TILES": 1}
-    limits |= dict.fromkeys(("BLOCK_BYTES", "WEIGHT_BLOCK_BYTES", "BLOCK_SCORES"), SMALL)
+    limits = {"LEAST_TILES": 1, "LEAST_COLUMNS": 1}
+    sizes = ("BLOCK_BYTES", "WEIGHT_BLOCK_BYTES", "KERNEL_BYTES", "BLOCK_SCORES")
+    limits |= dict.fromkeys(sizes, SMALL)
     for limit, value in limits.items():
         if hasattr(module, limit):
             setattr(module, limit, value)
@@ -75,7 +76,8 @@ def losses(module):
 def convolutions(module):
     for algorithm, kernel, stride, padding in [
         ("pointwise", 1, 1, 0),
-        ("winograd", 3, 1, (1, 0, 0, 2)),
+        ("winograd4", 3, 1, (1, 0, 0, 2)),
+        ("winograd2", 3, 1, (1, 0, 0, 2)),
         ("gather", 3, 1, (1, 0, 0, 2)),
         ("scatter", 3, 1, (1, 0, 0, 2)),
         ("scatter", 3, 2, (0, 1, 0, 1)),
@@ -83,6 +85,26 @@ def convolutions(module):
         inputs = arrays((2, 5, 4, 3), (kernel, kernel, 3, 3), (3,))
         options = {"stride": stride, "padding": padding, "algorithm": algorithm}
         check(partial(module.conv2d, **options), inputs)
+
+
+def winograd(module):
+    """All three passes, of several blocks of tiles and of one block with several of kernels."""
+    top, bottom, left, right = padding = (1, 0, 0, 2)
+    for m in (2, 4):
+        for shape in ((2, 5, 4, 3), (1, 3, 2, 3)):
+
+            def conv2d(x, w, b, m=m):
+                outputs = (len(x), x.shape[1] + top + bottom - 2, x.shape[2] + left + right - 2)
+
+                def backward(dy):
+                    turned = w[::-1, ::-1].swapaxes(2, 3)
+                    around = (2 - top, 2 - bottom, 2 - left, 2 - right)
+                    dx = module.winograd(dy, turned, None, around, x.shape[:3], m)
+                    return dx, module.weight_gradient(x, dy, padding, m), dy.sum(axis=(0, 1, 2))
+
+                return module.winograd(x, w, b, padding, outputs, m), backward
+
+            check(conv2d, arrays(shape, (3, 3, 3, 3), (3,)))
 
 
 def attentions(module):
@@ -236,9 +258,9 @@ CHECKS = {
     "quick_gelu": function("quick_gelu", (6, 5)),
     "gelu": function("gelu", (6, 5)),
     "geglu": function("geglu", (6, 8)),
-    "group_norm": function("group_norm", (2, 5, 4), (4,), (4,), groups=2, eps=1e-2),
+    "group_norm": function("group_norm", (2, 7, 4), (4,), (4,), groups=2, eps=1e-2),
     "group_norm + silu": function(
-        "group_norm", (2, 5, 4), (4,), (4,), groups=2, eps=1e-2, silu=True
+        "group_norm", (2, 7, 4), (4,), (4,), groups=2, eps=1e-2, silu=True
     ),
     "offset": function("offset", (2, 3, 3), (4, 3)),
     "layer_norm": function("layer_norm", (6, 5), (5,), (5,), eps=1e-2),
@@ -248,6 +270,7 @@ CHECKS = {
     "l1": function("l1", (3, 4), (3, 4)),
     "kl": function("kl_to_standard_normal", (3, 4), (3, 4)),
     "conv2d": convolutions,
+    "winograd": winograd,
     "attention": attentions,
     "Linear": layer(lambda m: m.Linear("a", 3, 4), (2, 3)),
     "add_grad": used_twice,
@@ -310,45 +333,6 @@ FAULTS = {
             "xp.add.at(dtable, ids.reshape(-1), as_rows(dy))",
             "dtable[ids.reshape(-1)] = as_rows(dy)",
         ),
-        (
-            "group_norm: the mean moves, forgotten",
-            "normal += across",
-            "pass",
-        ),
-        (
-            "group_norm: the variance moves, forgotten",
-            "dx_ -= normal\n        return dx.reshape(x.shape), *(dw_db",
-            "pass\n        return dx.reshape(x.shape), *(dw_db",
-        ),
-        (
-            "group_norm: scale lost in a mean",
-            "group_means(means * w)",
-            "group_means(means)",
-        ),
-        (
-            "group_norm: mean over the wrong size",
-            "members.T * (1 / size)",
-            "members.T * (1 / c)",
-        ),
-        ("group_norm: rstd lost", "(dy_, rstd_ * (half * w), out=dx_)", "(dy_, half * w, out=dx_)"),
-        (
-            "group_norm: statistics of the last sample for all",
-            "for x_, dy_, dx_, mean_, rstd_ in pieces(x3, dy.reshape(x3.shape), dx, mean, rstd)",
-            "for x_, dy_, dx_ in pieces(x3, dy.reshape(x3.shape), dx)",
-        ),
-        ("group_norm: dw of the last sample only", "dw_db += means", "dw_db[:] = means"),
-        (
-            "group_norm + silu: slope taken before scale and shift",
-            "xp.multiply(normal, 0.5 * w, out=h)\n                h += 0.5 * b",
-            "xp.multiply(normal, 0.5, out=h)",
-        ),
-        ("layer_norm: scale lost", "(dx_ * normal) @ average", "(dy_ * normal) @ average"),
-        ("layer_norm: the mean moves, forgotten", "dx_ -= dx_ @ average", "pass"),
-        (
-            "layer_norm: db of the last row only",
-            "db += dy_.sum(axis=0)",
-            "db[...] = dy_.sum(axis=0)",
-        ),
         ("upsample: one of four lost", "\n            + quads[:, :, 1, :, 1]", ""),
         (
             "upsample: odd sizes cut at the wrong side",
@@ -369,10 +353,65 @@ FAULTS = {
         ("kl: 1/n lost", "return mean * (dloss / n)", "return mean * dloss"),
         ("kl: term lost", "(variance - 1) * (0.5", "variance * (0.5"),
     ],
+    "tinyldm.nn.norms": [
+        ("group_norm: the mean moves, forgotten", "centred += across", "pass"),
+        ("group_norm: the variance moves, forgotten", "centred *= along", "centred *= 0"),
+        ("group_norm: scale lost in a mean", "group_means(means * w)", "group_means(means)"),
+        ("group_norm: mean over the wrong size", "members.T * (1 / size)", "members.T * (1 / c)"),
+        (
+            "group_norm: rstd lost",
+            "xp.multiply(dz, scale, out=dx_[:, ps])",
+            "xp.multiply(dz, half * w, out=dx_[:, ps])",
+        ),
+        (
+            "group_norm: statistics of the last sample for all",
+            "dx[ns], mean[ns], rstd[ns]",
+            "dx[ns], mean[-1:], rstd[-1:]",
+        ),
+        (
+            "group_norm: dw of the last sample only",
+            "reduce(add, on_free_cores(part, samples, x.size, x))",
+            "on_free_cores(part, samples, x.size, x)[-1]",
+        ),
+        (
+            "group_norm: means of the last positions only",
+            "half * reduce(add, on_free_cores(moments, cut, x_.size, x))",
+            "half * on_free_cores(moments, cut, x_.size, x)[-1]",
+        ),
+        (
+            "group_norm + silu: slope taken before scale and shift",
+            "xp.multiply(centred, scale, out=h)\n                    h += shift",
+            "xp.multiply(centred, half * rstd_, out=h)",
+        ),
+        ("layer_norm: scale lost", "weighted @ w_average, dy_", "weighted @ average, dy_"),
+        ("layer_norm: the mean moves, forgotten", "dx_ -= across", "pass"),
+        (
+            "layer_norm: dw and db of the last rows only",
+            "(sum(z)[0] for z in zip(*parts, strict=True))",
+            "(z[-1][0] for z in zip(*parts, strict=True))",
+        ),
+    ],
+    "tinyldm.nn.winograd": [
+        ("winograd: dw of the last block only", "dkernels += more", "dkernels = more"),
+        (
+            "winograd: bias forgotten",
+            "array_module(x).add(out.reshape(block.shape), b[ks], out=block)",
+            "block[...] = out.reshape(block.shape)",
+        ),
+        ("winograd: bias of the first channels for all", "b[ks], out=block", "b[0], out=block"),
+        ("winograd: places of dy reversed", '"doutput": a}', '"doutput": a[::-1]}'),
+        ("winograd: places of dw reversed", '"dkernel": g.T', '"dkernel": g[::-1].T'),
+        ("winograd: the first kernels for all", "w[..., ks]", "w[..., :1]"),
+        (
+            "winograd: dy moved where it does not divide",
+            "whole[:, :out_h, :out_w] = dy",
+            "whole[:, -out_h:, -out_w:] = dy",
+        ),
+    ],
     "tinyldm.nn.conv": [
-        ("conv2d: kernel not turned", "w[::-1, ::-1].transpose", "w.transpose"),
-        ("conv2d: kernel turned one way", "w[::-1, ::-1].transpose", "w[::-1].transpose"),
-        ("conv2d: kernel not transposed", ".transpose(0, 1, 3, 2)", ""),
+        ("conv2d: kernel not turned", "w[::-1, ::-1].swapaxes", "w.swapaxes"),
+        ("conv2d: kernel turned one way", "w[::-1, ::-1].swapaxes", "w[::-1].swapaxes"),
+        ("conv2d: kernel not transposed", ".swapaxes(2, 3)", ""),
         (
             "conv2d: top and bottom swapped in dx",
             "(kh - 1 - top, kh - 1 - bottom,",
@@ -383,10 +422,7 @@ FAULTS = {
             "kw - 1 - left, kw - 1 - right)",
             "kw - left, kw - 2 - right)",
         ),
-        ("conv2d: dw of the last block only", "dw += rows.reshape", "dw = rows.reshape"),
-        ("conv2d: Winograd's dw of the first block only", "dkernels += part", "pass"),
-        ("conv2d: Winograd's bias to one output of four", "_CENTRE = 5", "_CENTRE = 0"),
-        ("conv2d: rows of Winograd's tiles reversed in dw", "_AT.T}", "_AT.T[::-1]}"),
+        ("conv2d: dw of the last block only", "dw += _rows", "dw = _rows"),
         (
             "conv2d: db a mean",
             "ones(len(dy_rows), dy.dtype) @ dy_rows",
@@ -414,8 +450,8 @@ FAULTS = {
         ("attention: scale of dq lost", "        dqs *= scale\n", ""),
         (
             "attention: no causal mask on the way back",
-            "            if causal:\n                p += _hidden(xp, ls, m)\n            xp.exp",
-            "            xp.exp",
+            "if causal:\n                    p += _hidden(xp, ls, m)\n                xp.exp",
+            "xp.exp",
         ),
         (
             "attention: the denominator moves, forgotten",
@@ -440,27 +476,22 @@ FAULTS = {
         ("SpatialTransformer: one of two", "else a if b is None else a + b", "else b"),
         (
             "ResnetBlock: gradient around the block lost",
-            "return dx + norm1_back(conv1_back",
-            "return 0 * dx + norm1_back(conv1_back",
+            "dh += dx\n            return dh, dtime",
+            "return dh, dtime",
         ),
         ("ResnetBlock: dtime a mean", "dh.sum(axis=(1, 2))", "dh.mean(axis=(1, 2))"),
         ("ResnetBlock: dtime of the output", "time_back(dh.sum", "time_back(dy.sum"),
         (
-            "ResnetBlock: activation of the time forgotten",
-            "silu_back(time_back(dh.sum(axis=(1, 2)), grads))",
-            "time_back(dh.sum(axis=(1, 2)), grads)",
-        ),
-        (
             "Attention: shared input counted once",
-            "return (dx + dsource, None)",
-            "return (dx, None)",
+            "dx += dsource\n            return dx, None",
+            "return dx, None",
         ),
         (
             "Attention: keys and values swapped",
-            "k_back(dk, grads) + v_back(dv, grads)\n            return (dx",
-            "k_back(dv, grads) + v_back(dk, grads)\n            return (dx",
+            "k_back(dk, grads)\n            dsource += v_back(dv, grads)",
+            "k_back(dv, grads)\n            dsource += v_back(dk, grads)",
         ),
-        ("TransformerBlock: gradient around lost", "dx2 = dy + norm3_back", "dx2 = norm3_back"),
+        ("TransformerBlock: gradient around lost", "dx2 += dy", "pass"),
         ("TransformerBlock: a later gradient", "attn1_back(dx1, grads)", "attn1_back(dx2, grads)"),
         (
             "SpatialTransformer: dcontext of the first block only",
@@ -469,13 +500,13 @@ FAULTS = {
         ),
         (
             "SpatialTransformer: gradient around lost",
-            "return dy + norm_back(dh, grads), dcontext",
-            "return norm_back(dh, grads), dcontext",
+            "dx += dy\n            return dx, dcontext",
+            "return dx, dcontext",
         ),
         (
             "SpatialAttention: gradient around lost",
-            "return dy + norm_back(dh.reshape(n, height, w, c), grads)",
-            "return norm_back(dh.reshape(n, height, w, c), grads)",
+            "dx += dy\n            return dx\n",
+            "return dx\n",
         ),
         ("AttentionPool: 1/l lost", "return dx + dmean * (1 / l)", "return dx + dmean"),
         (
@@ -539,6 +570,7 @@ FAULTS = {
             "return dx, plus(dcontext, time_back(dtime, grads))",
             "time_back(dtime, grads)\n            return dx, dcontext",
         ),
+        ("skips: last activation of the time forgotten", "dtime = time_back(dtime)\n", "pass\n"),
         (
             "labels: activation of the time forgotten",
             "back_1(silu_back(back_2(dtime, grads)), grads)",

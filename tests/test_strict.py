@@ -23,9 +23,9 @@ import tinyldm
 from tinyldm import backend
 from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet
 from tinyldm.models.autoencoder import kl_loss, sample_gaussian
-from tinyldm.nn import activations, no_grad, recompute
+from tinyldm.nn import activations, no_grad, norms, recompute
 from tinyldm.nn import functional as F
-from tinyldm.nn.conv import ALGORITHMS, conv2d
+from tinyldm.nn.conv import ALGORITHMS, WINOGRAD, conv2d
 from tinyldm.pipeline import Pipeline
 from tinyldm.training.parallel import gradient, value_and_grad
 from tinyldm.training.presets import Config
@@ -325,7 +325,7 @@ def _is_library(node):
 
 
 def test_every_function_is_among_those_called_here():
-    here = vars(F) | vars(activations)
+    here = vars(F) | vars(activations) | vars(norms)
     functions = {name for name, f in here.items() if hasattr(f, "__wrapped__") and name[0] != "_"}
     assert functions | {"conv2d", "attention"} == EVERYTHING.keys()
 
@@ -355,7 +355,7 @@ def test_functions(name, data):
 @given(data=st.data())
 def test_convolutions(algorithm, data):
     call = data.draw(conv_calls(algorithm))
-    if algorithm == "winograd":  # sends its small matrices to the device, once
+    if algorithm in WINOGRAD:  # sends its small matrices to the device, once
         conv2d(*on_device(call.arrays()), **call.options, algorithm=algorithm)[1](
             on_device(conv2d(*call.arrays(), **call.options)[0])
         )

@@ -53,20 +53,6 @@ def test_arrays_come_and_go_whole():
             assert np.array_equal(found, a @ b)
 
 
-@given(n=st.integers(1, 9), size=st.integers(1, 4), processes=st.integers(1, 3))
-def test_a_batch_is_cut_and_joined(n, size, processes):
-    x, y = np.arange(n), np.arange(2.0 * n).reshape(n, 2)
-    most = []
-
-    def work(x, y):
-        most.append(len(x))
-        return x[:, None] + y
-
-    with team(work, processes) as call:
-        assert np.array_equal(call.map_batch(x, y, size=size), x[:, None] + y)
-    assert max(most) <= size
-
-
 def test_shared_arrays_are_seen_by_all_and_others_are_not():
     here, both = np.zeros(3), shared(3, np.dtype(float))
 

@@ -10,17 +10,19 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from tinyldm.backend import Array, array_module, map_batch, map_threads, to_device
+from tinyldm.backend import Array, array_module, cores, map_batch, map_threads, to_device
 from tinyldm.config import unknown
 from tinyldm.diffusion.samplers import SAMPLERS, guided, timesteps
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.files import read_json, write_json
 from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet
+from tinyldm.models.context import FixedContext
 from tinyldm.models.weights import load_component, save_weights
 from tinyldm.nn import no_grad
 from tinyldm.team import available, team
@@ -32,6 +34,7 @@ COMPONENTS = {  # folder → (library and class that diffusers loads, our class,
 }
 SCHEDULERS = {"DDIMScheduler": "ddim", "DDPMScheduler": "ddpm", "PNDMScheduler": "pndm"}
 DIFFUSERS_VERSION = "0.32.0"  # whose file formats these are
+SAMPLES_AT_ONCE = 64  # on a core: more would need more memory, and be no faster
 DEFAULTS = {"steps": 50, "guidance": 7.5}  # Stable Diffusion's own
 
 
@@ -181,12 +184,14 @@ class Pipeline:
                 raise ValueError(f"latents: expected {x.shape}, found {latents.shape}")
             x = self.xp.asarray(latents, dtype=np.float32)
         context = self.embed(recipe.prompts)
-        null_context = self.embed(recipe.negatives) if recipe.guidance != 1 else None
+        if recipe.guidance != 1:
+            context = self.xp.concatenate([self.embed(recipe.negatives), context])
         options = {"noise": noise} if recipe.sampler == "ddpm" else {}
-        with self.predictor(len(x) * (1 if null_context is None else 2)) as predict:
-            predict_guided = guided(predict, context, null_context, recipe.guidance)
+        with self.predictor(context) as predict:
+            if recipe.guidance != 1:
+                predict = guided(predict, recipe.guidance)
             sampler = SAMPLERS[recipe.sampler]
-            yield from sampler(predict_guided, self.schedule, x, recipe.steps, **options)
+            yield from sampler(predict, self.schedule, x, recipe.steps, **options)
 
     def predict(self, x: Array, t: int | np.ndarray, context: Array) -> Array:
         """The U-Net's prediction at latents x (n, h, w, c), context (n, l, d).
@@ -194,21 +199,47 @@ class Pipeline:
         t: the time step, one for all or (n,) on the host.
         """
         t = self.xp.asarray(t) if np.ndim(t) else self.xp.full(len(x), int(t))
-        return map_batch(self._predict, x, t, context)
 
-    def _predict(self, x, t, context):
-        with no_grad():
-            return self.unet(self.params["unet"], x, t, context)[0]
+        def part(x, t, context):
+            with no_grad():
+                return self.unet(self.params["unet"], x, t, context)[0]
+
+        return map_batch(part, x, t, context)
 
     @contextlib.contextmanager
-    def predictor(self, n: int) -> Iterator[Callable[[Array, int, Array], Array]]:
-        """`predict` for many steps with n samples, which on the CPU several processes share."""
-        processes = min(n, available()) if self.xp is np else 1
-        if processes == 1:
-            yield self.predict
-        else:
-            with team(self._predict, processes) as workers:
-                yield lambda x, t, context: workers.map_batch(x, np.full(len(x), t), context)
+    def predictor(self, context: Array) -> Iterator[Callable[[Array, int], Array]]:
+        """`predict` for many steps with the same context (n, l, d): yields (x, t) → prediction.
+
+        What depends on the context alone is made at the first step. On the CPU all cores share the
+        samples, as processes where there can be any.
+        """
+        n, on_cpu = len(context), self.xp is np
+        processes = available() if on_cpu else 1
+        workers = min(n, processes if processes > 1 else cores() if on_cpu else 1)
+        count = min(n, -(-n // (SAMPLES_AT_ONCE * workers)) * workers)
+        bounds = [n * i // count for i in range(count + 1)]
+        spans = [slice(*bounds[i : i + 2]) for i in range(count)]
+        contexts = [FixedContext(context[span]) for span in spans]
+
+        def part(i, x, t):
+            with no_grad():
+                t = self.xp.full(len(x), t)
+                return self.unet(self.params["unet"], x, t, contexts[i])[0]
+
+        with contextlib.ExitStack() as stack:
+            if processes > 1 and workers > 1:
+                share = stack.enter_context(team(part, workers))
+            elif on_cpu:
+                share = partial(map_threads, lambda item: part(*item))
+            else:
+                share = partial(map, lambda item: part(*item))
+
+            def predict(x, t):
+                work = [(i, x[span], t) for i, span in enumerate(spans)]
+                rounds = [work[i : i + workers] for i in range(0, count, workers)]
+                return self.xp.concatenate([y for some in rounds for y in share(some)])
+
+            yield predict
 
     def embed(self, texts: Sequence[str]) -> Array:
         """Texts → hidden states (n, l, d)."""

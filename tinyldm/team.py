@@ -77,21 +77,6 @@ class Team:
                 raise error
         return [result for result, _ in outcomes]
 
-    def map_batch(self, *arrays: np.ndarray, size: int = 64) -> np.ndarray:
-        """`function(*arrays)` of a whole batch, at most `size` of it in a process at a time.
-
-        The arrays are cut along their first axis and the results joined along theirs.
-        """
-        n, workers = len(arrays[0]), len(self._connections) + 1
-        rounds = -(-n // (size * workers))
-        count = min(n, rounds * workers)
-        bounds = [n * i // count for i in range(count + 1)]
-        parts = []
-        for i in range(0, count, workers):
-            cuts = zip(bounds[i : i + workers], bounds[i + 1 : i + workers + 1], strict=False)
-            parts += self([tuple(array[begin:end] for array in arrays) for begin, end in cuts])
-        return np.concatenate(parts)
-
 
 @contextlib.contextmanager
 def team(function: Callable, size: int) -> Iterator[Team]:

@@ -95,24 +95,17 @@ def _split(schedule, prediction, x, alpha_bar):
 SAMPLERS = {"ddim": ddim, "ddpm": ddpm}
 
 
-def guided(
-    predict: Callable[[Array, int, Array], Array],
-    context: Array,
-    null_context: Array,
-    guidance: float,
-) -> Predict:
-    """Classifier-free guidance: `predict(x, t, context)` → a `predict(x, t)` for a sampler.
+def guided(predict: Predict, guidance: float) -> Predict:
+    """Classifier-free guidance: a `predict` for a sampler, from one for twice as many samples.
 
-    Away from the prediction without text by `guidance` times the way to the one with text; 1 is
-    plain conditional, and costs half (Ho & Salimans 2022, eq. 6, with their w = guidance − 1).
+    Of those the first half is predicted without text, the second with it. The result is away from
+    the first by `guidance` times the way to the second; 1 is plain conditional (Ho & Salimans 2022,
+    eq. 6, with their w = guidance − 1).
     """
-    if guidance == 1:
-        return lambda x, t: predict(x, t, context)
-    xp = array_module(context)
-    both = xp.concatenate([null_context, context])
 
     def predict_guided(x, t):
-        without, with_text = xp.split(predict(xp.concatenate([x, x]), t, both), 2)
+        xp = array_module(x)
+        without, with_text = xp.split(predict(xp.concatenate([x, x]), t), 2)
         return without + guidance * (with_text - without)
 
     return predict_guided

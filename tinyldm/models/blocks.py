@@ -10,8 +10,9 @@ from functools import partial
 
 from tinyldm.backend import Array
 from tinyldm.config import ConfigError
+from tinyldm.models.context import FixedContext
 from tinyldm.nn import functional as F
-from tinyldm.nn.activations import geglu, silu
+from tinyldm.nn.activations import geglu
 from tinyldm.nn.attention import attention
 from tinyldm.nn.conv import Padding
 from tinyldm.nn.layers import Conv2d, GroupNorm, Initialiser, Layer, LayerNorm, Linear, Offset
@@ -26,7 +27,8 @@ def plus(a: Array | None, b: Array | None) -> Array | None:
 class ResnetBlock(Layer):
     """x → x + conv(silu(norm(conv(silu(norm(x))) + time))), of diffusers' ResnetBlock2D.
 
-    x (n, h, w, c_in), time (n, d_time) → (n, h, w, c_out); backward gives (dx, dtime). Where
+    x (n, h, w, c_in), time (n, d_time) → (n, h, w, c_out); backward gives (dx, dtime). The time
+    has passed its SiLU, which diffusers has here, once for each block. Where
     c_in ≠ c_out, x passes a 1×1 convolution before it is added (He et al. 2015, eq. 2).
     `init` is that of the last convolution: with zeros the block starts as the identity.
     """
@@ -56,8 +58,7 @@ class ResnetBlock(Layer):
         h, norm1_back = self.norm1(params, x)
         h, conv1_back = self.conv1(params, h)
         if self.time_proj:
-            t, silu_back = silu(time)
-            t, time_back = self.time_proj(params, t)
+            t, time_back = self.time_proj(params, time)
             h += t[:, None, None, :]
         h, norm2_back = self.norm2(params, h)
         h, conv2_back = self.conv2(params, h)
@@ -68,7 +69,7 @@ class ResnetBlock(Layer):
         def backward(dy, grads):
             dx = shortcut_back(dy, grads) if self.shortcut else dy
             dh = norm2_back(conv2_back(dy, grads), grads)
-            dtime = silu_back(time_back(dh.sum(axis=(1, 2)), grads)) if self.time_proj else None
+            dtime = time_back(dh.sum(axis=(1, 2)), grads) if self.time_proj else None
             dh = norm1_back(conv1_back(dh, grads), grads)
             dh += dx
             return dh, dtime
@@ -105,13 +106,18 @@ class Attention(Layer):
         self.heads, self.causal = heads, causal
 
     def __call__(
-        self, params: Params, x: Array, context: Array | None = None
+        self, params: Params, x: Array, context: Array | FixedContext | None = None
     ) -> tuple[Array, Backward]:
         is_self = context is None
-        source = x if is_self else context
+
+        def keys_and_values(source):
+            return *self.to_k(params, source), *self.to_v(params, source)
+
         q, q_back = self.to_q(params, x)
-        k, k_back = self.to_k(params, source)
-        v, v_back = self.to_v(params, source)
+        if isinstance(context, FixedContext):
+            k, k_back, v, v_back = context.made(self, keys_and_values)
+        else:
+            k, k_back, v, v_back = keys_and_values(x if is_self else context)
         h, attend_back = attention(q, k, v, self.heads, self.causal)
         y, out_back = self.to_out(params, h)
 
@@ -159,7 +165,9 @@ class TransformerBlock(Layer):
         self.norm3 = LayerNorm(f"{name}.norm3", d)
         self.ff = FeedForward(f"{name}.ff", d)
 
-    def __call__(self, params: Params, x: Array, context: Array) -> tuple[Array, Backward]:
+    def __call__(
+        self, params: Params, x: Array, context: Array | FixedContext
+    ) -> tuple[Array, Backward]:
         h, norm1_back = self.norm1(params, x)
         x1, attn1_back = self.attn1(params, h)
         x1 += x
@@ -210,7 +218,9 @@ class SpatialTransformer(Layer):
         ]
         self.proj_out = project(f"{name}.proj_out", c, c)
 
-    def __call__(self, params: Params, x: Array, context: Array) -> tuple[Array, Backward]:
+    def __call__(
+        self, params: Params, x: Array, context: Array | FixedContext
+    ) -> tuple[Array, Backward]:
         n, height, w, c = x.shape
         h, norm_back = self.norm(params, x)
         h, in_back = self.proj_in(params, h)
@@ -323,7 +333,9 @@ class TextTimeEmbedding(Layer):
         self.proj = Linear(f"{name}.proj", d, d_time)
         self.norm2 = LayerNorm(f"{name}.norm2", d_time)
 
-    def __call__(self, params: Params, context: Array) -> tuple[Array, Backward]:
+    def __call__(self, params: Params, context: Array | FixedContext) -> tuple[Array, Backward]:
+        if isinstance(context, FixedContext):
+            return context.made(self, partial(self, params))
         h, norm1_back = self.norm1(params, context)
         h, pool_back = self.pool(params, h)
         h, proj_back = self.proj(params, h)

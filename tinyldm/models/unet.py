@@ -14,6 +14,7 @@ from tinyldm.models.blocks import (
     downsample,
     plus,
 )
+from tinyldm.models.context import FixedContext
 from tinyldm.models.levels import DownBlock, Stage, UpBlock, run_stages
 from tinyldm.nn import functional as F
 from tinyldm.nn.activations import silu
@@ -191,11 +192,12 @@ class UNet(Layer):
         params: Params,
         x: Array,
         t: Array,
-        context: Array | None = None,
+        context: Array | FixedContext | None = None,
         labels: Array | None = None,
     ) -> tuple[Array, Backward]:
         """x (n, h, w, c) noisy latents, t (n,) time steps, context (n, l, d), labels (n,) classes.
 
+        Where many calls have the same context, it may be a FixedContext, under `no_grad`.
         backward(dy, grads) → (dx, dcontext); dcontext is None without context. Raises ValueError
         for an input that is missing, superfluous or misshapen.
         """
@@ -247,8 +249,10 @@ class UNet(Layer):
         if self.add_embedding:
             text, text_back = self.add_embedding(params, context)
             time = time + text
+        time, time_back = silu(time)  # as every ResNet block wants it
 
         def backward(dtime, grads):
+            dtime = time_back(dtime)
             if self.class_embedding:
                 label_back(dtime, grads)
             dcontext = text_back(dtime, grads) if self.add_embedding else None
@@ -265,6 +269,8 @@ class UNet(Layer):
         if t.shape != (n,):
             raise ValueError(f"unet: expected t ({n},), found {t.shape}")
         stages = [s for block in [*self.down_blocks, *self.up_blocks] for s in block.stages]
+        if isinstance(context, FixedContext):
+            context = context.array
         needs_context = self.add_embedding or any(s.attention for s in stages + self.mid_stages)
         if needs_context and context is None:
             raise ValueError("unet: this model attends to text and needs context (n, l, d)")

@@ -29,7 +29,7 @@ def group_norm(
     x3 = x.reshape(len(x), -1, c)
     y = empty(x3.shape, x, w)
     positions = x3.shape[1]
-    group_means = _group_means(xp, c, groups, y.dtype.name)
+    group_means = _group_means(xp, c, groups, y.dtype.char)
     # Far from zero E[x²] − E[x]² cancels, and the rounding of a mean shows in y. So the moments are
     # those of x − guess: the mean of every eighth position, off by √8 standard deviations at most.
     # Per sample and channel: what to subtract, what to multiply by.
@@ -130,7 +130,7 @@ def _sums(*arrays_and_divisor):
     *arrays, divisor = arrays_and_divisor
     xp = array_module(arrays[0])
     n, p, c = arrays[0].shape
-    weights = _equal_weights(xp, p, divisor, arrays[0].dtype.name)
+    weights = _equal_weights(xp, p, divisor, arrays[0].dtype.char)
     if len(arrays) == 1:
         return weights @ arrays[0]
     sums = xp.empty((len(arrays), n, 1, c), arrays[0].dtype)

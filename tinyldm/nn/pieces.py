@@ -126,15 +126,16 @@ def empty(shape: tuple[int, ...], *like: Array) -> Array:
 
     Its numbers are not set.
     """
-    dtype = np.result_type(*(x.dtype for x in like)) if len(like) > 1 else like[0].dtype
-    if not on_host(like[0]):
+    dtype = like[0].dtype
+    for x in like[1:]:
+        dtype = dtype if x.dtype == dtype else np.result_type(dtype, x.dtype)
+    size = math.prod(shape)
+    if size < UNALIGNED or not on_host(like[0]):
         return array_module(like[0]).empty(shape, dtype)
-    return _aligned(math.prod(shape), dtype).reshape(shape)
+    return _aligned(size, dtype).reshape(shape)
 
 
 def _aligned(size, dtype):
-    if size < UNALIGNED:
-        return np.empty(size, dtype)
     memory = np.empty(size * dtype.itemsize + ALIGNMENT, np.uint8)
     start = -memory.__array_interface__["data"][0] % ALIGNMENT
     return memory[start : start + size * dtype.itemsize].view(dtype)

@@ -10,7 +10,7 @@ from tinyldm.nn.pieces import shares
 def cut(
     n: int, rows: int, row_bytes: int, budget: int, like: Array
 ) -> list[list[tuple[slice, slice]]]:
-    """The outputs of n samples in blocks (samples, rows), dealt out to the threads that are free."""
+    """The outputs of n samples in blocks (samples, rows), dealt out to the free cores."""
     budget = budget if on_host(like) else 64 * budget
     size = n * rows * row_bytes // like.itemsize
     return shares(list(cut_blocks(n, rows, row_bytes, budget)), size, like)

@@ -16,6 +16,7 @@ the kernels are made and used for some of the outputs' channels at a time.
 """
 
 import functools
+import math
 
 import numpy as np
 
@@ -41,47 +42,41 @@ def winograd(
     outputs: tuple[int, int, int],
     m: int,
 ) -> Array:
-    """Convolve x (n, h, w, c_in) with w (3, 3, c_in, c_out), b (c_out,) → y of `outputs` (n, h', w')."""
+    """Convolve x (n, h, w, c_in) with w (3, 3, c_in, c_out), b (c_out,) → y (n, h', w', c_out).
+
+    padding: zeros (top, bottom, left, right). outputs: (n, h', w'). m: of a tile, each way.
+    """
     c_in, c_out = w.shape[2:]
     n, out_h, out_w = outputs
     places, grid = (m + 2) ** 2, (-(-out_h // m), -(-out_w // m))
     y = empty((n, m * grid[0], m * grid[1], c_out), x)
     squares = _squares(y, m)
-    dealt = _cut_tiles(n, grid, places * c_in * x.itemsize, BLOCK_BYTES, x)
-    everything = [slice(0, c_out)]
+    dealt, all_columns = _cut_tiles(n, grid, places, x, BLOCK_BYTES), [slice(0, c_out)]
+    work = [(blocks, all_columns) for blocks in dealt]
     if len(dealt) == len(dealt[0]) == 1:
         columns = shares(_columns(places, w, x), places * c_in * c_out, x)
         work = [(dealt[0], some) for some in columns]
-    else:
-        work = [(blocks, everything) for blocks in dealt]
-    kernels = _kernels(w, m, empty((places, c_in, c_out), x)) if work[0][1] == everything else None
+    all_kernels = _kernels(w, m) if work[0][1] == all_columns else None
 
     def part(share):
         blocks, columns = share
         width = columns[0].stop - columns[0].start
         for ns, hs, seen in windows(x, (m + 2, m + 2), m, padding, grid[1], blocks):
             count = seen.size // (places * c_in)
-            size = places * count * max(c_in, width)
-            tiles, spare, kernel, result = scratch(
+            tiles, spare, kernels, result = scratch(
                 x,
-                size,
-                size,
-                0 if kernels is not None else places * c_in * width,
+                places * count * c_in,
+                places * count * max(c_in, width),
+                places * c_in * width if all_kernels is None else 0,
                 m * m * count * width,
             )
             _tiles(seen, m, spare, tiles)
-            tiles_ = tiles[: seen.size].reshape(places, count, c_in)
             for ks in columns:
-                width = ks.stop - ks.start
-                if kernels is None:
-                    kernels_ = kernel[: places * c_in * width].reshape(places, c_in, width)
-                    _kernels(w[..., ks], m, kernels_)
-                else:
-                    kernels_ = kernels
-                products = spare[: places * count * width].reshape(places, count, width)
-                product(tiles_, kernels_, products)
+                some = _kernels(w[..., ks], m, kernels) if all_kernels is None else all_kernels
+                products = spare[: places * count * some.shape[2]].reshape(places, count, -1)
+                product(tiles.reshape(places, count, c_in), some, products)
                 block = squares[:, :, ns, hs, :, ks]
-                out = (tiles if kernels is not None else result)[: block.size]
+                out = result[: block.size]
                 _transform("output", m, products, out)
                 if b is None:
                     block[...] = out.reshape(block.shape)
@@ -93,7 +88,7 @@ def winograd(
 
 
 def weight_gradient(x: Array, dy: Array, padding: tuple[int, int, int, int], m: int) -> Array:
-    """The gradient of the kernel (3, 3, c_in, c_out)."""
+    """dw (3, 3, c_in, c_out) from x (n, h, w, c_in) and dy (n, h', w', c_out)."""
     n, out_h, out_w, c_out = dy.shape
     c_in = x.shape[3]
     places, grid = (m + 2) ** 2, (-(-out_h // m), -(-out_w // m))
@@ -124,7 +119,7 @@ def weight_gradient(x: Array, dy: Array, padding: tuple[int, int, int, int], m: 
                 dkernels += more
         return dkernels
 
-    dealt = _cut_tiles(n, grid, places * c_in * x.itemsize, WEIGHT_BLOCK_BYTES, x)
+    dealt = _cut_tiles(n, grid, places, x, WEIGHT_BLOCK_BYTES)
     dkernels, *others = map_threads(part, dealt)
     for other in others:
         dkernels += other
@@ -133,8 +128,9 @@ def weight_gradient(x: Array, dy: Array, padding: tuple[int, int, int, int], m: 
     return dw
 
 
-def _cut_tiles(n, grid, tile_bytes, budget, like):
-    return cut(n, grid[0], grid[1] * tile_bytes, max(budget, LEAST_TILES * tile_bytes), like)
+def _cut_tiles(n, grid, places, x, block_bytes):
+    tile_bytes = places * x.shape[3] * x.itemsize
+    return cut(n, grid[0], grid[1] * tile_bytes, max(block_bytes, LEAST_TILES * tile_bytes), x)
 
 
 def _columns(places, w, like):
@@ -147,7 +143,7 @@ def _columns(places, w, like):
 
 
 def _squares(y, m):
-    """y (n, m i, m j, c) → its m×m squares, the places in them first: (m, m, n, i, j, c), a view."""
+    """The m×m squares of y (n, m i, m j, c), their places first: (m, m, n, i, j, c), a view."""
     n, h, w, c = y.shape
     return y.reshape(n, h // m, m, w // m, m, c).transpose(2, 4, 0, 1, 3, 5)
 
@@ -160,15 +156,17 @@ def _tiles(seen, m, spare, tiles):
     _transform("input", m, spare, tiles[: seen.size])
 
 
-def _kernels(w, m, out):
-    """w (3, 3, c_in, c_out) → G w Gᵀ (places, c_in, c_out), in `out`."""
+def _kernels(w, m, memory=None):
+    """w (3, 3, c_in, c_out) → G w Gᵀ (places, c_in, c_out), at the beginning of `memory`."""
+    shape = ((m + 2) ** 2, *w.shape[2:])
+    out = empty(shape, w) if memory is None else memory[: math.prod(shape)].reshape(shape)
     _transform("kernel", m, array_module(w).ascontiguousarray(w), out)
     return out
 
 
 def _transform(name, m, x, out):
     """out = M ⊗ M x, for x whose first numbers run over the places of a tile, square or kernel."""
-    matrix = _transform_matrix(name, m, array_module(x), x.dtype.name)
+    matrix = _transform_matrix(name, m, array_module(x), x.dtype.char)
     spread(matrix, x.reshape(matrix.shape[1], -1), out.reshape(matrix.shape[0], -1))
 
 
