@@ -11,6 +11,7 @@ Winograd's algorithm does a 3×3 convolution with 36 products for each 4×4 squa
 the rows above take 144. Its transforms of picture, kernel and result are matrix products too.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -36,6 +37,7 @@ BLOCK_BYTES = 2**20  # of gathered neighbourhoods, or of tiles
 WEIGHT_BLOCK_BYTES = 2**20  # the same in the pass to dw, where each block adds to dw
 
 
+@functools.lru_cache(maxsize=4096)
 def algorithms_for(
     kernel: tuple[int, int, int, int],
     stride: int,

@@ -4,6 +4,8 @@ A pass over a large array waits for memory. A few passes over one piece of it, w
 the cache, are far cheaper than the same passes over the whole, one after the other.
 """
 
+import functools
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -66,7 +68,9 @@ def runs(x: Array) -> tuple[list[slice], list[slice]]:
     → (samples, rows); any of both together fit the cache. On a GPU there is one of each.
     """
     n, rows, d = x.shape
-    piece = PIECE if on_host(x) else x.size
+    if x.size <= PIECE or not on_host(x):
+        return [slice(0, n)], [slice(0, rows)]
+    piece = PIECE
     samples = max(1, piece // (rows * d))
     some = rows if rows * d <= piece else max(1, piece // d)
     return (
@@ -94,6 +98,8 @@ def shares(work: list, size: int, like: Array) -> list[list]:
 
 def on_free_cores(function: Callable, work: list, size: int, like: Array) -> list:
     """`[function(item) for item in work]`, dealt out as by `shares`."""
+    if len(work) == 1:
+        return [function(work[0])]
     dealt = shares(work, size, like)
     if len(dealt) == 1:
         return [function(item) for item in work]
@@ -149,23 +155,28 @@ def scratch(like: Array, *sizes: int) -> list[Array]:
     """
     if not on_host(like):
         return [array_module(like).empty(size, like.dtype) for size in sizes]
-    step = ALIGNMENT // like.dtype.itemsize
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + -(-size // step) * step)
+    spans, whole = _layout(sizes, like.itemsize)
     held = getattr(_thread, "memory", None)
-    if held is None or held.nbytes < starts[-1] * like.dtype.itemsize:
-        size = max(starts[-1], UNALIGNED)
-        held = _thread.memory = _aligned(size, like.dtype).view(np.uint8)
-    memory = held[: starts[-1] * like.dtype.itemsize].view(like.dtype)
-    return [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+    if held is None or held.nbytes < whole:
+        held = _thread.memory = _aligned(max(whole, UNALIGNED), np.dtype(np.uint8))
+    memory = held[:whole].view(like.dtype)
+    return [memory[span] for span in spans]
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(sizes, itemsize):
+    """Where arrays of these sizes lie one after the other, aligned, and the bytes of all."""
+    step = ALIGNMENT // itemsize
+    starts = [0, *itertools.accumulate(-(-size // step) * step for size in sizes)]
+    spans = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+    return spans, starts[-1] * itemsize
 
 
 # ---------------------------------------------------------------------------------- matrix products
 #
 # OpenBLAS copies both matrices into an order of its own before it multiplies them, except where
-# m·n·k is at most 10⁶ and the processor has AVX-512. Those small products are up to 1.5 times as
-# fast, and `matmul` makes any number of them in one call.
+# m·n·k is at most 10⁶ and the processor has AVX-512. Among many products of middling size those
+# copies cost up to half the time, and `matmul` makes any number of smaller ones in one call.
 
 SMALL = 10**6
 TILE = (32, 64)  # rows and columns of a small product
@@ -176,23 +187,13 @@ STRIPS = (1024, 768)  # columns at a time of a product with very few rows
 
 def product(a: Array, b: Array, out: Array) -> None:
     """out = a b, for a (..., m, k), b (..., k, n), out (..., m, n) with equal leading axes."""
-    *lead, m, k = a.shape
-    n = b.shape[-1]
-    rows = TILE[0] if TILE[0] * TILE[1] * k <= SMALL else TILE[0] // 2
-    columns = min(n, TILE[1])
-    tiled = (
-        on_host(a)
-        and m * n * k > SMALL >= rows * columns * k
-        and (k * n <= PANEL or m <= FEW and k * n <= 8 * PANEL)
-        and n % columns == 0
-        and has_small_products()
-    )
-    if not tiled:
+    if a.ndim == 2 or not _tiled(*a.shape[-2:], b.shape[-1], a):
         array_module(a).matmul(a, b, out=out)
         return
+    *lead, m, k = a.shape
+    n = b.shape[-1]
+    rows, columns = _tile(k, n)
     end = m - m % rows
-    if not lead and not b.flags.c_contiguous:
-        b = np.ascontiguousarray(b)  # a small product does not like to turn a matrix
     # Cutting an axis in two never copies, so what is written to these views is written to `out`.
     np.matmul(
         a[..., :end, :].reshape(*lead, end // rows, 1, rows, k),
@@ -201,6 +202,21 @@ def product(a: Array, b: Array, out: Array) -> None:
     )
     if end < m:
         np.matmul(a[..., end:, :], b, out=out[..., end:, :])
+
+
+def _tile(k, n):
+    return TILE[0] if TILE[0] * TILE[1] * k <= SMALL else TILE[0] // 2, min(n, TILE[1])
+
+
+def _tiled(m, k, n, like):
+    rows, columns = _tile(k, n)
+    return (
+        m * n * k > SMALL >= rows * columns * k
+        and (k * n <= PANEL or m <= FEW and k * n <= 8 * PANEL)
+        and n % columns == 0
+        and on_host(like)
+        and has_small_products()
+    )
 
 
 def spread(matrix: Array, x: Array, out: Array) -> None:

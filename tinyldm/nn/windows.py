@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from tinyldm.backend import Array, array_module, on_host
 from tinyldm.nn.pieces import blocks as cut_blocks
 from tinyldm.nn.pieces import shares
@@ -42,11 +44,12 @@ def windows(
         if padded is None or padded.shape[:2] != (samples, height):
             padded = xp.zeros((samples, height, width, c), x.dtype)
             sn, sh, sw, sc = padded.strides
-            seen = xp.lib.stride_tricks.as_strided(
-                padded,
-                (samples, rows, out_w, kh, kw, c),
-                (sn, sh * stride, sw * stride, sh, sw, sc),
-            )
+            shape = (samples, rows, out_w, kh, kw, c)
+            strides = (sn, sh * stride, sw * stride, sh, sw, sc)
+            if on_host(x):  # the same without the long way through as_strided
+                seen = np.ndarray(shape, x.dtype, padded, 0, strides)
+            else:
+                seen = xp.lib.stride_tricks.as_strided(padded, shape, strides)
         first = hs.start * stride - top  # the row of x that is the first of `padded`
         top_in, bottom_in = _inside(height, -first, h)
         if top_in:
