@@ -32,19 +32,21 @@ Step = Callable[[], Any]
 def interleaved(functions: Sequence[Step], rounds: int, wait: Step = lambda: None) -> np.ndarray:
     """Seconds (functions, rounds) of a call, measured in turn: a b c a b c …
 
-    A noisy machine then treats all alike. wait: returns once the device has done its work.
+    A noisy machine then treats all alike. Before each measurement of a short function stands a call
+    that is not measured: after its work, the threads of the one before spin on for a while.
+    wait: returns once the device has done its work.
     """
-    repeats = []
-    for function in functions:
-        seconds = _seconds(function, 1, wait)
-        if seconds < LONG_SECONDS:
-            seconds = _seconds(function, 1, wait)  # without what is loaded or compiled at first
-        repeats.append(math.ceil(SAMPLE_SECONDS / seconds))
+    once = [_seconds(function, 1, wait) for function in functions]
+    short = [seconds < LONG_SECONDS for seconds in once]
+    for j, function in enumerate(functions):
+        if short[j]:
+            once[j] = _seconds(function, 1, wait)  # without what is loaded or compiled at first
+    repeats = [math.ceil(SAMPLE_SECONDS / seconds) for seconds in once]
     times = np.empty((len(functions), rounds))
     for i in range(rounds):
         for j, function in enumerate(functions):
-            if repeats[j] > 1:
-                function()  # the threads of the one before spin on for a while after their work
+            if short[j]:
+                function()
             times[j, i] = _seconds(function, repeats[j], wait)
     return times
 

@@ -361,7 +361,7 @@ FAULTS = {
         (
             "group_norm: rstd lost",
             "xp.multiply(dz, scale, out=dx_[:, ps])",
-            "xp.multiply(dz, half * w, out=dx_[:, ps])",
+            "xp.multiply(dz, w_half, out=dx_[:, ps])",
         ),
         (
             "group_norm: statistics of the last sample for all",
@@ -380,7 +380,7 @@ FAULTS = {
         ),
         (
             "group_norm + silu: slope taken before scale and shift",
-            "xp.multiply(centred, scale, out=h)\n                    h += shift",
+            "xp.multiply(centred, scale, out=h)\n                    h += b_half",
             "xp.multiply(centred, half * rstd_, out=h)",
         ),
         ("layer_norm: scale lost", "weighted @ w_average, dy_", "weighted @ average, dy_"),

@@ -106,6 +106,8 @@ def _scores(*pairs):
 
 def _score_blocks(n, heads, l, m, budget):
     """[(samples, heads)], [queries]: any of both together have at most `budget` scores."""
+    if n * heads * l * m <= budget:
+        return [(slice(0, n), slice(0, heads))], [slice(0, l)]
     queries = blocks(1, l, m, max(budget, 1) if l * m > budget else l * m)
     return list(blocks(n, heads, l * m, budget)), [ls for _, ls in queries]
 

@@ -78,8 +78,12 @@ def ones(rng: Generator, shape: Shape) -> Array:
 # ------------------------------------------------------------------------------------------ layers
 
 
-def named(functional_back: Backward, weight: str, bias: str | None = None) -> Backward:
-    """Give names to the weight gradients of a function's backward pass."""
+def named(
+    functional_back: Backward | None, weight: str, bias: str | None = None
+) -> Backward | None:
+    """Give names to the weight gradients of a function's backward pass, if there is one."""
+    if functional_back is None:
+        return None
 
     def backward(dy, grads):
         dx, dw, db = functional_back(dy, weights=wants(grads, weight, bias))

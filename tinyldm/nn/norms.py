@@ -36,6 +36,7 @@ def group_norm(
     mean = group_means(_sums(x3[:, ::8], -(-positions // 8)))
     rstd = xp.empty_like(mean)
     half = 0.5 if silu else 1  # z σ(z) = h (1 + tanh h) for h = z / 2
+    w_half, b_half = half * w, half * b
     samples, cut = runs(x3)
 
     def forward(ns):
@@ -48,11 +49,15 @@ def group_norm(
             xp.multiply(centred, centred, out=square)
             return _sums(centred, square, positions)
 
-        rest, square = group_means(reduce(add, on_free_cores(moments, cut, x_.size, x)))
+        rest, variance = group_means(reduce(add, on_free_cores(moments, cut, x_.size, x)))
         mean_ += rest
-        rstd_ = rstd[ns] = 1 / xp.sqrt(square - rest * rest + eps)
-        scale = rstd_ * (half * w)
-        shift = half * b - rest * scale
+        variance -= rest * rest
+        variance += eps
+        rstd_ = xp.sqrt(variance, out=rstd[ns])
+        xp.divide(1, rstd_, out=rstd_)
+        scale = rstd_ * w_half
+        rest *= scale
+        shift = b_half - rest
 
         def normalise(ps):
             h = y_[:, ps]
@@ -74,7 +79,7 @@ def group_norm(
 
         def part(ns):
             x_, dy_, dx_, mean_, rstd_ = x3[ns], dy3[ns], dx[ns], mean[ns], rstd[ns]
-            scale, shift = rstd_ * (half * w), half * b
+            scale = rstd_ * w_half
 
             def moments(ps):
                 dz = dy_[:, ps]
@@ -83,7 +88,7 @@ def group_norm(
                 if silu:  # dz = ½ (1 + t) (1 + h (1 − t)) dy, t = tanh h
                     dz = dx_[:, ps]
                     xp.multiply(centred, scale, out=h)
-                    h += shift
+                    h += b_half
                     xp.tanh(h, out=dz)
                     xp.subtract(1, dz, out=slope)
                     slope *= h
