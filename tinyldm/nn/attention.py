@@ -5,18 +5,21 @@ is the output and, per query, the logarithm of the softmax's denominator, from w
 probabilities are made again: memory is linear in the number of tokens (Rabe & Staats 2021; Dao et
 al. 2022, algorithm 4).
 
-A pass over the scores costs as much as the matrix products, so those do what they can on the way:
-one more column of q with one more row of ones in kᵀ subtracts a number from each row of scores, and
-one more column of ones in v adds up the probabilities.
+A pass over the scores costs as much as the matrix products, so on the way back those do what they
+can: one more column of q with one more row of ones in kᵀ subtracts the logarithm from each row of
+scores, and one more column of dy with one more of ones in v the mean of a row's gradients.
 """
 
+import functools
 import math
+
+import numpy as np
 
 from tinyldm.backend import Array, array_module, on_host
 from tinyldm.nn.pieces import blocks, empty, on_free_cores, product, scratch
 from tinyldm.nn.protocol import Backward, differentiable
 
-BLOCK_SCORES = 2**18  # scores at a time: 1 MiB of float32
+BLOCK_SCORES = 2**20  # scores at a time: 4 MiB of float32
 SAFE_SCORE = 60.0  # e^±60 and a sum of thousands of them are within the range of float32
 
 
@@ -39,8 +42,8 @@ def attention(
     queries = _widened(q, heads, 0)
     queries *= scale
     keys_t = _widened(k, heads, 1).swapaxes(2, 3).copy()
-    values = _widened(v, heads, 1)
-    shift = not _within(SAFE_SCORE, q, k, scale)
+    values, ones = _split_heads(v, heads), xp.ones((m, 1), v.dtype)
+    shift = not _within(SAFE_SCORE, q, k, heads, scale)
     y, log_sum = empty((n, l, e), q), empty((n, heads, l, 1), q)
     y_ = _split_heads(y, heads)
 
@@ -52,9 +55,8 @@ def attention(
             top = p.real.max(axis=3, keepdims=True)
             p -= top
         xp.exp(p, out=p)
-        sums = p @ values[ns, hs]  # of p v and, in the last column, of p
-        total = sums[..., -1:]
-        xp.divide(sums[..., :-1], total, out=y_[ns, hs, ls])
+        total = p @ ones  # a product is faster than `sum`
+        xp.divide(p @ values[ns, hs], total, out=y_[ns, hs, ls])
         log_sum[ns, hs, ls] = xp.log(total) + (top if shift else 0)
 
     head_blocks, query_blocks = _score_blocks(n, heads, l, m, block)
@@ -68,10 +70,8 @@ def attention(
         xp.negative(weighted, out=dys[..., -1:])
         xp.negative(log_sum, out=queries[..., -1:])
         keys = _widened(k, heads, 0)[..., :-1]
-        values_t = values.swapaxes(2, 3).copy()
-        dqs, dks, dvs = (
-            xp.zeros(x.shape, x.dtype) for x in (queries[..., :-1], keys, values[..., :-1])
-        )
+        values_t = _widened(v, heads, 1).swapaxes(2, 3).copy()
+        dqs, dks, dvs = (xp.zeros(x.shape, x.dtype) for x in (queries[..., :-1], keys, values))
 
         def part(heads_):
             ns, hs = heads_
@@ -112,12 +112,19 @@ def _score_blocks(n, heads, l, m, budget):
     return list(blocks(n, heads, l * m, budget)), [ls for _, ls in queries]
 
 
-def _within(limit, q, k, scale):
+def _within(limit, q, k, heads, scale):
     """Whether no score can exceed `limit`: |q·k| ≤ |q| |k|. Not asked on a GPU: it would wait."""
     if not on_host(q):
         return False
-    longest = ((x.real * x.real).sum(axis=2).max() for x in (q, k))
-    return math.prod(longest) * scale**2 <= limit**2
+    of_heads = _head_sums(heads, q.shape[2], q.real.dtype.char)
+    longest = ((x.real * x.real @ of_heads).max(axis=1) for x in (q, k))  # (n, heads) each
+    return math.prod(longest).max() * scale**2 <= limit**2
+
+
+@functools.cache
+def _head_sums(heads, d, dtype):
+    """What to multiply (n, l, d) by for the sums over each head, (n, l, heads)."""
+    return np.repeat(np.eye(heads, dtype=dtype), d // heads, axis=0)
 
 
 def _hidden(xp, ls, m):

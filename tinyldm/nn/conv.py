@@ -70,7 +70,7 @@ def _cost(algorithm, kernel, outputs):
     if algorithm in WINOGRAD:
         m = WINOGRAD[algorithm]
         tiles = n * -(-h // m) * -(-w // m)
-        kernel_tiles = 16  # as many take as long as the transform of the kernel
+        kernel_tiles = 24  # as many take as long as the transform of the kernel
         products = (tiles + kernel_tiles) * (m + 2) ** 2 * c_in * c_out
         transforms = tiles * m * m * 140 * (c_in + c_out) if min(c_in, c_out) >= 32 else math.inf
         return products + transforms + 1.5e6
