@@ -70,12 +70,14 @@ def _cost(algorithm, kernel, outputs):
     if algorithm in WINOGRAD:
         m = WINOGRAD[algorithm]
         tiles = n * -(-h // m) * -(-w // m)
-        kernel_tiles = 24  # as many take as long as the transform of the kernel
-        products = (tiles + kernel_tiles) * (m + 2) ** 2 * c_in * c_out
+        of_kernel = 24  # the tiles whose products take as long as the transform of the kernel
+        products = (tiles + of_kernel) * (m + 2) ** 2 * c_in * c_out
         transforms = tiles * m * m * 140 * (c_in + c_out) if min(c_in, c_out) >= 32 else math.inf
         return products + transforms + 1.5e6
-    gathering = 16  # the outputs whose products take as long
-    return n * h * w * kh * kw * c_in * (c_out + gathering) * (1 if algorithm == "gather" else 1.1)
+    of_kernel = 12  # the pixels whose products take as long as BLAS takes to order the kernel
+    of_gathering = 16  # the same for outputs, to bring the rows together
+    products = (n * h * w + of_kernel) * kh * kw * c_in * (c_out + of_gathering)
+    return products * (1.1 if algorithm == "scatter" else 1)
 
 
 @differentiable
