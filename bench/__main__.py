@@ -24,7 +24,7 @@ from bench.measure import Limits
 from bench.report import write
 from tinyldm import __version__
 from tinyldm.backend import describe
-from tinyldm.machine import processor
+from tinyldm.machine import keep_freed_memory, processor
 
 TABLES = {
     "train": train.table,
@@ -59,6 +59,7 @@ def main() -> None:
         lines.append(line)
 
     peer = load_peer()
+    keep_freed_memory()  # as Pipeline and training do
     say(f"## {datetime.date.today()}, {processor()}")
     say("")
     for line in environment(peer):

@@ -8,6 +8,8 @@ The results are compared first. A case has
     theirs(params, layout, device) → step     the same in PyTorch
     difference(result of ours, result of theirs) → relative
     least_seconds(limits, their step or None) → what the machine's limits allow, None if unknown
+
+What `theirs` returns holds tensors, or arrays in PyTorch's order where it runs elsewhere.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from bench.measure import Limits, Step, apart, interleaved, leave, resident_memory
+from bench.measure import (
+    Elsewhere,
+    Limits,
+    Step,
+    apart,
+    entered,
+    interleaved,
+    leave,
+    resident_memory,
+)
+from tinyldm.machine import keep_freed_memory
 
 TOLERANCE = 1e-4  # of relative differences in float32
 
@@ -83,14 +95,19 @@ def speed(
     params = case.params()
     ours = case.ours(params, device)
     layouts = case.layouts if run.peer else ()
-    theirs = {layout: case.theirs(params, layout, device) for layout in layouts}
+    if device == "cpu":
+        theirs = {
+            layout: entered(Elsewhere(their_step, case, layout, preload="bench.peer"))
+            for layout in layouts
+        }
+    else:
+        theirs = {layout: case.theirs(params, layout, device) for layout in layouts}
     del params
     result = ours()
     difference = max((case.difference(result, step()) for step in theirs.values()), default=0.0)
     del result
     check(case.name, difference)
     own, *others = interleaved([ours, *theirs.values()], run.rounds, wait)
-    leave()
     columns = {"case": case.name, "tinyldm ms": milliseconds(own)}
     best = None
     if theirs:
@@ -101,6 +118,7 @@ def speed(
     if run.limits:
         least = case.least_seconds(run.limits, theirs.get(best))
         columns["of the limit"] = f"{least / np.median(own):.0%}" if least else "–"
+    leave()
     return columns, best
 
 
@@ -112,19 +130,21 @@ def row(case: Any, run: Run, memory: Callable[[int, int], int]) -> Row:
     columns, best = speed(case, run)
     sides = {"MB": apart(resident_memory, our_step, case)}
     if best:
-        sides["MB, PyTorch"] = apart(
-            resident_memory, their_step, case, best, start="forkserver", preload="bench.peer"
-        )
+        sides["MB, PyTorch"] = apart(resident_memory, their_step, case, best, preload="bench.peer")
     return columns | {
         side: f"{memory(*held) / 1e6:.0f}" for side, held in sides.items() if held is not None
     }
 
 
 def our_step(case: Any) -> Step:
-    """With parameters of its own."""
+    """With parameters of its own, in a process of its own."""
+    keep_freed_memory()  # as Pipeline and training do
     return case.ours(case.params(), "cpu")
 
 
 def their_step(case: Any, layout: str) -> Step:
-    """With parameters of its own."""
-    return case.theirs(case.params(), layout, "cpu")
+    """The same of PyTorch. Its results are arrays, in PyTorch's order of axes."""
+    from bench import peer
+
+    step = case.theirs(case.params(), layout, "cpu")
+    return lambda: peer.to_arrays(step())

@@ -7,6 +7,7 @@ import numpy as np
 
 from bench.compare import Row, Rows, Run, ratio_columns
 from bench.function import Function, measured
+from tinyldm.backend import cores
 from tinyldm.nn.conv import algorithms_for, conv2d
 
 SHAPES = (  # n, c, side
@@ -42,12 +43,15 @@ def convolution(n: int, c: int, side: int) -> Function:
         return torch.conv2d(x, w, b, padding=1)
 
     name = f"{n}×{side}×{side}×{c}"
-    return Function(name, conv2d, theirs, (x,), (w, b), dy, ("contiguous", "channels_last"))
+    made = (convolution, n, c, side)
+    return Function(name, conv2d, theirs, (x,), (w, b), dy, made, ("contiguous", "channels_last"))
 
 
 def row(function: Function, run: Run, backward: bool, operations: int) -> Row:
     """One direction."""
-    algorithms = algorithms_for(function.weights[0].shape, 1, (1, 1, 1, 1))
+    n, *sides, _ = function.dy.shape
+    outputs = (n // min(cores(), n), *sides)  # of a shard
+    algorithms = algorithms_for(function.weights[0].shape, 1, (1, 1, 1, 1), outputs)
     variants = [
         replace(function, ours=partial(conv2d, algorithm=algorithm)) for algorithm in algorithms
     ]

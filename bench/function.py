@@ -1,5 +1,6 @@
 """Single functions beside PyTorch, the batch split over the cores as in training."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -8,10 +9,10 @@ from types import ModuleType
 import numpy as np
 
 from bench.compare import Run, check
-from bench.measure import Step, entered, interleaved, leave
+from bench.measure import Elsewhere, Step, entered, interleaved, leave
 from tinyldm.backend import Array, cores, map_threads
 from tinyldm.nn import no_grad
-from tinyldm.team import team
+from tinyldm.team import Team, team
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,13 @@ class Function:
     batch: tuple[Array, ...]
     weights: tuple[Array, ...]
     dy: Array
+    made: tuple  # of (function, *its arguments), so that another process can make it too
     layouts: tuple[str, ...] = ("contiguous",)
 
     def step(self, backward: bool) -> tuple[Step, Step]:
         """Two that do the same: one → for each shard y or, with `backward`, y and all gradients.
 
-        The other, to be timed, has a process for each shard and returns nothing.
+        The other, to be timed, has a process for each shard.
         """
 
         def run(shard):
@@ -44,8 +46,12 @@ class Function:
         count = min(cores(), len(self.dy))
         cut = [np.array_split(array, count) for array in (*self.batch, self.dy)]
         shards = list(zip(*cut, strict=True))
-        processes = entered(team(lambda i: run(shards[i]) and None, count))
-        return partial(map_threads, run, shards), partial(processes, [(i,) for i in range(count)])
+
+        def repeat(i, repeats):
+            for _ in range(repeats):
+                run(shards[i])
+
+        return partial(map_threads, run, shards), Shared(entered(team(repeat, count)), count)
 
     def their_step(self, peer: ModuleType, layout: str, backward: bool) -> Step:
         """→ y or, with `backward`, y and all gradients."""
@@ -67,6 +73,31 @@ class Function:
         return float(np.max(errors))  # not a number, if one of them is not
 
 
+class Shared:
+    """A step that processes share, each on its own: they meet before and after many calls of it."""
+
+    def __init__(self, processes: Team, count: int):
+        self.processes, self.count = processes, count
+
+    def __call__(self) -> None:
+        self.seconds(1)
+
+    def seconds(self, repeats: int) -> float:
+        """Of a call."""
+        start = time.perf_counter()
+        self.processes([(i, repeats) for i in range(self.count)])
+        return (time.perf_counter() - start) / repeats
+
+
+def their_step(made: tuple, layout: str, backward: bool) -> Step:
+    """Results are arrays, in PyTorch's order of axes."""
+    from bench import peer
+
+    make, *args = made
+    step = make(*args).their_step(peer, layout, backward)
+    return lambda: peer.to_arrays(step())
+
+
 def measured(
     variants: list[Function], run: Run, backward: bool
 ) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
@@ -77,7 +108,10 @@ def measured(
     ours, timed = zip(*(variant.step(backward) for variant in variants), strict=True)
     first = variants[0]
     layouts = first.layouts if run.peer else ()
-    theirs = [first.their_step(run.peer, layout, backward) for layout in layouts]
+    theirs = [
+        entered(Elsewhere(their_step, first.made, layout, backward, preload="bench.peer"))
+        for layout in layouts
+    ]
     error = 0.0
     for step in theirs:
         expected = step()

@@ -1,6 +1,8 @@
 """How everything here is measured: times in turn, the machine's limits, memory in a fresh process.
 
 Nothing in this file knows PyTorch: a process that imports it holds only what the library needs.
+PyTorch's steps run in processes of their own. There its threads and its memory are as they are
+where nobody else is, and nothing that tinyldm asks of the C library or of BLAS reaches them.
 """
 
 import contextlib
@@ -52,6 +54,8 @@ def interleaved(functions: Sequence[Step], rounds: int, wait: Step = lambda: Non
 
 
 def _seconds(function, repeats, wait):
+    if hasattr(function, "seconds"):
+        return function.seconds(repeats)
     wait()
     start = time.perf_counter()
     for _ in range(repeats):
@@ -89,6 +93,64 @@ class Limits:
         return f"SGEMM {self.flops / 1e9:.0f} GF/s, copy {self.bandwidth / 1e9:.1f} GB/s"
 
 
+# ---------------------------------------------------------------------------------- other processes
+
+
+class Elsewhere:
+    """A step that was prepared in a process of its own, and runs there. Call it for its result."""
+
+    def __init__(self, prepare: Callable[..., Step], *args: Any, preload: str):
+        context = _forkserver(preload)
+        self._connection, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there, prepare, args), daemon=True)
+        self._process.start()
+        there.close()
+
+    def ask(self, function: Callable, *args: Any) -> Any:
+        """`function(step, *args)`, there. A process that has failed ends this one too."""
+        self._connection.send((function, args))
+        try:
+            return self._connection.recv()
+        except EOFError:
+            raise SystemExit("the process of the other side has failed, see above") from None
+
+    def __call__(self) -> Any:
+        return self.ask(_result)
+
+    def seconds(self, repeats: int) -> float:
+        """Of a call, measured there."""
+        return self.ask(_seconds, repeats, _nothing)
+
+    def __enter__(self) -> "Elsewhere":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._connection.close()
+        self._process.join()
+
+
+def _forkserver(preload):
+    context = get_context("forkserver")  # which has loaded the module once for all of its processes
+    context.set_forkserver_preload([preload])
+    return context
+
+
+def _serve(connection, prepare, args):
+    step = prepare(*args)
+    with contextlib.suppress(EOFError):
+        while True:
+            function, args = connection.recv()
+            connection.send(function(step, *args))
+
+
+def _result(step):
+    return step()
+
+
+def _nothing():
+    pass
+
+
 # ----------------------------------------------------------------------------------------- contexts
 
 _entered = contextlib.ExitStack()
@@ -107,14 +169,9 @@ def leave() -> None:
 # ------------------------------------------------------------------------------------------- memory
 
 
-def apart(function: Callable, *args: Any, start: str = "spawn", preload: str | None = None) -> Any:
-    """`function(*args)` in a process of its own.
-
-    preload: a module that a "forkserver" has loaded once for all of its processes.
-    """
-    context = get_context(start)
-    if preload:
-        context.set_forkserver_preload([preload])
+def apart(function: Callable, *args: Any, preload: str | None = None) -> Any:
+    """`function(*args)` in a process of its own, a new one or one that has loaded a module."""
+    context = _forkserver(preload) if preload else get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *args).result()
 

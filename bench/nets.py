@@ -96,7 +96,7 @@ class NetworkCase:
             return None
         from bench import peer
 
-        return peer.flops(theirs) / limits.flops
+        return theirs.ask(peer.flops) / limits.flops
 
 
 class TrainStep(NetworkCase):

@@ -19,7 +19,9 @@ def table(run: Run) -> Rows:
     The batch is split over the cores. ns: time for each number of the input. Copies: how often the
     input could have been copied in that time.
     """
-    for function in functions(*((2, 4, 32) if run.tiny else (16, 16, 256))):
+    sizes = (2, 4, 32) if run.tiny else (16, 16, 256)
+    for i in range(len(functions(*sizes))):
+        function = function_at(i, *sizes)
         (own,), theirs, error = measured([function], run, backward=True)
         x = function.batch[0]
         columns = {
@@ -40,12 +42,20 @@ def nanoseconds(times: np.ndarray, x: np.ndarray) -> str:
     return f"{1e9 * np.median(times) / x.size:.2f}"
 
 
+def function_at(i: int, *sizes: int) -> Function:
+    """One of `functions`."""
+    return functions(*sizes)[i]
+
+
 def functions(n: int, side: int, c: int) -> list[Function]:
     """As they are met at a level of a U-Net with c channels, in a batch of n."""
     rng = np.random.default_rng(0)
 
     def normal(*shape):
         return rng.standard_normal(shape, np.float32)
+
+    def made(i):
+        return function_at, i, n, side, c
 
     w, b = 1 + normal(c) / 4, normal(c) / 4
     picture, tokens = (n, side, side, c), (n, side * side, c)
@@ -54,20 +64,21 @@ def functions(n: int, side: int, c: int) -> list[Function]:
             "group norm + SiLU",
             partial(group_norm, groups=GROUPS, eps=EPS, silu=True),
             lambda torch, x, w, b: torch.silu(torch.group_norm(x, GROUPS, w, b, EPS)),
-            (normal(*picture),), (w, b), normal(*picture), ("contiguous", "channels_last"),
+            (normal(*picture),), (w, b), normal(*picture), made(0), ("contiguous", "channels_last"),
         ),
         Function(
             "layer norm",
             partial(layer_norm, eps=EPS),
             lambda torch, x, w, b: torch.layer_norm(x, x.shape[-1:], w, b, EPS),
-            (normal(*tokens),), (w, b), normal(*tokens),
+            (normal(*tokens),), (w, b), normal(*tokens), made(1),
         ),
         Function(
-            "GEGLU", geglu, _geglu, (normal(*tokens[:2], 8 * c),), (), normal(*tokens[:2], 4 * c)
+            "GEGLU", geglu, _geglu,
+            (normal(*tokens[:2], 8 * c),), (), normal(*tokens[:2], 4 * c), made(2),
         ),
         Function(
             f"attention, {HEADS} heads", partial(attention, heads=HEADS), _attention,
-            tuple(normal(*tokens) for _ in range(3)), (), normal(*tokens),
+            tuple(normal(*tokens) for _ in range(3)), (), normal(*tokens), made(3),
         ),
     ]  # fmt: skip
 

@@ -96,10 +96,12 @@ class OptimizerStep:
 
     def difference(self, ours: tuple, theirs: tuple) -> float:
         """The larger of the weights' and of their average's, each as one long vector."""
+        from bench.peer import to_arrays
+
         return max(
             relative(
                 np.concatenate([to_device(w, "cpu").ravel() for w in own.values()]),
-                np.concatenate([w.cpu().numpy().ravel() for w in other.values()]),
+                np.concatenate([to_arrays(w).ravel() for w in other.values()]),
             )
             for own, other in zip(ours, theirs, strict=True)
         )

@@ -55,10 +55,19 @@ def tensor(
     return x.contiguous(memory_format=FORMATS[layout]).to(device)
 
 
-def to_numpy(x: torch.Tensor, axes: tuple[int, ...] = PICTURE) -> np.ndarray:
-    """The way back."""
-    x = x.detach().cpu()
-    return (x if x.ndim < 4 else x.permute(axes)).numpy()
+def to_arrays(result: Any) -> Any:
+    """All tensors in dicts and tuples as arrays, in PyTorch's order of axes."""
+    if isinstance(result, dict):
+        return {name: to_arrays(x) for name, x in result.items()}
+    if isinstance(result, (tuple, list)):
+        return tuple(map(to_arrays, result))
+    return result.detach().cpu().numpy() if isinstance(result, torch.Tensor) else result
+
+
+def to_numpy(x: torch.Tensor | np.ndarray, axes: tuple[int, ...] = PICTURE) -> np.ndarray:
+    """A tensor, or such an array, in our order of axes."""
+    x = to_arrays(x)
+    return x if x.ndim < 4 else x.transpose(axes)
 
 
 def train_step(model: torch.nn.Module, loss_fn: Callable[[], torch.Tensor]) -> Callable:

@@ -21,6 +21,7 @@ from tinyldm.config import unknown
 from tinyldm.diffusion.samplers import SAMPLERS, guided, timesteps
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.files import read_json, write_json
+from tinyldm.machine import keep_freed_memory
 from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet
 from tinyldm.models.context import FixedContext
 from tinyldm.models.weights import load_component, save_weights
@@ -53,6 +54,7 @@ class Pipeline:
         tokenizer: Tokenizer,
         defaults: dict | None = None,
     ):
+        keep_freed_memory()
         self.configs, self.params, self.tokenizer = configs, params, tokenizer
         self.unet, self.vae, self.text_encoder = (
             COMPONENTS[name][1](configs[name]) for name in ("unet", "vae", "text_encoder")

@@ -20,7 +20,6 @@ from tinyldm.backend import (
     map_threads,
     on_host,
 )
-from tinyldm.machine import keep_freed_memory
 
 # Elements of one array that a memory-bound loop touches at a time: 512 KiB of float32. With fewer,
 # calls would take as long as their work; more would no longer lie in the cache.
@@ -124,7 +123,6 @@ ALIGNMENT = 64  # bytes
 UNALIGNED = 4096  # numbers; what is smaller is as it comes: the call would cost more
 
 _thread = threading.local()
-keep_freed_memory()
 
 
 def empty(shape: tuple[int, ...], *like: Array) -> Array:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from tinyldm.backend import Array, cores, map_threads, on_host
+from tinyldm.machine import keep_freed_memory
 from tinyldm.team import available, team
 from tinyldm.training.optim import Flat
 
@@ -36,6 +37,7 @@ def gradient(loss_fn: Callable, params: Flat, processes: int | None = None) -> I
     `available`), else to threads. The result is the same to the last bit. Other processes see what
     becomes of `params`, if they are shared, and nothing else that changes in the meantime.
     """
+    keep_freed_memory()
     on_cpu = on_host(params.flat)
     processes = processes or (available() if on_cpu and params.shared else 1)
     if processes == 1:
