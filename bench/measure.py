@@ -22,6 +22,7 @@ import numpy as np
 from tinyldm.backend import cores, map_threads
 
 SAMPLE_SECONDS = 0.02  # a shorter function is repeated until it takes as long as this
+WARM_SECONDS = 0.05  # for which a short function is called before it is measured
 LONG_SECONDS = 2.0  # a call that takes as long as this is not made more often than it must
 PROC = Path("/proc")
 
@@ -34,8 +35,8 @@ Step = Callable[[], Any]
 def interleaved(functions: Sequence[Step], rounds: int, wait: Step = lambda: None) -> np.ndarray:
     """Seconds (functions, rounds) of a call, measured in turn: a b c a b c …
 
-    A noisy machine then treats all alike. Before each measurement of a short function stands a call
-    that is not measured: after its work, the threads of the one before spin on for a while.
+    A noisy machine then treats all alike. Before a short function is measured, it is called without:
+    after its work, the threads of the one before spin on for a while, and the cache is not its own.
     wait: returns once the device has done its work.
     """
     once = [_seconds(function, 1, wait) for function in functions]
@@ -48,7 +49,7 @@ def interleaved(functions: Sequence[Step], rounds: int, wait: Step = lambda: Non
     for i in range(rounds):
         for j, function in enumerate(functions):
             if short[j]:
-                function()
+                _seconds(function, math.ceil(WARM_SECONDS / once[j]), wait)
             times[j, i] = _seconds(function, repeats[j], wait)
     return times
 
