@@ -446,7 +446,7 @@ FAULTS = {
         ),
     ],
     "tinyldm.nn.attention": [
-        ("attention: scale of q lost", "    queries *= scale\n", ""),
+        ("attention: scale of q lost", "scaled = q * scale", "scaled = q"),
         ("attention: scale of dq lost", "        dqs *= scale\n", ""),
         (
             "attention: no causal mask on the way back",
@@ -455,10 +455,10 @@ FAULTS = {
         ),
         (
             "attention: the denominator moves, forgotten",
-            "xp.negative(weighted, out=dys[..., -1:])",
-            "pass",
+            "xp.negative(mean, out=dys[..., -1:])",
+            "dys[..., -1] = 0",
         ),
-        ("attention: denominator lost", "xp.log(total) + (top", "0 * total + (top"),
+        ("attention: denominator lost", "xp.log(total, out=total)", "total *= 0"),
         ("attention: dk of the last block only", "dks[ns, hs] += ds", "dks[ns, hs] = ds"),
         ("attention: dv of the last block only", "dvs[ns, hs] += p", "dvs[ns, hs] = p"),
         ("attention: dk and dv swapped", "in (dqs, dks, dvs))", "in (dqs, dvs, dks))"),

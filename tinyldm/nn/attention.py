@@ -39,16 +39,15 @@ def attention(
     m, e = v.shape[1:]
     scale = 1 / math.sqrt(d // heads)
     block = block or (BLOCK_SCORES if on_host(q) else 64 * BLOCK_SCORES)
-    queries = _widened(q, heads, 0)
-    queries *= scale
-    keys_t = _widened(k, heads, 1).swapaxes(2, 3).copy()
-    values, ones = _split_heads(v, heads), xp.ones((m, 1), v.dtype)
+    scaled = q * scale
+    queries, keys, values = (_split_heads(x, heads) for x in (scaled, k, v))
+    ones = xp.ones((m, 1), v.dtype)
     shift = not _within(SAFE_SCORE, q, k, heads, scale)
     y, log_sum = empty((n, l, e), q), empty((n, heads, l, 1), q)
     y_ = _split_heads(y, heads)
 
     def forward(ns, hs, ls):
-        (p,) = _scores(queries[ns, hs, ls], keys_t[ns, hs])  # (samples, heads, queries, m)
+        (p,) = _scores(queries[ns, hs, ls], keys[ns, hs].swapaxes(2, 3))  # (…, queries, m)
         if causal:
             p += _hidden(xp, ls, m)
         if shift:
@@ -57,7 +56,8 @@ def attention(
         xp.exp(p, out=p)
         total = p @ ones  # a product is faster than `sum`
         xp.divide(p @ values[ns, hs], total, out=y_[ns, hs, ls])
-        log_sum[ns, hs, ls] = xp.log(total) + (top if shift else 0)
+        xp.log(total, out=total)
+        log_sum[ns, hs, ls] = total + top if shift else total
 
     head_blocks, query_blocks = _score_blocks(n, heads, l, m, block)
     work = [(ns, hs, ls) for ns, hs in head_blocks for ls in query_blocks]
@@ -65,12 +65,13 @@ def attention(
 
     def backward(dy):
         # softmax: ds = p (dp − Σ p dp), where Σ p dp = Σ dy y
-        dys = _widened(dy, heads, 0)
-        weighted = _split_heads(dy * y, heads) @ xp.ones((e // heads, 1), y.dtype)
-        xp.negative(weighted, out=dys[..., -1:])
+        queries, dys = _widened(scaled, heads), _widened(dy, heads)
         xp.negative(log_sum, out=queries[..., -1:])
-        keys = _widened(k, heads, 0)[..., :-1]
-        values_t = _widened(v, heads, 1).swapaxes(2, 3).copy()
+        mean = _split_heads(dy * y, heads) @ xp.ones((e // heads, 1), y.dtype)
+        xp.negative(mean, out=dys[..., -1:])
+        keys_t, values_t = (_widened(x, heads) for x in (k, v))
+        keys_t[..., -1] = values_t[..., -1] = 1
+        keys_t, values_t = (x.swapaxes(2, 3).copy() for x in (keys_t, values_t))
         dqs, dks, dvs = (xp.zeros(x.shape, x.dtype) for x in (queries[..., :-1], keys, values))
 
         def part(heads_):
@@ -132,12 +133,11 @@ def _hidden(xp, ls, m):
     return xp.where(xp.arange(m) > xp.arange(ls.start, ls.stop)[:, None], -math.inf, 0)
 
 
-def _widened(x, heads, last):
-    """(n, l, d) → (n, heads, l, d / heads + 1), a copy that ends in a column of `last`."""
+def _widened(x, heads):
+    """(n, l, d) → (n, heads, l, d / heads + 1), a copy; the last column is not set."""
     x_ = _split_heads(x, heads)
     wide = empty((*x_.shape[:3], x_.shape[3] + 1), x)
     wide[..., :-1] = x_
-    wide[..., -1] = last
     return wide
 
 

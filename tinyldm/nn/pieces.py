@@ -192,6 +192,7 @@ def product(a: Array, b: Array, out: Array) -> None:
     n = b.shape[-1]
     rows, columns = _tile(k, n)
     end = m - m % rows
+    b = np.ascontiguousarray(b)  # small products do not like to turn a matrix
     # Cutting an axis in two never copies, so what is written to these views is written to `out`.
     np.matmul(
         a[..., :end, :].reshape(*lead, end // rows, 1, rows, k),
