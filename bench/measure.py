@@ -35,8 +35,8 @@ Step = Callable[[], Any]
 def interleaved(functions: Sequence[Step], rounds: int, wait: Step = lambda: None) -> np.ndarray:
     """Seconds (functions, rounds) of a call, measured in turn: a b c a b c …
 
-    A noisy machine then treats all alike. Before a short function is measured, it is called without:
-    after its work, the threads of the one before spin on for a while, and the cache is not its own.
+    A noisy machine then treats all alike. A short function is called for a while before it is
+    measured: the threads of the one before spin on after their work, and the cache holds its data.
     wait: returns once the device has done its work.
     """
     once = [_seconds(function, 1, wait) for function in functions]

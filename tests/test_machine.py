@@ -1,6 +1,9 @@
 """What is read of the operating system, from copies of its files."""
 
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 
@@ -98,3 +101,35 @@ def test_held_memory(system):
 def test_this_very_process_holds_memory_and_could_take_more():
     assert machine.held_memory() > 1_000_000
     assert machine.free_memory() is None or machine.free_memory() > 0
+
+
+FAULTS_OF_NEW_ARRAYS = """
+import resource, sys
+import numpy as np
+from tinyldm import machine
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        np.empty(2**22, np.uint8)[:: 2**12] = 1
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if "keep" in sys.argv:
+    machine.keep_freed_memory()
+np.empty(2**22, np.uint8)[:] = 1
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+def test_freed_memory_is_kept():
+    """An array of 1,024 pages is made and forgotten twenty times: its pages are there already."""
+    counts = [
+        int(subprocess.run(
+            [sys.executable, "-c", FAULTS_OF_NEW_ARRAYS, *argument],
+            check=True, capture_output=True, text=True,
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"},  # a fixed one, or it adapts
+        ).stdout)
+        for argument in ([], ["keep"])
+    ]  # fmt: skip
+    assert counts[0] > 20 * 256 and counts[1] < 1100

@@ -1,5 +1,6 @@
 """Pieces of work: all of it, once, and no more of it at a time than asked for."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -8,8 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import in_pieces
 
+from tinyldm.backend import cores, one_blas_thread
 from tinyldm.nn import pieces as pieces_module
-from tinyldm.nn.pieces import ALIGNMENT, UNALIGNED, blocks, empty, pieces, product, scratch, spread
+from tinyldm.nn.pieces import (
+    ALIGNMENT,
+    UNALIGNED,
+    WORTH_THREADS,
+    blocks,
+    each_piece,
+    empty,
+    on_free_cores,
+    pieces,
+    product,
+    scratch,
+    shares,
+    spread,
+)
 
 
 def test_pieces_and_blocks_cover_everything_once():
@@ -25,6 +40,30 @@ def test_pieces_and_blocks_cover_everything_once():
             seen[ns, ls] += 1
             assert 5 * (ns.stop - ns.start) * (ls.stop - ls.start) <= max(budget, 5)
         assert (seen == 1).all()
+
+
+@given(st.lists(st.integers(), min_size=1, max_size=9), st.integers(0, 2 * WORTH_THREADS))
+def test_work_is_dealt_out_in_order_and_only_where_it_is_worth_it(work, size):
+    for free in (1, 2, 3):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pieces_module, "free_cores", lambda free=free: free)
+            dealt = shares(work, size, np.zeros(1))
+        assert sum(dealt, []) == work
+        assert len(dealt) == (min(free, len(work)) if size >= WORTH_THREADS else 1)
+        assert all(dealt)
+    assert on_free_cores(lambda x: x + 1, work, size, np.zeros(1)) == [x + 1 for x in work]
+
+
+def test_pieces_are_on_all_cores_unless_others_share_the_work():
+    x = np.zeros((2 * WORTH_THREADS // 1000, 1000))
+
+    def names():
+        return set(each_piece(lambda piece: threading.current_thread().name, x))
+
+    with one_blas_thread():
+        assert names() == {threading.current_thread().name}
+    if cores() > 1:
+        assert threading.current_thread().name not in names()
 
 
 @given(st.lists(st.integers(0, 5), max_size=4), st.sampled_from(["f4", "f8", "c16", "i4"]))

@@ -15,7 +15,7 @@ from test_parallel import assert_same, loss_fn, problem
 from threadpoolctl import threadpool_info
 
 from tinyldm import team as team_module
-from tinyldm.backend import map_threads
+from tinyldm.backend import cores, free_cores, map_threads
 from tinyldm.nn import no_grad
 from tinyldm.nn.activations import silu
 from tinyldm.team import TeamError, available, shared, team
@@ -51,6 +51,13 @@ def test_arrays_come_and_go_whole():
     with team(np.matmul, 2) as call:
         for found, (a, b) in zip(call(shares), shares, strict=True):
             assert np.array_equal(found, a @ b)
+
+
+def test_no_core_is_free_in_a_team():
+    with team(lambda: free_cores(), 2) as call:
+        assert free_cores() == 1
+        assert call([(), ()]) == [1, 1]
+    assert free_cores() == cores()
 
 
 def test_shared_arrays_are_seen_by_all_and_others_are_not():

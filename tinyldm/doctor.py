@@ -147,7 +147,8 @@ def arithmetic(device: str) -> Finding:
         "CPU": describe(),
         "processes that share a training or painting step": available(),
         "threads of any other batch, with one of BLAS each": cores(),
-        "threads of BLAS for a single picture": max(threads, default="unknown"),
+        "threads that share the operations on a single picture": cores(),
+        "threads of BLAS in its matrix products": max(threads, default="unknown"),
         "preset": " ".join(f"{name}={value}" for name, value in preset.items()) or "nothing",
     }
     problems = []

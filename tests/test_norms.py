@@ -1,0 +1,106 @@
+"""The normalisations: what their definition says of their result, and of its gradient.
+
+With all other functions, tests/test_functional.py compares them with loops and checks gradients.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import assert_near
+from strategies import group_norm_calls, random_array, seeds
+
+from tinyldm.nn import activations
+from tinyldm.nn.norms import group_norm, layer_norm
+
+
+def by_group(x, groups):
+    """(n, ..., c) → (n, groups, all else)."""
+    x = x.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
+    return x.swapaxes(1, 2).reshape(x.shape[0], groups, -1)
+
+
+@given(group_norm_calls(silu=False))
+def test_group_norm_has_the_moments_of_its_definition(call):
+    x, w, b = call.arrays()
+    groups, eps = call.options["groups"], call.options["eps"]
+    y, _ = call(x, np.ones_like(w), np.zeros_like(b))
+    values, variance = by_group(y, groups), by_group(x, groups).var(axis=2)
+    assert_near(values.mean(axis=2), np.zeros(values.shape[:2]))
+    assert_near(values.var(axis=2), variance / (variance + eps))
+
+
+@given(group_norm_calls(silu=False), st.floats(0.1, 10), st.floats(-10, 10))
+def test_group_norm_undoes_a_scale_if_eps_has_it_too(call, scale, shift):
+    x, w, b = call.arrays()
+    groups, eps = call.options["groups"], call.options["eps"]
+    moved, _ = group_norm(scale * x + shift, w, b, groups, eps * scale**2)
+    assert_near(moved, call(x, w, b)[0], tol=1e-10)
+
+
+@given(group_norm_calls(silu=False))
+def test_group_norm_gradient_loses_two_directions(call):
+    # Of a group: Σ dx = 0 and Σ dx x̂ = rstd Σ (w dy) x̂ · eps / (variance + eps). A term forgotten
+    # in dx breaks one or the other.
+    x, w, b = call.arrays()
+    groups, eps = call.options["groups"], call.options["eps"]
+    y, backward = call(x, w, b)
+    dy = random_array(np.random.default_rng(call.seed + 1), y.shape)
+    dx, _, _ = backward(dy)
+    x_, dx_, wdy_ = (by_group(a, groups) for a in (x, dx, w * dy))
+    variance = x_.var(axis=2)
+    rstd = 1 / np.sqrt(variance + eps)
+    normal = (x_ - x_.mean(axis=2, keepdims=True)) * rstd[..., None]
+    terms = rstd * np.abs(wdy_).sum(axis=2)
+    assert (np.abs(dx_.sum(axis=2)) <= 1e-12 * terms).all()
+    expected = rstd * (wdy_ * normal).sum(axis=2) * eps / (variance + eps)
+    assert (np.abs((dx_ * normal).sum(axis=2) - expected) <= 1e-12 * terms).all()
+
+
+@given(group_norm_calls(silu=False))
+def test_group_norm_with_silu_is_group_norm_then_silu(call):
+    x, w, b = call.arrays()
+    y, fused_back = group_norm(x, w, b, **call.options | {"silu": True})
+    h, norm_back = call(x, w, b)
+    expected, silu_back = activations.silu(h)
+    dy = random_array(np.random.default_rng(call.seed + 1), y.shape)
+    assert_near(y, expected)
+    for dz, dz_expected in zip(fused_back(dy), norm_back(silu_back(dy)), strict=True):
+        assert_near(dz, dz_expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("value", [0, 1, -3, 0.25, 1e4])
+def test_group_norm_of_a_constant_is_the_shift(value, dtype):
+    x = np.full((2, 4, 4, 6), value, dtype)
+    w, b = (random_array(np.random.default_rng(i), (6,), dtype) for i in (0, 1))
+    y, backward = group_norm(x, w, b, groups=3, eps=1e-5)
+    assert np.array_equal(y, np.broadcast_to(b, y.shape))
+    dx, dw, db = backward(np.ones_like(y))
+    assert np.isfinite(dx).all()
+    assert not dw.any()
+    assert_near(db, np.full(6, 32.0))
+
+
+@pytest.mark.parametrize("side", [1, 8, 31])
+@pytest.mark.parametrize("far", [1e2, 1e4])
+def test_group_norm_in_float32_far_from_zero(side, far):
+    # The variance as a difference, E[x²] − E[x]², would have no right digit here, and a mean that
+    # is rounded would leave three at most. The first position is far from all others.
+    x = np.random.default_rng(0).normal(far, 1, (2, side, side, 64)).astype("float32")
+    x[:, 0, 0] += 30
+    one, zero = np.ones(64, "float32"), np.zeros(64, "float32")
+    y, _ = group_norm(x, one, zero, groups=2, eps=1e-5)
+    expected, _ = group_norm(*(a.astype("float64") for a in (x, one, zero)), groups=2, eps=1e-5)
+    assert np.abs(y - expected).max() < 1e-5
+
+
+@given(seed=seeds, shift=st.floats(-100, 100), scale=st.floats(0.1, 10))
+def test_layer_norm_is_a_group_norm_of_single_places(seed, shift, scale):
+    rng = np.random.default_rng(seed)
+    x, w, b = (random_array(rng, shape) for shape in [(4, 9), (9,), (9,)])
+    x = scale * x + shift
+    assert_near(layer_norm(x, w, b, 1e-5)[0], group_norm(x, w, b, 1, 1e-5)[0], tol=1e-11)
+
+
+# -------------------------------------------------------------------------------- shape and joining
