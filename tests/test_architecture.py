@@ -20,7 +20,7 @@ ORDER = """
     models.weights models.tokenizer
     models.context models.blocks models.levels models.unet models.autoencoder models.text_encoder
     models
-    diffusion diffusion.schedule diffusion.objective diffusion.samplers
+    diffusion diffusion.schedule diffusion.objective diffusion.solvers diffusion.samplers
     pipeline again
     data data.dataset data.shapes data.folder
     evaluation evaluation.reader evaluation.statistics evaluation.metrics evaluation.pictures

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyldm.diffusion.samplers import SAMPLERS, ddim, ddpm, guided, timesteps
+from tinyldm.diffusion.samplers import RANDOM, SAMPLERS, ddim, ddpm, guided, pndm, timesteps
 from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
 
 STABLE_DIFFUSION = {
@@ -125,7 +125,7 @@ def test_unknown_spacing_is_refused():
 
 
 @pytest.mark.parametrize("steps", COUNTS)
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_count_of_steps_runs(spacing, name, steps):
     schedule = Schedule(STABLE_DIFFUSION | {"timestep_spacing": spacing})
@@ -177,7 +177,7 @@ def test_start_noise_is_not_written_to_and_float32_stays_float32(options):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_clipping_holds_the_picture_in_range(name, prediction):
     def pictures(**config):
         schedule = Schedule({"prediction_type": prediction} | config)
@@ -358,6 +358,71 @@ def test_spread_of_ddim_rises_with_eta_to_that_of_ddpm():
         one_step.append((with_noise[0] - without[0])[0])
     np.testing.assert_allclose(one_step, np.array([0, 0.5, 1]) * one_step[2], rtol=1e-12)
     assert one_step[2] > 0.1
+
+
+# --------------------------------------------------------------------------------------------- PNDM
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 30, 300, 999, 1000])
+def test_pndm_reaches_one_point_of_data_exactly(steps, skip, spacing, prediction):
+    """All predictions along the way stand for the same noise, so all mixtures of them do."""
+    schedule = Schedule(
+        DDPM
+        | {"timestep_spacing": spacing, "prediction_type": prediction, "set_alpha_to_one": True}
+        | {"skip_prk_steps": skip}
+    )
+    noise = np.array([-2.0, 0.0, 0.3, 1.5])
+    alpha_bar = schedule.alphas_bar[timesteps(schedule, steps)[0]]
+    start = math.sqrt(alpha_bar) * MEAN + math.sqrt(1 - alpha_bar) * noise
+    pairs = np.array(list(pndm(denoiser(schedule, MEAN, 0), schedule, start, steps)))
+    assert len(pairs) == steps
+    if prediction == "epsilon":  # the others mix predictions at different times
+        assert abs(pairs[:, 1] - MEAN).max() <= 1e-8
+        np.testing.assert_allclose(pairs[-1, 0], np.full(4, MEAN), atol=1e-9)
+    assert np.isfinite(pairs).all()
+
+
+@pytest.mark.parametrize("skip, calls", [(True, 21), (False, 29)])
+def test_predictions_of_pndm(skip, calls):
+    asked = []
+    schedule = Schedule(DDPM | {"skip_prk_steps": skip})
+    list(pndm(lambda x, t: asked.append(t) or x, schedule, np.ones(1), 20))
+    assert len(asked) == calls
+    if skip:
+        assert asked == [950, 900, 900, *range(850, -1, -50)]
+    else:
+        assert asked[:8] == [950, 925, 925, 900, 900, 875, 875, 850]
+
+
+# -------------------------------------------------------------------------------------- every sampler
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_noise_is_asked_for_by_those_that_are_random(name):
+    draws = []
+
+    def noise():
+        draws.append(1)
+        return np.ones(2, "float32")
+
+    options = {"noise": noise} if name in RANDOM else {}
+    x = np.ones(2, "float32")
+    schedule = Schedule(STABLE_DIFFUSION)
+    pairs = list(SAMPLERS[name](lambda x, t: 0.1 * x, schedule, x, 20, **options))
+    assert len(pairs) == 20 and len(draws) == (19 if name in RANDOM else 0)
+    assert {array.dtype for pair in pairs for array in pair} == {np.dtype("float32")}
+    assert (x == 1).all()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_every_sampler_refuses_impossible_counts(name, steps):
+    options = {"noise": no_noise} if name in RANDOM else {}
+    with pytest.raises(ValueError, match=rf"^steps: expected 1…1000, found {steps}$"):
+        next(SAMPLERS[name](lambda x, t: x, Schedule({}), np.ones(1), steps, **options))
 
 
 # ----------------------------------------------------------------------------------------- guidance

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tinyldm.backend import Array, array_module, cores, map_batch, map_threads, to_device
 from tinyldm.config import unknown
-from tinyldm.diffusion.samplers import SAMPLERS, guided, timesteps
+from tinyldm.diffusion.samplers import RANDOM, SAMPLERS, guided, timesteps
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.files import read_json, write_json
 from tinyldm.machine import keep_freed_memory
@@ -33,7 +33,15 @@ COMPONENTS = {  # folder → (library and class that diffusers loads, our class,
     "vae": (("diffusers", "AutoencoderKL"), AutoencoderKL, "diffusion_pytorch_model.safetensors"),
     "text_encoder": (("transformers", "CLIPTextModel"), TextEncoder, "model.safetensors"),
 }
-SCHEDULERS = {"DDIMScheduler": "ddim", "DDPMScheduler": "ddpm", "PNDMScheduler": "pndm"}
+SCHEDULERS = {  # diffusers' class → our sampler
+    "DDPMScheduler": "ddpm",
+    "DDIMScheduler": "ddim",
+    "PNDMScheduler": "pndm",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_a",
+    "HeunDiscreteScheduler": "heun",
+    "DPMSolverMultistepScheduler": "dpm++2m",
+}
 DIFFUSERS_VERSION = "0.32.0"  # whose file formats these are
 SAMPLES_AT_ONCE = 64  # on a core: more would need more memory, and be no faster
 DEFAULTS = {"steps": 50, "guidance": 7.5}  # Stable Diffusion's own
@@ -188,7 +196,7 @@ class Pipeline:
         context = self.embed(recipe.prompts)
         if recipe.guidance != 1:
             context = self.xp.concatenate([self.embed(recipe.negatives), context])
-        options = {"noise": noise} if recipe.sampler == "ddpm" else {}
+        options = {"noise": noise} if recipe.sampler in RANDOM else {}
         with self.predictor(context) as predict:
             if recipe.guidance != 1:
                 predict = guided(predict, recipe.guidance)

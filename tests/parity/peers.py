@@ -25,6 +25,7 @@ class InFloat64(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        args = [torch.float64 if x is torch.float32 else x for x in args]
         if function is torch.Tensor.float:
             function = torch.Tensor.double
         if kwargs.get("dtype") is torch.float32:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from tinyldm.backend import Array, array_module
-from tinyldm.diffusion.schedule import Schedule, posterior
+from tinyldm.diffusion.schedule import Schedule, check_steps, posterior, spaced
+from tinyldm.diffusion.solvers import dpm_solver_2m, euler, euler_ancestral, heun
 
 Predict = Callable[[Array, int], Array]
 Noise = Callable[[], Array]  # fresh standard normal noise, of the shape of x
@@ -20,26 +21,13 @@ Noise = Callable[[], Array]  # fresh standard normal noise, of the shape of x
 def timesteps(schedule: Schedule, steps: int) -> np.ndarray:
     """The steps t (steps,) to visit, falling, as the scheduler config's `timestep_spacing` says.
 
-    "leading" visits 0, T/n, 2T/n … plus `steps_offset`, "trailing" T−1, T−1−T/n …, "linspace" both
-    ends. Where the offset would lead past the last trained step, that step is taken.
+    By default "leading". Where the offset would lead past the last trained step, that is taken.
 
     Raises ValueError for more steps than were trained, or an unknown spacing.
     """
-    total = len(schedule)
-    if not 1 <= steps <= total:
-        raise ValueError(f"steps: expected 1…{total}, found {steps}")
-    spacing = schedule.config.get("timestep_spacing", "leading")
-    if spacing == "leading":
-        t = np.arange(steps)[::-1] * (total // steps) + schedule.config.get("steps_offset", 0)
-    elif spacing == "trailing":
-        t = np.round(total - np.arange(steps) * (total / steps)) - 1
-    elif spacing == "linspace":
-        t = np.round(np.linspace(0, total - 1, steps))[::-1]
-    else:
-        raise ValueError(
-            f"timestep_spacing: expected leading, trailing or linspace, found {spacing!r}"
-        )
-    return np.minimum(t, total - 1).astype(np.int64)
+    check_steps(schedule, steps)
+    t = np.round(spaced(schedule, steps, "leading"))
+    return np.minimum(t, len(schedule) - 1).astype(np.int64)
 
 
 def ddim(
@@ -55,8 +43,7 @@ def ddim(
     eta: 0 deterministic … 1 as random as DDPM; then `noise()` gives fresh normal noise like x.
     """
     t = timesteps(schedule, steps)
-    first = float(schedule.alphas_bar[0])
-    last = 1.0 if schedule.config.get("set_alpha_to_one", True) else first
+    last = _final_alpha_bar(schedule, default=True)
     alphas_bar = [*schedule.alphas_bar[t].tolist(), last]  # Python's numbers keep x in float32
     for i in range(steps):
         now, then = alphas_bar[i : i + 2]
@@ -83,6 +70,66 @@ def ddpm(
         yield x, x0
 
 
+def pndm(
+    predict: Predict, schedule: Schedule, x: Array, steps: int
+) -> Iterator[tuple[Array, Array]]:
+    """Pseudo linear multistep: DDIM with a prediction carried on from the last four.
+
+    Liu et al. 2022, eq. 9, 11 and 12. The first three steps are pseudo Runge-Kutta (eq. 13), of
+    four predictions each. With the scheduler config's `skip_prk_steps`, as Stable Diffusion has it,
+    the first step is corrected once instead, and the next ones carry on from fewer than four.
+    """
+    t = timesteps(schedule, steps).tolist()
+    alphas_bar = [*schedule.alphas_bar[t].tolist(), _final_alpha_bar(schedule, default=False)]
+    runge_kutta = not schedule.config.get("skip_prk_steps", False)
+    known = []
+    for i in range(steps):
+        here, ahead = (t[i], alphas_bar[i]), (t[i + 1] if i + 1 < steps else 0, alphas_bar[i + 1])
+        known = [*known[-3:], predict(x, t[i])]
+        if runge_kutta and i < 3:
+            prediction = _runge_kutta(predict, schedule, x, known[-1], here, ahead)
+        elif i == 0 and steps > 1:
+            guess, _ = _transfer(schedule, known[0], x, alphas_bar[0], alphas_bar[1])
+            prediction = 0.5 * (known[0] + predict(guess, t[1]))
+        else:
+            prediction = sum(
+                weight * old for weight, old in zip(ADAMS_BASHFORTH[len(known)], known, strict=True)
+            )
+        x, x0 = _transfer(schedule, prediction, x, alphas_bar[i], alphas_bar[i + 1])
+        yield x, x0
+
+
+ADAMS_BASHFORTH = {  # by how many predictions there are, the oldest first
+    1: (1.0,),
+    2: (-1 / 2, 3 / 2),
+    3: (5 / 12, -16 / 12, 23 / 12),
+    4: (-9 / 24, 37 / 24, -59 / 24, 55 / 24),
+}
+
+
+def _runge_kutta(predict, schedule, x, first, here, ahead):
+    """The prediction with which to go from here to ahead, both (t, ᾱ)."""
+    middle = here[0] - (here[0] - ahead[0]) // 2
+    half_way = middle, float(schedule.alphas_bar[middle])
+    predictions = [first]
+    for t, alpha_bar in (half_way, half_way, ahead):
+        guess, _ = _transfer(schedule, predictions[-1], x, here[1], alpha_bar)
+        predictions.append(predict(guess, t))
+    return sum(w * p for w, p in zip((1 / 6, 1 / 3, 1 / 3, 1 / 6), predictions, strict=True))
+
+
+def _transfer(schedule, prediction, x, now, then):
+    """x where ᾱ is `then`, by DDIM without noise, and x_0."""
+    x0, epsilon = schedule.split(prediction, x, now)
+    return math.sqrt(then) * x0 + math.sqrt(1 - then) * epsilon, x0
+
+
+def _final_alpha_bar(schedule, default):
+    """ᾱ after the last step: no noise is left or, as Stable Diffusion has it, the least."""
+    to_one = schedule.config.get("set_alpha_to_one", default)
+    return 1.0 if to_one else float(schedule.alphas_bar[0])
+
+
 def _split(schedule, prediction, x, alpha_bar):
     """x_0 and ε at x; x_0 is clipped where the scheduler config says so, as for pixels."""
     x0, epsilon = schedule.split(prediction, x, alpha_bar)
@@ -92,7 +139,17 @@ def _split(schedule, prediction, x, alpha_bar):
     return x0, epsilon
 
 
-SAMPLERS = {"ddim": ddim, "ddpm": ddpm}
+SAMPLERS = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "pndm": pndm,
+    "euler": euler,
+    "euler_a": euler_ancestral,
+    "heun": heun,
+    "dpm++2m": dpm_solver_2m,
+    "dpm++2m_sde": dpm_solver_2m,
+}
+RANDOM = {"ddpm", "euler_a", "dpm++2m_sde"}  # those that draw noise on the way
 
 
 def guided(predict: Predict, guidance: float) -> Predict:

@@ -1,0 +1,139 @@
+"""The solvers in σ, on data whose exact denoiser is a formula.
+
+Where the data are N(μ, s²), the equation is solved by x − μ = c √(s² + σ²), in x / a.
+"""
+
+import math
+
+import numpy as np
+import pytest
+
+from tinyldm.diffusion.samplers import RANDOM, SAMPLERS
+from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
+from tinyldm.diffusion.solvers import dpm_solver_steps, sigma_steps
+
+STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SOLVERS = ("euler", "euler_a", "heun", "dpm++2m", "dpm++2m_sde")
+MEAN, SPREAD = 0.7, 0.5  # of the data
+
+
+def sigma_at(schedule, t):
+    """σ at a time step that need not be whole: log σ lies on straight lines between those."""
+    return math.exp(np.interp(t, np.arange(len(schedule)), np.log(schedule.sigmas)))
+
+
+def denoiser(schedule, mean=MEAN, spread=SPREAD):
+    """What a perfect network predicts at x_t for data from N(mean, spread²)."""
+
+    def predict(x, t):
+        alpha_bar = 1 / (1 + sigma_at(schedule, t) ** 2)
+        a, s = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        surprise = (x - a * mean) / (a**2 * spread**2 + s**2)
+        x0, noise = mean + a * spread**2 * surprise, s * surprise
+        return {"epsilon": noise, "sample": x0, "v_prediction": a * noise - s * x0}[
+            schedule.prediction
+        ]
+
+    return predict
+
+
+def run(name, schedule, x, steps, seed=0, **data):
+    rng = np.random.default_rng(seed)
+    options = {"noise": lambda: rng.normal(size=x.shape)} if name in RANDOM else {}
+    return list(SAMPLERS[name](denoiser(schedule, **data), schedule, x, steps, **options))
+
+
+# ------------------------------------------------------------------------------------------- grids
+
+
+def test_sigmas_of_stable_diffusion():
+    schedule = Schedule(STABLE_DIFFUSION)
+    t, sigmas = sigma_steps(schedule, 3)
+    np.testing.assert_array_equal(t, [999, 499.5, 0])
+    np.testing.assert_allclose(sigmas, [14.6146, 1.6156, 0.02917, 0], atol=1e-3)
+    t, sigmas = sigma_steps(Schedule(STABLE_DIFFUSION | {"use_karras_sigmas": True}), 3)
+    middle = ((14.6146 ** (1 / 7) + 0.02917 ** (1 / 7)) / 2) ** 7
+    np.testing.assert_allclose(sigmas, [14.6146, middle, 0.02917, 0], rtol=1e-4)
+    np.testing.assert_allclose(t[[0, -1]], [999, 0], atol=1e-9)
+    np.testing.assert_allclose([sigma_at(schedule, step) for step in t], sigmas[:-1])
+
+
+@pytest.mark.parametrize("karras", [False, True])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("grid", [sigma_steps, dpm_solver_steps])
+def test_time_and_noise_never_rise(grid, spacing, karras):
+    settings = {"timestep_spacing": spacing, "use_karras_sigmas": karras}
+    schedule = Schedule(STABLE_DIFFUSION | settings)
+    for steps in (1, 2, 7, 50, 499, 500, 999, 1000):
+        t, sigmas = grid(schedule, steps)
+        assert t.shape == (steps,) and sigmas.shape == (steps + 1,) and sigmas[-1] == 0
+        assert (np.diff(t) <= 0).all() and (np.diff(sigmas) <= 0).all() and (sigmas[:-1] > 0).all()
+
+
+def test_dpm_solver_may_end_with_the_least_noise():
+    schedule = Schedule(STABLE_DIFFUSION | {"final_sigmas_type": "sigma_min"})
+    assert dpm_solver_steps(schedule, 10)[1][-1] == schedule.sigmas[0]
+
+
+@pytest.mark.parametrize("grid", [sigma_steps, dpm_solver_steps])
+def test_unknown_spacing_is_refused(grid):
+    message = "^timestep_spacing: expected leading, trailing or linspace, found 'even'$"
+    with pytest.raises(ValueError, match=message):
+        grid(Schedule({"timestep_spacing": "even"}), 5)
+
+
+# ------------------------------------------------------------------------------------------ results
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_one_point_of_data_is_seen_at_every_step_and_reached(name, prediction):
+    settings = {"prediction_type": prediction, "use_karras_sigmas": True}
+    schedule = Schedule(STABLE_DIFFUSION | settings | {"beta_schedule": "squaredcos_cap_v2"})
+    for steps in (1, 2, 3, 20):
+        pairs = np.array(run(name, schedule, np.array([-2.0, 0.3]), steps, spread=0))
+        np.testing.assert_allclose(pairs[:, 1], np.full((steps, 2), MEAN), atol=1e-9)
+        np.testing.assert_allclose(pairs[-1, 0], [MEAN, MEAN], atol=1e-9)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name, expected, tol", [("euler", 1, 0.05), ("heun", 2, 0.1), ("dpm++2m", 2, 0.1)])
+def test_error_falls_with_the_number_of_steps(name, expected, tol, prediction):
+    """By the power that is the order of the method, on a grid that is smooth and ends near 0."""
+    counts = np.array([80, 160, 320, 640])
+    schedule = Schedule(
+        {
+            "num_train_timesteps": 5000, "beta_start": 1e-9, "beta_end": 4e-3,
+            "use_karras_sigmas": True, "prediction_type": prediction,
+            "beta_schedule": "squaredcos_cap_v2",  # for which DPM-Solver++ does not round t
+        }
+    )  # fmt: skip
+    most = schedule.sigmas[-1]
+    errors = []
+    for steps in counts:
+        x = np.array([1.3])
+        begin = x * (math.sqrt(1 + most**2) if name == "dpm++2m" else most)
+        exact = MEAN + (begin - MEAN) * SPREAD / math.sqrt(SPREAD**2 + most**2)
+        errors.append(abs(run(name, schedule, x, steps)[-1][0] - exact)[0])
+    order = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert abs(order - expected) < tol, (order, errors)
+
+
+@pytest.mark.parametrize("name", ["euler_a", "dpm++2m_sde"])
+def test_random_solvers_have_the_spread_of_the_data(name):
+    """Of samples from many steps, by the affine map that a sampler is for such data."""
+    steps = 400
+    schedule = Schedule(STABLE_DIFFUSION | {"use_karras_sigmas": True})
+    draws = iter(np.eye(steps + 2)[2:])
+    *_, (y, _) = SAMPLERS[name](
+        denoiser(schedule), schedule, np.eye(steps + 2)[1], steps, noise=lambda: next(draws)
+    )
+    assert abs(y[0] - MEAN) < 0.02
+    assert abs(math.sqrt(((y[1:] - y[0]) ** 2).sum()) - SPREAD) < 0.02
+
+
+def test_heun_asks_twice_a_step():
+    asked = []
+    schedule = Schedule(STABLE_DIFFUSION | {"timestep_spacing": "leading"})
+    list(SAMPLERS["heun"](lambda x, t: asked.append(t) or x, schedule, np.ones(1), 4))
+    assert asked == [750, 500, 500, 250, 250, 0, 0]
