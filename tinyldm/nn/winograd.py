@@ -9,8 +9,8 @@ of equal places (summed over c_in, one matrix product a place),
 On tiles laid out flat Bᵀ x B is the matrix Bᵀ ⊗ Bᵀ times x, and the same for the rest.
 
 A convolution is a product of polynomials, which is known from its values at m + 2 points, ∞ among
-them: G w and A dy are such values, and B leads back from them. With m = 4 float32 keeps about 3e-6 of
-the largest output, with m = 2 about 1e-6, as the direct sum does (tests/test_winograd.py).
+them: G w and A dy are such values, and B leads back from them. With m = 4 float32 keeps about 3e-6
+of the largest output, with m = 2 about 1e-6, as the direct sum does (tests/test_winograd.py).
 
 Bytes of transformed kernels are many times those of the kernel. Where one block holds all tiles,
 the kernels are made and used for some of the outputs' channels at a time.
