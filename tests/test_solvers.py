@@ -8,9 +8,10 @@ import math
 import numpy as np
 import pytest
 
+from tinyldm.config import ConfigError
 from tinyldm.diffusion.samplers import RANDOM, SAMPLERS
 from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
-from tinyldm.diffusion.solvers import dpm_solver_steps, sigma_steps
+from tinyldm.diffusion.solvers import _time_of, dpm_solver_steps, sigma_steps
 
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SOLVERS = ("euler", "euler_a", "heun", "dpm++2m", "dpm++2m_sde")
@@ -82,41 +83,85 @@ def test_unknown_spacing_is_refused(grid):
         grid(Schedule({"timestep_spacing": "even"}), 5)
 
 
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize(
+    "key, value, only",
+    [("solver_order", 3, "2"), ("use_beta_sigmas", True, "False"), ("thresholding", True, "False")],
+)
+def test_what_is_not_implemented_is_refused_by_name(name, key, value, only):
+    message = f"^scheduler config: {key} = {value} is not implemented .*only {only}; take ddim$"
+    with pytest.raises(ConfigError, match=message):
+        run(name, Schedule({key: value}), np.ones(1), 5)
+
+
 # ------------------------------------------------------------------------------------------ results
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_one_point_of_data_is_seen_at_every_step_and_reached(name, prediction):
-    settings = {"prediction_type": prediction, "use_karras_sigmas": True}
-    schedule = Schedule(STABLE_DIFFUSION | settings | {"beta_schedule": "squaredcos_cap_v2"})
+    schedule = Schedule(
+        STABLE_DIFFUSION | {"prediction_type": prediction, "timestep_spacing": "trailing"}
+    )
     for steps in (1, 2, 3, 20):
         pairs = np.array(run(name, schedule, np.array([-2.0, 0.3]), steps, spread=0))
         np.testing.assert_allclose(pairs[:, 1], np.full((steps, 2), MEAN), atol=1e-9)
         np.testing.assert_allclose(pairs[-1, 0], [MEAN, MEAN], atol=1e-9)
 
 
+def order(counts, errors):
+    """The power of 1 / steps with which the error falls."""
+    return -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+
+
+def solved(x, now, then):
+    """Where the equation leads x / a from σ = now to σ = then."""
+    return MEAN + (x - MEAN) * math.sqrt((SPREAD**2 + then**2) / (SPREAD**2 + now**2))
+
+
+COUNTS = np.array([80, 160, 320, 640])
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("name, expected, tol", [("euler", 1, 0.05), ("heun", 2, 0.1), ("dpm++2m", 2, 0.1)])
+@pytest.mark.parametrize("name, expected, tol", [("euler", 1, 0.05), ("heun", 2, 0.1)])
 def test_error_falls_with_the_number_of_steps(name, expected, tol, prediction):
-    """By the power that is the order of the method, on a grid that is smooth and ends near 0."""
-    counts = np.array([80, 160, 320, 640])
+    """By the power that is the order of the method, where σ rises evenly from 0."""
+    fine = 5120  # which all counts divide, so that time steps are whole
     schedule = Schedule(
         {
-            "num_train_timesteps": 5000, "beta_start": 1e-9, "beta_end": 4e-3,
-            "use_karras_sigmas": True, "prediction_type": prediction,
-            "beta_schedule": "squaredcos_cap_v2",  # for which DPM-Solver++ does not round t
+            "num_train_timesteps": fine + 1, "beta_start": 1e-8, "beta_end": 8 / fine,
+            "timestep_spacing": "linspace", "prediction_type": prediction,
         }
     )  # fmt: skip
     most = schedule.sigmas[-1]
-    errors = []
-    for steps in counts:
-        x = np.array([1.3])
-        begin = x * (math.sqrt(1 + most**2) if name == "dpm++2m" else most)
-        exact = MEAN + (begin - MEAN) * SPREAD / math.sqrt(SPREAD**2 + most**2)
-        errors.append(abs(run(name, schedule, x, steps)[-1][0] - exact)[0])
-    order = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
-    assert abs(order - expected) < tol, (order, errors)
+    exact = solved(1.3 * most, most, 0)
+    ends = [run(name, schedule, np.array([1.3]), steps + 1)[-1][0] for steps in COUNTS]
+    assert abs(order(COUNTS, [abs(end[0] - exact) for end in ends]) - expected) < tol
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_error_of_dpm_solver_falls_with_the_square_of_the_number_of_steps(prediction):
+    """Order 2 in log σ, on a grid whose steps there become small all over.
+
+    It rounds the time steps, not σ; so here the network is told σ.
+    """
+    schedule = Schedule(
+        STABLE_DIFFUSION
+        | {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}
+        | {"prediction_type": prediction}
+    )
+    network = denoiser(schedule)
+
+    def sample(steps):
+        told = iter(_time_of(schedule, dpm_solver_steps(schedule, steps)[1]))
+        sampler = SAMPLERS["dpm++2m"]
+        pairs = sampler(lambda x, _: network(x, next(told)), schedule, np.array([1.3]), steps)
+        return list(pairs)[-1][0][0]
+
+    least, most = schedule.sigmas[[0, -1]]
+    exact = solved(1.3 * math.sqrt(1 + most**2), most, least) / math.sqrt(1 + least**2)
+    errors = [abs(sample(steps) - exact) for steps in COUNTS]
+    assert abs(order(COUNTS, errors) - 2) < 0.1
 
 
 @pytest.mark.parametrize("name", ["euler_a", "dpm++2m_sde"])

@@ -26,6 +26,7 @@ PRESETS = {  # name → what it takes, for --help
     "large": "128 px, 3 hours",
 }
 COMMANDS = ("demo", "train", "sample", "eval", "doctor")
+SAMPLERS = ("ddpm", "ddim", "pndm", "euler", "euler_a", "heun", "dpm++2m", "dpm++2m_sde")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,7 +176,7 @@ def parser() -> Parser:
     )
     sample.add_argument("--negative", help="what to lead away from")
     _add_sampling(sample)
-    sample.add_argument("--sampler", help=SAMPLER_HELP)
+    sample.add_argument("--sampler", help=f"{', '.join(SAMPLERS)} (default: the run's)")
     sample.add_argument("--seed", type=_whole(0), help="of the noise (default: 0)")
     sample.add_argument("--n", type=_whole(1, 4096), help="pictures (default: 1)")
     sample.add_argument("--size", type=_size, help="pixels, S or HEIGHTxWIDTH")

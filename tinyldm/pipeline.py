@@ -70,6 +70,8 @@ class Pipeline:
         self.schedule = Schedule(configs["scheduler"])
         self.scheduler_class = configs["scheduler"].get("_class_name", "DDIMScheduler")
         sampler = SCHEDULERS.get(self.scheduler_class, self.scheduler_class)
+        if sampler == "dpm++2m" and configs["scheduler"].get("algorithm_type", "")[:3] == "sde":
+            sampler = "dpm++2m_sde"
         self.defaults = DEFAULTS | {"sampler": sampler}
         self.defaults |= defaults or {}
         self.xp = array_module(next(iter(params["unet"].values())))

@@ -76,12 +76,12 @@ def pndm(
     """Pseudo linear multistep: DDIM with a prediction carried on from the last four.
 
     Liu et al. 2022, eq. 9, 11 and 12. The first three steps are pseudo Runge-Kutta (eq. 13), of
-    four predictions each. With the scheduler config's `skip_prk_steps`, as Stable Diffusion has it,
-    the first step is corrected once instead, and the next ones carry on from fewer than four.
+    four predictions each. With fewer than four steps, or the scheduler config's `skip_prk_steps`,
+    as Stable Diffusion has it, the first is corrected once and the next carry on from fewer.
     """
     t = timesteps(schedule, steps).tolist()
     alphas_bar = [*schedule.alphas_bar[t].tolist(), _final_alpha_bar(schedule, default=False)]
-    runge_kutta = not schedule.config.get("skip_prk_steps", False)
+    runge_kutta = steps > 3 and not schedule.config.get("skip_prk_steps", False)
     known = []
     for i in range(steps):
         here, ahead = (t[i], alphas_bar[i]), (t[i + 1] if i + 1 < steps else 0, alphas_bar[i + 1])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from tinyldm.backend import Array
+from tinyldm.config import ConfigError
 from tinyldm.diffusion.schedule import Schedule, check_steps, spaced
 
 Predict = Callable[[Array, float], Array]
@@ -18,6 +19,20 @@ Noise = Callable[[], Array]  # fresh standard normal noise, of the shape of x
 Steps = Iterator[tuple[Array, Array]]
 
 RHO = 7.0  # of Karras et al., eq. 5
+IMPLEMENTED = {  # values of a scheduler config; others are refused by name
+    "use_exponential_sigmas": (None, False),
+    "use_beta_sigmas": (None, False),
+    "use_lu_lambdas": (None, False),
+    "use_flow_sigmas": (None, False),
+    "interpolation_type": (None, "linear"),
+    "timestep_type": (None, "discrete"),
+    "final_sigmas_type": (None, "zero", "sigma_min"),
+    "thresholding": (None, False),
+    "solver_order": (None, 2),
+    "solver_type": (None, "midpoint"),
+    "euler_at_final": (None, False),
+    "algorithm_type": (None, "dpmsolver++", "sde-dpmsolver++"),
+}
 
 
 def euler(predict: Predict, schedule: Schedule, x: Array, steps: int) -> Steps:
@@ -70,7 +85,7 @@ def dpm_solver_2m(
     The picture ahead is carried on in log σ from the last two. With `noise`, its stochastic
     variant, SDE-DPM-Solver++ (2M) (section 5 and appendix B there).
     """
-    t, sigmas = dpm_solver_steps(schedule, steps)
+    t, sigmas = (table.tolist() for table in dpm_solver_steps(schedule, steps))
     x = x * math.sqrt(1 + sigmas[0] ** 2)
     previous = None  # x0, and the length of the step after it in log σ
     for i in range(steps):
@@ -101,7 +116,7 @@ def sigma_steps(schedule: Schedule, steps: int) -> tuple[np.ndarray, np.ndarray]
     `use_karras_sigmas` as Karras et al. 2022, eq. 5, between the same ends. σ ends with 0. Raises
     ValueError for more steps than were trained, or an unknown spacing.
     """
-    check_steps(schedule, steps)
+    _check(schedule, steps)
     t = spaced(schedule, steps, "linspace")
     sigmas = np.interp(t, np.arange(len(schedule)), schedule.sigmas)
     if schedule.config.get("use_karras_sigmas"):
@@ -115,7 +130,7 @@ def dpm_solver_steps(schedule: Schedule, steps: int) -> tuple[np.ndarray, np.nda
 
     σ ends with the smallest trained where `final_sigmas_type` is "sigma_min".
     """
-    check_steps(schedule, steps)
+    _check(schedule, steps)
     total = len(schedule)
     if schedule.config.get("use_karras_sigmas"):
         sigmas = _karras(schedule.sigmas[0], schedule.sigmas[-1], steps)
@@ -124,15 +139,27 @@ def dpm_solver_steps(schedule: Schedule, steps: int) -> tuple[np.ndarray, np.nda
             t = np.round(t)
         return t.astype(np.int64), np.append(sigmas, _last(schedule))
     spacing = schedule.config.get("timestep_spacing", "linspace")
-    if spacing == "trailing":
-        t = spaced(schedule, steps, spacing)
-    elif spacing == "leading":
+    if spacing == "leading":
         offset = schedule.config.get("steps_offset", 0)
         t = np.arange(1, steps + 1)[::-1] * (total // (steps + 1)) + offset
-    else:
+    elif spacing == "linspace":
         t = np.round(np.linspace(0, total - 1, steps + 1))[:0:-1]
+    else:
+        t = spaced(schedule, steps, spacing)
     sigmas = np.interp(t, np.arange(total), schedule.sigmas)
     return t.astype(np.int64), np.append(sigmas, _last(schedule))
+
+
+def _check(schedule, steps):
+    check_steps(schedule, steps)
+    for key, values in IMPLEMENTED.items():
+        value = schedule.config.get(key)
+        if value not in values:
+            known = " or ".join(map(str, values[1:]))
+            raise ConfigError(
+                f"scheduler config: {key} = {value!r} is not implemented for this sampler, only "
+                f"{known}; take ddim"
+            )
 
 
 def _karras(least, most, steps):
