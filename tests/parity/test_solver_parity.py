@@ -152,6 +152,8 @@ def ours_and_theirs(name, config, prediction, steps, monkeypatch):
         expected = np.concatenate([expected[3:12:4], expected[12:]])
     if not name.startswith(("pndm", "dpm")):  # theirs are in the coordinates of Karras et al.
         sigmas = sigma_steps(schedule, steps)[1][1:]
+        if CONFIGS[config].get("final_sigmas_type") == "sigma_min":
+            sigmas[-1] = schedule.sigmas[0]
         expected = expected / np.sqrt(1 + sigmas**2)[:, None, None]
     return found, expected
 
