@@ -14,6 +14,7 @@ from tinyldm.backend import cores, map_batch, to_device
 from tinyldm.machine import free_memory, held_memory
 from tinyldm.models import Tokenizer
 from tinyldm.nn import no_grad
+from tinyldm.team import available
 from tinyldm.training.parallel import gradient, value_and_grad
 from tinyldm.training.presets import STAGES, Config
 from tinyldm.training.stages import Models, autoencoder_loss, denoiser_loss, train_step
@@ -31,7 +32,7 @@ class Rehearsal:
     step_seconds: dict[str, float]
     steps: dict[str, int]
     encoding: float  # seconds between the stages, in which every picture becomes latents
-    memory: int  # bytes, the most that the process will hold
+    memory: int  # bytes, the most that its processes will hold
     held: int  # of them, what it held before
     free: int | None  # bytes that it could take beside those; None if unknown
 
@@ -94,6 +95,10 @@ def rehearse(config: Config, pictures: int, device: str = "cpu", seconds: float 
     # What is freed is rarely given back to the system, so what is needed in turn adds up. Of the
     # latents there are the mean, the standard deviation, the moments they came from, and a copy.
     memory = held + sum(states) + max(*peaks, saving) + encoded + 4 * latents
+    # A process that shares the work keeps what it was made with and is overwritten here, and what
+    # its own work has freed.
+    others = available() - 1 if device == "cpu" else 0
+    memory += others * (max(states) + max(peaks))
     steps = {name: _steps(getattr(config, name), step_seconds[name]) for name in STAGES}
     return Rehearsal(step_seconds, steps, encoding, int(memory), held, free)
 
