@@ -43,7 +43,7 @@ def algorithms_for(
     stride: int,
     padding: tuple[int, int, int, int],
     outputs: tuple[int, int, int] | None = None,
-) -> list[str]:
+) -> tuple[str, ...]:
     """The ALGORITHMS that can do a kernel (kh, kw, c_in, c_out), the fastest first.
 
     outputs: (n, h', w'); None on a GPU, which waits for memory, not for multiplications.
@@ -55,7 +55,7 @@ def algorithms_for(
         "scatter": True,
     }
     names = [name for name in ALGORITHMS if able[name]]
-    return sorted(names, key=lambda name: _cost(name, kernel, outputs))
+    return tuple(sorted(names, key=lambda name: _cost(name, kernel, outputs)))
 
 
 def _cost(algorithm, kernel, outputs):
@@ -111,7 +111,9 @@ def conv2d(
     able = algorithms_for(w.shape, stride, padding, outputs if on_host(x) else None)
     algorithm = algorithm or able[0]
     if algorithm not in able:
-        raise ValueError(f"conv2d: algorithm: expected one of {able} here, found {algorithm!r}")
+        raise ValueError(
+            f"conv2d: algorithm: expected one of {', '.join(able)} here, found {algorithm!r}"
+        )
     if x.dtype != w.dtype:  # as where a gradient check makes the weights complex, not the data
         x = x.astype(np.result_type(x.dtype, w.dtype))
     if algorithm == "pointwise":
