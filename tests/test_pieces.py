@@ -98,7 +98,7 @@ def test_scratch_is_the_same_memory_again_and_another_in_another_thread():
 @given(
     st.lists(st.integers(1, 3), max_size=2),
     st.integers(1, 80),
-    st.integers(1, 20),
+    st.integers(1, 100),
     st.sampled_from([1, 5, 64, 128]),
     st.booleans(),
     st.booleans(),

@@ -179,12 +179,20 @@ def _layout(sizes, itemsize):
 SMALL = 10**6
 TILE = (32, 64)  # rows and columns of a small product
 PANEL = 2**14  # numbers in a right-hand matrix that stays in the first-level cache, nearly
+LEAST_ROWS = 64  # with no more, copying the right-hand matrix takes longest: k is halved
 FEW = 256  # rows too few to be worth copying the matrices
 STRIPS = (1024, 768)  # columns at a time of a product with very few rows
 
 
 def product(a: Array, b: Array, out: Array) -> None:
     """out = a b, for a (..., m, k), b (..., k, n), out (..., m, n) with equal leading axes."""
+    if a.ndim > 2 and _too_long(*a.shape[-2:], b.shape[-1], a):
+        middle = a.shape[-1] // 2
+        product(a[..., :middle], b[..., :middle, :], out)
+        rest = empty(out.shape, out)
+        product(a[..., middle:], b[..., middle:, :], rest)
+        out += rest
+        return
     if a.ndim == 2 or not _tiled(*a.shape[-2:], b.shape[-1], a):
         array_module(a).matmul(a, b, out=out)
         return
@@ -201,6 +209,17 @@ def product(a: Array, b: Array, out: Array) -> None:
     )
     if end < m:
         np.matmul(a[..., end:, :], b, out=out[..., end:, :])
+
+
+def _too_long(m, k, n, like):
+    """Whether halves of k would be small products, where the whole is none and m is few rows."""
+    return (
+        m <= LEAST_ROWS
+        and n <= TILE[1]
+        and TILE[0] // 2 * min(n, TILE[1]) * k > SMALL
+        and on_host(like)
+        and has_small_products()
+    )
 
 
 def _tile(k, n):
