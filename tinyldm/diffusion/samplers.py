@@ -6,16 +6,20 @@ jump to from there. The last x is the sample.
 """
 
 import math
-from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from tinyldm.backend import Array, array_module
 from tinyldm.diffusion.schedule import Schedule, check_steps, posterior, spaced
-from tinyldm.diffusion.solvers import dpm_solver_2m, euler, euler_ancestral, heun
-
-Predict = Callable[[Array, int], Array]
-Noise = Callable[[], Array]  # fresh standard normal noise, of the shape of x
+from tinyldm.diffusion.solvers import (
+    Noise,
+    Predict,
+    Steps,
+    dpm_solver_2m,
+    euler,
+    euler_ancestral,
+    heun,
+)
 
 
 def timesteps(schedule: Schedule, steps: int) -> np.ndarray:
@@ -37,7 +41,7 @@ def ddim(
     steps: int,
     eta: float = 0.0,
     noise: Noise | None = None,
-) -> Iterator[tuple[Array, Array]]:
+) -> Steps:
     """Denoising diffusion implicit models (Song et al. 2020, eq. 12 and 16).
 
     eta: 0 deterministic … 1 as random as DDPM; then `noise()` gives fresh normal noise like x.
@@ -55,9 +59,7 @@ def ddim(
         yield x, x0
 
 
-def ddpm(
-    predict: Predict, schedule: Schedule, x: Array, steps: int, noise: Noise
-) -> Iterator[tuple[Array, Array]]:
+def ddpm(predict: Predict, schedule: Schedule, x: Array, steps: int, noise: Noise) -> Steps:
     """Ancestral sampling with the posterior's variance (Ho et al. 2020, algorithm 2)."""
     t = timesteps(schedule, steps)
     alphas_bar = [*schedule.alphas_bar[t].tolist(), 1.0]
@@ -70,9 +72,7 @@ def ddpm(
         yield x, x0
 
 
-def pndm(
-    predict: Predict, schedule: Schedule, x: Array, steps: int
-) -> Iterator[tuple[Array, Array]]:
+def pndm(predict: Predict, schedule: Schedule, x: Array, steps: int) -> Steps:
     """Pseudo linear multistep: DDIM with a prediction carried on from the last four.
 
     Liu et al. 2022, eq. 9, 11 and 12. The first three steps are pseudo Runge-Kutta (eq. 13), of
@@ -84,9 +84,9 @@ def pndm(
     runge_kutta = steps > 3 and not schedule.config.get("skip_prk_steps", False)
     known = []
     for i in range(steps):
-        here, ahead = (t[i], alphas_bar[i]), (t[i + 1] if i + 1 < steps else 0, alphas_bar[i + 1])
         known = [*known[-3:], predict(x, t[i])]
         if runge_kutta and i < 3:
+            here, ahead = zip(t[i : i + 2], alphas_bar[i : i + 2], strict=True)
             prediction = _runge_kutta(predict, schedule, x, known[-1], here, ahead)
         elif i == 0 and steps > 1:
             guess, _ = _transfer(schedule, known[0], x, alphas_bar[0], alphas_bar[1])

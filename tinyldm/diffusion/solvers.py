@@ -14,9 +14,9 @@ from tinyldm.backend import Array
 from tinyldm.config import ConfigError
 from tinyldm.diffusion.schedule import Schedule, check_steps, spaced
 
-Predict = Callable[[Array, float], Array]
+Predict = Callable[[Array, float], Array]  # x, t → what the schedule's network predicts
 Noise = Callable[[], Array]  # fresh standard normal noise, of the shape of x
-Steps = Iterator[tuple[Array, Array]]
+Steps = Iterator[tuple[Array, Array]]  # of x, and the x0 ahead
 
 RHO = 7.0  # of Karras et al., eq. 5
 IMPLEMENTED = {  # values of a scheduler config; others are refused by name

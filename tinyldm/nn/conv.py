@@ -33,7 +33,7 @@ ALGORITHMS = ("pointwise", "winograd4", "winograd2", "gather", "scatter")
 WINOGRAD = {"winograd4": 4, "winograd2": 2}  # outputs of a square, each way
 
 # Bytes at a time, on the CPU: what a core's cache holds, about.
-BLOCK_BYTES = 2**20  # of gathered neighbourhoods, or of tiles
+BLOCK_BYTES = 2**20  # of gathered neighbourhoods
 WEIGHT_BLOCK_BYTES = 2**20  # the same in the pass to dw, where each block adds to dw
 
 

@@ -69,9 +69,8 @@ def runs(x: Array) -> tuple[list[slice], list[slice]]:
     n, rows, d = x.shape
     if x.size <= PIECE or not on_host(x):
         return [slice(0, n)], [slice(0, rows)]
-    piece = PIECE
-    samples = max(1, piece // (rows * d))
-    some = rows if rows * d <= piece else max(1, piece // d)
+    samples = max(1, PIECE // (rows * d))
+    some = rows if rows * d <= PIECE else max(1, PIECE // d)
     return (
         [slice(i, i + samples) for i in range(0, n, samples)],
         [slice(i, i + some) for i in range(0, rows, some)],
