@@ -17,24 +17,26 @@ ORDER = """
     backend team config files machine
     nn.protocol nn nn.pieces nn.activations nn.functional nn.norms nn.windows nn.winograd nn.conv
     nn.attention nn.layers nn.gradcheck
-    models.weights models.tokenizer
+    models.weights models.tokenizer models.tiles
     models.context models.blocks models.levels models.unet models.autoencoder models.text_encoder
-    models
-    diffusion diffusion.schedule diffusion.objective diffusion.solvers diffusion.samplers
-    pipeline again
+    models models.original
+    diffusion diffusion.schedule diffusion.objective diffusion.noise diffusion.solvers
+    diffusion.samplers
+    checkpoints pixels recipe scene pipeline
     data data.dataset data.shapes data.folder
+    again
     evaluation evaluation.reader evaluation.statistics evaluation.metrics evaluation.pictures
     training training.optim training.parallel training.presets training.signals training.state
     training.stages training.rehearsal training.snapshots
     training.preparation training.loop training.runs
-    commands doctor cli __main__
+    painting commands doctor cli __main__
 """.split()
 
 # Outside nn/ the library of an array is asked for here and nowhere else. The list may get shorter.
 ASK_FOR_THE_LIBRARY = """
-    models.autoencoder
+    models.autoencoder models.tiles
     diffusion.schedule diffusion.objective diffusion.samplers
-    pipeline
+    scene pipeline
     training.optim training.snapshots training.runs
 """.split()
 

@@ -20,7 +20,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import tinyldm
-from tinyldm import backend, cli, commands
+from tinyldm import backend, cli, commands, painting
+from tinyldm.again import fingerprint
 from tinyldm.pipeline import Pipeline
 from tinyldm.training import loop, presets
 from tinyldm.training.presets import Stage
@@ -332,7 +333,7 @@ def test_a_full_disk_is_a_failure_and_not_a_mistake(call, copy, monkeypatch, tmp
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "a.png"))
 
-    monkeypatch.setattr(commands, "save_picture", full)
+    monkeypatch.setattr(painting, "save_picture", full)
     result = call("sample", copy, PROMPT, "-o", tmp_path / "a.png")
     assert (result.code, result.out) == (1, "")
     assert result.err.startswith("tinyldm: ") and "No space left on device" in result.err
@@ -476,7 +477,7 @@ def test_a_picture_says_how_it_was_painted(call, run, tmp_path):
             "steps": "2",
             "guidance": "1.3",
             "size": "8x12",
-            "weights": Pipeline.load(run).fingerprint(),
+            "weights": fingerprint(Pipeline.load(run)),
             "run": str(run),
         }
 

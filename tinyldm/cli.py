@@ -2,7 +2,7 @@
 
 Only results go to stdout. A user's mistake is one line on stderr and exit code 2, a failure while
 running is 1, and 130 or 143 mean: interrupted, with everything saved. What the commands do is in
-`commands.py`, which is imported once there is something to do: `--help` is immediate.
+`commands.py` and `painting.py`, imported once there is something to do: `--help` is immediate.
 """
 
 import argparse
@@ -62,9 +62,10 @@ def run(options: argparse.Namespace) -> None:
         report = doctor.examine(options.device)
         print(report.to_json() if options.json else report)
         return
-    from tinyldm import commands
+    from tinyldm import commands, painting
 
-    getattr(commands, f"run_{options.command}")(options)
+    module = painting if options.command == "sample" else commands
+    getattr(module, f"run_{options.command}")(options)
 
 
 def _show_warning(message, *_, **__):
@@ -159,7 +160,10 @@ def parser() -> Parser:
 
     sample = command("sample", "paint pictures from a caption")
     sample.add_argument(
-        "run", metavar="RUN", nargs="?", help="folder of a run, or of a Stable Diffusion"
+        "run",
+        metavar="RUN",
+        nargs="?",
+        help="folder of a run, or a Stable Diffusion: a folder, or one .safetensors file",
     )
     sample.add_argument("prompt", metavar="PROMPT", nargs="?")
     sample.add_argument(
@@ -180,6 +184,7 @@ def parser() -> Parser:
     sample.add_argument("--seed", type=_whole(0), help="of the noise (default: 0)")
     sample.add_argument("--n", type=_whole(1, 4096), help="pictures (default: 1)")
     sample.add_argument("--size", type=_size, help="pixels, S or HEIGHTxWIDTH")
+    _add_picture(sample)
     _add_device(sample)
 
     evaluate = command("eval", "score a run, on shapes or on any pictures")
@@ -213,6 +218,39 @@ def _add_run(command, out):
 def _add_sampling(command):
     command.add_argument("--steps", type=_whole(1), help="of the sampler (default: the run's)")
     command.add_argument("--guidance", type=_number(), help="1 is none (default: the run's)")
+
+
+def _add_picture(command):
+    def path(name, text, kind=Path):
+        command.add_argument(name, metavar="FILE", type=kind, help=text)
+
+    path("--image", "a picture to begin with")
+    path("--mask", "where this picture is white the image is painted anew, the rest of it stays")
+    command.add_argument(
+        "--strength",
+        type=_number(0.001, 1),
+        help="how far from the image, 0…1 (default: 0.8, with a mask 1)",
+    )
+    command.add_argument(
+        "--rescale",
+        type=_number(0, 1),
+        help="of the guidance, 0…1, against burnt colours (default: 0)",
+    )
+    command.add_argument(
+        "--variation",
+        type=_number(0, 1),
+        help="how far from the picture of --seed, 0…1; each of --n goes another way",
+    )
+    command.add_argument("--variation-seed", type=_whole(0), help="of these ways (default: 0)")
+    path("--film", "a strip of the steps (.png), or an animation of them (.webp, .gif)")
+    command.add_argument("--every", type=_whole(1), help="step of the film (default: ten in all)")
+    command.add_argument(
+        "--tile",
+        type=_whole(0),
+        help="pixels; decode in tiles of this side, for less memory "
+        "(default: 512 above 768x768; 0: never)",
+    )
+    path("--vae", "another autoencoder, a folder or a file", str)
 
 
 def _add_device(command):

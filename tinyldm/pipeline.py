@@ -1,15 +1,7 @@
-"""Text → latents → picture, and the folder that a model lives in.
-
-The folder is diffusers' own layout (`model_index.json`, one sub-folder a component), whether
-tinyldm trained the model or somebody else did, and diffusers loads what tinyldm saves.
-"""
+"""Text → latents → picture, from noise alone or from a picture that is there already."""
 
 import contextlib
-import hashlib
-import json
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,22 +9,21 @@ import numpy as np
 from PIL import Image
 
 from tinyldm.backend import Array, array_module, cores, map_batch, map_threads, to_device
-from tinyldm.config import unknown
-from tinyldm.diffusion.samplers import RANDOM, SAMPLERS, guided, timesteps
+from tinyldm.checkpoints import COMPONENTS, load_checkpoint, save_folder
+from tinyldm.config import ConfigError
+from tinyldm.diffusion import noise
+from tinyldm.diffusion.samplers import RANDOM, SAMPLERS, guided, levels, timesteps
 from tinyldm.diffusion.schedule import Schedule
-from tinyldm.files import read_json, write_json
 from tinyldm.machine import keep_freed_memory
-from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet
+from tinyldm.models import Tokenizer
 from tinyldm.models.context import FixedContext
-from tinyldm.models.weights import load_component, save_weights
+from tinyldm.models.tiles import in_tiles
 from tinyldm.nn import no_grad
+from tinyldm.pixels import from_uint8, similar_size, to_uint8
+from tinyldm.recipe import Recipe
+from tinyldm.scene import Images, Scene, enter, seeing
 from tinyldm.team import available, team
 
-COMPONENTS = {  # folder → (library and class that diffusers loads, our class, file of weights)
-    "unet": (("diffusers", "UNet2DConditionModel"), UNet, "diffusion_pytorch_model.safetensors"),
-    "vae": (("diffusers", "AutoencoderKL"), AutoencoderKL, "diffusion_pytorch_model.safetensors"),
-    "text_encoder": (("transformers", "CLIPTextModel"), TextEncoder, "model.safetensors"),
-}
 SCHEDULERS = {  # diffusers' class → our sampler
     "DDPMScheduler": "ddpm",
     "DDIMScheduler": "ddim",
@@ -42,9 +33,11 @@ SCHEDULERS = {  # diffusers' class → our sampler
     "HeunDiscreteScheduler": "heun",
     "DPMSolverMultistepScheduler": "dpm++2m",
 }
-DIFFUSERS_VERSION = "0.32.0"  # whose file formats these are
-SAMPLES_AT_ONCE = 64  # on a core: more would need more memory, and be no faster
 DEFAULTS = {"steps": 50, "guidance": 7.5}  # Stable Diffusion's own
+POSITIONS_AT_ONCE = 2**14  # of latents, on a core: more would need more memory, and be no faster
+SAMPLES_AT_ONCE = 64
+ALONE = 2**16  # pixels of a picture that goes through the autoencoder by itself, on all cores
+WHOLE, TILE = 768, 512  # pixels: a larger square than the first is decoded in tiles of the second
 
 
 class Pipeline:
@@ -67,6 +60,13 @@ class Pipeline:
         self.unet, self.vae, self.text_encoder = (
             COMPONENTS[name][1](configs[name]) for name in ("unet", "vae", "text_encoder")
         )
+        channels, latents = self.unet.config.in_channels, self.vae.config.latent_channels
+        self.inpaints = channels == 2 * latents + 1
+        if channels != latents and not self.inpaints:
+            raise ConfigError(
+                f"unet config: in_channels = {channels} is not implemented with {latents} channels "
+                f"of latents, only {latents}, or {2 * latents + 1} for inpainting"
+            )
         self.schedule = Schedule(configs["scheduler"])
         self.scheduler_class = configs["scheduler"].get("_class_name", "DDIMScheduler")
         sampler = SCHEDULERS.get(self.scheduler_class, self.scheduler_class)
@@ -77,45 +77,20 @@ class Pipeline:
         self.xp = array_module(next(iter(params["unet"].values())))
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "cpu") -> "Pipeline":
-        """Read a folder that tinyldm trained, or one of Stable Diffusion's.
+    def load(
+        cls, folder: str | Path, device: str = "cpu", vae: str | Path | None = None
+    ) -> "Pipeline":
+        """Read a folder that tinyldm trained, or Stable Diffusion as a folder or in one file.
 
-        device: "cpu", or "cuda" for CuPy. Weights become float32.
+        device: "cpu", or "cuda" for CuPy. Weights become float32. vae: a folder or a file of an
+        autoencoder to take instead.
         """
-        folder = Path(folder)
-        index = read_json(folder / "model_index.json")
-        configs = {"scheduler": read_json(folder / "scheduler" / "scheduler_config.json")}
-        params = {}
-        for name, (_, model, _) in COMPONENTS.items():
-            configs[name] = read_json(folder / name / "config.json")
-            weights = load_component(folder / name, model(configs[name]).shapes())
-            params[name] = to_device(weights, device)
-        tokenizer = Tokenizer.load(folder / "tokenizer")
-        return cls(configs, params, tokenizer, index.get("_tinyldm"))
+        return cls(*load_checkpoint(folder, device, vae))
 
     def save(self, folder: str | Path) -> None:
         """Write the folder; `model_index.json` comes last, so a folder that has it is whole."""
-        folder = Path(folder)
-        (folder / "model_index.json").unlink(missing_ok=True)
-        index = {
-            "_class_name": "StableDiffusionPipeline",
-            "_diffusers_version": DIFFUSERS_VERSION,
-            "_tinyldm": self.defaults,
-            "feature_extractor": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            "scheduler": ["diffusers", self.scheduler_class],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-        }
-        for name, ((library, kind), _, file) in COMPONENTS.items():
-            index[name] = [library, kind]
-            note = {"_class_name": kind, "_diffusers_version": DIFFUSERS_VERSION}
-            write_json(folder / name / "config.json", note | self.configs[name])
-            weights = to_device(self.params[name], "cpu")
-            save_weights(folder / name / file, weights, {"format": "pt"})
-        write_json(folder / "scheduler" / "scheduler_config.json", self.configs["scheduler"])
-        self.tokenizer.save(folder / "tokenizer")
-        write_json(folder / "model_index.json", index)
+        parts = self.configs, self.params, self.tokenizer
+        save_folder(folder, *parts, self.defaults, self.scheduler_class)
 
     def __call__(
         self,
@@ -128,19 +103,50 @@ class Pipeline:
         seed: int = 0,
         size: int | tuple[int, int] | None = None,
         latents: Array | None = None,
+        image: Images | None = None,
+        mask: Images | None = None,
+        strength: float | None = None,
+        rescale: float = 0.0,
+        variation: float = 0.0,
+        variation_seed: int = 0,
+        tile: int | None = None,
+        callback: Callable[[int, Array, Array], None] | None = None,
     ) -> list[Image.Image]:
         """Paint one picture a prompt: str or list of str → list of PIL images.
 
         negative_prompt: what guidance leads away from, one for all or one a prompt.
         steps, guidance (1 is none), sampler: None is the folder's default.
         seed: picture i starts from the noise of (seed, i), whatever the batch and the device.
-        size: pixels, one number or (height, width); None is the size trained on.
+        size: pixels, one number or (height, width); None is the size trained on or, with an image,
+        its proportions.
         latents: (n, h, w, c) unit normal noise to start from instead.
+        image: PIL, one for all or one a prompt, to begin with. strength: which share of the steps
+        is then gone, 0.8 by default; at 1 little more than the colours is left of it.
+        mask: PIL; where it is white the image is painted anew, all the rest stays. strength: 1.
+        rescale: 0…1, see `guided`.
+        variation: 0…1; every picture starts from the noise of (seed, 0), moved so far towards that
+        of (variation_seed, i).
+        tile: pixels, the side of the tiles in which to decode; 0 never, None where it is large.
+        callback: called with (i, x, x0) after the i-th step, both (n, h, w, c): the latents so far,
+        and where they lead. What it raises ends the work.
         ValueError where one of them is not what is expected.
         """
-        recipe = self.recipe(prompt, negative_prompt, steps, guidance, sampler, seed, size)
-        *_, (x, _) = self.denoise(recipe, latents)
-        return [Image.fromarray(picture) for picture in self.decode(x)]
+        if image is None and (mask is not None or strength is not None):
+            raise ValueError("mask and strength: expected an image with them")
+        if image is not None and strength is None:
+            strength = 0.8 if mask is None else 1.0
+        if image is not None and size is None:
+            first = image if isinstance(image, Image.Image) else image[0]
+            size = self.size_like(first.height, first.width)
+        recipe = self.recipe(
+            prompt, negative_prompt, steps, guidance, sampler, seed, size, strength=strength,
+            rescale=rescale, variation=variation, variation_seed=variation_seed,
+        )  # fmt: skip
+        scene = None if image is None else Scene.of(image, mask, recipe)
+        for i, (x, x0) in enumerate(self.denoise(recipe, latents, scene)):
+            if callback:
+                callback(i, x, x0)
+        return [Image.fromarray(picture) for picture in self.decode(x, tile)]
 
     def recipe(
         self,
@@ -151,59 +157,61 @@ class Pipeline:
         sampler: str | None = None,
         seed: int = 0,
         size: int | tuple[int, int] | None = None,
-    ) -> "Recipe":
-        """The arguments of a call, checked, with the folder's defaults filled in."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        n = len(prompts)
-        negatives = [negative_prompt] * n if isinstance(negative_prompt, str) else negative_prompt
-        if n == 0:
-            raise ValueError("prompt: expected at least one")
-        if len(negatives) != n:
-            raise ValueError(f"negative_prompt: expected one, or {n}, found {len(negatives)}")
+        **others: float | None,
+    ) -> Recipe:
+        """The arguments of a call, checked, with the folder's defaults filled in.
+
+        others: strength, rescale, variation and variation_seed.
+        """
+        prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+        negatives = (negative_prompt,) * len(prompts)
+        if not isinstance(negative_prompt, str):
+            negatives = tuple(negative_prompt)
         steps = self.defaults["steps"] if steps is None else steps
         timesteps(self.schedule, steps)  # raises where there are not so many
         guidance = self.defaults["guidance"] if guidance is None else guidance
-        if not math.isfinite(guidance):
-            raise ValueError(f"guidance: expected a finite number, found {guidance}")
         sampler = sampler or self.defaults["sampler"]
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler: {unknown(sampler, SAMPLERS)}")
-        if seed < 0:
-            raise ValueError(f"seed: expected 0 or more, found {seed}")
         height, width = self._sides(size)
-        return Recipe(
-            tuple(prompts), tuple(negatives), steps, guidance, sampler, seed, height, width
-        )
+        return Recipe(prompts, negatives, steps, guidance, sampler, seed, height, width, **others)
 
     def denoise(
-        self, recipe: "Recipe", latents: Array | None = None
+        self, recipe: Recipe, latents: Array | None = None, scene: Scene | None = None
     ) -> Iterator[tuple[Array, Array]]:
         """The reverse process, as a generator of (x, x0): latents so far, and where they lead.
 
         Both are (n, h, w, c). latents: unit normal noise to start from instead of the recipe's.
+        scene: pictures to begin with, where the recipe has a strength.
         """
-        f = self.vae.factor
-        sides = recipe.height // f, recipe.width // f, self.unet.config.in_channels
-        streams = [np.random.default_rng((recipe.seed, i)) for i in range(len(recipe.prompts))]
+        n, f = len(recipe.prompts), self.vae.factor
+        h, w = recipe.height // f, recipe.width // f
+        sides = h, w, self.vae.config.latent_channels
+        streams = noise.streams(recipe.seed, n)
 
-        def noise():  # drawn on the host, so it is the same on any device
-            drawn = [stream.standard_normal(sides, dtype=np.float32) for stream in streams]
-            return self.xp.asarray(np.stack(drawn))
+        def fresh():
+            return self.xp.asarray(noise.draw(streams, sides))
 
-        x = noise()  # drawn in any case: DDPM's later noise is the same with latents of your own
+        x = fresh()  # in any case: DDPM's later noise is the same with latents of your own
+        if recipe.variation:
+            first = noise.draw(noise.streams(recipe.seed, 1), sides).repeat(n, axis=0)
+            others = noise.draw(noise.streams(recipe.variation_seed, n), sides)
+            x = self.xp.asarray(noise.slerp(first, others, recipe.variation))
         if latents is not None:
             if latents.shape != x.shape:
                 raise ValueError(f"latents: expected {x.shape}, found {latents.shape}")
             x = self.xp.asarray(latents, dtype=np.float32)
+        alphas_bar = levels(recipe.sampler, self.schedule, recipe.steps)
+        entry = enter(recipe, scene, x, alphas_bar, self._to_latents, f, self.inpaints)
+        options = entry.options | ({"noise": fresh} if recipe.sampler in RANDOM else {})
         context = self.embed(recipe.prompts)
         if recipe.guidance != 1:
             context = self.xp.concatenate([self.embed(recipe.negatives), context])
-        options = {"noise": noise} if recipe.sampler in RANDOM else {}
-        with self.predictor(context) as predict:
+        with self.predictor(context, max(1, POSITIONS_AT_ONCE // (h * w))) as predict:
+            if self.inpaints:
+                predict = seeing(predict, entry.beside)
             if recipe.guidance != 1:
-                predict = guided(predict, recipe.guidance)
+                predict = guided(predict, recipe.guidance, recipe.rescale)
             sampler = SAMPLERS[recipe.sampler]
-            yield from sampler(predict, self.schedule, x, recipe.steps, **options)
+            yield from sampler(predict, self.schedule, entry.x, recipe.steps, **options)
 
     def predict(self, x: Array, t: int | np.ndarray, context: Array) -> Array:
         """The U-Net's prediction at latents x (n, h, w, c), context (n, l, d).
@@ -219,16 +227,18 @@ class Pipeline:
         return map_batch(part, x, t, context)
 
     @contextlib.contextmanager
-    def predictor(self, context: Array) -> Iterator[Callable[[Array, int], Array]]:
+    def predictor(
+        self, context: Array, at_once: int = SAMPLES_AT_ONCE
+    ) -> Iterator[Callable[[Array, int], Array]]:
         """`predict` for many steps with the same context (n, l, d): yields (x, t) → prediction.
 
         What depends on the context alone is made at the first step. On the CPU all cores share the
-        samples, as processes where there can be any.
+        samples, as processes where there can be any. at_once: samples on a core.
         """
         n, on_cpu = len(context), self.xp is np
         processes = available() if on_cpu else 1
         workers = min(n, processes if processes > 1 else cores() if on_cpu else 1)
-        count = min(n, -(-n // (SAMPLES_AT_ONCE * workers)) * workers)
+        count = min(n, -(-n // (at_once * workers)) * workers)
         bounds = [n * i // count for i in range(count + 1)]
         spans = [slice(*bounds[i : i + 2]) for i in range(count)]
         contexts = [FixedContext(context[span]) for span in spans]
@@ -259,23 +269,44 @@ class Pipeline:
             ids = self.xp.asarray(self.tokenizer(texts))
             return self.text_encoder(self.params["text_encoder"], ids)[0]
 
-    def decode(self, latents: Array) -> np.ndarray:
-        """Latents (n, h, w, c) → pictures, uint8 (n, height, width, 3) on the host."""
+    def decode(self, latents: Array, tile: int | None = None) -> np.ndarray:
+        """Latents (n, h, w, c) → pictures, uint8 (n, height, width, 3) on the host.
+
+        tile: pixels, the side of the tiles in which to do it, for less memory; 0 never, None where
+        the pictures are large.
+        """
 
         def part(x):
             with no_grad():
                 return self.vae.from_latents(self.params["vae"], x)[0]
 
-        return to_uint8(to_device(map_batch(part, latents), "cpu"))
+        return to_uint8(to_device(self._through(part, latents, latents.shape[1:3], tile), "cpu"))
 
     def encode(self, pictures: np.ndarray) -> Array:
         """Pictures, uint8 (n, height, width, 3) → the means of their latents (n, h, w, c)."""
+        return self._to_latents(from_uint8(pictures))
 
+    def _to_latents(self, pixels):
         def part(x):
             with no_grad():
                 return self.vae.to_latents(self.params["vae"], x)[0]
 
-        return map_batch(part, self.xp.asarray(from_uint8(pictures)))
+        grid = tuple(side // self.vae.factor for side in pixels.shape[1:3])
+        return self._through(part, self.xp.asarray(pixels), grid, None)
+
+    def _through(self, function, x, grid, tile):
+        """`function` of x, whose latents are a `grid`: small ones together, large ones in tiles."""
+        f = self.vae.factor
+        pixels = grid[0] * grid[1] * f * f
+        if tile is None:
+            tile = TILE if pixels > WHOLE**2 else 0
+        if 0 != tile < 8 * f:
+            raise ValueError(f"tile: expected 0, for none, or {8 * f} pixels or more, found {tile}")
+        if tile and max(grid) > tile // f:
+            function = partial(in_tiles, function, grid=grid, side=tile // f)
+        elif pixels <= ALONE:
+            return map_batch(function, x)
+        return self.xp.concatenate([function(x[i : i + 1]) for i in range(len(x))])
 
     @property
     def size(self) -> tuple[int, int]:
@@ -283,6 +314,11 @@ class Pipeline:
         side = self.unet.config.sample_size or 64
         h, w = side if isinstance(side, (list, tuple)) else (side, side)
         return h * self.vae.factor, w * self.vae.factor
+
+    def size_like(self, height: int, width: int) -> tuple[int, int]:
+        """The same for a picture of these proportions, in steps that the U-Net halves evenly."""
+        multiple = self.vae.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        return similar_size((height, width), self.size, multiple)
 
     def _sides(self, size):
         size = self.size if size is None else size
@@ -295,51 +331,3 @@ class Pipeline:
                 f"size: expected multiples of {factor}, found {found}; the nearest is {near}"
             )
         return sides
-
-    def fingerprint(self) -> str:
-        """A hash of weights, configs and tokenizer, in hexadecimal: equal hash, equal model."""
-
-        def digest(named):
-            component, name = named
-            weights = np.ascontiguousarray(to_device(self.params[component][name], "cpu"))
-            return hashlib.sha256(weights).hexdigest()
-
-        names = [(component, name) for component in COMPONENTS for name in self.params[component]]
-        parts = dict(zip(map("/".join, names), map_threads(digest, names), strict=True))
-        tokenizer = self.tokenizer
-        parts["tokenizer"] = [
-            tokenizer.vocab,
-            tokenizer.merges,
-            tokenizer.max_length,
-            tokenizer.pad_token,
-        ]
-        for component, config in self.configs.items():
-            parts[component] = {k: v for k, v in config.items() if not k.startswith("_")}
-        text = json.dumps(parts, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that a batch of pictures depends on, beside the weights."""
-
-    prompts: tuple[str, ...]
-    negatives: tuple[str, ...]
-    steps: int
-    guidance: float
-    sampler: str
-    seed: int
-    height: int  # pixels
-    width: int
-
-
-def from_uint8(pictures: np.ndarray) -> np.ndarray:
-    """0…255 → float32 in −1…1, the range of the autoencoder."""
-    return pictures.astype(np.float32) / 127.5 - 1
-
-
-def to_uint8(pictures: np.ndarray) -> np.ndarray:
-    """−1…1 → 0…255, rounded and clipped. ValueError for what is not a number."""
-    if not np.isfinite(pictures).all():
-        raise ValueError("the picture holds values that are not finite: the weights have diverged")
-    return np.clip(np.round((pictures + 1) * 127.5), 0, 255).astype(np.uint8)

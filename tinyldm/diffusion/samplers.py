@@ -3,6 +3,10 @@
 A sampler is a generator. It takes `predict(x, t) → what the schedule's network predicts` and the
 start noise, and after each step yields `(x, x0)`: where it stands, and the picture that it would
 jump to from there. The last x is the sample.
+
+All of them take these two as well. `start`: begin with this step of the `steps`, counted from 0;
+then x are latents with as much noise as `levels` says, and not noise alone. `change(x, i)`: what
+becomes of x after the i-th step taken.
 """
 
 import math
@@ -12,13 +16,17 @@ import numpy as np
 from tinyldm.backend import Array, array_module
 from tinyldm.diffusion.schedule import Schedule, check_steps, posterior, spaced
 from tinyldm.diffusion.solvers import (
+    Change,
     Noise,
     Predict,
     Steps,
+    as_it_is,
     dpm_solver_2m,
+    dpm_solver_steps,
     euler,
     euler_ancestral,
     heun,
+    sigma_steps,
 )
 
 
@@ -41,45 +49,65 @@ def ddim(
     steps: int,
     eta: float = 0.0,
     noise: Noise | None = None,
+    start: int | None = None,
+    change: Change = as_it_is,
 ) -> Steps:
     """Denoising diffusion implicit models (Song et al. 2020, eq. 12 and 16).
 
     eta: 0 deterministic … 1 as random as DDPM; then `noise()` gives fresh normal noise like x.
     """
-    t = timesteps(schedule, steps)
+    t = timesteps(schedule, steps)[start:]
     last = _final_alpha_bar(schedule, default=True)
     alphas_bar = [*schedule.alphas_bar[t].tolist(), last]  # Python's numbers keep x in float32
-    for i in range(steps):
+    for i in range(len(t)):
         now, then = alphas_bar[i : i + 2]
         x0, epsilon = _split(schedule, predict(x, t[i]), x, now)
         variance = eta**2 * posterior(now, then)[2]
         x = math.sqrt(then) * x0 + math.sqrt(max(0.0, 1 - then - variance)) * epsilon
         if variance > 0:
             x = x + math.sqrt(variance) * noise()
+        x = change(x, i)
         yield x, x0
 
 
-def ddpm(predict: Predict, schedule: Schedule, x: Array, steps: int, noise: Noise) -> Steps:
+def ddpm(
+    predict: Predict,
+    schedule: Schedule,
+    x: Array,
+    steps: int,
+    noise: Noise,
+    start: int | None = None,
+    change: Change = as_it_is,
+) -> Steps:
     """Ancestral sampling with the posterior's variance (Ho et al. 2020, algorithm 2)."""
-    t = timesteps(schedule, steps)
+    t = timesteps(schedule, steps)[start:]
     alphas_bar = [*schedule.alphas_bar[t].tolist(), 1.0]
-    for i in range(steps):
+    for i in range(len(t)):
         x0, _ = _split(schedule, predict(x, t[i]), x, alphas_bar[i])
         x0_weight, xt_weight, variance = posterior(alphas_bar[i], alphas_bar[i + 1])
         x = x0_weight * x0 + xt_weight * x
-        if i + 1 < steps:
+        if i + 1 < len(t):
             x = x + math.sqrt(variance) * noise()
+        x = change(x, i)
         yield x, x0
 
 
-def pndm(predict: Predict, schedule: Schedule, x: Array, steps: int) -> Steps:
+def pndm(
+    predict: Predict,
+    schedule: Schedule,
+    x: Array,
+    steps: int,
+    start: int | None = None,
+    change: Change = as_it_is,
+) -> Steps:
     """Pseudo linear multistep: DDIM with a prediction carried on from the last four.
 
     Liu et al. 2022, eq. 9, 11 and 12. The first three steps are pseudo Runge-Kutta (eq. 13), of
     four predictions each. With fewer than four steps, or the scheduler config's `skip_prk_steps`,
     as Stable Diffusion has it, the first is corrected once and the next carry on from fewer.
     """
-    t = timesteps(schedule, steps).tolist()
+    t = timesteps(schedule, steps)[start:].tolist()
+    steps = len(t)
     alphas_bar = [*schedule.alphas_bar[t].tolist(), _final_alpha_bar(schedule, default=False)]
     runge_kutta = steps > 3 and not schedule.config.get("skip_prk_steps", False)
     known = []
@@ -96,6 +124,7 @@ def pndm(predict: Predict, schedule: Schedule, x: Array, steps: int) -> Steps:
                 weight * old for weight, old in zip(ADAMS_BASHFORTH[len(known)], known, strict=True)
             )
         x, x0 = _transfer(schedule, prediction, x, alphas_bar[i], alphas_bar[i + 1])
+        x = change(x, i)
         yield x, x0
 
 
@@ -152,17 +181,40 @@ SAMPLERS = {
 RANDOM = {"ddpm", "euler_a", "dpm++2m_sde"}  # those that draw noise on the way
 
 
-def guided(predict: Predict, guidance: float) -> Predict:
+SIGMA_STEPS = {  # of the samplers that go by σ
+    "euler": sigma_steps,
+    "euler_a": sigma_steps,
+    "heun": sigma_steps,
+    "dpm++2m": dpm_solver_steps,
+    "dpm++2m_sde": dpm_solver_steps,
+}
+
+
+def levels(sampler: str, schedule: Schedule, steps: int) -> np.ndarray:
+    """ᾱ (steps,) at which the steps of a sampler begin."""
+    if sampler in SIGMA_STEPS:
+        _, sigmas = SIGMA_STEPS[sampler](schedule, steps)
+        return 1 / (1 + sigmas[:-1] ** 2)
+    return schedule.alphas_bar[timesteps(schedule, steps)]
+
+
+def guided(predict: Predict, guidance: float, rescale: float = 0.0) -> Predict:
     """Classifier-free guidance: a `predict` for a sampler, from one for twice as many samples.
 
     Of those the first half is predicted without text, the second with it. The result is away from
     the first by `guidance` times the way to the second; 1 is plain conditional (Ho & Salimans 2022,
-    eq. 6, with their w = guidance − 1).
+    eq. 6, with their w = guidance − 1). rescale: 0 none … 1, how far its standard deviation goes
+    back to that of the second, against burnt colours (Lin et al. 2023, eq. 15 and 16).
     """
 
     def predict_guided(x, t):
         xp = array_module(x)
         without, with_text = xp.split(predict(xp.concatenate([x, x]), t), 2)
-        return without + guidance * (with_text - without)
+        prediction = without + guidance * (with_text - without)
+        if rescale:
+            axes = tuple(range(1, x.ndim))
+            ratio = with_text.std(axes, keepdims=True) / prediction.std(axes, keepdims=True)
+            prediction *= rescale * ratio + (1 - rescale)
+        return prediction
 
     return predict_guided

@@ -17,6 +17,7 @@ from tinyldm.diffusion.schedule import Schedule, check_steps, spaced
 Predict = Callable[[Array, float], Array]  # x, t → what the schedule's network predicts
 Noise = Callable[[], Array]  # fresh standard normal noise, of the shape of x
 Steps = Iterator[tuple[Array, Array]]  # of x, and the x0 ahead
+Change = Callable[[Array, int], Array]  # x after the i-th step taken → x as the next step finds it
 
 RHO = 7.0  # of Karras et al., eq. 5
 IMPLEMENTED = {  # values of a scheduler config; others are refused by name
@@ -35,37 +36,64 @@ IMPLEMENTED = {  # values of a scheduler config; others are refused by name
 }
 
 
-def euler(predict: Predict, schedule: Schedule, x: Array, steps: int) -> Steps:
+def as_it_is(x: Array, i: int) -> Array:
+    """The `Change` that is none."""
+    return x
+
+
+def euler(
+    predict: Predict,
+    schedule: Schedule,
+    x: Array,
+    steps: int,
+    start: int | None = None,
+    change: Change = as_it_is,
+) -> Steps:
     """Straight lines to the picture ahead (Karras et al. 2022, algorithm 1 without correction)."""
-    t, sigmas, x = _begin(schedule, x, steps)
+    t, sigmas, x = _begin(schedule, x, steps, start)
     sigmas[-1] = _last(schedule)
-    for i in range(steps):
+    for i in range(len(t)):
         x0 = _picture(predict, schedule, x, sigmas[i], t[i])
         x = _towards(x, x0, sigmas[i + 1] / sigmas[i])
-        yield _yielded(x, sigmas[i + 1]), x0
+        latents, x = _changed(x, sigmas[i + 1], change, i)
+        yield latents, x0
 
 
 def euler_ancestral(
-    predict: Predict, schedule: Schedule, x: Array, steps: int, noise: Noise
+    predict: Predict,
+    schedule: Schedule,
+    x: Array,
+    steps: int,
+    noise: Noise,
+    start: int | None = None,
+    change: Change = as_it_is,
 ) -> Steps:
     """Further than σ at each step, and fresh noise back up to it, as DDPM (Song et al. 2020)."""
-    t, sigmas, x = _begin(schedule, x, steps)
-    for i in range(steps):
+    t, sigmas, x = _begin(schedule, x, steps, start)
+    for i in range(len(t)):
         now, then = sigmas[i : i + 2]
         x0 = _picture(predict, schedule, x, now, t[i])
         x = _towards(x, x0, (then / now) ** 2)
         if then > 0:
             x = x + then * math.sqrt(1 - (then / now) ** 2) * noise()
-        yield _yielded(x, then), x0
+        latents, x = _changed(x, then, change, i)
+        yield latents, x0
 
 
-def heun(predict: Predict, schedule: Schedule, x: Array, steps: int) -> Steps:
+def heun(
+    predict: Predict,
+    schedule: Schedule,
+    x: Array,
+    steps: int,
+    start: int | None = None,
+    change: Change = as_it_is,
+) -> Steps:
     """A step with the mean of the slopes at its two ends (Karras et al. 2022, algorithm 1).
 
     The last step, to σ = 0, has one end alone: 2 · steps − 1 predictions.
     """
-    t, sigmas, x = _begin(schedule, x, steps)
-    for i in range(steps):
+    t, sigmas, x = _begin(schedule, x, steps, start)
+    for i in range(len(t)):
         now, then = sigmas[i : i + 2]
         x0 = _picture(predict, schedule, x, now, t[i])
         ahead = _towards(x, x0, then / now)
@@ -73,27 +101,33 @@ def heun(predict: Predict, schedule: Schedule, x: Array, steps: int) -> Steps:
             x0_ahead = _picture(predict, schedule, ahead, then, t[i + 1])
             slope = 0.5 * ((x - x0) * (1 / now) + (ahead - x0_ahead) * (1 / then))
             ahead, x0 = x + (then - now) * slope, x0_ahead
-        x = ahead
-        yield _yielded(x, then), x0
+        latents, x = _changed(ahead, then, change, i)
+        yield latents, x0
 
 
 def dpm_solver_2m(
-    predict: Predict, schedule: Schedule, x: Array, steps: int, noise: Noise | None = None
+    predict: Predict,
+    schedule: Schedule,
+    x: Array,
+    steps: int,
+    noise: Noise | None = None,
+    start: int | None = None,
+    change: Change = as_it_is,
 ) -> Steps:
     """DPM-Solver++ (2M) (Lu et al. 2022b, algorithm 2).
 
     The picture ahead is carried on in log σ from the last two. With `noise`, its stochastic
     variant, SDE-DPM-Solver++ (2M) (section 5 and appendix B there).
     """
-    t, sigmas = (table.tolist() for table in dpm_solver_steps(schedule, steps))
+    t, sigmas = (table[start:].tolist() for table in dpm_solver_steps(schedule, steps))
     x = x * math.sqrt(1 + sigmas[0] ** 2)
     previous = None  # x0, and the length of the step after it in log σ
-    for i in range(steps):
+    for i in range(len(t)):
         now, then = sigmas[i : i + 2]
         ratio = then / now
         length = -math.log(ratio) if ratio > 0 else math.inf
         x0 = goal = _picture(predict, schedule, x, now, t[i])
-        last = i + 1 == steps and (then == 0 or steps < 15)
+        last = i + 1 == len(t) and (then == 0 or steps < 15)
         if previous and previous[1] > 0 and not last:
             goal = x0 + (x0 - previous[0]) * (length / (2 * previous[1]))
         if noise is None:
@@ -103,7 +137,8 @@ def dpm_solver_2m(
             if then > 0:
                 x = x + then * math.sqrt(1 - ratio**2) * noise()
         previous = x0, length
-        yield _yielded(x, then), x0
+        latents, x = _changed(x, then, change, i)
+        yield latents, x0
 
 
 # --------------------------------------------------------------------------------------- what is σ?
@@ -180,12 +215,15 @@ def _last(schedule):
 # ----------------------------------------------------------------------------------------- one step
 
 
-def _begin(schedule, x, steps):
-    """t, σ, and unit normal noise x as it stands before the first step."""
+def _begin(schedule, x, steps, start):
+    """t, σ, and x as it stands before the first step."""
     t, sigmas = sigma_steps(schedule, steps)
-    # Where the last trained step is among those visited, x is taken for noise alone.
+    t, sigmas = t[start:], sigmas[start:].tolist()
+    # Where the last trained step is among those visited, x alone is taken for noise alone.
     leading = schedule.config.get("timestep_spacing", "linspace") == "leading"
-    return t, sigmas.tolist(), x * float(math.sqrt(sigmas[0] ** 2 + 1) if leading else sigmas[0])
+    if leading or start is not None:
+        return t, sigmas, x * math.sqrt(sigmas[0] ** 2 + 1)
+    return t, sigmas, x * sigmas[0]
 
 
 def _picture(predict, schedule, x, sigma, t):
@@ -199,5 +237,11 @@ def _towards(x, x0, ratio):
     return x0 + (x - x0) * float(ratio)
 
 
-def _yielded(x, sigma):
-    return x * (1 / math.sqrt(1 + sigma**2))
+def _changed(x, sigma, change, i):
+    """x after a step: in the coordinates of the other samplers, which `change` knows, and here."""
+    a = 1 / math.sqrt(1 + sigma**2)
+    latents = x * a
+    if change is as_it_is:
+        return latents, x
+    latents = change(latents, i)
+    return latents, latents * (1 / a)

@@ -5,6 +5,7 @@ symbols of its UTF-8 bytes, and a learned list of merges joins neighbouring symb
 Every byte is itself a token, so no caption is ever out of vocabulary.
 """
 
+import gzip
 import json
 import re
 import unicodedata
@@ -230,6 +231,16 @@ class Tokenizer:
                 count(word, +1)
         vocab |= {START: len(vocab), END: len(vocab) + 1}
         return cls(vocab, merges, max_length)
+
+    @classmethod
+    def clip(cls, pad_token: str = END) -> Self:
+        """CLIP's own, of 49,408 tokens, which Stable Diffusion uses (Radford et al. 2021)."""
+        file = Path(__file__).with_name("clip_merges.txt.gz")
+        lines = gzip.decompress(file.read_bytes()).decode("utf-8").splitlines()
+        merges = [tuple(line.split()) for line in lines]
+        symbols = [*_SYMBOLS.values()]
+        tokens = [*symbols, *(s + WORD_END for s in symbols), *map("".join, merges), START, END]
+        return cls({token: i for i, token in enumerate(tokens)}, merges, 77, pad_token)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:

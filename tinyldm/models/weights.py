@@ -8,6 +8,8 @@ every other tensor is the same in both. The format is an 8-byte length, that man
 import json
 import math
 import os
+import re
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,25 @@ from tinyldm.nn.protocol import Params
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
+
+# How the names of published files have changed: an old one → that of today.
+OLD_NAMES = [
+    (re.compile(r"(attentions\.\d+)\.query\."), r"\1.to_q."),
+    (re.compile(r"(attentions\.\d+)\.key\."), r"\1.to_k."),
+    (re.compile(r"(attentions\.\d+)\.value\."), r"\1.to_v."),
+    (re.compile(r"(attentions\.\d+)\.proj_attn\."), r"\1.to_out.0."),
+    (re.compile(r"^"), "text_model."),
+]
+PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+PICKLED = (
+    "a pickle of torch, which can run any program when it is opened and is not opened here; turn "
+    "it into safetensors where torch is installed: "
+    """python -c "import sys, torch; from safetensors.torch import save_file; """
+    """d = torch.load(sys.argv[1], map_location='cpu', weights_only=True); """
+    """d = d.get('state_dict', d); """
+    """save_file({k: x.clone().contiguous() for k, x in d.items() if torch.is_tensor(x)}, """
+    """sys.argv[2])" OLD NEW.safetensors"""
+)
 
 
 class WeightsError(ValueError):
@@ -30,14 +51,28 @@ def load_weights(file: str | Path, dtype: DTypeLike | None = None) -> Params:
     dtype: what floating tensors become, by default what they are in the file (bfloat16, which
     NumPy lacks, becomes float32, exactly). Raises FileNotFoundError or WeightsError.
     """
-    params = {}
+    return dict(tensors(file, dtype))
+
+
+def tensors(
+    file: str | Path, dtype: DTypeLike | None = None, names: Container[str] | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The same, one (name, array) after the other, of all tensors or those of `names`."""
     with open(file, "rb") as stream:
         entries, start = _read_header(stream, file)
         for name, entry in entries.items():
-            begin, end = entry["data_offsets"]
-            stream.seek(start + begin)
-            params[name] = _to_memory(_decode(stream.read(end - begin), entry), dtype)
-    return params
+            if names is None or name in names:
+                begin, end = entry["data_offsets"]
+                stream.seek(start + begin)
+                yield name, _to_memory(_decode(stream.read(end - begin), entry), dtype)
+
+
+def tensor_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
+    """{name: shape}, of kernels (kh, kw, c_in, c_out), from the header alone."""
+    with open(file, "rb") as stream:
+        entries, _ = _read_header(stream, file)
+    shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    return {n: tuple(s[i] for i in (2, 3, 1, 0)) if len(s) == 4 else s for n, s in shapes.items()}
 
 
 def load_metadata(file: str | Path) -> dict[str, str]:
@@ -62,23 +97,26 @@ def save_weights(file: str | Path, params: Params, metadata: dict[str, str] | No
         save_file(tensors, temporary, metadata=metadata)
 
 
-def match(params: Params, shapes: dict[str, tuple[int, ...]], where: str | Path) -> Params:
-    """`params`, if names and shapes are those of the model; WeightsError lists all that differs."""
-    missing = sorted(shapes.keys() - params.keys())
-    extra = sorted(params.keys() - shapes.keys())
+def match(
+    found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], where: str | Path
+) -> None:
+    """Compare {name: shape} with those of a model; WeightsError lists everything that differs."""
     misshapen = [
-        f"{name}: expected {shapes[name]}, found {params[name].shape}"
-        for name in sorted(shapes.keys() & params.keys())
-        if tuple(params[name].shape) != tuple(shapes[name])
+        f"{name}: expected {expected[name]}, found {found[name]}"
+        for name in sorted(expected.keys() & found.keys())
+        if tuple(found[name]) != tuple(expected[name])
     ]
     problems = [
         f"{title} ({len(names)}): {', '.join(names)}"
-        for title, names in (("missing", missing), ("unexpected", extra), ("misshapen", misshapen))
+        for title, names in (
+            ("missing", sorted(expected.keys() - found.keys())),
+            ("unexpected", sorted(found.keys() - expected.keys())),
+            ("misshapen", misshapen),
+        )
         if names
     ]
     if problems:
         raise WeightsError(f"{where}: the weights do not fit the config. " + "; ".join(problems))
-    return params
 
 
 def load_component(
@@ -86,17 +124,34 @@ def load_component(
 ) -> Params:
     """The weights of one component of a diffusers folder, checked against the model's `shapes`.
 
-    One file, or several with an index. Raises FileNotFoundError or WeightsError.
+    One file, or several with an index; names may be those of older or newer versions. Raises
+    FileNotFoundError or WeightsError.
     """
     folder = Path(folder)
     params = {}
     for file in _weight_files(folder):
-        params |= load_weights(file, dtype)
-    params = {name: x for name, x in params.items() if not name.endswith(".position_ids")}
-    prefix = "text_model."  # which newer transformers leave out
-    if any(name.startswith(prefix) for name in shapes):
-        params = {n if n.startswith(prefix) else prefix + n: x for n, x in params.items()}
-    return match(params, shapes, folder)
+        for name, x in tensors(file, dtype):
+            if not name.endswith(".position_ids"):
+                name = _current_name(name, shapes)
+                params[name] = reshaped(x, shapes.get(name))
+    match({name: x.shape for name, x in params.items()}, shapes, folder)
+    return params
+
+
+def _current_name(name, shapes):
+    if name not in shapes:
+        for old, new in OLD_NAMES:
+            renamed = old.sub(new, name)
+            if renamed in shapes:
+                return renamed
+    return name
+
+
+def reshaped(x: np.ndarray, shape: tuple[int, ...] | None) -> np.ndarray:
+    """A 1×1 kernel (1, 1, c_in, c_out) as the matrix (c_out, c_in), where that is the shape."""
+    if x.ndim == 4 and x.shape[:2] == (1, 1) and shape == x.shape[:1:-1]:
+        return np.ascontiguousarray(x[0, 0].T)
+    return x
 
 
 def _weight_files(folder):
@@ -112,6 +167,9 @@ def _weight_files(folder):
                     return [folder / name for name in sorted(set(names))]
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                     raise WeightsError(f"{index}: not an index of weights: {error!r}") from None
+    for file in sorted(folder.glob("*")):
+        if file.suffix in PICKLES:
+            raise WeightsError(f"{file}: {PICKLED}")
     raise FileNotFoundError(
         f"{folder}: no weights; expected diffusion_pytorch_model.safetensors or model.safetensors"
     )
@@ -161,8 +219,11 @@ def _is_shape(shape):
 
 def _parse_header(stream, file):
     size = os.fstat(stream.fileno()).st_size
-    length = int.from_bytes(stream.read(8), "little")
+    first = stream.read(8)
+    length = int.from_bytes(first, "little")
     if size < 8 or length > min(MAX_HEADER, size - 8):
+        if first.startswith((b"PK\x03\x04", b"\x80")):  # a torch archive, or an older one
+            raise WeightsError(f"{file}: {PICKLED}")
         raise WeightsError(f"{file}: not a safetensors file, or cut off")
     try:
         header = json.loads(stream.read(length).decode(), object_pairs_hook=_unique)

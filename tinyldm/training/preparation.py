@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from tinyldm.checkpoints import COMPONENTS
 from tinyldm.config import ConfigError
 from tinyldm.data.dataset import Dataset
 from tinyldm.data.folder import load_folder
 from tinyldm.data.shapes import make_shapes
 from tinyldm.models.tokenizer import CaptionCut, Tokenizer
-from tinyldm.pipeline import COMPONENTS
 from tinyldm.training.presets import Config
 from tinyldm.training.state import state_files
 

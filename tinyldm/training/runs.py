@@ -15,7 +15,8 @@ from tinyldm.config import ConfigError
 from tinyldm.data.dataset import DataError, Dataset
 from tinyldm.models.tokenizer import CaptionCut
 from tinyldm.nn import no_grad
-from tinyldm.pipeline import Pipeline, from_uint8
+from tinyldm.pipeline import Pipeline
+from tinyldm.pixels import from_uint8
 from tinyldm.training import snapshots
 from tinyldm.training.loop import fit
 from tinyldm.training.preparation import (

@@ -23,7 +23,8 @@ from tinyldm.evaluation.statistics import psnr
 from tinyldm.models import AutoencoderKL
 from tinyldm.models.autoencoder import kl_loss, split_moments
 from tinyldm.nn import no_grad
-from tinyldm.pipeline import Pipeline, from_uint8, to_uint8
+from tinyldm.pipeline import Pipeline
+from tinyldm.pixels import from_uint8, to_uint8
 
 SHARES = (0.1, 0.3, 0.6, 1.0)  # of a stage after which it reports
 EVERY = 600.0  # seconds, at the latest

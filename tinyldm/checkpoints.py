@@ -1,0 +1,109 @@
+"""A model on disk: the folder of diffusers' layout, or one file of the original one.
+
+The folder holds `model_index.json` and a sub-folder for each component, whether tinyldm trained the
+model or somebody else did, and diffusers loads what tinyldm saves.
+"""
+
+from pathlib import Path
+
+from tinyldm.backend import to_device
+from tinyldm.config import ConfigError
+from tinyldm.files import read_json, write_json
+from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet
+from tinyldm.models.original import load_original, load_original_vae
+from tinyldm.models.weights import load_component, save_weights
+from tinyldm.nn.protocol import Params
+
+COMPONENTS = {  # folder → (library and class that diffusers loads, our class, file of weights)
+    "unet": (("diffusers", "UNet2DConditionModel"), UNet, "diffusion_pytorch_model.safetensors"),
+    "vae": (("diffusers", "AutoencoderKL"), AutoencoderKL, "diffusion_pytorch_model.safetensors"),
+    "text_encoder": (("transformers", "CLIPTextModel"), TextEncoder, "model.safetensors"),
+}
+PIPELINES = (  # of diffusers, whose folders hold these components and no other that matters
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionInpaintPipelineLegacy",
+)
+DIFFUSERS_VERSION = "0.32.0"  # whose file formats these are
+
+
+def load_checkpoint(
+    path: str | Path, device: str = "cpu", vae: str | Path | None = None
+) -> tuple[dict[str, dict], dict[str, Params], Tokenizer, dict]:
+    """Read a folder, or a .safetensors file that holds a whole Stable Diffusion.
+
+    → configs {"unet", "vae", "text_encoder", "scheduler": …}, float32 params of the first three,
+    the tokenizer, and what else the folder says of sampling. vae: an autoencoder to take instead, a
+    folder or a file. FileNotFoundError, ConfigError or WeightsError say in one line what is wrong.
+    """
+    path = Path(path)
+    configs, params, tokenizer, *rest = (
+        load_original(path) if path.is_file() else _load_folder(path)
+    )
+    if vae is not None:
+        configs["vae"], params["vae"] = _load_vae(Path(vae))
+    return configs, to_device(params, device), tokenizer, rest[0] if rest else {}
+
+
+def _load_folder(folder):
+    index = read_json(folder / "model_index.json")
+    kind = index.get("_class_name", PIPELINES[0])
+    if kind not in PIPELINES:
+        raise ConfigError(
+            f"{folder / 'model_index.json'}: a {kind} is not implemented, only Stable Diffusion 1 "
+            f"and 2: {', '.join(PIPELINES)}"
+        )
+    configs = {"scheduler": read_json(folder / "scheduler" / "scheduler_config.json")}
+    params = {}
+    for name in COMPONENTS:
+        configs[name], params[name] = _load_component(folder / name, name)
+    return configs, params, Tokenizer.load(folder / "tokenizer"), index.get("_tinyldm") or {}
+
+
+def _load_vae(path):
+    """→ config, weights. Of the folder of a whole model, the autoencoder in it."""
+    if path.is_file():
+        return load_original_vae(path)
+    return _load_component(path / "vae" if (path / "vae").is_dir() else path, "vae")
+
+
+def _load_component(folder, name):
+    config = read_json(folder / "config.json")
+    return config, load_component(folder, COMPONENTS[name][1](config).shapes())
+
+
+def save_folder(
+    folder: str | Path,
+    configs: dict[str, dict],
+    params: dict[str, Params],
+    tokenizer: Tokenizer,
+    defaults: dict,
+    scheduler: str,
+) -> None:
+    """Write the folder; `model_index.json` comes last, so a folder that has it is whole.
+
+    scheduler: diffusers' class.
+    """
+    folder = Path(folder)
+    (folder / "model_index.json").unlink(missing_ok=True)
+    unet, vae = UNet(configs["unet"]).config, AutoencoderKL(configs["vae"]).config
+    index = {
+        "_class_name": PIPELINES[0 if unet.in_channels == vae.latent_channels else 2],
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "_tinyldm": defaults,
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+    }
+    for name, ((library, kind), _, file) in COMPONENTS.items():
+        index[name] = [library, kind]
+        note = {"_class_name": kind, "_diffusers_version": DIFFUSERS_VERSION}
+        write_json(folder / name / "config.json", note | configs[name])
+        weights = to_device(params[name], "cpu")
+        save_weights(folder / name / file, weights, {"format": "pt"})
+    write_json(folder / "scheduler" / "scheduler_config.json", configs["scheduler"])
+    tokenizer.save(folder / "tokenizer")
+    write_json(folder / "model_index.json", index)

@@ -1,0 +1,34 @@
+"""The random numbers of sampling: drawn on the host, one stream a picture, the same everywhere."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.random import Generator
+
+
+def streams(seed: int, n: int) -> list[Generator]:
+    """A stream of numbers for each of n pictures; that of picture i depends on (seed, i) alone."""
+    return [np.random.default_rng((seed, i)) for i in range(n)]
+
+
+def draw(streams: Sequence[Generator], shape: tuple[int, ...]) -> np.ndarray:
+    """The next standard normal numbers of each stream, float32 (n, *shape)."""
+    return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
+
+
+def slerp(a: np.ndarray, b: np.ndarray, amount: float) -> np.ndarray:
+    """Between a and b (n, …), each on the great circle from one to the other (Shoemake 1985).
+
+    amount: 0 is a, 1 is b. Normal numbers stay about normal; on the straight line they would be too
+    small. Of directions that are nearly the same it is that line.
+    """
+    axes = tuple(range(1, a.ndim))
+    lengths = (np.square(x, dtype=np.float64).sum(axes, keepdims=True) for x in (a, b))
+    cosine = (a * np.float64(1) * b).sum(axes, keepdims=True) / np.sqrt(np.prod(list(lengths), 0))
+    angle = np.arccos(np.clip(cosine, -1, 1))
+    sine = np.sin(angle)
+    near = sine < 1e-4
+    sine = np.where(near, 1, sine)
+    of_a = np.where(near, 1 - amount, np.sin((1 - amount) * angle) / sine)
+    of_b = np.where(near, amount, np.sin(amount * angle) / sine)
+    return (of_a * a + of_b * b).astype(a.dtype)

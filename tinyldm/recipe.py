@@ -1,0 +1,59 @@
+"""What a batch of pictures depends on, beside the weights and the pictures it may begin with."""
+
+import math
+from dataclasses import dataclass
+
+from tinyldm.config import unknown
+from tinyldm.diffusion.samplers import SAMPLERS
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Complete, and checked: ValueError where a number is not what is expected.
+
+    strength: which share of the steps a given picture goes through; None where there is none.
+    rescale: 0…1, of the guidance, see `guided`.
+    variation: 0…1, how far from the noise of (seed, 0) towards that of (variation_seed, i).
+    """
+
+    prompts: tuple[str, ...]
+    negatives: tuple[str, ...]  # as many
+    steps: int
+    guidance: float
+    sampler: str
+    seed: int
+    height: int  # pixels
+    width: int
+    strength: float | None = None
+    rescale: float = 0.0
+    variation: float = 0.0
+    variation_seed: int = 0
+
+    def __post_init__(self):
+        n = len(self.prompts)
+        if n == 0:
+            raise ValueError("prompt: expected at least one")
+        if len(self.negatives) != n:
+            raise ValueError(f"negative_prompt: expected one, or {n}, found {len(self.negatives)}")
+        if self.steps < 1:
+            raise ValueError(f"steps: expected 1 or more, found {self.steps}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance: expected a finite number, found {self.guidance}")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler: {unknown(self.sampler, SAMPLERS)}")
+        for name in ("seed", "variation_seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
+        for name in ("rescale", "variation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected 0…1, found {getattr(self, name)}")
+        if self.strength is not None and not (0 < self.strength <= 1 and self.steps_taken >= 1):
+            raise ValueError(
+                f"strength: expected {1 / self.steps:.2g}…1, which is one of {self.steps} steps "
+                f"to all of them, found {self.strength}"
+            )
+
+    @property
+    def steps_taken(self) -> int:
+        """All, or of a given picture the last ones."""
+        return self.steps if self.strength is None else int(self.steps * self.strength)

@@ -1,0 +1,113 @@
+"""Pictures to begin with: a sketch to paint over, or one of which a part is painted anew."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from tinyldm.backend import Array, array_module
+from tinyldm.diffusion.solvers import Predict
+from tinyldm.pixels import from_uint8, mask_pixels, picture_pixels
+from tinyldm.recipe import Recipe
+
+Images = Image.Image | Sequence[Image.Image]  # one for all, or one for each prompt
+
+
+@dataclass(frozen=True)
+class Scene:
+    """pictures: uint8 (n, height, width, 3). hidden: bool (n, height, width), True where they are
+    to be painted anew while the rest stays; None: everywhere, the pictures being a sketch.
+    """
+
+    pictures: np.ndarray
+    hidden: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, image: Images, mask: Images | None, recipe: Recipe) -> "Scene":
+        """From PIL images, stretched to the recipe's size. ValueError where they do not fit."""
+        n, sides = len(recipe.prompts), (recipe.height, recipe.width)
+        pictures = [picture_pixels(one, *sides) for one in _each("image", image, n)]
+        if mask is None:
+            return cls(np.stack(pictures))
+        hidden = np.stack([mask_pixels(one, *sides) for one in _each("mask", mask, n)])
+        if not hidden.any(axis=(1, 2)).all():
+            raise ValueError("mask: expected white where to paint anew, found nothing light")
+        return cls(np.stack(pictures), hidden)
+
+
+def _each(name, images, n):
+    images = [images] * n if isinstance(images, Image.Image) else list(images)
+    if len(images) != n or not all(isinstance(image, Image.Image) for image in images):
+        kinds = ", ".join(dict.fromkeys(type(image).__name__ for image in images))
+        raise ValueError(
+            f"{name}: expected a PIL image, or {n} for {n} prompts, found {len(images)} {kinds}"
+        )
+    return images
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where the reverse process begins, and what it is given on the way."""
+
+    x: Array  # noise or noisy latents (n, h, w, c)
+    options: dict = field(default_factory=dict)  # of the sampler
+    beside: Array | None = None  # (n, h, w, 1 + c): what an inpainting model sees beside x
+
+
+def enter(
+    recipe: Recipe,
+    scene: Scene | None,
+    noise: Array,
+    alphas_bar: np.ndarray,
+    to_latents: Callable[[np.ndarray], Array],
+    factor: int,
+    inpaints: bool,
+) -> Entry:
+    """The entry of a scene, or of noise alone.
+
+    A sketch enters with so much noise as the recipe's strength says (Meng et al. 2021, SDEdit).
+    Where a part is hidden, a model that inpaints sees the rest of it, and where that is; with any
+    other the known part is put back after each step, as noisy as the rest then is (Lugmayr et al.
+    2022, eq. 8).
+
+    noise: unit normal (n, h, w, c). alphas_bar: ᾱ at which each of the recipe's steps begins.
+    to_latents: of pixels in −1…1, `factor` of them a side for each latent.
+    """
+    xp = array_module(noise)
+    if scene is None and not inpaints:
+        return Entry(noise)
+    if scene is None:  # to a model that inpaints: nothing is known
+        nothing = np.zeros((len(noise), recipe.height, recipe.width), bool)
+        scene = Scene(nothing[..., None].repeat(3, axis=-1).astype(np.uint8), ~nothing)
+    z = None if recipe.strength is None else to_latents(from_uint8(scene.pictures))
+    begin = recipe.steps - recipe.steps_taken
+    alphas_bar = alphas_bar[begin:].tolist()
+
+    def noisy(alpha_bar):
+        return math.sqrt(alpha_bar) * z + math.sqrt(1 - alpha_bar) * noise
+
+    x, options = noise, {}
+    if begin > 0 or scene.hidden is None:
+        x, options["start"] = noisy(alphas_bar[0]), begin
+    hidden = np.ones(scene.pictures.shape[:3], bool) if scene.hidden is None else scene.hidden
+    anew = xp.asarray(hidden[:, ::factor, ::factor, None].astype(np.float32))
+    if inpaints:
+        seen = to_latents(from_uint8(scene.pictures) * ~hidden[..., None])
+        return Entry(x, options, xp.concatenate([anew, seen], axis=-1))
+    if scene.hidden is not None:
+        after = [*alphas_bar[1:], 1.0]
+        options["change"] = lambda x, i: anew * x + (1 - anew) * noisy(after[i])
+    return Entry(x, options)
+
+
+def seeing(predict: Predict, beside: Array) -> Predict:
+    """A `predict` of x, from that of x and what is beside it, for once or twice as many samples."""
+    xp = array_module(beside)
+
+    def predict_beside(x, t):
+        copies = [beside] * (len(x) // len(beside))  # with guidance, two
+        return predict(xp.concatenate([x, xp.concatenate(copies)], axis=-1), t)
+
+    return predict_beside
