@@ -37,6 +37,26 @@ _PIECE = re.compile(
 )
 
 
+# What Unicode 10 to 18 added to the characters that combine. The normaliser of CLIP's tokenizers in
+# transformers knows Unicode 9: it neither reorders nor joins them.
+_LEFT_ALONE = re.compile(
+    "(["
+    "\u05c8\u05c9\u07fd\u0897-\u089f\u08ca-\u08d3\u09fe\u0c3c\u0d3b\u0d3c\u0eba\u1715"
+    "\u1abf-\u1af0\u1df6-\u1dfa\ua82c\U000105d2\U000105da\U00010d24-\U00010d27"
+    "\U00010d69-\U00010d6d\U00010eab\U00010eac\U00010ecb-\U00010ecf\U00010ef0-\U00010efb"
+    "\U00010efd-\U00010eff\U00010f46-\U00010f50\U00010f82-\U00010f85\U00011070\U0001133b"
+    "\U000113b8\U000113bb\U000113c2\U000113c9\U000113ce-\U000113d0\U0001145e"
+    "\U00011839\U0001183a\U00011930\U0001193d\U0001193e\U00011943\U000119e0\U00011a34"
+    "\U00011a47\U00011a99\U00011d42\U00011d44\U00011d45\U00011d97\U00011f41\U00011f42"
+    "\U0001611e-\U00016120\U00016129\U0001612f\U00016d67\U00016ff0\U00016ff1"
+    "\U0001d127\U0001d128\U0001d250-\U0001d252\U0001d25b\U0001d25c\U0001d25f"
+    "\U0001d280\U0001d281\U0001e08f\U0001e130-\U0001e136\U0001e2ae\U0001e2ec-\U0001e2ef"
+    "\U0001e4ec-\U0001e4ef\U0001e5ee\U0001e5ef\U0001e6e3\U0001e6e6\U0001e6ee\U0001e6ef"
+    "\U0001e6f5"
+    "])"
+)  # fmt: skip
+
+
 def _shape(char):
     """The ASCII stand-in of one character, which lets an ASCII pattern split any script.
 
@@ -51,7 +71,9 @@ def _shape(char):
 def _pieces(text):
     """Normalise `text` (NFC, lower case) and split it; white space only separates."""
     # One character at a time: str.lower() would turn a sigma that ends a word into its final form.
-    text = "".join(char.lower() for char in unicodedata.normalize("NFC", text))
+    parts = _LEFT_ALONE.split(text)
+    parts[::2] = [unicodedata.normalize("NFC", part) for part in parts[::2]]
+    text = "".join(char.lower() for char in "".join(parts))
     matches = _PIECE.finditer("".join(map(_shape, text)))
     spans = (match.span(group) for match in matches for group in range(1, 5))
     return [text[start:stop] for start, stop in spans if start >= 0]
