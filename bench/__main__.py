@@ -18,7 +18,7 @@ from types import ModuleType
 
 from threadpoolctl import threadpool_info
 
-from bench import conv, ops, sample, scaling, sd, train
+from bench import conv, ops, picture, sample, scaling, sd, train
 from bench.compare import Run, load_peer
 from bench.measure import Limits
 from bench.report import write
@@ -30,6 +30,7 @@ TABLES = {
     "train": train.table,
     "sample": sample.table,
     "sd": sd.table,
+    "picture": picture.table,
     "conv": conv.table,
     "scaling": scaling.table,
     "ops": ops.table,

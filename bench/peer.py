@@ -5,12 +5,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["AutoencoderKL", "DDIMScheduler", "UNet2DConditionModel", "functional"]
+__all__ = [
+    "AutoencoderKL",
+    "DDIMScheduler",
+    "StableDiffusionPipeline",
+    "UNet2DConditionModel",
+    "functional",
+]
 
 FORMATS = {  # how pictures and kernels lie in memory
     "contiguous": torch.contiguous_format,

@@ -80,7 +80,7 @@ def _vae():
         yield f"{side}.mid_block.resnets.0", f"{side}.mid.block_1"
         yield f"{side}.mid_block.resnets.1", f"{side}.mid.block_2"
         yield f"{side}.mid_block.attentions.0.group_norm", f"{side}.mid.attn_1.norm"
-        for ours, theirs in zip(("to_q", "to_k", "to_v", "to_out.0"), ("q", "k", "v", "proj_out")):
+        for ours, theirs in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
             yield f"{side}.mid_block.attentions.0.{ours}", f"{side}.mid.attn_1.{theirs}"
     for level in range(4):
         for i in range(2):

@@ -5,32 +5,18 @@ import os
 
 import numpy as np
 import pytest
-from model_cases import random_params
 from PIL import Image
+from small_model import PROMPTS, STEPS, make_pipeline, paint, start_noise
 
 from tinyldm import cli
 from tinyldm import pipeline as module
 from tinyldm.again import fingerprint
 from tinyldm.checkpoints import COMPONENTS
 from tinyldm.config import ConfigError
-from tinyldm.models import Tokenizer
 from tinyldm.models.weights import WeightsError, load_weights, save_weights
 from tinyldm.pipeline import Pipeline
 from tinyldm.pixels import from_uint8, to_uint8
-from tinyldm.training.presets import Config
 
-CONFIG = Config(
-    side=16,
-    vae_widths=(4, 8),
-    unet_widths=(8, 12),
-    unet_attention=(False, True),
-    heads=2,
-    groups=4,
-    text_width=8,
-    text_layers=1,
-)
-PROMPTS = ["a red circle", "a blue square", "two red squares", "a small blue circle", ""]
-STEPS = 3
 COMPONENT_FILES = [  # in the order of writing; the index is the last
     *(f"{name}/{file}" for name, (_, _, weights) in COMPONENTS.items()
       for file in ("config.json", weights)),
@@ -43,39 +29,13 @@ COMPONENT_FILES = [  # in the order of writing; the index is the last
 
 @pytest.fixture(scope="session")
 def pipe():
-    """Every weight is random, also those that a new model starts with as zeros."""
-    tokenizer = Tokenizer.train(PROMPTS * 2, vocab_size=600, max_length=CONFIG.tokens)
-    configs = {
-        "unet": CONFIG.unet_config(),
-        "vae": CONFIG.vae_config() | {"scaling_factor": 0.8},
-        "text_encoder": CONFIG.text_config(tokenizer),
-        "scheduler": CONFIG.scheduler_config(),
-    }
-    params = {
-        name: {
-            weight: x.astype(np.float32)
-            for weight, x in random_params(model(configs[name]).shapes(), name).items()
-        }
-        for name, (_, model, _) in COMPONENTS.items()
-    }
-    assert all(w.all() for named in params.values() for w in named.values())
-    return Pipeline(configs, params, tokenizer, {"steps": STEPS, "guidance": 2.0})
+    return make_pipeline()
 
 
 @pytest.fixture
 def folder(pipe, tmp_path):
     pipe.save(tmp_path / "model")
     return tmp_path / "model"
-
-
-def paint(pipe, *args, **options):
-    return np.stack([np.asarray(picture) for picture in pipe(*args, **options)])
-
-
-def start_noise(n, seed=0, shape=(8, 8, 4)):
-    """The rule: picture i of a seed starts from the noise of (seed, i), whatever else there is."""
-    streams = (np.random.default_rng((seed, i)) for i in range(n))
-    return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
 
 
 def assert_close(found, expected):

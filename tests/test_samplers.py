@@ -468,6 +468,16 @@ def test_guidance_keeps_float32():
     assert guided(network(BOTH.astype("float32")), 7.5)(X.astype("float32"), 7).dtype == np.float32
 
 
+@given(guidance=st.floats(1.5, 20), rescale=st.floats(0, 1))
+def test_rescaled_guidance_has_the_spread_of_the_prediction_with_text(guidance, rescale):
+    """Wholly at 1, and in between in proportion; a sample at a time."""
+    plain, with_text = guided(network(BOTH), guidance)(X, 7), network(TEXT)(X, 7)
+    found = guided(network(BOTH), guidance, rescale)(X, 7)
+    spread = rescale * with_text.std(axis=1) + (1 - rescale) * plain.std(axis=1)
+    np.testing.assert_allclose(found.std(axis=1), spread, rtol=1e-9)
+    np.testing.assert_allclose(found, plain * (spread / plain.std(axis=1))[:, None], rtol=1e-9)
+
+
 def test_guided_sampling_from_start_to_end():
     """Text that moves the mean of the data moves the samples by `guidance` times as much."""
     schedule = Schedule(DDPM)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tinyldm.config import ConfigError
-from tinyldm.diffusion.samplers import RANDOM, SAMPLERS
+from tinyldm.diffusion.samplers import RANDOM, SAMPLERS, levels
 from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
 from tinyldm.diffusion.solvers import _time_of, dpm_solver_steps, sigma_steps
 
@@ -44,7 +44,7 @@ def run(name, schedule, x, steps, seed=0, **data):
     return list(SAMPLERS[name](denoiser(schedule, **data), schedule, x, steps, **options))
 
 
-# ------------------------------------------------------------------------------------------- grids
+# -------------------------------------------------------------------------------------------- grids
 
 
 def test_sigmas_of_stable_diffusion():
@@ -182,3 +182,106 @@ def test_heun_asks_twice_a_step():
     schedule = Schedule(STABLE_DIFFUSION | {"timestep_spacing": "leading"})
     list(SAMPLERS["heun"](lambda x, t: asked.append(t) or x, schedule, np.ones(1), 4))
     assert asked == [750, 500, 500, 250, 250, 0, 0]
+
+
+# ---------------------------------------------------------- beginning later, and changes on the way
+
+EVERY = STABLE_DIFFUSION | {"clip_sample": False, "skip_prk_steps": True}
+ONE_STEP = ("ddpm", "ddim", "euler", "euler_a", "heun")  # which carry nothing from step to step
+
+
+def same_noise(name, x):
+    """The options of a run whose i-th draw is always the same."""
+    count = iter(range(10**6))
+    draw = {"noise": lambda: np.full_like(x, math.cos(next(count)))}
+    return draw if name in RANDOM else {}
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_levels_are_where_the_steps_begin(name, spacing):
+    """There the perfect prediction of a single point is its noise, so that no step is wrong."""
+    schedule = Schedule(EVERY | {"timestep_spacing": spacing, "final_sigmas_type": "zero"})
+    alphas_bar = levels(name, schedule, 7)
+    assert alphas_bar.shape == (7,) and (np.diff(alphas_bar) > 0).all()
+    assert 0 < alphas_bar[0] and alphas_bar[-1] < 1
+    noise = np.array([0.3, -1.2])
+    for start, alpha_bar in enumerate(alphas_bar):
+        x = math.sqrt(alpha_bar) * MEAN + math.sqrt(1 - alpha_bar) * noise
+        options = {} if name not in RANDOM else {"noise": lambda: np.zeros(2)}
+        path = list(
+            SAMPLERS[name](denoiser(schedule, spread=0), schedule, x, 7, start=start, **options)
+        )
+        assert len(path) == 7 - start
+        for _, x0 in path:
+            np.testing.assert_allclose(x0, MEAN, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ONE_STEP)
+@pytest.mark.parametrize("start", [0, 1, 5])
+def test_from_a_later_step_it_goes_on_as_before(name, start):
+    schedule = Schedule(EVERY | {"timestep_spacing": "leading"})
+    x = np.array([0.3, -1.2])
+    predict = denoiser(schedule)
+
+    def path(x, skip, **options):
+        draws = same_noise(name, x)
+        for _ in range(skip if draws else 0):
+            draws["noise"]()
+        return list(SAMPLERS[name](predict, schedule, x, 6, **draws, **options))
+
+    whole = path(x, 0)
+    begin = x if start == 0 else whole[start - 1][0]
+    for found, expected in zip(path(begin, start, start=start), whole[start:], strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_without_a_start_x_is_noise_alone(name):
+    """`start=0` is for latents that stand at the first step; in "linspace" that is not the same."""
+    x = np.array([0.3, -1.2])
+    for spacing, same in (
+        ("leading", True),
+        ("linspace", name not in ("euler", "euler_a", "heun")),
+    ):
+        schedule = Schedule(EVERY | {"timestep_spacing": spacing})
+        ends = [
+            list(
+                SAMPLERS[name](denoiser(schedule), schedule, x, 6, start=start,
+                               **same_noise(name, x))
+            )[-1][0]
+            for start in (None, 0)
+        ]  # fmt: skip
+        assert np.allclose(*ends, rtol=1e-12) == same
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_change_is_what_the_next_step_finds(name):
+    schedule = Schedule(EVERY)
+    x = np.array([0.3, -1.2])
+    predict = denoiser(schedule)
+
+    def path(change=None):
+        options = {} if change is None else {"change": change}
+        return list(SAMPLERS[name](predict, schedule, x, 6, **same_noise(name, x), **options))
+
+    usual, seen = path(), []
+
+    def watch(x, i):
+        seen.append((i, x))
+        return x
+
+    for found, expected in zip(path(watch), usual, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert [i for i, _ in seen] == list(range(6))
+    for (_, found), (expected, _) in zip(seen, usual, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+    changed = path(lambda x, i: x + (i == 2))
+    for i, ((found, _), (expected, _)) in enumerate(zip(changed, usual, strict=True)):
+        if i < 2:
+            np.testing.assert_allclose(found, expected, rtol=1e-12)
+        elif i == 2:
+            np.testing.assert_allclose(found, expected + 1, rtol=1e-12)
+        else:
+            assert abs(found - expected).min() > 1e-3

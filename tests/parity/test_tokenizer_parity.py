@@ -17,8 +17,8 @@ CAPTIONS = [
     "🎨 art 🎨 art!!! ???", "endoftext startoftext <| |>",
 ] * 3  # fmt: skip
 
-# Every character that Python's Unicode knows. (Where Python is newer than the tables of transformers,
-# a letter here may be none there.)
+# Every character that Python's Unicode knows. (Where it is newer than the tables of transformers, a
+# letter here may be none there.)
 ASSIGNED = [
     chr(code)
     for code in range(0x110000)
@@ -56,7 +56,7 @@ TEXTS = st.lists(
 
 @pytest.fixture(scope="module", params=[END, "!", "CLIP's own"])
 def pair(request, tmp_path_factory):
-    """Ours and transformers': a small one, with both paddings of published checkpoints, and CLIP's."""
+    """Ours and transformers': small, with both paddings of published checkpoints, and CLIP's."""
     folder = tmp_path_factory.mktemp("tokenizer")
     if request.param == "CLIP's own":
         ours = Tokenizer.clip()

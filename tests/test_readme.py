@@ -1,0 +1,101 @@
+"""The commands of the README's section on Stable Diffusion, run on small random models."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from model_cases import random_params
+from original_layout import MODELS, narrow, to_original
+from PIL import Image
+
+from tinyldm import cli
+from tinyldm.models import Tokenizer, original
+from tinyldm.models.weights import save_weights
+from tinyldm.pipeline import Pipeline
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCK = re.search(r"<!-- stable diffusion -->\n```sh\n(.*?)```", README, re.DOTALL)[1]
+COMMANDS = [
+    shlex.split(line)
+    for line in BLOCK.replace("\\\n", " ").splitlines()
+    if line and not line.startswith("#")
+]
+CHECKPOINTS = {  # version, channels of the U-Net
+    "stable-diffusion-v1-5": (1, 4),
+    "v1-5-pruned-emaonly.safetensors": (1, 4),
+    "stable-diffusion-inpainting": (1, 9),
+    "stable-diffusion-2-1": (2, 4),
+}
+FEWER_STEPS = ["--steps", "4"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with everything that the commands name, the checkpoints narrow."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name, (version, channels) in CHECKPOINTS.items():
+        configs, pad = narrow(version, channels)
+        params = {
+            component: {
+                weight: x.astype(np.float32)
+                for weight, x in random_params(model(configs[component]).shapes(), name).items()
+            }
+            for component, model in MODELS.items()
+        }
+        if name.endswith(".safetensors"):
+            save_weights(folder / name, to_original(params, version))
+        else:
+            if version == 2:
+                configs["scheduler"]["prediction_type"] = "v_prediction"
+            pipe = Pipeline(configs, params, Tokenizer.clip(pad))
+            pipe.save(folder / name)
+    shutil.copytree(folder / "stable-diffusion-2-1" / "vae", folder / "sd-vae-ft-mse")
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)
+    Image.fromarray(pixels).resize((240, 180)).save(folder / "photo.png")
+    mask = np.zeros((180, 240), np.uint8)
+    mask[50:120, 80:200] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    return folder
+
+
+def test_the_section_shows_every_option():
+    words = {word for command in COMMANDS for word in command if word.startswith("--")}
+    assert words >= {
+        "--sampler", "--steps", "--negative", "--seed", "--size", "--n", "--image", "--strength",
+        "--mask", "--variation", "--guidance", "--rescale", "--film", "--every", "--vae", "--tile",
+    }  # fmt: skip
+    assert {command[2] for command in COMMANDS} == CHECKPOINTS.keys()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
+def test_a_command(place, monkeypatch, capfd, command):
+    monkeypatch.chdir(place)
+    configs, pad = narrow(1)
+    monkeypatch.setattr(original, "VERSIONS", {64: (configs, pad)})
+    monkeypatch.setattr(original, "LARGE_SIDE", 8)
+    monkeypatch.setattr("tinyldm.pipeline.DEFAULTS", {"steps": 5, "guidance": 7.5})
+    program, *arguments = command
+    assert program == ".venv/bin/tinyldm"
+    if "--size" in arguments:  # 64 pixels are to this model what 512 are to the real one
+        at = arguments.index("--size") + 1
+        height, width = map(int, arguments[at].split("x"))
+        arguments[at] = f"{height // 8}x{width // 8}"
+    if "--tile" in arguments:
+        arguments[arguments.index("--tile") + 1] = "64"
+    assert cli.main(arguments) == 0
+    out, err = capfd.readouterr()
+    names = out.split()
+    count = int(arguments[arguments.index("--n") + 1]) if "--n" in arguments else 1
+    assert len(names) == count + ("--film" in arguments)
+    for name in names:
+        with Image.open(name) as picture:
+            assert np.asarray(picture.convert("RGB")).std() > 5
+            if "--film" in arguments and name == names[-1]:
+                assert picture.n_frames == 10
+            elif "--size" in arguments:
+                assert picture.size == (width // 8, height // 8)
+            elif "--image" in arguments:  # 4 : 3, in multiples of 64
+                assert picture.size == (64, 64)
