@@ -1,10 +1,13 @@
 """How thoroughly Hypothesis searches, and the count of gradients that were really checked."""
 
 import os
+from types import SimpleNamespace
 
 import gradients
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tinyldm import cli
 
 # On a busy machine all is slow: no deadlines.
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -15,6 +18,21 @@ settings.register_profile("ci", max_examples=25, derandomize=True, print_blob=Tr
 settings.register_profile("nightly", max_examples=500, derandomize=False, print_blob=True, **COMMON)
 # The option --hypothesis-profile, read later than this, has the last word.
 settings.load_profile(os.environ.get("TINYLDM_HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture
+def call(capfd):
+    """`call(*arguments) → (exit code, stdout, stderr)`, of this process, even of its C code."""
+
+    def run(*arguments):
+        capfd.readouterr()
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code
+        return SimpleNamespace(code=code, **capfd.readouterr()._asdict())
+
+    return run
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -4,6 +4,7 @@ It goes from the structure of the networks, where `tinyldm.models.original` goes
 """
 
 import numpy as np
+from model_cases import random_params
 
 from tinyldm.models import AutoencoderKL, TextEncoder, UNet
 from tinyldm.models.original import VERSIONS
@@ -34,6 +35,19 @@ def narrow(version, in_channels=4):
         "scheduler": {},
     }
     return {name: dict(config) | changes[name] for name, config in configs.items()}, pad
+
+
+def random_model(version, in_channels=4):
+    """→ configs, padding token, params: every weight random, float32."""
+    configs, pad = narrow(version, in_channels)
+    params = {
+        name: {
+            key: x.astype(np.float32)
+            for key, x in random_params(model(configs[name]).shapes(), name).items()
+        }
+        for name, model in MODELS.items()
+    }
+    return configs, pad, params
 
 
 def _unet():

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,21 +50,6 @@ TRAIN = ["train", "--preset", "tiny", "--out"]
 def small(monkeypatch):
     for name in presets.PRESETS:
         monkeypatch.setitem(presets.PRESETS, name, SMALL)
-
-
-@pytest.fixture
-def call(capfd):
-    """`call(*arguments) → (exit code, stdout, stderr)`, of this process, even of its C code."""
-
-    def run(*arguments):
-        capfd.readouterr()
-        try:
-            code = cli.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code
-        return SimpleNamespace(code=code, **capfd.readouterr()._asdict())
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from model_cases import random_params
-from original_layout import MODELS, narrow, to_original
+from original_layout import narrow, random_model, to_original
 from small_model import paint
 
 from tinyldm.config import ConfigError
@@ -16,18 +15,6 @@ from tinyldm.models.weights import WeightsError, save_weights
 from tinyldm.pipeline import Pipeline
 
 VERSIONS = {"1": (1, 4), "1 inpainting": (1, 9), "2": (2, 4)}
-
-
-def random_model(version, channels):
-    configs, pad = narrow(version, channels)
-    params = {
-        name: {
-            key: x.astype(np.float32)
-            for key, x in random_params(model(configs[name]).shapes(), name).items()
-        }
-        for name, model in MODELS.items()
-    }
-    return configs, pad, params
 
 
 @pytest.fixture(scope="module", params=VERSIONS)

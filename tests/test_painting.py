@@ -2,14 +2,12 @@
 
 import re
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from small_model import PROMPTS, make_pipeline
 
-from tinyldm import cli
 from tinyldm.again import fingerprint
 from tinyldm.painting import Film
 from tinyldm.pipeline import Pipeline
@@ -20,19 +18,6 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("painting") / "run"
     make_pipeline().save(folder)
     return folder
-
-
-@pytest.fixture
-def call(capfd):
-    def run(*arguments):
-        capfd.readouterr()
-        try:
-            code = cli.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code
-        return SimpleNamespace(code=code, **capfd.readouterr()._asdict())
-
-    return run
 
 
 @pytest.fixture

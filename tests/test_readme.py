@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from model_cases import random_params
-from original_layout import MODELS, narrow, to_original
+from original_layout import narrow, random_model, to_original
 from PIL import Image
 
 from tinyldm import cli
@@ -37,14 +36,7 @@ def place(tmp_path_factory):
     """A folder with everything that the commands name, the checkpoints narrow."""
     folder = tmp_path_factory.mktemp("readme")
     for name, (version, channels) in CHECKPOINTS.items():
-        configs, pad = narrow(version, channels)
-        params = {
-            component: {
-                weight: x.astype(np.float32)
-                for weight, x in random_params(model(configs[component]).shapes(), name).items()
-            }
-            for component, model in MODELS.items()
-        }
+        configs, pad, params = random_model(version, channels)
         if name.endswith(".safetensors"):
             save_weights(folder / name, to_original(params, version))
         else:

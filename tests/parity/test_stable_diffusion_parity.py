@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as converters
 from model_cases import numbers, random_params, whole_numbers
-from original_layout import MODELS, narrow, to_original
+from original_layout import MODELS, narrow, random_model, to_original
 from safetensors.torch import load_file
 
 from tinyldm.models import original
@@ -118,14 +118,7 @@ def test_full_size(component):
 def single_file(request, tmp_path_factory):
     """version, configs, params and the file in the original layout."""
     version, channels = ARCHITECTURES[request.param]
-    configs, pad = narrow(version, channels)
-    params = {
-        name: {
-            key: x.astype(np.float32)
-            for key, x in random_params(model(configs[name]).shapes(), name).items()
-        }
-        for name, model in MODELS.items()
-    }
+    configs, pad, params = random_model(version, channels)
     file = tmp_path_factory.mktemp("original") / "model.safetensors"
     save_weights(file, to_original(params, version))
     return version, configs, pad, params, file

@@ -13,8 +13,7 @@ from diffusers.pipelines.stable_diffusion import (
     pipeline_stable_diffusion_img2img,
     pipeline_stable_diffusion_inpaint,
 )
-from model_cases import random_params
-from original_layout import MODELS, narrow
+from original_layout import random_model
 from PIL import Image, ImageDraw
 
 from tinyldm.models import Tokenizer
@@ -38,16 +37,9 @@ FOLDERS = {"1.5": (1, 4), "2.1": (2, 4), "1.5 inpainting": (1, 9)}
 def folders(tmp_path_factory):
     made = {}
     for name, architecture in FOLDERS.items():
-        configs, pad = narrow(*architecture)
+        configs, pad, params = random_model(*architecture)
         if name == "2.1":
             configs["scheduler"]["prediction_type"] = "v_prediction"
-        params = {
-            component: {
-                weight: x.astype(np.float32)
-                for weight, x in random_params(model(configs[component]).shapes(), name).items()
-            }
-            for component, model in MODELS.items()
-        }
         made[name] = tmp_path_factory.mktemp("tasks") / "model"
         Pipeline(configs, params, Tokenizer.clip(pad)).save(made[name])
     return made
