@@ -144,6 +144,17 @@ def vae_configs(draw, levels=st.integers(1, 3), layers=st.integers(1, 2)):
 
 
 @st.composite
+def vq_configs(draw, levels=st.integers(1, 3), layers=st.integers(1, 2)):
+    config = draw(vae_configs(levels, layers))
+    for key in ("shift_factor", "use_quant_conv", "use_post_quant_conv"):
+        del config[key]
+    return config | {
+        "num_vq_embeddings": draw(st.integers(1, 9)),
+        "vq_embed_dim": draw(st.sampled_from([None, 1, 3])),
+    }
+
+
+@st.composite
 def text_configs(draw):
     heads = draw(st.integers(1, 3))
     return {

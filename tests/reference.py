@@ -251,3 +251,24 @@ def adamw(w, g, m, v, step, lr, betas, eps, decay):
     v_hat = v / (1 - betas[1] ** (step + 1))
     w = w - lr * decay * w
     return w - lr * m_hat / (math.sqrt(v_hat) + eps), m, v
+
+
+def nearest_codes(z, codebook):
+    codes = np.empty(z.shape[:-1], int)
+    for at in np.ndindex(codes.shape):
+        distances = [((z[at] - e) ** 2).sum() for e in codebook]
+        codes[at] = min(range(len(codebook)), key=distances.__getitem__)
+    return codes
+
+
+def straight_through(z, codebook):
+    codes = nearest_codes(z, codebook)
+    y = np.empty(z.shape)
+    for at in np.ndindex(codes.shape):
+        y[at] = codebook[codes[at]]
+    return y
+
+
+def codebook_loss(z, codebook, codes, commitment):
+    squares = [(codebook[codes[at[:-1]]][at[-1]] - z[at]) ** 2 for at in np.ndindex(z.shape)]
+    return (1 + commitment) * mean(squares)

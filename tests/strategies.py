@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from tinyldm.nn import activations
+from tinyldm.backend import array_module
+from tinyldm.nn import activations, quantize
 from tinyldm.nn import attention as attention_module
 from tinyldm.nn import conv as conv_module
 from tinyldm.nn import functional as F
@@ -207,7 +208,34 @@ def leading_axes(most=3):
     return st.lists(st.integers(1, 4), min_size=1, max_size=most).map(tuple)
 
 
-LOSSES = {"mse": mse_calls(), "l1": l1_calls(), "kl_to_standard_normal": kl_calls()}
+@st.composite
+def straight_through_calls(draw):
+    """The codebook's own gradient is none, so it is no argument here."""
+    shape, seed = (*draw(leading_axes()), draw(sizes)), draw(seeds)
+    codebook = np.random.default_rng(seed + 1).normal(size=(draw(st.integers(1, 6)), shape[-1]))
+    return Call(_straight_through, {"z": shape}, seed, {"codebook": codebook}, ("z",))
+
+
+def _straight_through(z, codebook):
+    codebook = array_module(z).asarray(codebook)
+    return quantize.straight_through(z, codebook, quantize.nearest_codes(z, codebook))
+
+
+@st.composite
+def codebook_loss_calls(draw):
+    shape, seed = (*draw(leading_axes()), draw(sizes)), draw(seeds)
+    k = draw(st.integers(1, 6))
+    codes = np.random.default_rng(seed).integers(0, k, shape[:-1])
+    options = {"codes": codes, "commitment": draw(st.sampled_from([0.25, 1.0]))}
+    shapes = {"z": shape, "codebook": (k, shape[-1])}
+    return Call(quantize.codebook_loss, shapes, seed, options, ("z", "codes"))
+
+
+LOSSES = {
+    "mse": mse_calls(),
+    "l1": l1_calls(),
+    "kl_to_standard_normal": kl_calls(),
+}
 FUNCTIONS = {
     "linear": linear_calls(),
     "embedding": embedding_calls(),
@@ -222,6 +250,8 @@ FUNCTIONS = {
     "concatenate": concatenate_calls(),
     "conv2d": conv_calls(),
     "attention": attention_calls(),
+    "straight_through": straight_through_calls(),
+    "codebook_loss": codebook_loss_calls(),
 }
 EVERYTHING = FUNCTIONS | LOSSES
 

@@ -35,8 +35,10 @@ NOT_OF_COMPLEX = ("sign", "erf")
 # Other functions, and methods: the options that may be given by name.
 FUNCTIONS = {
     "arange": "dtype",
+    "argmin": "axis",
     "ascontiguousarray": "dtype",
     "clip": "",
+    "bincount": "minlength",
     "concatenate": "axis",
     "full": "dtype",
     "ones": "dtype",
@@ -61,6 +63,7 @@ METHODS = {
     "repeat": "axis",
     "reshape": "order",
     "squeeze": "axis",
+    "std": "axis keepdims",
     "sum": "axis dtype keepdims",
     "swapaxes": "",
     "take": "axis",

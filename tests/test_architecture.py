@@ -15,10 +15,11 @@ ROOT = Path(__file__).parents[1]
 # package imports nothing until it is asked for something.
 ORDER = """
     backend team config files machine
-    nn.protocol nn nn.pieces nn.activations nn.functional nn.norms nn.windows nn.winograd nn.conv
-    nn.attention nn.layers nn.gradcheck
+    nn.protocol nn nn.pieces nn.activations nn.functional nn.quantize nn.norms nn.windows
+    nn.winograd nn.conv nn.attention nn.layers nn.gradcheck
     models.weights models.tokenizer models.tiles
-    models.context models.blocks models.levels models.unet models.autoencoder models.text_encoder
+    models.context models.blocks models.levels models.unet models.coders models.autoencoder
+    models.vq models.identity models.text_encoder
     models models.original
     diffusion diffusion.schedule diffusion.objective diffusion.noise diffusion.solvers
     diffusion.samplers

@@ -17,6 +17,7 @@ import pytest
 from gradients import check
 from strategies import random_array, random_params
 
+from tinyldm.models import AutoencoderKL
 from tinyldm.nn import pieces
 from tinyldm.nn.gradcheck import GradientError
 from tinyldm.nn.layers import Linear
@@ -251,6 +252,34 @@ def text_encoder(module):
     check(model, np.array([[1, 3, 1], [0, 5, 2]]), random_params(model))
 
 
+def used(layer, *parts):
+    return {name: w for name, w in random_params(layer).items() if name.startswith(parts)}
+
+
+def coders(module):
+    auto = module.Autoencoder(AutoencoderKL(VAE).config, 2, 2, 2)
+    check(auto.encode, arrays((1, 4, 4, 3)), used(auto, "encoder.", "quant_conv."))
+    check(auto.decode, arrays((1, 2, 2, 2)), used(auto, "decoder.", "post_quant_conv."))
+
+
+def vq(module):
+    config = {key: value for key, value in VAE.items() if key != "shift_factor"}
+    model = module.VQModel(config | {"num_vq_embeddings": 4})
+    check(model.to_latents, arrays((1, 4, 4, 3)), used(model, "encoder.", "quant_conv."))
+    check(model.quantize.loss, arrays((3, 2)), used(model, "quantize."))
+
+
+def codebook_loss(module):
+    codes = np.array([0, 3, 1, 0])
+    check(lambda z, table: module.codebook_loss(z, table, codes), arrays((4, 3), (4, 3)))
+
+
+def straight_through(module):
+    (codebook,) = arrays((4, 3))
+    codes = np.array([0, 3, 1, 0])
+    check(lambda z: module.straight_through(z, codebook, codes), arrays((4, 3)))
+
+
 CHECKS = {
     "linear": function("linear", (2, 3, 4), (4, 4), (4,)),
     "embedding": embedding,
@@ -296,6 +325,10 @@ CHECKS = {
     "from_latents": from_latents,
     "gaussians": gaussians,
     "text encoder": text_encoder,
+    "coders": coders,
+    "vq": vq,
+    "codebook_loss": codebook_loss,
+    "straight_through": straight_through,
 }
 
 
@@ -584,15 +617,40 @@ FAULTS = {
         ("gaussians: mean and log-variance swapped", "[dz, dlogvar]", "[dlogvar, dz]"),
         ("to_latents: scale lost", "sample_back(dlatents * scale)", "sample_back(dlatents)"),
         (
-            "to_latents: convolution forgotten",
-            "dh = quant_back(dmoments, grads) if self.quant else dmoments",
-            "dh = dmoments",
-        ),
-        (
             "from_latents: scale upside down",
             "decode_back(dimages, grads) * (1 / scale)",
             "decode_back(dimages, grads) * scale",
         ),
+    ],
+    "tinyldm.models.coders": [
+        (
+            "coders: convolution forgotten",
+            "dh = quant_back(dfeatures, grads) if self.quant else dfeatures",
+            "dh = dfeatures",
+        ),
+        (
+            "coders: second convolution forgotten",
+            "return quant_back(dz, grads) if self.post_quant else dz",
+            "return dz",
+        ),
+    ],
+    "tinyldm.models.vq": [
+        ("vq: scale lost", "encode_back(dlatents * scale, grads)", "encode_back(dlatents, grads)"),
+        ("vq: codebook forgotten", "add_grad(grads, self.weight, dcodebook)", "pass"),
+    ],
+    "tinyldm.nn.quantize": [
+        (
+            "codebook_loss: sign",
+            "e - z.real, z - e.real",
+            "e - z.real, e - z",
+        ),
+        (
+            "codebook_loss: commitment lost",
+            "(2 * commitment / z.size) * dloss",
+            "(2 / z.size) * dloss",
+        ),
+        ("codebook_loss: factor", "embedding_back((2 / z.size)", "embedding_back((1 / z.size)"),
+        ("straight_through: not straight", "        return dy\n", "        return 2 * dy\n"),
     ],
     "tinyldm.models.text_encoder": [
         ("text encoder: gradient around lost", "dx1 = dy + norm2_back", "dx1 = norm2_back"),

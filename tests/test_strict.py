@@ -23,7 +23,7 @@ import tinyldm
 from tinyldm import backend
 from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet
 from tinyldm.models.autoencoder import kl_loss, sample_gaussian
-from tinyldm.nn import activations, no_grad, norms, recompute
+from tinyldm.nn import activations, no_grad, norms, quantize, recompute
 from tinyldm.nn import functional as F
 from tinyldm.nn.conv import ALGORITHMS, WINOGRAD, conv2d
 from tinyldm.pipeline import Pipeline
@@ -325,7 +325,7 @@ def _is_library(node):
 
 
 def test_every_function_is_among_those_called_here():
-    here = vars(F) | vars(activations) | vars(norms)
+    here = vars(F) | vars(activations) | vars(norms) | vars(quantize)
     functions = {name for name, f in here.items() if hasattr(f, "__wrapped__") and name[0] != "_"}
     assert functions | {"conv2d", "attention"} == EVERYTHING.keys()
 

@@ -1,0 +1,100 @@
+"""The other first stage: latents that are made of a codebook's vectors, diffusers' VQModel.
+
+Rombach et al. 2022, section 3.1 and appendix D.1: the diffusion sees the latents before they are
+quantised, and to quantise them is the first thing that the decoder does.
+"""
+
+from tinyldm.backend import Array
+from tinyldm.config import read_config
+from tinyldm.models import coders
+from tinyldm.nn import quantize
+from tinyldm.nn.layers import Initialiser, Layer, Shape, uniform_fan_in
+from tinyldm.nn.protocol import Backward, Params, add_grad, wants
+
+DEFAULTS = coders.DEFAULTS | {
+    "latent_channels": 3,
+    "num_vq_embeddings": 256,
+    "vq_embed_dim": None,
+}
+FIXED = coders.FIXED | {"norm_type": ["group"], "lookup_from_codebook": [False]}
+
+
+class VQModel(coders.Autoencoder):
+    """Pictures (n, h, w, 3) in −1…1 ↔ latents (n, h/f, w/f, c) before quantisation.
+
+    c is vq_embed_dim or, where that is None, latent_channels. config: the keys of diffusers'
+    VQModel; ConfigError names what is not implemented.
+    """
+
+    def __init__(self, config: dict):
+        c = read_config("vae config", config, DEFAULTS, FIXED)
+        d = c.vq_embed_dim or c.latent_channels
+        super().__init__(c, c.latent_channels, d, d)
+        self.quantize = Codebook("quantize.embedding", c.num_vq_embeddings, d)
+
+    def decode(self, params: Params, z: Array) -> tuple[Array, Backward]:
+        """Latents at the autoencoder's own scale, quantised and decoded → pictures."""
+        z, quantize_back = self.quantize(params, z)
+        images, decode_back = super().decode(params, z)
+
+        def backward(dimages, grads):
+            return quantize_back(decode_back(dimages, grads), grads)
+
+        return images, backward
+
+    def to_latents(
+        self, params: Params, images: Array, noise: Array | None = None
+    ) -> tuple[Array, Backward]:
+        """Pictures → latents at the scale of the diffusion. `noise` is not used: none is drawn."""
+        z, encode_back = self.encode(params, images)
+        scale = self.config.scaling_factor
+
+        def backward(dlatents, grads):
+            return encode_back(dlatents * scale, grads)
+
+        return z * scale, backward
+
+    def from_latents(self, params: Params, latents: Array) -> tuple[Array, Backward]:
+        """The way back: latents / scaling_factor, quantised and decoded."""
+        scale = self.config.scaling_factor
+        images, decode_back = self.decode(params, latents * (1 / scale))
+
+        def backward(dimages, grads):
+            return decode_back(dimages, grads) * (1 / scale)
+
+        return images, backward
+
+
+class Codebook(Layer):
+    """z (..., d) → the nearest of `count` learned vectors each, with the gradient of z."""
+
+    def __init__(self, name: str, count: int, d: int):
+        self.weight, self.count, self.d = f"{name}.weight", count, d
+
+    def parameters(self) -> dict[str, tuple[Shape, Initialiser]]:
+        return {self.weight: ((self.count, self.d), uniform_fan_in(self.count**2))}  # ± 1/count
+
+    def codes(self, params: Params, z: Array) -> Array:
+        """The number of the nearest vector, (...)."""
+        return quantize.nearest_codes(z, params[self.weight])
+
+    def __call__(self, params: Params, z: Array) -> tuple[Array, Backward]:
+        y, straight_back = quantize.straight_through(z, params[self.weight], self.codes(params, z))
+
+        def backward(dy, grads):
+            return straight_back(dy)
+
+        return y, backward
+
+    def loss(self, params: Params, z: Array, commitment: float = 0.25) -> tuple[Array, Backward]:
+        """How far z and the vectors are apart, see `codebook_loss`; backward(dloss, grads) → dz."""
+        codes = self.codes(params, z)
+        loss, loss_back = quantize.codebook_loss(z, params[self.weight], codes, commitment)
+
+        def backward(dloss, grads):
+            dz, dcodebook = loss_back(dloss, weights=wants(grads, self.weight))
+            if dcodebook is not None:
+                add_grad(grads, self.weight, dcodebook)
+            return dz
+
+        return loss, backward

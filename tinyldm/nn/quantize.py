@@ -1,0 +1,69 @@
+"""Vector quantisation: each vector becomes the nearest of a codebook (van den Oord et al. 2017).
+
+Shapes: z (..., d), codebook (k, d), codes (...) whole numbers. To choose has no gradient; as its
+substitute that of the result is passed on as it is ("straight through"). What is held constant in a
+formula, its `sg`, is here the real part: the same for real numbers, and for the complex-step
+derivative of `check_gradients` it is exactly that.
+"""
+
+from tinyldm.backend import Array, array_module
+from tinyldm.nn import functional as F
+from tinyldm.nn.pieces import as_rows
+from tinyldm.nn.protocol import Backward, differentiable
+
+SCORES = 2**22  # numbers: of a block of vectors, beside all of the codebook
+
+
+def nearest_codes(z: Array, codebook: Array) -> Array:
+    """The row of the codebook that is nearest to each vector, the first of equals."""
+    xp = array_module(z)
+    rows, table = as_rows(z).real, codebook.real
+    lengths = 0.5 * (table * table).sum(axis=1)
+    block = max(1, SCORES // len(table))
+    codes = [
+        xp.argmin(lengths - rows[i : i + block] @ table.T, axis=1)
+        for i in range(0, len(rows), block)
+    ]
+    return xp.concatenate(codes).reshape(z.shape[:-1])
+
+
+@differentiable
+def straight_through(z: Array, codebook: Array, codes: Array) -> tuple[Array, Backward]:
+    """z + sg(codebook[codes] − z): the codes' vectors, with the gradient of z.
+
+    backward(dy) → dz; the codebook learns from `codebook_loss` alone.
+    """
+    y = z + (codebook[codes] - z).real
+
+    def backward(dy):
+        return dy
+
+    return y, backward
+
+
+@differentiable
+def codebook_loss(
+    z: Array, codebook: Array, codes: Array, commitment: float = 0.25
+) -> tuple[Array, Backward]:
+    """mean (e − sg z)² + commitment · mean (sg e − z)², e = codebook[codes] (their eq. 3).
+
+    backward(dloss) → dz, dcodebook.
+    """
+    e, embedding_back = F.embedding(codebook, codes)
+    towards_z, towards_e = e - z.real, z - e.real
+    loss = (towards_z * towards_z).mean() + commitment * (towards_e * towards_e).mean()
+
+    def backward(dloss=1.0, weights=True):
+        dz = (2 * commitment / z.size) * dloss * towards_e
+        if not weights:
+            return dz, None
+        return dz, embedding_back((2 / z.size) * dloss * towards_z)
+
+    return loss, backward
+
+
+def perplexity(codes: Array, count: int) -> float:
+    """How many codes are in use, counted by how often: e^entropy, 1…count."""
+    xp = array_module(codes)
+    share = xp.bincount(codes.reshape(-1), minlength=count) / codes.size
+    return float(xp.exp(-(share * xp.log(xp.maximum(share, 1e-30))).sum()))
