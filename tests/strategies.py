@@ -235,6 +235,7 @@ LOSSES = {
     "mse": mse_calls(),
     "l1": l1_calls(),
     "kl_to_standard_normal": kl_calls(),
+    "codebook_loss": codebook_loss_calls(),
 }
 FUNCTIONS = {
     "linear": linear_calls(),
@@ -251,7 +252,6 @@ FUNCTIONS = {
     "conv2d": conv_calls(),
     "attention": attention_calls(),
     "straight_through": straight_through_calls(),
-    "codebook_loss": codebook_loss_calls(),
 }
 EVERYTHING = FUNCTIONS | LOSSES
 

@@ -172,12 +172,16 @@ def test_a_loss_passes_its_own_gradient_on(name, data, factor):
 def test_a_loss_is_the_mean_over_samples(name, data, seed):
     call = data.draw(LOSSES[name])
     rng = np.random.default_rng(seed)
-    parts = [call.arrays(), [random_array(rng, (1, *x.shape[1:])) for x in call.arrays()]]
-    whole = [np.concatenate(both) for both in zip(*parts, strict=True)]
-    n = len(parts[0][0])
-    function = call.function
-    expected = (n * function(*parts[0])[0] + function(*parts[1])[0]) / (n + 1)
-    assert_near(function(*whole)[0], expected)
+    first = dict(zip(call.shapes, call.arrays(), strict=True)) | call.options
+    second, whole = dict(first), dict(first)
+    for name in call.batched:
+        if name in first:
+            x = first[name]
+            second[name] = x[:1] if name in call.options else random_array(rng, (1, *x.shape[1:]))
+            whole[name] = np.concatenate([x, second[name]])
+    n = len(first[next(iter(call.shapes))])
+    expected = (n * call.function(**first)[0] + call.function(**second)[0]) / (n + 1)
+    assert_near(call.function(**whole)[0], expected)
 
 
 def test_l1_has_slope_zero_at_zero():
