@@ -28,7 +28,7 @@ ORDER = """
     again
     evaluation evaluation.reader evaluation.statistics evaluation.metrics evaluation.pictures
     training training.optim training.parallel training.presets training.signals training.state
-    training.stages training.rehearsal training.snapshots
+    training.stages training.codebook training.rehearsal training.snapshots
     training.preparation training.loop training.runs
     painting commands doctor cli __main__
 """.split()
@@ -38,7 +38,7 @@ ASK_FOR_THE_LIBRARY = """
     models.autoencoder models.tiles
     diffusion.schedule diffusion.objective diffusion.samplers
     scene pipeline
-    training.optim training.snapshots training.runs
+    training.optim training.stages training.codebook training.snapshots training.runs
 """.split()
 
 LONGEST = 350  # lines

@@ -13,7 +13,7 @@ import time
 import pytest
 from hypothesis import settings
 
-from tinyldm.pipeline import COMPONENTS
+from tinyldm.checkpoints import COMPONENTS
 from tinyldm.training.presets import PRESETS
 from tinyldm.training.runs import train
 from tinyldm.training.state import state_files

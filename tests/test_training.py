@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tinyldm.checkpoints import COMPONENTS
 from tinyldm.config import ConfigError
 from tinyldm.data.dataset import DataError
 from tinyldm.data.shapes import ATTRIBUTES, make_shapes
 from tinyldm.models import Tokenizer
 from tinyldm.models.weights import WeightsError, load_metadata, load_weights, save_weights
-from tinyldm.pipeline import COMPONENTS, Pipeline
+from tinyldm.pipeline import Pipeline
 from tinyldm.training import loop, runs, snapshots, stages
 from tinyldm.training.loop import Diverged
 from tinyldm.training.optim import learning_rate

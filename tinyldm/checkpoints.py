@@ -9,9 +9,17 @@ from pathlib import Path
 from tinyldm.backend import to_device
 from tinyldm.config import ConfigError
 from tinyldm.files import read_json, write_json
-from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet
+from tinyldm.models import (
+    AutoencoderKL,
+    IdentityFirstStage,
+    TextEncoder,
+    Tokenizer,
+    UNet,
+    VQModel,
+)
 from tinyldm.models.original import load_original, load_original_vae
 from tinyldm.models.weights import load_component, save_weights
+from tinyldm.nn.layers import Layer
 from tinyldm.nn.protocol import Params
 
 COMPONENTS = {  # folder → (library and class that diffusers loads, our class, file of weights)
@@ -19,6 +27,12 @@ COMPONENTS = {  # folder → (library and class that diffusers loads, our class,
     "vae": (("diffusers", "AutoencoderKL"), AutoencoderKL, "diffusion_pytorch_model.safetensors"),
     "text_encoder": (("transformers", "CLIPTextModel"), TextEncoder, "model.safetensors"),
 }
+FIRST_STAGES = {  # `_class_name` of the vae's config → (library that has the class, our class)
+    "AutoencoderKL": ("diffusers", AutoencoderKL),
+    "VQModel": ("diffusers", VQModel),
+    "IdentityFirstStage": ("tinyldm.models", IdentityFirstStage),
+}
+OWN_PIPELINE = "TinyLDMPipeline"  # in the folder of a model that no pipeline of diffusers fits
 PIPELINES = (  # of diffusers, whose folders hold these components and no other that matters
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
@@ -49,7 +63,7 @@ def load_checkpoint(
 def _load_folder(folder):
     index = read_json(folder / "model_index.json")
     kind = index.get("_class_name", PIPELINES[0])
-    if kind not in PIPELINES:
+    if kind not in (*PIPELINES, OWN_PIPELINE):
         raise ConfigError(
             f"{folder / 'model_index.json'}: a {kind} is not implemented, only Stable Diffusion 1 "
             f"and 2: {', '.join(PIPELINES)}"
@@ -70,7 +84,19 @@ def _load_vae(path):
 
 def _load_component(folder, name):
     config = read_json(folder / "config.json")
-    return config, load_component(folder, COMPONENTS[name][1](config).shapes())
+    return config, load_component(folder, make(name, config).shapes())
+
+
+def make(component: str, config: dict) -> Layer:
+    """The network of a component. The first stage is the one that its config names."""
+    if component != "vae":
+        return COMPONENTS[component][1](config)
+    kind = config.get("_class_name", "AutoencoderKL")
+    if kind not in FIRST_STAGES:
+        raise ConfigError(
+            f"vae config: a first stage {kind} is not implemented, only {', '.join(FIRST_STAGES)}"
+        )
+    return FIRST_STAGES[kind][1](config)
 
 
 def save_folder(
@@ -87,9 +113,13 @@ def save_folder(
     """
     folder = Path(folder)
     (folder / "model_index.json").unlink(missing_ok=True)
-    unet, vae = UNet(configs["unet"]).config, AutoencoderKL(configs["vae"]).config
+    inpaints = (
+        make("unet", configs["unet"]).config.in_channels
+        != make("vae", configs["vae"]).latent_channels
+    )
+    first_stage = configs["vae"].get("_class_name", "AutoencoderKL")
     index = {
-        "_class_name": PIPELINES[0 if unet.in_channels == vae.latent_channels else 2],
+        "_class_name": PIPELINES[2 if inpaints else 0],
         "_diffusers_version": DIFFUSERS_VERSION,
         "_tinyldm": defaults,
         "feature_extractor": [None, None],
@@ -99,6 +129,8 @@ def save_folder(
         "tokenizer": ["transformers", "CLIPTokenizer"],
     }
     for name, ((library, kind), _, file) in COMPONENTS.items():
+        if name == "vae":
+            library, kind = FIRST_STAGES[first_stage][0], first_stage
         index[name] = [library, kind]
         note = {"_class_name": kind, "_diffusers_version": DIFFUSERS_VERSION}
         write_json(folder / name / "config.json", note | configs[name])
@@ -106,4 +138,6 @@ def save_folder(
         save_weights(folder / name / file, weights, {"format": "pt"})
     write_json(folder / "scheduler" / "scheduler_config.json", configs["scheduler"])
     tokenizer.save(folder / "tokenizer")
+    if first_stage != "AutoencoderKL":
+        index["_class_name"] = OWN_PIPELINE
     write_json(folder / "model_index.json", index)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from tinyldm.backend import Array, array_module, cores, map_batch, map_threads, to_device
-from tinyldm.checkpoints import COMPONENTS, load_checkpoint, save_folder
+from tinyldm.checkpoints import load_checkpoint, make, save_folder
 from tinyldm.config import ConfigError
 from tinyldm.diffusion import noise
 from tinyldm.diffusion.samplers import RANDOM, SAMPLERS, guided, levels, timesteps
@@ -58,9 +58,9 @@ class Pipeline:
         keep_freed_memory()
         self.configs, self.params, self.tokenizer = configs, params, tokenizer
         self.unet, self.vae, self.text_encoder = (
-            COMPONENTS[name][1](configs[name]) for name in ("unet", "vae", "text_encoder")
+            make(name, configs[name]) for name in ("unet", "vae", "text_encoder")
         )
-        channels, latents = self.unet.config.in_channels, self.vae.config.latent_channels
+        channels, latents = self.unet.config.in_channels, self.vae.latent_channels
         self.inpaints = channels == 2 * latents + 1
         if channels != latents and not self.inpaints:
             raise ConfigError(
@@ -184,7 +184,7 @@ class Pipeline:
         """
         n, f = len(recipe.prompts), self.vae.factor
         h, w = recipe.height // f, recipe.width // f
-        sides = h, w, self.vae.config.latent_channels
+        sides = h, w, self.vae.latent_channels
         streams = noise.streams(recipe.seed, n)
 
         def fresh():

@@ -38,11 +38,13 @@ def fit(
     stop: Interruptible,
     report: Callable[[], tuple[dict, str]],
     say: Callable[[str], None],
+    after_step: Callable[[], None] = lambda: None,
 ) -> None:
     """Steps of AdamW until the stage is done. The state is saved at least every minute.
 
     batch_at: `batch_at(step) → the batch of that step`, whatever came before.
     report: `report() → ({name: number}, line of text)`, measured now and then.
+    after_step: called after every step, before the state is saved.
     """
     begun = state.step
     if state.total is None:
@@ -70,6 +72,7 @@ def fit(
             rate = learning_rate(state.step, state.total or 10**9, stage.rate, stage.warmup)
             loss, norm = train_step(state, gradient_of, batch_at(state.step), rate, stage.ema)
             state.step += 1
+            after_step()
             bar.update()
             if state.step % LOG_EVERY == 0 or state.step == state.total or stop.number:
                 numbers = {"loss": _finite(loss, state), "norm": _finite(norm, state)}

@@ -7,6 +7,7 @@ from tinyldm.config import ConfigError, unknown
 from tinyldm.models import Tokenizer
 
 STAGES = ("autoencoder", "denoiser")
+FIRST_STAGES = {"kl": "AutoencoderKL", "vq": "VQModel", "none": "IdentityFirstStage"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Config:
     seed: int = 0
     autoencoder: Stage = field(default_factory=lambda: DEMO_AUTOENCODER)
     denoiser: Stage = field(default_factory=lambda: DEMO_DENOISER)
+    first_stage: str = "kl"  # or "vq" with a codebook, or "none" for diffusion in pixels
+    codes: int = 256  # of the codebook
     kl_weight: float = 1e-4  # of the mean KL a latent number, beside the mean squared error
     caption_dropout: float = 0.1  # share of captions left out, so that guidance has a "without"
     min_snr: float | None = None
@@ -54,7 +57,9 @@ class Config:
     guidance: float = 2.0
 
     def __post_init__(self):
-        factor = 2 ** (len(self.vae_widths) + len(self.unet_widths) - 2)
+        if self.first_stage not in FIRST_STAGES:
+            raise ConfigError(f"first_stage: {unknown(self.first_stage, FIRST_STAGES)}")
+        factor = self.factor * 2 ** (len(self.unet_widths) - 1)
         if self.side < factor or self.side % factor:
             below = max(1, self.side // factor) * factor
             raise ConfigError(
@@ -70,10 +75,25 @@ class Config:
             content[stage] = Stage(**content[stage])
         return cls(**content)
 
+    @property
+    def factor(self) -> int:
+        """Pixels of a side for each latent."""
+        return 1 if self.first_stage == "none" else 2 ** (len(self.vae_widths) - 1)
+
+    @property
+    def channels(self) -> int:
+        """Of the latents."""
+        return 3 if self.first_stage == "none" else self.latent_channels
+
     def vae_config(self) -> dict:
-        """diffusers' AutoencoderKL."""
+        """diffusers' AutoencoderKL or VQModel, or our IdentityFirstStage."""
+        kind = {"_class_name": FIRST_STAGES[self.first_stage]}
+        if self.first_stage == "none":
+            return kind | {"in_channels": 3, "sample_size": self.side, "scaling_factor": 1.0}
+        if self.first_stage == "vq":
+            kind["num_vq_embeddings"] = self.codes
         levels = len(self.vae_widths)
-        return {
+        return kind | {
             "down_block_types": ["DownEncoderBlock2D"] * levels,
             "up_block_types": ["UpDecoderBlock2D"] * levels,
             "block_out_channels": list(self.vae_widths),
@@ -88,9 +108,9 @@ class Config:
     def unet_config(self) -> dict:
         """diffusers' UNet2DConditionModel."""
         return {
-            "sample_size": self.side // 2 ** (len(self.vae_widths) - 1),
-            "in_channels": self.latent_channels,
-            "out_channels": self.latent_channels,
+            "sample_size": self.side // self.factor,
+            "in_channels": self.channels,
+            "out_channels": self.channels,
             "down_block_types": [
                 "CrossAttnDownBlock2D" if attends else "DownBlock2D"
                 for attends in self.unet_attention

@@ -13,11 +13,10 @@ import numpy as np
 from tinyldm.backend import cores, map_batch, to_device
 from tinyldm.machine import free_memory, held_memory
 from tinyldm.models import Tokenizer
-from tinyldm.nn import no_grad
 from tinyldm.team import available
 from tinyldm.training.parallel import gradient, value_and_grad
 from tinyldm.training.presets import STAGES, Config
-from tinyldm.training.stages import Models, autoencoder_loss, denoiser_loss, train_step
+from tinyldm.training.stages import Models, denoiser_loss, train_step
 from tinyldm.training.state import State
 
 ENCODED_AT_ONCE = 16  # pictures a thread, when all become latents between the stages
@@ -39,7 +38,7 @@ class Rehearsal:
     @property
     def seconds(self) -> float:
         """Of training, without the pictures that are painted on the way."""
-        steps = sum(self.step_seconds[stage] * self.steps[stage] for stage in STAGES)
+        steps = sum(seconds * self.steps[stage] for stage, seconds in self.step_seconds.items())
         return steps + self.encoding
 
     @property
@@ -54,7 +53,7 @@ class Rehearsal:
 
     def announce(self, say: Callable[[str], None]) -> None:
         """Tell a person: a line, and one with what to do if the memory does not suffice."""
-        steps = " + ".join(f"{self.steps[stage]:,}" for stage in STAGES)
+        steps = " + ".join(f"{steps:,}" for steps in self.steps.values())
         free = "" if self.free is None else f" ({gigabytes(self.free)} are free)"
         say(
             f"{steps} steps will take about {duration(self.seconds)}, beside the pictures painted "
@@ -77,7 +76,9 @@ def rehearse(config: Config, pictures: int, device: str = "cpu", seconds: float 
     free, held = free_memory(), held_memory()
     models = Models(config, Tokenizer.train([CAPTION], config.vocabulary, config.tokens))
     step_seconds, states, peaks = {}, [], []
-    for name, make in zip(STAGES, (_autoencoder, _denoiser), strict=True):
+    makers = dict(zip(STAGES, (_autoencoder, _denoiser), strict=True))
+    for name in models.stages:
+        make = makers[name]
         with _traced() as traced:
             state, loss_fn, batch = make(models, np.random.default_rng(0), device)
             # Parameters, and the gradients of other processes, lie where tracing does not see them.
@@ -99,7 +100,7 @@ def rehearse(config: Config, pictures: int, device: str = "cpu", seconds: float 
     # its own work has freed.
     others = available() - 1 if device == "cpu" else 0
     memory += others * (max(states) + max(peaks))
-    steps = {name: _steps(getattr(config, name), step_seconds[name]) for name in STAGES}
+    steps = {name: _steps(getattr(config, name), step_seconds[name]) for name in step_seconds}
     return Rehearsal(step_seconds, steps, encoding, int(memory), held, free)
 
 
@@ -112,8 +113,8 @@ def _autoencoder(models, rng, device):
     config = models.config
     n = config.autoencoder.batch
     batch = _normal(rng, n, config.side, config.side, 3), _normal(rng, n, *_latent(models))
-    loss_fn = autoencoder_loss(models.vae, config.kl_weight)
-    return _work(models, models.vae.init(rng), loss_fn, batch, device)
+    batch = batch[:1] if config.first_stage == "vq" else batch
+    return _work(models, models.vae.init(rng), models.first_stage_loss(), batch, device)
 
 
 def _denoiser(models, rng, device):
@@ -146,8 +147,7 @@ def _encoding(models, pictures, device, seconds):
     images = to_device(_normal(rng, n, config.side, config.side, 3), device)
 
     def part(x):
-        with no_grad():
-            return models.vae.encode(params, x)[0]
+        return models.gaussians(params, x)[0]
 
     def encode():
         return float(map_batch(part, images).sum())
@@ -160,7 +160,7 @@ def _encoding(models, pictures, device, seconds):
 def _latent(models):
     """(h, w, c) of a picture's latents."""
     side = models.config.side // models.vae.factor
-    return side, side, models.config.latent_channels
+    return side, side, models.vae.latent_channels
 
 
 def _normal(rng, *shape):

@@ -14,10 +14,10 @@ from tinyldm.backend import array_module, map_batch, to_device
 from tinyldm.config import ConfigError
 from tinyldm.data.dataset import DataError, Dataset
 from tinyldm.models.tokenizer import CaptionCut
-from tinyldm.nn import no_grad
+from tinyldm.nn.protocol import Params
 from tinyldm.pipeline import Pipeline
 from tinyldm.pixels import from_uint8
-from tinyldm.training import snapshots
+from tinyldm.training import codebook, snapshots
 from tinyldm.training.loop import fit
 from tinyldm.training.preparation import (
     Say,
@@ -30,7 +30,7 @@ from tinyldm.training.preparation import (
 from tinyldm.training.presets import STAGES, Config, changed, with_length
 from tinyldm.training.rehearsal import ENCODED_AT_ONCE, rehearse
 from tinyldm.training.signals import Interruptible, Stopped
-from tinyldm.training.stages import Models, autoencoder_loss, denoiser_loss
+from tinyldm.training.stages import Models, denoiser_loss
 from tinyldm.training.state import State, load_state, save_state
 
 
@@ -58,7 +58,11 @@ def train(
         raise ConfigError(f"{run}: not begun, for want of memory")
     models = Models(config, tokenizer)
     params = to_device(models.vae.init(np.random.default_rng((config.seed, 0))), device)
-    state = State(config, STAGES[0], params, tokenizer, data.fingerprint())
+    fingerprint = data.fingerprint()
+    if params:
+        state = State(config, STAGES[0], params, tokenizer, fingerprint)
+    else:  # nothing of the first stage is learnt
+        state = second_stage(config, models, params, training, fingerprint, 0, device, say)
     if overwrite:
         remove(run)
     save_state(run, state)
@@ -139,52 +143,41 @@ class Run:
         """Stage 1: pictures (n, side, side, 3) become reconstructions of the same."""
         self.say("stage 1 of 2: the autoencoder learns to pack pictures into latents, and back")
         config, models, images = self.state.config, self.models, self.training.images
-        size = config.autoencoder.batch
-        side = config.side // models.vae.factor
+        side = config.side // config.factor
+        is_vq = config.first_stage == "vq"
+
+        def pixels(rng, size):
+            return self.xp.asarray(from_uint8(images[rng.integers(0, len(images), size)]))
 
         def batch_at(step):
             rng = np.random.default_rng((config.seed, 1, step))
-            chosen = rng.integers(0, len(images), size)
-            noise = rng.standard_normal((size, side, side, config.latent_channels), np.float32)
-            return self.xp.asarray(from_uint8(images[chosen])), self.xp.asarray(noise)
+            x = pixels(rng, config.autoencoder.batch)
+            if is_vq:
+                return (x,)
+            noise = rng.standard_normal((len(x), side, side, config.channels), np.float32)
+            return x, self.xp.asarray(noise)
 
         def report():
             return snapshots.autoencoder(models.vae, self.state.average, self.held_out)
 
-        loss_fn = autoencoder_loss(models.vae, config.kl_weight)
-        stage = config.autoencoder
-        fit(self.folder, self.state, stage, loss_fn, batch_at, stop, report, self.say)
+        def after_step():
+            if is_vq and codebook.due(self.state):
+                rng = np.random.default_rng((config.seed, 6, self.state.step))
+                codebook.revive(models.vae, self.state, pixels(rng, codebook.PICTURES), rng)
+
+        fit(
+            self.folder, self.state, config.autoencoder, models.first_stage_loss(), batch_at, stop,
+            report, self.say, after_step,
+        )  # fmt: skip
 
     def begin_denoiser(self) -> None:
-        """From the end of stage 1 to the start of 2: measure the latent scale, make the U-Net."""
-        before, models = self.state, self.models
-        config = before.config
-        mean, std = self._gaussians(before.average, self.training.images[:2048])
-        z = mean + std * np.random.default_rng((config.seed, 2)).standard_normal(mean.shape)
-        scale = float(1 / z.std())
-        self.say(
-            f"latent scale 1/std = {scale:.4f}: the latents have a standard deviation of "
-            f"{1 / scale:.3f}, and the noise schedule expects 1"
-        )
-        rng = np.random.default_rng((config.seed, 3))
-        params = to_device(models.unet.init(rng) | models.text.init(rng), self.device)
-        self.state = State(
-            config, "denoiser", params, before.tokenizer, before.data, first_stage=before.average,
-            done_before=before.step, scaling_factor=scale,
+        """From the end of stage 1 to the start of 2."""
+        before = self.state
+        self.state = second_stage(
+            before.config, self.models, before.average, self.training, before.data, before.step,
+            self.device, self.say,
         )  # fmt: skip
         save_state(self.folder, self.state)
-
-    def _gaussians(self, params, images):
-        """Mean and standard deviation of every picture's latents, (n, h, w, c), on the host."""
-
-        def part(x):
-            with no_grad():
-                return self.models.vae.encode(params, from_uint8(x))[0]
-
-        moments = map_batch(part, self.xp.asarray(images), size=ENCODED_AT_ONCE)
-        moments = to_device(moments, "cpu")
-        mean, logvar = np.split(moments, 2, axis=-1)
-        return mean, np.exp(0.5 * np.clip(logvar, -30, 20))
 
     # ------------------------------------------------------------------------------------- stage 2
 
@@ -197,7 +190,7 @@ class Run:
         )
         state, models, captions = self.state, self.models, self.training.captions
         config, n = state.config, len(self.training)
-        mean, std = self._gaussians(state.first_stage, self.training.images)
+        mean, std = all_gaussians(models, state.first_stage, self.training.images, self.device)
         scale = np.float32(state.scaling_factor)
         ids, no_caption = models.tokenizer(captions), models.tokenizer("")
         snapshots.first_stage(self.folder, self.export(), self.training, mean[0] * scale)
@@ -209,7 +202,10 @@ class Run:
             normal = rng.standard_normal((2, size, *mean.shape[1:]), dtype=np.float32)
             t = rng.integers(0, len(models.schedule), size)
             dropped = rng.random(size) < config.caption_dropout
-            z = (mean[chosen] + std[chosen] * normal[0]) * scale
+            z = mean[chosen]
+            if std is not None:
+                z = z + std[chosen] * normal[0]
+            z = z * scale
             tokens = np.where(dropped[:, None], no_caption, ids[chosen])
             return *(self.xp.asarray(x) for x in (z, normal[1], tokens)), t
 
@@ -224,6 +220,49 @@ class Run:
         except Stopped:
             self.export()
             raise
+
+
+def second_stage(
+    config: Config,
+    models: Models,
+    first_stage: Params,
+    training: Dataset,
+    fingerprint: str,
+    done_before: int,
+    device: str,
+    say: Say,
+) -> State:
+    """The state in which stage 2 begins: the latent scale is measured, the U-Net is fresh."""
+    z, std = all_gaussians(models, first_stage, training.images[:2048], device)
+    if std is not None:
+        z = z + std * np.random.default_rng((config.seed, 2)).standard_normal(z.shape)
+    scale = float(1 / z.std())
+    say(
+        f"latent scale 1/std = {scale:.4f}: the latents have a standard deviation of "
+        f"{1 / scale:.3f}, and the noise schedule expects 1"
+    )
+    rng = np.random.default_rng((config.seed, 3))
+    params = to_device(models.unet.init(rng) | models.text.init(rng), device)
+    return State(
+        config, "denoiser", params, models.tokenizer, fingerprint, first_stage=first_stage,
+        done_before=done_before, scaling_factor=scale,
+    )  # fmt: skip
+
+
+def all_gaussians(
+    models: Models, params: Params, images: np.ndarray, device: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Mean and standard deviation, or None, of the latents of uint8 pictures, on the host."""
+
+    def part(x):
+        mean, std = models.gaussians(params, from_uint8(x))
+        return mean if std is None else array_module(mean).concatenate([mean, std], axis=-1)
+
+    both = map_batch(part, to_device(images, device), size=ENCODED_AT_ONCE)
+    both = to_device(both, "cpu")
+    if both.shape[-1] == models.vae.latent_channels:
+        return both, None
+    return np.split(both, 2, axis=-1)
 
 
 def export(run: Path, state: State, models: Models) -> Pipeline:

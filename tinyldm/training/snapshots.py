@@ -20,9 +20,10 @@ from tinyldm.evaluation.pictures import (
 )
 from tinyldm.evaluation.reader import score
 from tinyldm.evaluation.statistics import psnr
-from tinyldm.models import AutoencoderKL
+from tinyldm.models import AutoencoderKL, VQModel
 from tinyldm.models.autoencoder import kl_loss, split_moments
 from tinyldm.nn import no_grad
+from tinyldm.nn.quantize import perplexity
 from tinyldm.pipeline import Pipeline
 from tinyldm.pixels import from_uint8, to_uint8
 
@@ -55,7 +56,7 @@ def data(run: Path, training: Dataset) -> None:
 
 
 def autoencoder(
-    vae: AutoencoderKL, params: dict[str, Array], held_out: Dataset
+    vae: AutoencoderKL | VQModel, params: dict[str, Array], held_out: Dataset
 ) -> tuple[dict, str]:
     """How well stage 1 does on pictures that it never saw: ({name: number}, a text)."""
     if not len(held_out):
@@ -66,19 +67,29 @@ def autoencoder(
         with no_grad():
             return vae.encode(params, x)[0]
 
-    def decode(moments):
+    def decode(encoded):
         with no_grad():
-            return vae.decode(params, split_moments(moments)[0])[0]
+            z = encoded if is_vq else split_moments(encoded)[0]
+            return vae.decode(params, z)[0]
 
+    is_vq = isinstance(vae, VQModel)
     xp = array_module(next(iter(params.values())))
-    moments = map_batch(encode, xp.asarray(from_uint8(images)))
-    decoded = to_device(map_batch(decode, moments), "cpu")
+    encoded = map_batch(encode, xp.asarray(from_uint8(images)))
+    decoded = to_device(map_batch(decode, encoded), "cpu")
     validation = float(np.square(decoded - from_uint8(images)).mean())
     quality = psnr(to_uint8(decoded), images)
-    # It is summed over the latent numbers of a picture: half as many as there are moments.
-    kl = 2 * float(kl_loss(moments)[0]) / math.prod(moments.shape[1:])
-    text = f"; held-out pictures: {validation:.4f}, {quality:.1f} dB, KL {kl:.2f}"
-    return {"validation": validation, "psnr": quality, "kl": kl}, text
+    numbers = {"validation": validation, "psnr": quality}
+    text = f"; held-out pictures: {validation:.4f}, {quality:.1f} dB, "
+    if is_vq:
+        codes, count = vae.quantize.codes(params, encoded), vae.quantize.count
+        numbers["usage"] = len(np.unique(to_device(codes, "cpu"))) / count
+        numbers["perplexity"] = perplexity(codes, count)
+        text += f"{numbers['usage']:.0%} of the codes, perplexity {numbers['perplexity']:.0f}"
+    else:
+        # It is summed over the latent numbers of a picture: half as many as there are moments.
+        numbers["kl"] = 2 * float(kl_loss(encoded)[0]) / math.prod(encoded.shape[1:])
+        text += f"KL {numbers['kl']:.2f}"
+    return numbers, text
 
 
 def first_stage(run: Path, pipeline: Pipeline, training: Dataset, latents: np.ndarray) -> None:
@@ -165,7 +176,7 @@ def sweep_guidance(pipeline: Pipeline, prompts: list[str], file: Path) -> None:
 def change_words(pipeline: Pipeline, file: Path) -> None:
     """One noise, one caption, and the same caption with one word changed at a time."""
     h, w = (side // pipeline.vae.factor for side in pipeline.size)
-    shape = (1, h, w, pipeline.unet.config.in_channels)
+    shape = (1, h, w, pipeline.vae.latent_channels)
     noise = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     latents = noise.repeat(len(ONE_WORD_CHANGED), axis=0)
     pictures = np.stack(list(map(np.asarray, pipeline(ONE_WORD_CHANGED, latents=latents))))

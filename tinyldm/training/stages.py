@@ -3,15 +3,18 @@
 import math
 from collections.abc import Callable
 
-from tinyldm.backend import Array
+from tinyldm.backend import Array, array_module
+from tinyldm.checkpoints import make
 from tinyldm.diffusion.objective import diffusion_loss
 from tinyldm.diffusion.schedule import Schedule
-from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet
-from tinyldm.models.autoencoder import kl_loss, sample_gaussian
+from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet, VQModel
+from tinyldm.models.autoencoder import kl_loss, sample_gaussian, split_moments
 from tinyldm.nn import functional as F
+from tinyldm.nn import no_grad
+from tinyldm.nn.protocol import Params
 from tinyldm.training.optim import adamw, clip_factor, global_norm
 from tinyldm.training.parallel import Gradient
-from tinyldm.training.presets import Config
+from tinyldm.training.presets import STAGES, Config
 from tinyldm.training.state import State
 
 MAX_NORM = 1.0  # of the gradient
@@ -22,10 +25,32 @@ class Models:
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
         self.config, self.tokenizer = config, tokenizer
-        self.vae = AutoencoderKL(config.vae_config())
+        self.vae = make("vae", config.vae_config())
         self.unet = UNet(config.unet_config())
         self.text = TextEncoder(config.text_config(tokenizer))
         self.schedule = Schedule(config.scheduler_config())
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Those that there are to train."""
+        return STAGES if self.vae.shapes() else STAGES[1:]
+
+    def first_stage_loss(self) -> Callable:
+        """Of a batch of pictures and, for a KL autoencoder, of noise like their latents."""
+        if isinstance(self.vae, VQModel):
+            return vq_loss(self.vae)
+        return autoencoder_loss(self.vae, self.config.kl_weight)
+
+    def gaussians(self, params: Params, images: Array) -> tuple[Array, Array | None]:
+        """Mean and standard deviation of the latents of pictures in −1…1, at their own scale.
+
+        Where they are not drawn from a Gaussian it is the latents themselves, and None.
+        """
+        with no_grad():
+            if not isinstance(self.vae, AutoencoderKL):
+                return self.vae.to_latents(params, images)[0], None
+            mean, logvar, _ = split_moments(self.vae.encode(params, images)[0])
+            return mean, array_module(mean).exp(0.5 * logvar)
 
 
 def autoencoder_loss(vae: AutoencoderKL, kl_weight: float) -> Callable:
@@ -45,6 +70,24 @@ def autoencoder_loss(vae: AutoencoderKL, kl_weight: float) -> Callable:
             encode_back(dmoments, grads)
 
         return error + weight * kl, backward
+
+    return loss_fn
+
+
+def vq_loss(vae: VQModel) -> Callable:
+    """Mean squared error of the reconstruction + codebook and commitment loss."""
+
+    def loss_fn(params, images):
+        z, encode_back = vae.encode(params, images)
+        codebook, codebook_back = vae.quantize.loss(params, z)
+        reconstruction, decode_back = vae.decode(params, z)
+        error, error_back = F.mse(reconstruction, images)
+
+        def backward(grads):
+            dimages, _ = error_back()
+            encode_back(decode_back(dimages, grads) + codebook_back(1.0, grads), grads)
+
+        return error + codebook, backward
 
     return loss_fn
 

@@ -1,0 +1,161 @@
+"""Runs with each first stage: Gaussian, of a codebook, and none."""
+
+import dataclasses
+import json
+import signal
+
+import numpy as np
+import pytest
+from gradients import check
+from model_cases import numbers, random_params
+from test_training import CONFIG, STAGE, STEPS, at_step, silent, without_pictures
+
+from tinyldm.config import ConfigError
+from tinyldm.models import IdentityFirstStage, VQModel
+from tinyldm.pipeline import Pipeline
+from tinyldm.training import codebook, runs
+from tinyldm.training.presets import Config
+from tinyldm.training.rehearsal import rehearse
+from tinyldm.training.signals import Stopped
+from tinyldm.training.stages import vq_loss
+from tinyldm.training.state import State, load_state, state_files
+
+CONFIGS = {
+    "vq": dataclasses.replace(CONFIG, first_stage="vq", codes=12),
+    "none": dataclasses.replace(CONFIG, first_stage="none"),
+}
+CLASSES = {"vq": VQModel, "none": IdentityFirstStage}
+
+
+@pytest.fixture(params=CONFIGS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def often(monkeypatch):
+    monkeypatch.setattr(codebook, "EVERY", 1)
+
+
+def test_a_run_leaves_a_model_that_paints(kind, tmp_path, often):
+    said = []
+    pipeline = runs.train(tmp_path / "run", CONFIGS[kind], say=said.append)
+    loaded = Pipeline.load(tmp_path / "run")
+    assert isinstance(loaded.vae, CLASSES[kind])
+    factor = {"vq": 2, "none": 1}[kind]
+    assert loaded.vae.factor == factor and loaded.size == (16, 16)
+    prompt = "a large red circle on blue at the left"
+    (one,), (other,) = pipeline(prompt), loaded(prompt)
+    assert one.tobytes() == other.tobytes() and one.size == (16, 16)
+    index = json.loads((tmp_path / "run" / "model_index.json").read_text())
+    assert index["_class_name"] == "TinyLDMPipeline"
+    library = {"vq": "diffusers", "none": "tinyldm.models"}[kind]
+    assert index["vae"] == [library, CLASSES[kind].__name__]
+    lines = (tmp_path / "run" / "training" / "metrics.jsonl").read_text().splitlines()
+    stages = {json.loads(line)["stage"] for line in lines}
+    if kind == "none":
+        assert stages == {"denoiser"}
+        assert (tmp_path / "run" / "samples" / "reconstructions.png").exists()
+    else:
+        reports = [json.loads(line) for line in lines if "perplexity" in line]
+        assert reports and all(1 <= r["perplexity"] <= 12 and 0 < r["usage"] <= 1 for r in reports)
+        assert any("of the codes, perplexity" in line for line in said)
+
+
+def test_latents_have_unit_variance_for_the_diffusion(kind, tmp_path, monkeypatch):
+    without_pictures(monkeypatch)
+    pipeline = runs.train(tmp_path / "run", CONFIGS[kind], say=silent)
+    images, _ = runs.load_data(CONFIGS[kind]).split(CONFIG.held_out, CONFIG.seed)
+    assert abs(pipeline.encode(images.images).std() - 1) < 0.05
+
+
+@pytest.mark.parametrize(
+    "kind, step", [("vq", 2), ("vq", STEPS), ("vq", STEPS + 2), ("none", 2), ("none", STEPS)]
+)
+def test_stopped_and_resumed_the_bytes_are_the_same(kind, step, tmp_path, monkeypatch, often):
+    without_pictures(monkeypatch)
+    runs.train(tmp_path / "whole", CONFIGS[kind], say=silent)
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Stopped):
+            runs.train(tmp_path / "stopped", CONFIGS[kind], say=silent)
+    runs.resume(tmp_path / "stopped", say=silent)
+    *_, last = state_files(tmp_path / "whole")
+    for file in (last, *(tmp_path / "whole").glob("*/*model.safetensors")):
+        stopped = tmp_path / "stopped" / file.relative_to(tmp_path / "whole")
+        assert stopped.read_bytes() == file.read_bytes(), file
+
+
+def test_without_a_first_stage_none_is_rehearsed():
+    rehearsal = rehearse(CONFIGS["none"], 10)
+    assert rehearsal.step_seconds.keys() == {"denoiser"} and rehearsal.seconds > 0
+
+
+def test_an_unknown_first_stage_is_named():
+    with pytest.raises(ConfigError, match="first_stage: expected kl, vq or none, found 'vqq'"):
+        Config(first_stage="vqq")
+
+
+# ------------------------------------------------------------------------------------- the codebook
+
+
+def test_gradients_of_the_loss():
+    vae = VQModel(CONFIGS["vq"].vae_config() | {"norm_num_groups": 2})
+    params = random_params(vae.shapes())
+
+    def loss(params, images):
+        value, backward = vq_loss(vae)(params, images)
+        return value, lambda dloss, grads: scaled(backward, dloss, grads)
+
+    def scaled(backward, dloss, grads):
+        inner = {}
+        backward(inner)
+        grads |= {name: dloss * dw for name, dw in inner.items()}
+
+    images = numbers("images", 2, 4, 4, 3)
+    check(lambda p: loss(p, images), (), params)
+
+
+def test_dead_codes_begin_again_at_latents():
+    vae = VQModel({"latent_channels": 2, "num_vq_embeddings": 6, "norm_num_groups": 1,
+                   "block_out_channels": [4]})  # fmt: skip
+    params = {n: x.astype(np.float32) for n, x in random_params(vae.shapes()).items()}
+    pixels = numbers("pixels", 3, 4, 4, 3).astype(np.float32)
+    z = vae.encode(params, pixels)[0].reshape(-1, 2)
+    table = np.full((6, 2), 99, np.float32)
+    table[2] = z.mean(axis=0)  # the only one that is near
+    params[vae.quantize.weight] = table
+    state = State(CONFIG, "autoencoder", params, None, "")
+    state.moments["m"][vae.quantize.weight][...] = 1
+    state.moments["v"][vae.quantize.weight][...] = 1
+    revived = codebook.revive(vae, state, pixels, np.random.default_rng(0))
+    assert revived == 5
+    found = state.params[vae.quantize.weight]
+    np.testing.assert_array_equal(found[2], table[2])
+    for row in (0, 1, 3, 4, 5):
+        assert (abs(z - found[row]).max(axis=1) < 1e-6).any()
+    np.testing.assert_array_equal(state.average[vae.quantize.weight], found)
+    for moment in state.moments.values():
+        assert moment[vae.quantize.weight][:, 0].tolist() == [0, 0, 1, 0, 0, 0]
+    assert codebook.revive(vae, state, pixels, np.random.default_rng(1)) < 5
+
+
+def test_codes_are_revived_in_the_first_half(monkeypatch):
+    monkeypatch.setattr(codebook, "EVERY", 10)
+    steps = [
+        step
+        for step in range(1, 101)
+        if codebook.due(State(CONFIG, "", {"a": np.zeros(1)}, None, "", step=step, total=100))
+    ]
+    assert steps == [10, 20, 30, 40, 50]
+
+
+def test_states_of_before_are_read(tmp_path, monkeypatch):
+    """Of runs that knew no first stage but the Gaussian one."""
+    without_pictures(monkeypatch)
+    runs.train(tmp_path / "run", CONFIG, say=silent)
+    state = load_state(tmp_path / "run")
+    content = dataclasses.asdict(state.config)
+    del content["first_stage"], content["codes"]
+    assert Config.from_json(content) == state.config
+    assert state.config.autoencoder == STAGE
