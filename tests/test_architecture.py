@@ -24,12 +24,14 @@ ORDER = """
     diffusion diffusion.schedule diffusion.objective diffusion.noise diffusion.solvers
     diffusion.samplers
     checkpoints pixels recipe scene pipeline
-    data data.dataset data.shapes data.folder
+    data data.dataset data.shapes data.folder data.formats
     again
-    evaluation evaluation.reader evaluation.statistics evaluation.metrics evaluation.pictures
+    evaluation evaluation.reader evaluation.statistics evaluation.likelihood evaluation.metrics
+    evaluation.pictures
     training training.optim training.parallel training.presets training.signals training.state
     training.stages training.codebook training.rehearsal training.snapshots
     training.preparation training.loop training.runs
+    experiments experiments.latent_vs_pixel
     painting commands doctor cli __main__
 """.split()
 

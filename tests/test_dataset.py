@@ -54,3 +54,14 @@ def test_the_fingerprint_sees_every_pixel_and_every_caption():
     assert flat.fingerprint() != data.fingerprint()
     odd = Dataset(data.images, ["\udcff", "", ""], data.names)  # a name that is not UTF-8
     assert len(odd.fingerprint()) == 16
+
+
+def test_mirror_images():
+    images = np.arange(2 * 3 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3, 3)
+    data = Dataset(images, ["a", "b"], ["x", "y"], ("a remark",), ("a file",))
+    both = data.with_mirror_images()
+    np.testing.assert_array_equal(both.images[:2], images)
+    np.testing.assert_array_equal(both.images[2:], images[:, :, ::-1])
+    assert both.captions == ["a", "b", "a", "b"]
+    assert both.names == ["x", "y", "x, mirrored", "y, mirrored"]
+    assert (both.remarks, both.skipped) == (("a remark",), ("a file",))

@@ -13,7 +13,7 @@ from test_training import CONFIG, STAGE, STEPS, at_step, silent, without_picture
 from tinyldm.config import ConfigError
 from tinyldm.models import IdentityFirstStage, VQModel
 from tinyldm.pipeline import Pipeline
-from tinyldm.training import codebook, runs
+from tinyldm.training import codebook, loop, presets, runs
 from tinyldm.training.presets import Config
 from tinyldm.training.rehearsal import rehearse
 from tinyldm.training.signals import Stopped
@@ -159,3 +159,24 @@ def test_states_of_before_are_read(tmp_path, monkeypatch):
     del content["first_stage"], content["codes"]
     assert Config.from_json(content) == state.config
     assert state.config.autoencoder == STAGE
+
+
+def test_flipped_and_in_parts(call, tmp_path, monkeypatch):
+    """From the command line: as many pictures again, and the same loss by other rounding."""
+    without_pictures(monkeypatch)
+    monkeypatch.setitem(presets.PRESETS, "tiny", CONFIG)
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    losses = {}
+    for options in ((), ("--accumulate", "3"), ("--flip",)):
+        run = tmp_path / "-".join(["run", *options])
+        assert call("train", "--preset", "tiny", "--out", run, *options).code == 0
+        config = load_state(run).config
+        assert config.flip == ("--flip" in options)
+        assert config.denoiser.parts == config.autoencoder.parts == (3 if len(options) == 2 else 1)
+        lines = (run / "training" / "metrics.jsonl").read_text().splitlines()
+        losses[options] = [json.loads(line)["loss"] for line in lines]
+    plain, in_parts, flipped = losses.values()
+    np.testing.assert_allclose(in_parts, plain, rtol=1e-3)
+    assert abs(np.subtract(flipped, plain)).max() > 1e-3
+    result = call("train", "--out", run, "--resume", "--accumulate", "2")
+    assert result.code == 2 and "--accumulate: the run goes on as it began" in result.err

@@ -13,7 +13,7 @@ from tinyldm.nn import functional as F
 from tinyldm.nn import no_grad
 from tinyldm.nn.protocol import add_grad
 from tinyldm.training import parallel
-from tinyldm.training.parallel import value_and_grad
+from tinyldm.training.parallel import accumulated, value_and_grad
 
 WORKERS = 2  # asked for by number, so that a machine with one core tests threads too
 
@@ -236,3 +236,24 @@ def test_a_batch_in_parts_is_joined_in_order(n, size):
 def test_a_batch_of_one_part_is_not_copied():
     y = np.ones((1, 3))
     assert map_batch(lambda x: y, np.zeros(1)) is y
+
+
+# ------------------------------------------------------------------------------ one after the other
+
+
+@given(seed=st.integers(0, 99), n=st.integers(1, 9), parts=st.integers(1, 12))
+def test_a_batch_in_parts_has_the_same_gradient(seed, n, parts):
+    params, batch = problem(seed, n)
+    seen, memory = [], {}
+
+    def gradient_of(part):
+        """As from other processes: the arrays are overwritten by the next call."""
+        seen.append(len(part[0]))
+        loss, grads = whole_batch(params, part)
+        for name, dw in grads.items():
+            memory.setdefault(name, np.empty_like(dw))[...] = dw
+        return loss, {name: memory[name] for name in grads}
+
+    found = accumulated(gradient_of, parts)(batch)
+    assert_same(found, whole_batch(params, batch))
+    assert len(seen) == min(n, parts) and sum(seen) == n and max(seen) - min(seen) <= 1

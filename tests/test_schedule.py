@@ -243,10 +243,10 @@ def test_velocity_is_the_derivative_along_the_circle():
             {"prediction_type": "eps"},
             "prediction_type = 'eps' is not implemented, only epsilon, sample, v_prediction",
         ),
-        ({"trained_betas": [0.1]}, "trained_betas and rescale_betas_zero_snr are not implemented"),
+        ({"trained_betas": [0.1]}, "trained_betas is not implemented"),
         (
             {"rescale_betas_zero_snr": True},
-            "trained_betas and rescale_betas_zero_snr are not implemented",
+            "from where a prediction of ε does not lead back; take v_prediction",
         ),
         ({"num_train_timesteps": 0}, "found 0, 0.0001, 0.02"),
         ({"beta_start": 0.0}, "found 1000, 0.0, 0.02"),
@@ -266,3 +266,21 @@ def test_a_config_that_cannot_be_is_refused_in_one_line(config, message):
 def test_other_keys_are_kept():
     config = {"_class_name": "DDIMScheduler", "trained_betas": None, "steps_offset": 1}
     assert Schedule(config).config == config
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_without_signal_at_the_end(prediction):
+    """Of Stable Diffusion's schedule, whose last step still shows 7 % of the picture."""
+    config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    usual = Schedule(config)
+    rescaled = Schedule(config | {"rescale_betas_zero_snr": True, "prediction_type": prediction})
+    assert rescaled.alphas_bar[-1] == 0 and rescaled.betas[-1] == 1
+    np.testing.assert_allclose(rescaled.alphas_bar[0], usual.alphas_bar[0], rtol=1e-12)
+    roots = [np.sqrt(schedule.alphas_bar) for schedule in (usual, rescaled)]
+    slope = np.diff(roots[1]) / np.diff(roots[0])
+    np.testing.assert_allclose(slope, slope[0], rtol=1e-9)  # shifted and scaled
+    assert np.isfinite(rescaled.sigmas).all() and rescaled.sigmas[-1] == math.sqrt(2**24 - 1)
+    x = np.ones((1, 2, 2, 1))
+    x0, noise = rescaled.split(0.5 * x, x, rescaled.alphas_bar[-1])
+    np.testing.assert_array_equal(noise, x)
+    np.testing.assert_array_equal(x0, {"v_prediction": -0.5 * x, "sample": 0.5 * x}[prediction])

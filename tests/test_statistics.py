@@ -14,6 +14,7 @@ from tinyldm.evaluation.statistics import (
     frechet_distance,
     kernel_distance,
     nearest,
+    precision_recall,
     psnr,
     ssim,
 )
@@ -211,6 +212,48 @@ def test_frechet_of_badly_scaled_features():
     b = gaussian(rng, 50, np.zeros(9), np.diag(sigma * 1.001))
     assert frechet_distance(a, b) == pytest.approx(np.square(0.001 * sigma).sum(), rel=1e-9)
     assert frechet_distance(a[:, ::-1], a[::-1, ::-1]) < 1e-14  # of 1e16
+
+
+# --------------------------------------------------------------------------- precision and recall
+
+
+def slow_precision_recall(made, real, k):
+    def distance(a, b):
+        return sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
+
+    def among(points, others):
+        radii = [sorted(distance(a, b) for b in others)[k] for a in others]
+        inside = [
+            any(distance(p, a) <= r + 1e-12 for a, r in zip(others, radii, strict=True))
+            for p in points
+        ]
+        return sum(inside) / len(inside)
+
+    return among(made, real), among(real, made)
+
+
+@given(n=st.integers(4, 12), m=st.integers(4, 12), d=st.integers(1, 3), seed=st.integers(0, 999))
+def test_precision_and_recall_agree_with_the_definition(n, m, d, seed):
+    rng = np.random.default_rng(seed)
+    made, real = rng.normal(size=(n, d)), rng.normal(0.5, 1.5, size=(m, d))
+    found = precision_recall(made, real)
+    assert found == pytest.approx(slow_precision_recall(made.tolist(), real.tolist(), 3))
+    assert precision_recall(real, made) == pytest.approx(found[::-1])
+
+
+def test_precision_sees_what_is_far_and_recall_what_is_missing():
+    rng = np.random.default_rng(0)
+    real = np.concatenate([rng.normal(0, 1, (100, 2)), rng.normal(50, 1, (100, 2))])
+    assert precision_recall(real, real) == (1, 1)
+    one_half = precision_recall(rng.normal(0, 1, (100, 2)), real)
+    assert one_half[0] > 0.9 and 0.4 < one_half[1] <= 0.5
+    far = precision_recall(rng.normal(-50, 1, (100, 2)), real)
+    assert far == (0, 0)
+
+
+def test_too_few_for_precision():
+    with pytest.raises(ValueError, match="expected more than 3 of each, found 3 and 5"):
+        precision_recall(np.zeros((3, 2)), np.zeros((5, 2)))
 
 
 # -------------------------------------------------------------------------------- kernel distance

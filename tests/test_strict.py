@@ -6,6 +6,8 @@ nothing is asked of CuPy that CuPy lacks, and that the host never waits for the 
 
 import ast
 import operator
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -497,19 +499,21 @@ def autoencoder_run(models):
     return loss_fn, random_params(models.vae.shapes()), (pictures, noise), ()
 
 
-def denoiser_run(models, min_snr=None):
+def denoiser_run(models, weighting="simple"):
     rng = np.random.default_rng(0)
     z, noise = rng.normal(size=(2, 4, 4, 4, 2))
     on_the_host = rng.integers(0, 1000, 4)  # t, which picks from the tables of the schedule
     params = random_params(models.unet.shapes() | models.text.shapes())
     batch = z, noise, models.tokenizer(CAPTIONS)
-    return denoiser_loss(models, min_snr), params, batch, (on_the_host,)
+    models = copy(models)
+    models.config = replace(models.config, weighting=weighting)
+    return denoiser_loss(models), params, batch, (on_the_host,)
 
 
 RUNS = {  # and how many small arrays a step may send to the device
     "autoencoder": (autoencoder_run, 0),
     "denoiser": (denoiser_run, 5),  # t, and √ᾱ and √(1 − ᾱ) for x_t and for the target v
-    "denoiser, min-SNR": (partial(denoiser_run, min_snr=5.0), 6),  # the weights, too
+    "denoiser, min-SNR": (partial(denoiser_run, weighting="min-snr"), 6),  # the weights, too
 }
 
 

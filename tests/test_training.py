@@ -402,7 +402,7 @@ def example_state(step=3, done_before=0):
     numbers = Numbers(np.random.default_rng(step))
     params = {"kernel": numbers(3, 3, 2, 5), "matrix": numbers(4, 6), "bias": numbers(7)}
     state = State(
-        dataclasses.replace(PRESETS["tiny"], min_snr=5.0, seed=2**40), "denoiser", params,
+        dataclasses.replace(PRESETS["tiny"], weighting="min-snr", seed=2**40), "denoiser", params,
         Tokenizer.train(["a b", "a c"], 514, 9), "fingerprint",
         first_stage={"other.kernel": numbers(1, 1, 4, 2)},
         step=step, total=9, done_before=done_before, scaling_factor=1 / 3,

@@ -1,4 +1,4 @@
-"""The command line: `tinyldm demo`, `train`, `sample`, `eval`, `doctor`.
+"""The command line: `tinyldm demo`, `train`, `sample`, `eval`, `experiment`, `doctor`.
 
 Only results go to stdout. A user's mistake is one line on stderr and exit code 2, a failure while
 running is 1, and 130 or 143 mean: interrupted, with everything saved. What the commands do is in
@@ -25,7 +25,10 @@ PRESETS = {  # name → what it takes, for --help
     "medium": "64 px, 30 minutes",
     "large": "128 px, 3 hours",
 }
-COMMANDS = ("demo", "train", "sample", "eval", "doctor")
+COMMANDS = ("demo", "train", "sample", "eval", "experiment", "doctor")
+EXPERIMENTS = {  # name → what it is about, for --help
+    "latent-vs-pixel": "is diffusion cheaper in latents than in pixels, at the same quality?",
+}
 SAMPLERS = ("ddpm", "ddim", "pndm", "euler", "euler_a", "heun", "dpm++2m", "dpm++2m_sde")
 
 
@@ -128,10 +131,28 @@ def parser() -> Parser:
 
     demo = command("demo", "train on captioned shapes in five minutes, and score it")
     _add_run(demo, out="runs/demo")
-    demo.set_defaults(data=None, preset="demo", size=None, minutes=None, skip_bad=None)
+    demo.set_defaults(
+        data=None,
+        preset="demo",
+        size=None,
+        minutes=None,
+        skip_bad=None,
+        first_stage=None,
+        flip=None,
+        accumulate=None,
+    )
 
     train = command("train", "train both stages on shapes or on a folder of pictures")
-    train.add_argument("--data", metavar="FOLDER", help='pictures (default: "shapes", drawn here)')
+    train.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="pictures, or IDX (MNIST), CIFAR-10's .bin or .npz (default: shapes, drawn here)",
+    )
+    train.add_argument(
+        "--first-stage",
+        type=_one_of(("kl", "vq", "none")),
+        help="kl, vq (with a codebook) or none (diffusion in pixels) (default: kl)",
+    )
     presets = "; ".join(f"{name}: {text}" for name, text in PRESETS.items())
     train.add_argument(
         "--preset",
@@ -155,6 +176,18 @@ def parser() -> Parser:
         action="store_true",
         default=None,
         help="leave out files that cannot be read, and name them",
+    )
+    train.add_argument(
+        "--flip",
+        action="store_true",
+        default=None,
+        help="train on the mirror images, too (not where captions say left and right)",
+    )
+    train.add_argument(
+        "--accumulate",
+        type=_whole(1, 1024),
+        metavar="N",
+        help="work through each batch in N parts, for less memory (default: 1)",
     )
     _add_run(train, out=None)
 
@@ -195,6 +228,19 @@ def parser() -> Parser:
     )
     _add_sampling(evaluate)
     _add_device(evaluate)
+
+    experiment = command("experiment", "try a claim of the field at small scale")
+    texts = "; ".join(f"{name}: {text}" for name, text in EXPERIMENTS.items())
+    experiment.add_argument("name", metavar="NAME", type=_one_of(EXPERIMENTS), help=texts)
+    experiment.add_argument(
+        "--seconds",
+        type=_number(1, 1_000_000),
+        default=240.0,
+        help="that each network is trained (default: 240)",
+    )
+    experiment.add_argument(
+        "--out", metavar="DIR", required=True, help="folder for results.json, tables and pictures"
+    )
 
     doctor = command("doctor", "is everything there, and how fast is it?")
     doctor.add_argument("--json", action="store_true", help="for programs")

@@ -5,6 +5,7 @@ import time
 import warnings
 from argparse import Namespace
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from tinyldm.files import replacing
 from tinyldm.models.tokenizer import CaptionCut
 from tinyldm.painting import say, whole_run
 from tinyldm.pipeline import Pipeline
-from tinyldm.training.preparation import load_data
+from tinyldm.training.preparation import load_data, split
 from tinyldm.training.presets import make_config
 from tinyldm.training.rehearsal import duration
 from tinyldm.training.runs import resume, train
@@ -29,13 +30,16 @@ def run_train(options: Namespace) -> None:
     """Train a new run, or go on with one, and print its folder."""
     _say_device(options)
     started = time.monotonic()
-    settings = {name: getattr(options, name) for name in ("data", "keep", "seed", "skip_bad")}
+    names = ("data", "keep", "seed", "skip_bad", "first_stage", "flip")
+    settings = {name: getattr(options, name) for name in names}
     sizes = {name: getattr(options, name) for name in ("preset", "size", "minutes")}
     if options.resume:
+        if options.accumulate is not None:
+            options.parser.error("--accumulate: the run goes on as it began; leave it out")
         resume(options.out, options.device, say=say, **settings, **sizes)
     else:
         given = {name: value for name, value in settings.items() if value is not None}
-        config = make_config(**sizes, **given)
+        config = make_config(**sizes, **given, accumulate=options.accumulate)
         train(options.out, config, options.device, options.overwrite, say=say)
     say(
         f"trained in {duration(time.monotonic() - started)}; paint with: tinyldm sample "
@@ -74,7 +78,7 @@ def run_eval(options: Namespace) -> None:
             f"{config.data}: the {len(data):,} pictures and captions are no longer those that "
             f"{run} was trained on; bring them back, or name their folder with --data"
         )
-    training, held_out = data.split(config.held_out, config.seed)
+    training, held_out = split(data, config)
     shapes = config.data == "shapes"
     with warnings.catch_warnings(action="ignore", category=CaptionCut):
         result, pictures = evaluate(
@@ -87,6 +91,17 @@ def run_eval(options: Namespace) -> None:
     save_picture(run / "samples" / "nearest.png", sheet)
     print(table(result))
     say(f"the painted pictures nearest to training ones: {run / 'samples' / 'nearest.png'}")
+
+
+def run_experiment(options: Namespace) -> None:
+    """Run one, and print its table."""
+    module = import_module(f"tinyldm.experiments.{options.name.replace('-', '_')}")
+    out = Path(options.out)
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out}: expected a folder, or nothing, found a file")
+    out.mkdir(parents=True, exist_ok=True)
+    module.run(options.seconds, out, say)
+    print((out / "table.md").read_text(encoding="utf-8"), end="")
 
 
 def _say_device(options):

@@ -146,6 +146,20 @@ def test_ddim(name, eta, prediction):
         assert_same(ddim(network, ours, x, steps, eta, iter(noises).__next__), expected)
 
 
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_without_signal_at_the_end(prediction):
+    config = TRAILING | {"rescale_betas_zero_snr": True, "prediction_type": prediction}
+    for beta_schedule in ("linear", "scaled_linear"):
+        theirs, ours = both_schedules(DDIMScheduler, config | {"beta_schedule": beta_schedule})
+        assert ours.alphas_bar[-1] == 0
+        for steps in STEPS:
+            x, _ = start(steps)
+            expected = their_trajectory(
+                theirs, x, steps, lambda i, said, t, x, theirs=theirs: theirs.step(said, t, x)
+            )
+            assert_same(ddim(network, ours, x, steps), expected)
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_ddpm(name, prediction, monkeypatch):

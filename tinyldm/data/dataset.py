@@ -45,6 +45,12 @@ class Dataset:
         order = np.random.default_rng((seed, 5)).permutation(n)
         return self.pick(np.sort(order[count:])), self.pick(np.sort(order[:count]))
 
+    def with_mirror_images(self) -> "Dataset":
+        """The same, and each picture once more with left and right exchanged."""
+        images = np.concatenate([self.images, self.images[:, :, ::-1]])
+        names = [*self.names, *(f"{name}, mirrored" for name in self.names)]
+        return Dataset(images, [*self.captions] * 2, names, self.remarks, self.skipped)
+
     def fingerprint(self) -> str:
         """A hash of every pixel and caption, in hexadecimal: equal data, equal fingerprint."""
         digest = hashlib.sha256(f"{self.images.shape}".encode())

@@ -30,7 +30,10 @@ def load_folder(folder: str | Path, side: int, skip_bad: bool = False) -> Datase
     folder = Path(folder)
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing of that name"
-        raise DataError(f"{folder}: expected a folder of pictures, found {found}")
+        raise DataError(
+            f"{folder}: expected a folder of pictures, found {found}; files that are read are IDX, "
+            "CIFAR-10's .bin and .npz"
+        )
     files, others = _find(folder)
     listed, damaged = _read_metadata(folder, files)
 
@@ -61,6 +64,11 @@ def load_folder(folder: str | Path, side: int, skip_bad: bool = False) -> Datase
         remarks.append(f"files of other kinds, left alone: {_count(others)}")
     names = [files[i].relative_to(folder).as_posix() for i in good]
     return Dataset(np.stack(images), list(captions), names, tuple(remarks), tuple(damaged))
+
+
+def holds_pictures(folder: Path) -> bool:
+    """Whether any file below it is named as a picture."""
+    return any(path.suffix.lower() in FORMATS for path in folder.rglob("*"))
 
 
 def load_picture(file: str | Path, side: int) -> np.ndarray:

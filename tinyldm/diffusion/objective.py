@@ -9,6 +9,8 @@ from tinyldm.diffusion.schedule import Schedule
 from tinyldm.nn import functional as F
 from tinyldm.nn.protocol import Backward
 
+Weighting = Callable[[Schedule, np.ndarray], np.ndarray]  # of the losses at the steps t (n,)
+
 
 def diffusion_loss(
     predict: Callable[[Array, Array], tuple[Array, Backward]],
@@ -16,7 +18,7 @@ def diffusion_loss(
     x0: Array,
     noise: Array,
     t: np.ndarray,
-    min_snr: float | None = None,
+    weighting: Weighting | None = None,
 ) -> tuple[Array, Backward]:
     """The simple loss: mean of (prediction − target)² at x_t (Ho et al. 2020, eq. 14).
 
@@ -24,15 +26,14 @@ def diffusion_loss(
 
     predict: `predict(x_t, t) → (prediction, backward)`.
     x0, noise (n, h, w, c); t (n,) whole numbers on the host.
-    min_snr: the γ of `min_snr_weight`, or None for equal weights.
+    weighting: `weighting(schedule, t) → (n,)`, as below; None for equal weights.
     Returns the loss and `backward(grads)`, which passes the gradient on to `predict`.
     """
     xp = array_module(x0)
     prediction, predict_back = predict(schedule.add_noise(x0, noise, t), xp.asarray(t))
     weight = None
-    if min_snr is not None:
-        weight = min_snr_weight(schedule.snr(t), schedule.prediction, min_snr)
-        weight = xp.asarray(weight.astype(x0.dtype))
+    if weighting is not None:
+        weight = xp.asarray(weighting(schedule, t).astype(x0.dtype))
     loss, loss_back = F.mse(prediction, schedule.target(x0, noise, t), weight)
 
     def backward(grads):
@@ -42,11 +43,32 @@ def diffusion_loss(
     return loss, backward
 
 
-def min_snr_weight(snr: np.ndarray, prediction: str, gamma: float) -> np.ndarray:
-    """min(SNR, γ) as a weight of the loss in x_0, expressed for each prediction (n,).
+def min_snr(schedule: Schedule, t: np.ndarray, gamma: float = 5.0) -> np.ndarray:
+    """min(SNR, γ) as a weight of the loss in x_0 (n,).
 
-    Hang et al. 2023, "Efficient diffusion training via min-SNR weighting", section 3.4: the loss in
-    ε is SNR times, the loss in v is SNR + 1 times the loss in x_0.
+    Hang et al. 2023, "Efficient diffusion training via min-SNR weighting", section 3.4.
     """
-    per_x0 = {"sample": 1.0, "epsilon": snr, "v_prediction": snr + 1}[prediction]
-    return np.minimum(snr, gamma) / per_x0
+    return np.minimum(schedule.snr(t), gamma) / _per_x0(schedule, t)
+
+
+def variational(schedule: Schedule, t: np.ndarray) -> np.ndarray:
+    """Of the variational bound, by its mean over all t (n,); its variance being β (Ho et al. 2020).
+
+    There the weight in x_0 is ᾱ_{t−1} β / 2 (1 − ᾱ_t)²: 1/2β at t = 0, where ᾱ_{t−1} = 1.
+    """
+    before = np.append(1.0, schedule.alphas_bar[:-1])
+    in_x0 = before * schedule.betas / (2 * (1 - schedule.alphas_bar) ** 2)
+    every = in_x0 / _per_x0(schedule, np.arange(len(schedule)))
+    return (every / every.mean())[t]
+
+
+def _per_x0(schedule, t):
+    """What the loss in x_0 is multiplied by to be that in the schedule's prediction.
+
+    That in ε is SNR times as large, that in v SNR + 1 times.
+    """
+    snr = schedule.snr(t)
+    return {"sample": 1.0, "epsilon": snr, "v_prediction": snr + 1}[schedule.prediction]
+
+
+WEIGHTINGS = {"simple": None, "min-snr": min_snr, "variational": variational}

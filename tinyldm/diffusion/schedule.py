@@ -39,6 +39,16 @@ def cosine_betas(steps: int, start: float, end: float) -> np.ndarray:
     )
 
 
+def without_signal_at_the_end(betas: np.ndarray) -> np.ndarray:
+    """β with √ᾱ shifted and scaled so that it ends at 0 (Lin et al. 2023, algorithm 1).
+
+    Its first value stays. Sampling then begins where training ends: at noise alone.
+    """
+    root = np.sqrt(np.cumprod(1 - betas))
+    alphas_bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    return 1 - np.append(alphas_bar[:1], alphas_bar[1:] / alphas_bar[:-1])
+
+
 BETAS = {
     "linear": linear_betas,
     "scaled_linear": scaled_linear_betas,
@@ -63,10 +73,8 @@ class Schedule:
                 f"scheduler config: beta_schedule = {kind!r} is not implemented, "
                 f"only {', '.join(BETAS)}"
             )
-        if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
-            raise ConfigError(
-                "scheduler config: trained_betas and rescale_betas_zero_snr are not implemented"
-            )
+        if config.get("trained_betas") is not None:
+            raise ConfigError("scheduler config: trained_betas is not implemented")
         if not (steps >= 1 and 0 < start <= end < 1):
             raise ConfigError(
                 "scheduler config: expected num_train_timesteps ≥ 1 and 0 < beta_start ≤ beta_end "
@@ -79,6 +87,13 @@ class Schedule:
                 f"only {', '.join(PREDICTIONS)}"
             )
         self.betas = BETAS[kind](steps, start, end)
+        if config.get("rescale_betas_zero_snr"):
+            if self.prediction == "epsilon":
+                raise ConfigError(
+                    "scheduler config: rescale_betas_zero_snr leaves no signal at the last step, "
+                    "from where a prediction of ε does not lead back; take v_prediction"
+                )
+            self.betas = without_signal_at_the_end(self.betas)
         self.alphas_bar = np.cumprod(1 - self.betas)
 
     def __len__(self) -> int:
@@ -86,8 +101,11 @@ class Schedule:
 
     @property
     def sigmas(self) -> np.ndarray:
-        """Noise relative to signal, s_t / a_t (T,), the time of Karras et al. 2022."""
-        return np.sqrt(1 / self.alphas_bar - 1)
+        """Noise relative to signal, s_t / a_t (T,), the time of Karras et al. 2022.
+
+        Where no signal is left it is that of ᾱ = 2⁻²⁴, as in diffusers.
+        """
+        return np.sqrt(1 / np.maximum(self.alphas_bar, 2.0**-24) - 1)
 
     def snr(self, t: np.ndarray) -> np.ndarray:
         """Signal to noise, ᾱ / (1 − ᾱ), at the steps t."""

@@ -8,21 +8,26 @@ from tqdm import tqdm
 from tinyldm.backend import to_device
 from tinyldm.data.dataset import Dataset
 from tinyldm.data.shapes import ATTRIBUTES, make_shapes
+from tinyldm.evaluation.likelihood import bits_per_dim
 from tinyldm.evaluation.reader import score
 from tinyldm.evaluation.statistics import (
     copied,
     frechet_distance,
     kernel_distance,
     nearest,
+    precision_recall,
     psnr,
     ssim,
 )
+from tinyldm.models import IdentityFirstStage
 from tinyldm.pipeline import Pipeline
 
 SEED = 20_260_101  # of pictures, captions and noise for scoring: none of them is in a training set
 BATCH = 50
+DRAWS = 4  # of noise, for each picture whose likelihood is estimated
 BANDS = 5  # of noise levels, from the least to the most
 FEWEST_FOR_COPIES = 19  # held-out pictures, to know what the nearest 5 % of them are
+NEIGHBOURS = 3  # among which a picture counts as real
 FEATURES = 4  # positions along each side of the latents that features are averaged over
 
 
@@ -44,6 +49,23 @@ def loss_by_noise(pipeline: Pipeline, data: Dataset, bands: int = BANDS) -> list
         error = prediction - schedule.target(latents, noise, t)
         losses.append(float((error * error).mean()))
     return losses
+
+
+def likelihood(pipeline: Pipeline, data: Dataset) -> float:
+    """Bits for each number of the latents, given the captions; of pixels where there is no f.
+
+    Of latents it is a density, which can be negative; of pixels that of one level of 256.
+    """
+    latents, context = pipeline.encode(data.images), pipeline.embed(data.captions)
+    rng = np.random.default_rng(SEED)
+
+    def predict(x, t):
+        return pipeline.predict(x, t, context)
+
+    bits = bits_per_dim(predict, pipeline.schedule, latents, rng, DRAWS)
+    if isinstance(pipeline.vae, IdentityFirstStage):
+        bits += float(np.log2(127.5 / pipeline.vae.config.scaling_factor))
+    return bits
 
 
 def evaluate(
@@ -72,6 +94,11 @@ def evaluate(
             for name, data in (("training", training), ("held_out", held_out))
             if len(data)
         },
+    }
+    result["bits"] = {
+        name: likelihood(pipeline, data.pick(range(min(len(data), 256))))
+        for name, data in (("training", training), ("held_out", held_out))
+        if len(data)
     }
     with tqdm(total=count, desc="painting", unit="picture", disable=None) as bar:
         if shapes:
@@ -117,6 +144,9 @@ def _compare(pipeline, painted, training, held_out, result):
     if len(some) > 1:  # one picture has no spread
         result["frechet"] = {"painted": frechet_distance(features, real)}
         result["kernel"] = {"painted": kernel_distance(features, real)}
+    if len(features) > NEIGHBOURS and len(some) > NEIGHBOURS:
+        precision, recall = precision_recall(features, real, NEIGHBOURS)
+        result["precision"], result["recall"] = {"painted": precision}, {"painted": recall}
     if len(held_out) > 1:
         _, real_distance = nearest(held_out.images, training.images)
         unseen = features_of(pipeline, held_out.images[:n])
@@ -125,6 +155,9 @@ def _compare(pipeline, painted, training, held_out, result):
             result["nearest"]["copied"] = copied(distance, real_distance)
         result["frechet"]["held_out"] = frechet_distance(unseen, real)
         result["kernel"]["held_out"] = kernel_distance(unseen, real)
+        if "precision" in result and len(unseen) > NEIGHBOURS:
+            precision, recall = precision_recall(unseen, real, NEIGHBOURS)
+            result["precision"]["held_out"], result["recall"]["held_out"] = precision, recall
     closest = np.argsort(distance, kind="stable")[:12]
     return {"samples": painted[closest], "nearest": training.images[at[closest]]}
 
@@ -166,9 +199,16 @@ def table(result: dict) -> str:
         numbers = " ".join(f"{loss:.3f}" for loss in losses)
         lines.append(_row(f"loss by noise, {name.replace('_', '-')}", numbers, ""))
     lines.append(_row("", "", "from little noise to nearly all; far apart means overfitting"))
+    bits = f"{result['bits']['training']:.3f}"
+    if unseen:
+        bits += f" (held-out {result['bits']['held_out']:.3f})"
+    meaning = "at most, to write down a number of the latents (of the pixels, if f = 1)"
+    lines.append(_row("bits per number", bits, meaning))
     meanings = {
         "frechet": ("Fréchet distance", "of painted to training pictures, in latents; 0 is alike"),
         "kernel": ("kernel distance", "the same without assuming Gaussians; about 0 is alike"),
+        "precision": ("precision", "share of the painted that lie among training pictures"),
+        "recall": ("recall", "share of training pictures that lie among the painted"),
         "nearest": ("nearest training picture", "median difference, in levels of 255"),
     }
     for key, (title, meaning) in meanings.items():

@@ -62,25 +62,30 @@ def enlarge(pictures: np.ndarray, factor: int) -> np.ndarray:
     return pictures.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def curves(series: dict[str, tuple], title: str) -> Image.Image:
-    """{name: (steps, values)} as lines over a logarithmic height → a PIL image."""
+def curves(series: dict[str, tuple], title: str, logarithmic: bool = True) -> Image.Image:
+    """{name: (steps, values)} as lines → a PIL image.
+
+    The height is logarithmic, without what is 0, or else linear from 0.
+    """
     width, height, left, right, bottom = 640, 360, 60, 16, 34
     top = 14 + 15 * len(series)  # the names of the lines, one above the other
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(12)
     values = np.concatenate([np.asarray(v, float) for _, v in series.values()])
-    values = np.log10(values[values > 0])
     last = max(steps[-1] for steps, _ in series.values())
-    low, high = values.min(), max(values.max(), values.min() + 1e-6)
+    up, down = (np.log10, lambda height: 10**height) if logarithmic else (float, float)
+    heights = [up(value) for value in values if value > 0 or not logarithmic]
+    low = min(heights) if logarithmic else 0.0
+    high = max(*heights, low + 1e-6)
 
     def point(step, value):
         x = left + step / max(1, last) * (width - left - right)
-        y = top + (high - np.log10(value)) / (high - low) * (height - top - bottom)
+        y = top + (high - up(value)) / (high - low) * (height - top - bottom)
         return x, y
 
     for fraction in np.linspace(0, 1, 5):
-        value = 10 ** (low + (high - low) * fraction)
+        value = down(low + (high - low) * fraction)
         _, y = point(0, value)
         draw.line([(left, y), (width - right, y)], GRID)
         draw.text((6, y - 7), f"{value:.2g}", INK, font)
@@ -89,7 +94,8 @@ def curves(series: dict[str, tuple], title: str) -> Image.Image:
     draw.text((left, 8), title, INK, font)
     for i, (name, (steps, points)) in enumerate(series.items()):
         colour = LINES[i % len(LINES)]
-        line = [point(s, v) for s, v in zip(steps, points, strict=True) if v > 0]
+        shown = [p for p in zip(steps, points, strict=True) if p[1] > 0 or not logarithmic]
+        line = [point(*p) for p in shown]
         if len(line) == 1:
             draw.circle(line[0], 3, colour)
         elif line:

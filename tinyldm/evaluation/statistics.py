@@ -102,6 +102,30 @@ def _kernel_sum(a: np.ndarray, b: np.ndarray) -> float:
     return sum(((a[rows] @ b.T / d + 1) ** 3).sum() for rows in _blocks(len(a), len(b)))
 
 
+def precision_recall(made: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[float, float]:
+    """Fidelity and variety of features (n, d) and (m, d): two shares, 0…1.
+
+    Precision: how many of `made` lie among `real`, that is within the distance of some real one
+    from its k-th nearest. Recall: how many of `real` lie among `made`. Kynkäänniemi et al. 2019,
+    section 2. ValueError for fewer than k + 1 of either.
+    """
+    made, real = _check_features(made, real)
+    if min(len(made), len(real)) <= k:
+        raise ValueError(f"expected more than {k} of each, found {len(made)} and {len(real)}")
+
+    def squares(a, b):
+        return np.maximum((a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * (a @ b.T), 0)
+
+    def within(a):
+        """The squared radius around each: to its k-th nearest, itself not counted."""
+        return np.partition(squares(a, a), k, axis=1)[:, k]
+
+    between = squares(made, real)
+    precision = (between <= within(real)).any(axis=1).mean()
+    recall = (between <= within(made)[:, None]).any(axis=0).mean()
+    return float(precision), float(recall)
+
+
 def nearest(queries: np.ndarray, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which of the pictures is nearest to each query, and how near: index and distance, (q,) each.
 

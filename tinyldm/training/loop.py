@@ -13,7 +13,7 @@ from tqdm import tqdm
 from tinyldm.files import replacing
 from tinyldm.training import snapshots
 from tinyldm.training.optim import learning_rate
-from tinyldm.training.parallel import gradient
+from tinyldm.training.parallel import accumulated, gradient
 from tinyldm.training.presets import STAGES, Stage
 from tinyldm.training.rehearsal import duration
 from tinyldm.training.signals import Interruptible, Stopped
@@ -58,10 +58,11 @@ def fit(
         smoothing=0.05, dynamic_ncols=True,
     )  # fmt: skip
     with (
-        gradient(loss_fn, state.params) as gradient_of,
+        gradient(loss_fn, state.params) as at_once,
         bar,
         open(metrics_file, "a", 1, "utf-8") as metrics,
     ):
+        gradient_of = accumulated(at_once, stage.parts)
 
         def log(numbers):
             line = {"stage": state.stage, "step": state.step} | numbers

@@ -6,6 +6,7 @@ from functools import partial
 
 from tinyldm.backend import Array, cores, map_threads, on_host
 from tinyldm.machine import keep_freed_memory
+from tinyldm.nn.protocol import add_grad
 from tinyldm.team import available, team
 from tinyldm.training.optim import Flat
 
@@ -66,6 +67,23 @@ def gradient(loss_fn: Callable, params: Flat, processes: int | None = None) -> I
             )
 
         yield value_and_grad_of
+
+
+def accumulated(gradient_of: Gradient, parts: int) -> Gradient:
+    """The same of a batch in so many parts, one after the other, for the memory of one of them."""
+    if parts == 1:
+        return gradient_of
+
+    def of_parts(batch):
+        loss, sums = 0.0, {}
+        for weight, part in _cut(batch, parts):
+            part_loss, grads = gradient_of(part)
+            loss = loss + weight * part_loss
+            for name, dw in grads.items():
+                add_grad(sums, name, weight * dw)  # a copy: the next part may use the same memory
+        return loss, sums
+
+    return of_parts
 
 
 def _cut(batch, count):

@@ -9,7 +9,8 @@ from pathlib import Path
 from tinyldm.checkpoints import COMPONENTS
 from tinyldm.config import ConfigError
 from tinyldm.data.dataset import Dataset
-from tinyldm.data.folder import load_folder
+from tinyldm.data.folder import holds_pictures, load_folder
+from tinyldm.data.formats import find_arrays, load_arrays
 from tinyldm.data.shapes import make_shapes
 from tinyldm.models.tokenizer import CaptionCut, Tokenizer
 from tinyldm.training.presets import Config
@@ -24,9 +25,18 @@ Say = Callable[[str], None]
 def load_data(config: Config) -> Dataset:
     """All the pictures of a run. DataError where they cannot be used."""
     if config.data != "shapes":
+        arrays = find_arrays(Path(config.data))
+        if arrays and not holds_pictures(Path(config.data)):
+            return load_arrays(arrays, config.side)
         return load_folder(config.data, config.side, config.skip_bad)
     images, captions = make_shapes(config.pictures, config.side, config.seed)
     return Dataset(images, captions, [f"shape {i}" for i in range(len(images))])
+
+
+def split(data: Dataset, config: Config) -> tuple[Dataset, Dataset]:
+    """(for training, held out of it); with `config.flip` the mirror images are trained on, too."""
+    training, held_out = data.split(config.held_out, config.seed)
+    return (training.with_mirror_images() if config.flip else training), held_out
 
 
 def fit_tokenizer(config: Config, captions: list[str], say: Say) -> tuple[Tokenizer, Config]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from tinyldm.config import ConfigError, unknown
+from tinyldm.diffusion.objective import WEIGHTINGS
 from tinyldm.models import Tokenizer
 
 STAGES = ("autoencoder", "denoiser")
@@ -20,6 +21,7 @@ class Stage:
     ema: float  # limit of the decay of the moving average
     steps: int | None = None
     seconds: float | None = None
+    parts: int = 1  # of a batch, one after the other, for less memory
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Config:
     data: str = "shapes"  # or a folder
     side: int = 32  # pixels
     pictures: int = 20_512  # to draw, for shapes
+    flip: bool = False  # train on every picture's mirror image, too
     held_out: float = 0.05  # share of the pictures that validate and are never trained on
     skip_bad: bool = False  # leave out files that cannot be read, instead of refusing the folder
     keep: int = 2  # states on disk: the newest, and those before it
@@ -40,7 +43,8 @@ class Config:
     codes: int = 256  # of the codebook
     kl_weight: float = 1e-4  # of the mean KL a latent number, beside the mean squared error
     caption_dropout: float = 0.1  # share of captions left out, so that guidance has a "without"
-    min_snr: float | None = None
+    weighting: str = "simple"  # of the loss by t, or "min-snr" or "variational"
+    noise_offset: float = 0.0  # of a noise that is the same all over a channel (Guttenberg 2023)
     vae_widths: tuple = (32, 64)  # channels per level: f = 2^(levels − 1)
     latent_channels: int = 4
     unet_widths: tuple = (48, 48, 96)
@@ -59,6 +63,8 @@ class Config:
     def __post_init__(self):
         if self.first_stage not in FIRST_STAGES:
             raise ConfigError(f"first_stage: {unknown(self.first_stage, FIRST_STAGES)}")
+        if self.weighting not in WEIGHTINGS:
+            raise ConfigError(f"weighting: {unknown(self.weighting, WEIGHTINGS)}")
         factor = self.factor * 2 ** (len(self.unet_widths) - 1)
         if self.side < factor or self.side % factor:
             below = max(1, self.side // factor) * factor
@@ -208,13 +214,15 @@ def make_config(
     preset: str | None = None,
     size: int | None = None,
     minutes: float | None = None,
+    accumulate: int | None = None,
     **others: object,
 ) -> Config:
     """The config of a new run.
 
     preset: by default the smallest for pictures of `size`. size: pixels of a side, by default the
-    preset's. minutes: of training, shared between the stages as the preset does. others: any field
-    of Config. ConfigError for an unknown preset, or a size that does not divide.
+    preset's. minutes: of training, shared between the stages as the preset does. accumulate: parts
+    of each batch, one after the other. others: any field of Config.
+    ConfigError for an unknown preset, or a size that does not divide.
     """
     if preset is None:
         by_side = sorted((c.side, name) for name, c in PRESETS.items() if name != FOR_TESTS)
@@ -225,6 +233,9 @@ def make_config(
     config = replace(PRESETS[preset], **others)
     if size is not None:
         config = replace(config, side=size)
+    if accumulate is not None:
+        stages = {name: replace(getattr(config, name), parts=accumulate) for name in STAGES}
+        config = replace(config, **stages)
     return config if minutes is None else with_length(config, 60 * minutes)
 
 
@@ -243,16 +254,17 @@ def with_length(config: Config, seconds: float, stages: Sequence[str] = STAGES) 
 def changed(config: Config, **settings: object) -> Config:
     """The config of a run that is resumed with other settings; those that are None stay the same.
 
-    keep, data (if the pictures have moved) and skip_bad may change. ConfigError for preset, size or
-    seed that differ: the result would not be the run that was begun.
+    keep, data (if the pictures have moved) and skip_bad may change. ConfigError for preset, size,
+    seed, first_stage or flip that differ: the result would not be the run that was begun.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     began = {"preset": config.preset, "size": config.side, "seed": config.seed}
+    began |= {"first_stage": config.first_stage, "flip": config.flip}
     for name in began.keys() & given.keys():
         if given.pop(name) != began[name]:
             raise ConfigError(
-                f"--{name} {settings[name]}: the run began with {began[name]}, which stays; what "
-                "may change on --resume: --minutes, --keep, --device, and --data if the same "
-                "pictures have moved"
+                f"--{name.replace('_', '-')} {settings[name]}: the run began with {began[name]}, "
+                "which stays; what may change on --resume: --minutes, --keep, --device, and --data "
+                "if the same pictures have moved"
             )
     return replace(config, **given)

@@ -14,7 +14,7 @@ from tinyldm.backend import cores, map_batch, to_device
 from tinyldm.machine import free_memory, held_memory
 from tinyldm.models import Tokenizer
 from tinyldm.team import available
-from tinyldm.training.parallel import gradient, value_and_grad
+from tinyldm.training.parallel import accumulated, gradient, value_and_grad
 from tinyldm.training.presets import STAGES, Config
 from tinyldm.training.stages import Models, denoiser_loss, train_step
 from tinyldm.training.state import State
@@ -83,11 +83,12 @@ def rehearse(config: Config, pictures: int, device: str = "cpu", seconds: float 
             state, loss_fn, batch = make(models, np.random.default_rng(0), device)
             # Parameters, and the gradients of other processes, lie where tracing does not see them.
             states.append(traced()[0] + state.params.flat.nbytes * cores())
-        threads = partial(value_and_grad, loss_fn, state.params)
+        parts = getattr(config, name).parts
+        threads = accumulated(partial(value_and_grad, loss_fn, state.params), parts)
         _, peak = _measure(partial(_step, state, threads, batch), 0, device)
         peaks.append(peak)
         with gradient(loss_fn, state.params) as in_training:
-            step = partial(_step, state, in_training, batch)
+            step = partial(_step, state, accumulated(in_training, parts), batch)
             step_seconds[name], _ = _measure(step, seconds / 2, device)
         del state, loss_fn, batch, threads, in_training, step
     encoding, encoded = _encoding(models, pictures, device, seconds / 10)
@@ -125,7 +126,7 @@ def _denoiser(models, rng, device):
     tokens = rng.integers(0, len(models.tokenizer), (n, config.tokens))
     t = rng.integers(0, len(models.schedule), n)
     params = models.unet.init(rng) | models.text.init(rng)
-    loss_fn = denoiser_loss(models, config.min_snr)
+    loss_fn = denoiser_loss(models)
     return _work(models, params, loss_fn, (z, noise, tokens), device, t)
 
 

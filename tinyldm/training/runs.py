@@ -5,6 +5,7 @@ once, and teaches the U-Net and the text encoder together to undo noise in laten
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tinyldm.training.preparation import (
     load_data,
     refuse_folder,
     remove,
+    split,
 )
 from tinyldm.training.presets import STAGES, Config, changed, with_length
 from tinyldm.training.rehearsal import ENCODED_AT_ONCE, rehearse
@@ -49,7 +51,7 @@ def train(
     run = Path(run)
     refuse_folder(run, config, overwrite)
     data = load_data(config)
-    training, held_out = data.split(config.held_out, config.seed)
+    training, held_out = split(data, config)
     describe(training, held_out, say)
     tokenizer, config = fit_tokenizer(config, data.captions, say)
     rehearsal = rehearse(config, len(training), device)
@@ -99,7 +101,7 @@ def resume(
             f"that {run} was begun with; bring them back, or begin a new run"
         )
     models = Models(state.config, state.tokenizer)
-    training, held_out = data.split(state.config.held_out, state.config.seed)
+    training, held_out = split(data, state.config)
     say(f"going on with {state.stage}, step {state.step}")
     return Run(run, state, models, training, held_out, device, say).finish()
 
@@ -188,38 +190,51 @@ class Run:
             "its loss goes flat early, and that is normal: most of it is noise that nobody could "
             "predict. Look at samples/, and at the loss at high noise"
         )
-        state, models, captions = self.state, self.models, self.training.captions
-        config, n = state.config, len(self.training)
-        mean, std = all_gaussians(models, state.first_stage, self.training.images, self.device)
-        scale = np.float32(state.scaling_factor)
-        ids, no_caption = models.tokenizer(captions), models.tokenizer("")
-        snapshots.first_stage(self.folder, self.export(), self.training, mean[0] * scale)
-
-        def batch_at(step):
-            rng = np.random.default_rng((config.seed, 4, step))
-            size = config.denoiser.batch
-            chosen = rng.integers(0, n, size)
-            normal = rng.standard_normal((2, size, *mean.shape[1:]), dtype=np.float32)
-            t = rng.integers(0, len(models.schedule), size)
-            dropped = rng.random(size) < config.caption_dropout
-            z = mean[chosen]
-            if std is not None:
-                z = z + std[chosen] * normal[0]
-            z = z * scale
-            tokens = np.where(dropped[:, None], no_caption, ids[chosen])
-            return *(self.xp.asarray(x) for x in (z, normal[1], tokens)), t
+        state, captions = self.state, self.training.captions
+        config = state.config
+        batch_at, first = self.latent_batches()
+        snapshots.first_stage(self.folder, self.export(), self.training, first)
 
         def report():
             return snapshots.denoiser(
                 self.folder, self.export(), captions, self.held_out, state.step
             )
 
-        loss_fn = denoiser_loss(models, config.min_snr)
+        loss_fn = denoiser_loss(self.models)
         try:
             fit(self.folder, state, config.denoiser, loss_fn, batch_at, stop, report, self.say)
         except Stopped:
             self.export()
             raise
+
+    def latent_batches(self) -> tuple[Callable[[int], tuple], np.ndarray]:
+        """Stage 2's `batch_at(step)`, and the first picture's latents (h, w, c).
+
+        Every picture is encoded here, once; its latents are drawn anew in every batch.
+        """
+        state, models = self.state, self.models
+        config, n = state.config, len(self.training)
+        mean, std = all_gaussians(models, state.first_stage, self.training.images, self.device)
+        scale = np.float32(state.scaling_factor)
+        ids, no_caption = models.tokenizer(self.training.captions), models.tokenizer("")
+
+        def batch_at(step):
+            rng = np.random.default_rng((config.seed, 4, step))
+            size = config.denoiser.batch
+            chosen = rng.integers(0, n, size)
+            normal = rng.standard_normal((2, size, *mean.shape[1:]), dtype=np.float32)
+            if config.noise_offset:
+                channels = (size, 1, 1, mean.shape[-1])
+                normal[1] += config.noise_offset * rng.standard_normal(channels, np.float32)
+            t = rng.integers(0, len(models.schedule), size)
+            dropped = rng.random(size) < config.caption_dropout
+            z = mean[chosen]
+            if std is not None:
+                z = z + std[chosen] * normal[0]
+            tokens = np.where(dropped[:, None], no_caption, ids[chosen])
+            return *(self.xp.asarray(x) for x in (z * scale, normal[1], tokens)), t
+
+        return batch_at, mean[0] * scale
 
 
 def second_stage(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from tinyldm.backend import Array, array_module
 from tinyldm.checkpoints import make
-from tinyldm.diffusion.objective import diffusion_loss
+from tinyldm.diffusion.objective import WEIGHTINGS, diffusion_loss
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet, VQModel
 from tinyldm.models.autoencoder import kl_loss, sample_gaussian, split_moments
@@ -92,8 +92,9 @@ def vq_loss(vae: VQModel) -> Callable:
     return loss_fn
 
 
-def denoiser_loss(models: Models, min_snr: float | None = None) -> Callable:
+def denoiser_loss(models: Models) -> Callable:
     """The diffusion loss of U-Net and text encoder, whose parameters share one dict."""
+    weighting = WEIGHTINGS[models.config.weighting]
 
     def loss_fn(params, z, noise, tokens, t):
         context, text_back = models.text(params, tokens)
@@ -107,7 +108,7 @@ def denoiser_loss(models: Models, min_snr: float | None = None) -> Callable:
 
             return prediction, backward
 
-        return diffusion_loss(predict, models.schedule, z, noise, t, min_snr)
+        return diffusion_loss(predict, models.schedule, z, noise, t, weighting)
 
     return loss_fn
 

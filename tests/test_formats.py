@@ -1,0 +1,212 @@
+"""Data sets in a few large files: written by others' code here, read by ours."""
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyldm.data.dataset import DataError
+from tinyldm.data.formats import find_arrays, load_arrays, read_idx
+
+NAMES = ["airplane", "automobile", "bird"]
+
+
+def idx(array):
+    """The format's own words: 0 0, type, dimensions, sizes, then the numbers."""
+    head = struct.pack(">BBBB", 0, 0, 8, array.ndim)
+    return head + b"".join(struct.pack(">I", side) for side in array.shape) + array.tobytes()
+
+
+def random_pictures(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    """A folder as Yann LeCun's: images and labels, for training and for testing."""
+    images, labels = random_pictures(7, 28, 28), np.uint8([3, 1, 0, 9, 9, 2, 5])
+    for part, n in (("train", 7), ("t10k", 2)):
+        for kind, array in (("images-idx3", images[:n]), ("labels-idx1", labels[:n])):
+            file = tmp_path / f"{part}-{kind}-ubyte.gz"
+            file.write_bytes(gzip.compress(idx(array)))
+    return tmp_path, images, labels
+
+
+def cifar_record(label, picture):
+    return bytes([label]) + b"".join(picture[:, :, channel].tobytes() for channel in range(3))
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    pictures, labels = random_pictures(5, 32, 32, 3), [0, 2, 1, 2, 0]
+    records = [cifar_record(*pair) for pair in zip(labels, pictures, strict=True)]
+    (tmp_path / "data_batch_1.bin").write_bytes(b"".join(records[:3]))
+    (tmp_path / "data_batch_2.bin").write_bytes(b"".join(records[3:]))
+    (tmp_path / "test_batch.bin").write_bytes(records[0])
+    return tmp_path, pictures, labels
+
+
+# ------------------------------------------------------------------------------------- round trips
+
+
+@given(shape=st.lists(st.integers(0, 6), min_size=1, max_size=3), zipped=st.booleans())
+def test_idx(tmp_path_factory, shape, zipped):
+    array = random_pictures(*shape)
+    file = tmp_path_factory.mktemp("idx") / "array"
+    file.write_bytes(gzip.compress(idx(array)) if zipped else idx(array))
+    np.testing.assert_array_equal(read_idx(file, len(shape)), array)
+
+
+def test_mnist(mnist):
+    folder, images, labels = mnist
+    files = find_arrays(folder)
+    assert [file.name for file in files] == ["train-images-idx3-ubyte.gz"]
+    data = load_arrays(files, 28)
+    np.testing.assert_array_equal(data.images, images[..., None].repeat(3, axis=3))
+    assert data.captions == [str(label) for label in labels]
+    (folder / "labels.txt").write_text("\n".join(f"a digit {i}" for i in range(10)))
+    assert load_arrays(files, 32).captions[0] == "a digit 3"
+    assert load_arrays(files, 32).images.shape == (7, 32, 32, 3)
+    assert any("enlarged to 32" in remark for remark in load_arrays(files, 32).remarks)
+
+
+def test_mnist_unpacked_and_without_labels(mnist):
+    folder, images, labels = mnist
+    file = folder / "train-images-idx3-ubyte"
+    file.write_bytes(idx(images))
+    assert load_arrays([file], 28).captions == [str(label) for label in labels]
+    for labels_file in folder.glob("*labels*"):
+        labels_file.unlink()
+    data = load_arrays([file], 28)
+    assert data.captions == [""] * 7 and len(data) == 7
+
+
+def test_cifar(cifar):
+    folder, pictures, labels = cifar
+    files = find_arrays(folder)
+    assert [file.name for file in files] == ["data_batch_1.bin", "data_batch_2.bin"]
+    data = load_arrays(files, 32)
+    np.testing.assert_array_equal(data.images, pictures)
+    assert data.captions == [str(label) for label in labels]
+    (folder / "batches.meta.txt").write_text("\n".join(NAMES) + "\n\n")
+    assert load_arrays(files, 16).captions == [NAMES[label] for label in labels]
+    assert load_arrays(files, 16).images.shape == (5, 16, 16, 3)
+    assert find_arrays(folder / "test_batch.bin") == [folder / "test_batch.bin"]
+
+
+@pytest.mark.parametrize("shape", [(4, 20, 20), (4, 20, 20, 1), (4, 20, 20, 3)])
+@pytest.mark.parametrize(
+    "more, captions",
+    [
+        ({}, [""] * 4),
+        ({"labels": np.array([[2], [0], [1], [1]])}, ["2", "0", "1", "1"]),
+        ({"captions": np.array(["a", "b c", "dé", ""])}, ["a", "b c", "dé", ""]),
+    ],
+)
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz(tmp_path, shape, more, captions, save):
+    images = random_pictures(*shape)
+    save(tmp_path / "data.npz", images=images, **more)
+    data = load_arrays(find_arrays(tmp_path), 20)
+    rgb = images if shape[3:] == (3,) else images.reshape(4, 20, 20, 1).repeat(3, axis=3)
+    np.testing.assert_array_equal(data.images, rgb)
+    assert data.captions == captions
+
+
+def test_pictures_that_are_not_square_are_cropped_in_their_middle(tmp_path):
+    images = np.zeros((1, 10, 30), np.uint8)
+    images[:, :, 10:20] = 200
+    np.savez(tmp_path / "data.npz", images=images)
+    assert (load_arrays([tmp_path / "data.npz"], 10).images == 200).all()
+
+
+# ---------------------------------------------------------------------------------------- mistakes
+
+
+def assert_refused(file, *parts):
+    with pytest.raises(DataError) as caught:
+        load_arrays([file], 28)
+    text = str(caught.value)
+    assert "\n" not in text and all(part in text for part in (file.name, *parts)), text
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda raw: raw[:-1], "expected 5,488 bytes for (7, 28, 28), found 5,487"),
+        (lambda raw: raw + b"!", "found more"),
+        (lambda raw: raw[:6], "its header is damaged"),
+        (lambda raw: b"", "expected an IDX file of bytes in 3 dimensions"),
+        (lambda raw: b"\x00\x00\x0d" + raw[3:], "begins with 0 0 8 3, found 0 0 13 3"),
+        (lambda raw: raw[:4] + b"\xff\xff\xff\xff" + raw[8:], "its header is damaged"),
+        (lambda raw: raw[:4] + b"\x7f\xff\xff\xff" + raw[8:], "its header is damaged"),
+        (lambda raw: gzip.compress(raw)[:-9], "damaged or cut off"),
+        (lambda raw: gzip.compress(raw)[:20] + b"broken" * 30, "damaged or cut off"),
+    ],
+)
+def test_a_damaged_idx_file(mnist, change, says):
+    folder, images, _ = mnist
+    file = folder / "train-images-idx3-ubyte"
+    file.write_bytes(change(idx(images)))
+    assert_refused(file, says)
+
+
+def test_labels_of_another_number(mnist):
+    folder, images, labels = mnist
+    (folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels[:5])))
+    with pytest.raises(DataError, match="5 labels for the 7 pictures"):
+        load_arrays(find_arrays(folder), 28)
+    (folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+    (folder / "labels.txt").write_text("only\nthree\nnames")
+    with pytest.raises(DataError, match="labels.txt: 3 names, but there is a class 9"):
+        load_arrays(find_arrays(folder), 28)
+
+
+def test_a_damaged_cifar_file(cifar):
+    folder, _, _ = cifar
+    file = folder / "data_batch_1.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert_refused(file, "records of 3073 bytes", "found 9,218 bytes")
+    file.write_bytes(b"")
+    assert_refused(file, "found 0 bytes")
+
+
+@pytest.mark.parametrize(
+    "arrays, says",
+    [
+        ({"pictures": random_pictures(2, 8, 8)}, "expected an array `images`, found pictures"),
+        ({"images": np.zeros((2, 8, 8))}, "found float64 (2, 8, 8)"),
+        ({"images": random_pictures(2, 8)}, "found uint8 (2, 8)"),
+        ({"images": random_pictures(2, 8, 8, 4)}, "found uint8 (2, 8, 8, 4)"),
+        ({"images": random_pictures(2, 8, 8), "captions": np.array(["a"])}, "1 captions for 2"),
+        ({"images": random_pictures(2, 8, 8), "labels": np.ones(2)}, "whole numbers, found"),
+        ({"images": np.array([{}], object)}, "not an .npz of plain arrays"),
+        ({"images": random_pictures(0, 8, 8)}, "hold no picture"),
+    ],
+)  # fmt: skip
+def test_an_npz_of_something_else(tmp_path, arrays, says):
+    np.savez(tmp_path / "data.npz", **arrays)
+    with pytest.raises(DataError) as caught:
+        load_arrays([tmp_path / "data.npz"], 28)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cut", [0, 10, -30])
+def test_a_damaged_npz(tmp_path, cut):
+    file = tmp_path / "data.npz"
+    np.savez(file, images=random_pictures(2, 8, 8))
+    file.write_bytes(file.read_bytes()[:cut])
+    assert_refused(file, "not an .npz of plain arrays")
+
+
+def test_a_pickle_in_an_npz_is_not_opened(tmp_path, monkeypatch):
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(tmp_path / "exploded"), "w")
+
+    np.savez(tmp_path / "data.npz", images=np.array([Bomb()], object))
+    assert_refused(tmp_path / "data.npz", "not an .npz of plain arrays")
+    assert not (tmp_path / "exploded").exists()

@@ -1,0 +1,177 @@
+"""Data sets that come as a few large files: IDX (MNIST and its kin), CIFAR-10's binary, and .npz.
+
+Pictures are stretched to squares of the size asked for (Lanczos); grey ones become RGB. Captions
+are the names of the classes, where a list of them lies beside the data, else their numbers.
+"""
+
+import gzip
+import math
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from tinyldm.backend import map_threads
+from tinyldm.data.dataset import DataError, Dataset
+
+CIFAR_SIDE, CIFAR_RECORD = 32, 1 + 3 * 32 * 32  # a label, then red, green and blue
+CIFAR_NAMES = "batches.meta.txt"
+IDX_NAMES = "labels.txt"  # a name a line, ours: the format itself has none
+UBYTE = 8  # the code of IDX for whole numbers 0…255
+MOST_BYTES = 8 * 2**30  # of one array; a header that says more is damaged
+
+
+def find_arrays(path: Path) -> list[Path]:
+    """The files of pictures that `path` is, or holds, in one of these formats; none if it does not.
+
+    Of a folder with files for training and for testing, those for training.
+    """
+    files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
+    found = [file for file in files if _reader(file)]
+    training = [file for file in found if file.name.startswith(("train", "data_batch"))]
+    return training or found
+
+
+def load_arrays(files: list[Path], side: int) -> Dataset:
+    """The pictures in these files, one after the other, as squares of `side` pixels.
+
+    DataError says in one line what is wrong with a file.
+    """
+    parts = [_reader(file)(file) for file in files]
+    pictures = [picture for images, _ in parts for picture in images]
+    captions = [caption for _, names in parts for caption in names]
+    if not pictures:
+        raise DataError(f"{files[0].parent}: its {len(files)} files hold no picture")
+    images = np.stack(map_threads(lambda picture: _square(picture, side), pictures))
+    kinds = f"{len(set(captions))} different"
+    remarks = [f"read {', '.join(file.name for file in files)}; captions: {kinds}"]
+    if min(pictures[0].shape[:2]) < side:
+        remarks.append(f"the pictures are enlarged to {side} pixels")
+    return Dataset(images, captions, [f"picture {i}" for i in range(len(images))], tuple(remarks))
+
+
+def _square(picture, side):
+    image = Image.fromarray(picture).convert("RGB")
+    return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
+
+
+def _reader(file: Path) -> Callable | None:
+    name = file.name.removesuffix(".gz")
+    if name.endswith(("-idx3-ubyte", ".idx3-ubyte")):
+        return _read_idx
+    if file.suffix == ".npz":
+        return _read_npz
+    if file.suffix == ".bin" and name.startswith(("data_batch", "test_batch")):
+        return _read_cifar
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- IDX
+
+
+def _read_idx(file):
+    """Pictures (n, h, w) and captions; labels in the file of the same name with labels-idx1."""
+    images = read_idx(file, 3)
+    label_names = {
+        file.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz") + end
+        for end in ("", ".gz")
+    }
+    label_files = [file.with_name(name) for name in label_names if file.with_name(name).exists()]
+    if not label_files:
+        return images, [""] * len(images)
+    labels = read_idx(label_files[0], 1)
+    if len(labels) != len(images):
+        raise DataError(
+            f"{label_files[0]}: {len(labels)} labels for the {len(images)} pictures of "
+            f"{file.name}; take both from the same data set"
+        )
+    return images, _named(labels, file.with_name(IDX_NAMES))
+
+
+def read_idx(file: Path, dimensions: int) -> np.ndarray:
+    """The uint8 array in an IDX file, gzipped or not. DataError where it is something else."""
+    try:
+        with open(file, "rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+        with gzip.open(file) if zipped else open(file, "rb") as stream:
+            magic = stream.read(4)
+            if magic != bytes((0, 0, UBYTE, dimensions)):
+                raise DataError(
+                    f"{file}: expected an IDX file of bytes in {dimensions} dimensions, which "
+                    f"begins with 0 0 {UBYTE} {dimensions}, found {' '.join(map(str, magic))}"
+                )
+            header = stream.read(4 * dimensions)
+            shape = tuple(np.frombuffer(header[: len(header) // 4 * 4], ">i4").tolist())
+            size = math.prod(shape)
+            if len(shape) != dimensions or min(shape) < 0 or size > MOST_BYTES:
+                raise DataError(f"{file}: its header is damaged: sizes {shape}")
+            data = stream.read(size + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{file}: damaged or cut off ({error})") from None
+    if len(data) != size:
+        found = "more" if len(data) > size else f"{len(data):,}"
+        raise DataError(f"{file}: expected {size:,} bytes for {shape}, found {found}")
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+# ------------------------------------------------------------------------------------ CIFAR and npz
+
+
+def _read_cifar(file):
+    size = file.stat().st_size
+    if size == 0 or size % CIFAR_RECORD:
+        raise DataError(
+            f"{file}: expected records of {CIFAR_RECORD} bytes as of CIFAR-10's binary version, "
+            f"found {size:,} bytes"
+        )
+    records = np.frombuffer(file.read_bytes(), np.uint8).reshape(-1, CIFAR_RECORD)
+    planes = records[:, 1:].reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE)
+    images = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
+    return images, _named(records[:, 0], file.with_name(CIFAR_NAMES))
+
+
+def _read_npz(file):
+    """`images` (n, h, w) or (n, h, w, 3), uint8, and `captions` or `labels` (n,), if any."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            stored = {name: arrays[name] for name in arrays.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{file}: not an .npz of plain arrays ({error})") from None
+    images = stored.get("images")
+    if images is None:
+        raise DataError(
+            f"{file}: expected an array `images`, found {', '.join(stored) or 'no array'}"
+        )
+    if images.dtype != np.uint8 or images.shape[3:] not in ((), (1,), (3,)) or images.ndim < 3:
+        raise DataError(
+            f"{file}: expected `images` of uint8 (n, h, w) or (n, h, w, 3), found "
+            f"{images.dtype} {images.shape}"
+        )
+    images = images[..., 0] if images.shape[3:] == (1,) else images
+    captions = stored.get("captions")
+    if captions is None and "labels" in stored:
+        labels = stored["labels"].reshape(-1)
+        if labels.dtype.kind not in "iu":
+            raise DataError(f"{file}: expected `labels` of whole numbers, found {labels.dtype}")
+        captions = _named(labels, file.with_name(IDX_NAMES))
+    if captions is None:
+        return images, [""] * len(images)
+    if len(captions) != len(images):
+        raise DataError(f"{file}: {len(captions)} captions for {len(images)} pictures")
+    return images, [str(caption) for caption in captions]
+
+
+def _named(labels, file):
+    """Captions of class numbers: their names, a line each in `file`, or the numbers."""
+    if not file.exists():
+        return [str(label) for label in labels.tolist()]
+    try:
+        names = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: expected text in UTF-8 ({error})") from None
+    if len(labels) and int(labels.max()) >= len(names):
+        raise DataError(f"{file}: {len(names)} names, but there is a class {labels.max()}")
+    return [names[label] for label in labels.tolist()]
