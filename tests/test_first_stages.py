@@ -13,7 +13,7 @@ from test_training import CONFIG, STAGE, STEPS, at_step, silent, without_picture
 from tinyldm.config import ConfigError
 from tinyldm.models import IdentityFirstStage, VQModel
 from tinyldm.pipeline import Pipeline
-from tinyldm.training import codebook, loop, presets, runs
+from tinyldm.training import codebook, loop, overfit, presets, runs
 from tinyldm.training.presets import Config
 from tinyldm.training.rehearsal import rehearse
 from tinyldm.training.signals import Stopped
@@ -180,3 +180,44 @@ def test_flipped_and_in_parts(call, tmp_path, monkeypatch):
     assert abs(np.subtract(flipped, plain)).max() > 1e-3
     result = call("train", "--out", run, "--resume", "--accumulate", "2")
     assert result.code == 2 and "--accumulate: the run goes on as it began" in result.err
+
+
+# ------------------------------------------------------------------------------------ the self-test
+
+
+@pytest.mark.parametrize("first_stage", ["kl", "vq", "none"])
+def test_a_single_batch_is_learnt_by_heart(call, monkeypatch, first_stage, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    result = call("train", "--preset", "tiny", "--overfit", "--first-stage", first_stage)
+    assert (result.code, result.out) == (0, ""), result.err
+    assert "denoiser: loss " in result.err and "on one batch: it learns" in result.err
+    assert ("autoencoder: loss " in result.err) == (first_stage != "none")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_learn_is_told(call, monkeypatch):
+    """Here every gradient has the wrong sign."""
+    real = overfit.denoiser_loss
+
+    def wrong(models):
+        loss_fn = real(models)
+
+        def loss_of(*args):
+            loss, backward = loss_fn(*args)
+
+            def turned(grads):
+                backward(grads)
+                for name in grads:
+                    grads[name] *= -1
+
+            return loss, turned
+
+        return loss_of
+
+    monkeypatch.setattr(overfit, "denoiser_loss", wrong)
+    monkeypatch.setattr(overfit, "STEPS", 30)
+    monkeypatch.setattr(overfit, "ENOUGH", 0.9)
+    result = call("train", "--preset", "tiny", "--overfit", "--first-stage", "none")
+    assert (result.code, result.out) == (1, "")
+    assert "denoiser: loss" in result.err and "IT DOES NOT LEARN" in result.err
+    assert "the self-test has failed" in result.err

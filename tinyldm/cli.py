@@ -26,6 +26,7 @@ PRESETS = {  # name → what it takes, for --help
     "large": "128 px, 3 hours",
 }
 COMMANDS = ("demo", "train", "sample", "eval", "experiment", "doctor")
+OF_TRAIN = ("data", "size", "minutes", "skip_bad", "first_stage", "flip", "accumulate", "overfit")
 EXPERIMENTS = {  # name → what it is about, for --help
     "latent-vs-pixel": "is diffusion cheaper in latents than in pixels, at the same quality?",
 }
@@ -131,16 +132,7 @@ def parser() -> Parser:
 
     demo = command("demo", "train on captioned shapes in five minutes, and score it")
     _add_run(demo, out="runs/demo")
-    demo.set_defaults(
-        data=None,
-        preset="demo",
-        size=None,
-        minutes=None,
-        skip_bad=None,
-        first_stage=None,
-        flip=None,
-        accumulate=None,
-    )
+    demo.set_defaults(**dict.fromkeys(OF_TRAIN), preset="demo")
 
     train = command("train", "train both stages on shapes or on a folder of pictures")
     train.add_argument(
@@ -188,6 +180,11 @@ def parser() -> Parser:
         type=_whole(1, 1024),
         metavar="N",
         help="work through each batch in N parts, for less memory (default: 1)",
+    )
+    train.add_argument(
+        "--overfit",
+        action="store_true",
+        help="only a self-test: does the loss fall on a single batch? (needs no --out)",
     )
     _add_run(train, out=None)
 
@@ -250,7 +247,7 @@ def parser() -> Parser:
 
 def _add_run(command, out):
     text = "folder of the run" + (f" (default: {out})" if out else "")
-    command.add_argument("--out", default=out, required=out is None, metavar="RUN", help=text)
+    command.add_argument("--out", default=out, metavar="RUN", help=text)
     old = command.add_mutually_exclusive_group()
     old.add_argument("--resume", action="store_true", help="go on with the run in RUN")
     old.add_argument("--overwrite", action="store_true", help="replace the run in RUN")

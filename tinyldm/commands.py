@@ -19,6 +19,8 @@ from tinyldm.files import replacing
 from tinyldm.models.tokenizer import CaptionCut
 from tinyldm.painting import say, whole_run
 from tinyldm.pipeline import Pipeline
+from tinyldm.training.loop import Diverged
+from tinyldm.training.overfit import overfit, report
 from tinyldm.training.preparation import load_data, split
 from tinyldm.training.presets import make_config
 from tinyldm.training.rehearsal import duration
@@ -33,6 +35,14 @@ def run_train(options: Namespace) -> None:
     names = ("data", "keep", "seed", "skip_bad", "first_stage", "flip")
     settings = {name: getattr(options, name) for name in names}
     sizes = {name: getattr(options, name) for name in ("preset", "size", "minutes")}
+    if options.overfit:
+        given = {name: value for name, value in settings.items() if value is not None}
+        config = make_config(**sizes, **given, accumulate=options.accumulate)
+        if not report(overfit(config, options.device, say), say):
+            raise Diverged("the self-test has failed: on a single batch the loss does not fall")
+        return
+    if options.out is None:
+        options.parser.error("the following arguments are required: --out")
     if options.resume:
         if options.accumulate is not None:
             options.parser.error("--accumulate: the run goes on as it began; leave it out")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyldm.backend import array_module, map_batch, to_device
+from tinyldm.backend import Array, array_module, map_batch, to_device
 from tinyldm.config import ConfigError
 from tinyldm.data.dataset import DataError, Dataset
 from tinyldm.models.tokenizer import CaptionCut
@@ -144,33 +144,41 @@ class Run:
     def fit_autoencoder(self, stop: Interruptible) -> None:
         """Stage 1: pictures (n, side, side, 3) become reconstructions of the same."""
         self.say("stage 1 of 2: the autoencoder learns to pack pictures into latents, and back")
-        config, models, images = self.state.config, self.models, self.training.images
-        side = config.side // config.factor
-        is_vq = config.first_stage == "vq"
-
-        def pixels(rng, size):
-            return self.xp.asarray(from_uint8(images[rng.integers(0, len(images), size)]))
-
-        def batch_at(step):
-            rng = np.random.default_rng((config.seed, 1, step))
-            x = pixels(rng, config.autoencoder.batch)
-            if is_vq:
-                return (x,)
-            noise = rng.standard_normal((len(x), side, side, config.channels), np.float32)
-            return x, self.xp.asarray(noise)
+        config, models = self.state.config, self.models
+        batch_at = self.picture_batches()
 
         def report():
             return snapshots.autoencoder(models.vae, self.state.average, self.held_out)
 
         def after_step():
-            if is_vq and codebook.due(self.state):
+            if config.first_stage == "vq" and codebook.due(self.state):
                 rng = np.random.default_rng((config.seed, 6, self.state.step))
-                codebook.revive(models.vae, self.state, pixels(rng, codebook.PICTURES), rng)
+                codebook.revive(models.vae, self.state, self.pixels(rng, codebook.PICTURES), rng)
 
         fit(
             self.folder, self.state, config.autoencoder, models.first_stage_loss(), batch_at, stop,
             report, self.say, after_step,
         )  # fmt: skip
+
+    def pixels(self, rng: np.random.Generator, count: int) -> Array:
+        """Pictures drawn from those of training, (count, side, side, 3) in −1…1."""
+        images = self.training.images
+        return self.xp.asarray(from_uint8(images[rng.integers(0, len(images), count)]))
+
+    def picture_batches(self) -> Callable[[int], tuple]:
+        """Stage 1's `batch_at(step)`: pictures, and noise for a KL autoencoder's latents."""
+        config = self.state.config
+        side = config.side // config.factor
+
+        def batch_at(step):
+            rng = np.random.default_rng((config.seed, 1, step))
+            x = self.pixels(rng, config.autoencoder.batch)
+            if config.first_stage == "vq":
+                return (x,)
+            noise = rng.standard_normal((len(x), side, side, config.channels), np.float32)
+            return x, self.xp.asarray(noise)
+
+        return batch_at
 
     def begin_denoiser(self) -> None:
         """From the end of stage 1 to the start of 2."""

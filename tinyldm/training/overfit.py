@@ -1,0 +1,65 @@
+"""The self-test of a training: on one batch, again and again, the loss must fall to nearly none.
+
+Pictures, noise and time steps stay the same, so that all of it can be learnt by heart. Where that
+fails, something is wrong with the networks, their gradients or the rates, and not with the data.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from tinyldm.backend import to_device
+from tinyldm.training.optim import learning_rate
+from tinyldm.training.parallel import gradient
+from tinyldm.training.preparation import Say, fit_tokenizer, load_data
+from tinyldm.training.presets import Config
+from tinyldm.training.runs import Run, second_stage
+from tinyldm.training.stages import Models, denoiser_loss, train_step
+from tinyldm.training.state import State
+
+STEPS, BATCH = 300, 8
+ENOUGH = 0.2  # of the first loss
+
+
+def overfit(config: Config, device: str, say: Say) -> dict[str, tuple[float, float]]:
+    """{stage: (first loss, last loss)}, each after 300 steps on the same eight pictures."""
+    stages = ("autoencoder", "denoiser")
+    shorter = {name: replace(getattr(config, name), batch=BATCH, ema=0.9) for name in stages}
+    config = replace(config, pictures=BATCH, held_out=0.0, caption_dropout=0.0, **shorter)
+    data = load_data(config)
+    data = data.pick(range(min(BATCH, len(data))))
+    tokenizer, config = fit_tokenizer(config, data.captions, say)
+    models = Models(config, tokenizer)
+    params = to_device(models.vae.init(np.random.default_rng((config.seed, 0))), device)
+    losses = {}
+    if params:
+        state = State(config, "autoencoder", params, tokenizer, "")
+        batch_at = Run("", state, models, data, data, device, say).picture_batches()
+        losses["autoencoder"] = _learn(state, models.first_stage_loss(), batch_at(0))
+        params = dict(state.params)
+    state = second_stage(config, models, params, data, "", 0, device, say)
+    batch_at, _ = Run("", state, models, data, data, device, say).latent_batches()
+    losses["denoiser"] = _learn(state, denoiser_loss(models), batch_at(0))
+    return losses
+
+
+def _learn(state, loss_fn, batch):
+    stage = getattr(state.config, state.stage)
+    seen = []
+    with gradient(loss_fn, state.params) as gradient_of:
+        for step in range(STEPS):
+            rate = learning_rate(step, STEPS, stage.rate, min(stage.warmup, STEPS // 10))
+            loss, _ = train_step(state, gradient_of, batch, rate, stage.ema)
+            state.step += 1
+            if step in (0, STEPS - 1):
+                seen.append(float(loss))
+    return tuple(seen)
+
+
+def report(losses: dict[str, tuple[float, float]], say: Say) -> bool:
+    """Say how it went; → whether both stages learnt."""
+    learnt = {name: last < ENOUGH * first for name, (first, last) in losses.items()}
+    for name, (first, last) in losses.items():
+        verdict = "it learns" if learnt[name] else "IT DOES NOT LEARN"
+        say(f"{name}: loss {first:.4f} → {last:.4f} in {STEPS} steps on one batch: {verdict}")
+    return all(learnt.values())
