@@ -39,7 +39,7 @@ ORDER = """
 ASK_FOR_THE_LIBRARY = """
     models.autoencoder models.tiles
     diffusion.schedule diffusion.objective diffusion.samplers
-    scene pipeline
+    scene evaluation.likelihood pipeline
     training.optim training.stages training.codebook training.snapshots training.runs
 """.split()
 

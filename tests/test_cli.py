@@ -137,7 +137,7 @@ def test_presets_are_those_that_there_are():
     ("arguments", "parts"),
     [
         ([], ["COMMAND"]),
-        (["paint"], ["demo, train, sample, eval or doctor, found 'paint'"]),
+        (["paint"], ["demo, train, sample, eval, experiment or doctor, found 'paint'"]),
         (["smaple", "run", "p"], ["found 'smaple'; did you mean 'sample'?"]),
         (["sample"], ["expected RUN and PROMPT"]),
         (["sample", "run"], ["expected RUN and PROMPT"]),
@@ -412,7 +412,7 @@ def test_an_output_that_cannot_be_written(call, run, tmp_path):
 
 def test_folders_that_are_no_run(call, tmp_path):
     missing = tmp_path / "none"
-    assert_mistake(call("sample", missing, PROMPT), missing / "model_index.json", "missing")
+    assert_mistake(call("sample", missing, PROMPT), missing, "no such file or folder")
     assert_mistake(call("eval", missing), missing, "holds no run")
     (tmp_path / "file").write_text("")
     assert_mistake(call("sample", tmp_path / "file", PROMPT), tmp_path / "file")
@@ -485,7 +485,7 @@ def test_the_model_of_a_picture_may_have_moved_but_not_changed(call, copy, tmp_p
     picture, moved = tmp_path / "a.png", tmp_path / "moved"
     call("sample", copy, PROMPT, "-o", picture)
     copy.rename(moved)
-    assert_mistake(call("sample", "--again", picture), copy / "model_index.json", "missing")
+    assert_mistake(call("sample", "--again", picture), copy, "no such file or folder")
     assert call("sample", moved, "--again", picture).code == 0
     assert picture.with_stem("a-again").read_bytes() == picture.read_bytes()
     pipeline = Pipeline.load(moved)

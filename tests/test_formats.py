@@ -144,7 +144,7 @@ def assert_refused(file, *parts):
         (lambda raw: raw[:4] + b"\xff\xff\xff\xff" + raw[8:], "its header is damaged"),
         (lambda raw: raw[:4] + b"\x7f\xff\xff\xff" + raw[8:], "its header is damaged"),
         (lambda raw: gzip.compress(raw)[:-9], "damaged or cut off"),
-        (lambda raw: gzip.compress(raw)[:20] + b"broken" * 30, "damaged or cut off"),
+        (lambda raw: gzip.compress(raw)[:20] + b"broken" * 30, "damaged"),
     ],
 )
 def test_a_damaged_idx_file(mnist, change, says):

@@ -79,13 +79,13 @@ def test_of_other_normal_data_it_is_the_formula(name, mean, spread):
     assert bound(schedule, mean, spread) >= entropy - 1e-9
 
 
-@pytest.mark.parametrize("shape", [(4000, 3), (500, 4, 4, 2)])
+@pytest.mark.parametrize("shape", [(20_000, 6), (5000, 4, 4, 2)])
 def test_the_estimate_is_the_bound(shape):
     schedule = Schedule(SCHEDULES["linear"])
     rng = np.random.default_rng(0)
     x0 = rng.normal(0, 1, shape).astype(np.float32)
     bits = bits_per_dim(denoiser(schedule, 0, 1), schedule, x0, rng, draws=2)
-    assert abs(bits - 0.5 * math.log2(2 * math.pi * math.e)) < 0.03
+    assert abs(bits - 0.5 * math.log2(2 * math.pi * math.e)) < 0.06  # five of its deviations
 
 
 def test_a_wrong_denoiser_costs_bits():

@@ -1,5 +1,6 @@
 """Stable Diffusion in one file of the original layout: what is read, and what is refused."""
 
+import json
 import pickle
 import re
 
@@ -11,7 +12,7 @@ from small_model import paint
 from tinyldm.config import ConfigError
 from tinyldm.models import original
 from tinyldm.models.original import load_original, load_original_vae
-from tinyldm.models.weights import WeightsError, save_weights
+from tinyldm.models.weights import WeightsError, load_weights, save_weights
 from tinyldm.pipeline import Pipeline
 
 VERSIONS = {"1": (1, 4), "1 inpainting": (1, 9), "2": (2, 4)}
@@ -188,24 +189,82 @@ def test_another_autoencoder_for_a_pipeline(made, known, vae_file, tmp_path):
         assert_equal_params(Pipeline.load(file, vae=vae).params["vae"], expected)
 
 
+def test_another_autoencoder_instead_of_one_that_is_missing(made, known, vae_file, tmp_path):
+    folder, expected = vae_file
+    without = {n: x for n, x in made[-1].items() if not n.startswith("first_stage_model.")}
+    save_weights(tmp_path / "model.safetensors", without)
+    one = Pipeline.load(tmp_path / "model.safetensors", vae=folder / "vae.safetensors")
+    assert_equal_params(one.params["vae"], expected)
+    one.save(tmp_path / "folder")
+    (tmp_path / "folder" / "vae").rename(tmp_path / "elsewhere")
+    other = Pipeline.load(tmp_path / "folder", vae=tmp_path / "elsewhere")
+    assert_equal_params(other.params["vae"], expected)
+    # A file of that folder, with its config beside it.
+    file = tmp_path / "elsewhere" / "diffusion_pytorch_model.safetensors"
+    old = {
+        name.replace("to_q", "query").replace("to_k", "key").replace("to_v", "value")
+        .replace("to_out.0", "proj_attn"): x
+        for name, x in expected.items()
+    }  # fmt: skip
+    save_weights(file, old)
+    config = json.loads((tmp_path / "elsewhere" / "config.json").read_text())
+    (tmp_path / "elsewhere" / "config.json").write_text(json.dumps(config | {"scaling_factor": 2}))
+    other = Pipeline.load(tmp_path / "folder", vae=file)
+    assert_equal_params(other.params["vae"], expected)
+    assert other.vae.config.scaling_factor == 2
+
+
+def test_averages_in_a_file_of_an_autoencoder_are_passed_over(vae_file):
+    folder, expected = vae_file
+    stored = load_weights(folder / "vae.safetensors")
+    save_weights(folder / "vae.safetensors", stored | {"model_ema.decoderconv_inbias": np.ones(3)})
+    assert_equal_params(load_original_vae(folder / "vae.safetensors")[1], expected)
+
+
+def test_odd_tensors_that_nobody_needs(made, known, tmp_path):
+    """Of other types, and a fused weight that is a single number."""
+    import safetensors.numpy
+
+    file = tmp_path / "model.safetensors"
+    save_weights(file, made[-1])
+    tensors = safetensors.numpy.load_file(file)
+    mask = {"cond_stage_model.model.attn_mask": np.zeros((77, 77), bool)}
+    safetensors.numpy.save_file(tensors | mask, file)
+    load_original(file)
+    odd = {"model.diffusion_model.out.2.bias": np.zeros(4, bool)}
+    safetensors.numpy.save_file(tensors | odd, file)
+    with pytest.raises(WeightsError, match="out.2.bias: dtype BOOL is not supported"):
+        load_original(file)
+    if made[0] == 1:  # which has no fused weights
+        return
+    fused = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
+    save_weights(file, made[-1] | {fused: np.float32(1)})
+    with pytest.raises(WeightsError, match="layers.0.self_attn"):
+        load_original(file)
+
+
 # ---------------------------------------------------------------------------------- what is refused
 
 
 def test_other_models_are_named(tmp_path):
     file = tmp_path / "model.safetensors"
     xl = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
-    for tensors in (
-        {xl: np.zeros((640, 2048), np.float32)},  # Stable Diffusion XL
-        {"lora_unet_down_blocks_0.lora_up.weight": np.zeros((4, 4), np.float32)},
-        {"conv_in.weight": np.zeros((3, 3, 4, 320), np.float32)},  # a component
-        {},
+    for name, kind in (
+        (xl, "a file"),
+        ("conditioner.embedders.0.weight", "Stable Diffusion XL"),
+        ("lora_unet_down_blocks_0.lora_up.weight", "a LoRA"),
+        ("control_model.input_hint_block.0.weight", "a ControlNet"),
+        ("down_blocks.0.resnets.0.conv1.weight", "a component of a diffusers folder"),
     ):
-        save_weights(file, tensors)
+        save_weights(file, {name: np.zeros((640, 2048), np.float32)})
         with pytest.raises(ConfigError, match="not a whole Stable Diffusion 1 or 2") as caught:
             Pipeline.load(file)
         message = str(caught.value)
         assert "\n" not in message and message.startswith(str(file))
-        assert all(name in message for name in tensors)
+        assert f"but {kind}" in message and name in message
+    save_weights(file, {})
+    with pytest.raises(ConfigError, match="a file of 0 tensors"):
+        Pipeline.load(file)
 
 
 def test_in_channels_that_mean_something_else(made, known, tmp_path):

@@ -53,7 +53,6 @@ def test_every_option_is_that_of_the_pipeline(call, run, files):
         (["--variation", 0.3], {"variation": 0.3}),
         (["--variation", 0.3, "--variation-seed", 8], {"variation": 0.3, "variation_seed": 8}),
         (["--size", 48, "--tile", 16], {"size": 48, "tile": 16}),
-        (["--vae", run], {}),
     ):  # fmt: skip
         result = call("sample", run, PROMPTS[0], "-o", files / "a.png", *arguments)
         assert (result.code, result.out) == (0, f"{files / 'a.png'}\n"), result.err
@@ -202,13 +201,15 @@ def test_not_where_what_it_began_with_has_changed(call, run, files, name):
         ("--image {files}/image.png --mask {files}/text.png", "text.png: not a picture"),
         ("--image {files}/image.png --mask {files}/black.png", "mask: expected white"),
         ("--image {files}/image.png --strength 0", "--strength: expected a number 0.001…1"),
-        ("--image {files}/image.png --strength 0.2", "strength: expected 0.33…1"),
+        ("--image {files}/image.png --strength 0.2", "strength: expected 0.334…1"),
+        ("--every 3", "--every: expected --film with it"),
+        ("--variation-seed 3", "--variation-seed: expected --variation with it"),
         ("--rescale 2", "--rescale: expected a number 0…1, found '2'"),
         ("--variation 1.5", "--variation: expected a number 0…1"),
         ("--tile 3", "tile: expected 0, for none, or 16 pixels or more, found 3"),
         ("--film {files}/film.txt", "film.txt: expected the name of a picture, such as film.png"),
         ("--every 0 --film {files}/film.png", "--every: expected a whole number ≥ 1"),
-        ("--vae {files}/nothing", "nothing.config.json: missing"),
+        ("--vae {files}/nothing", "nothing: no such file or folder"),
         ("--vae {files}/text.png", "text.png: not a safetensors file"),
     ],
 )
@@ -224,12 +225,80 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(call, run, files, arguments,
     assert sorted(files.iterdir()) == before
 
 
-@pytest.mark.parametrize("option", ["strength", "tile", "vae", "image", "mask", "rescale"])
+@pytest.mark.parametrize("option", ["strength", "tile", "rescale", "variation"])
 def test_with_again_nothing_is_left_to_choose(call, run, files, option):
     call("sample", run, PROMPTS[0], "-o", files / "a.png")
-    value = {"image": "image.png", "mask": "mask.png"}.get(option, "1")
-    result = call("sample", "--again", files / "a.png", f"--{option}", value)
+    result = call("sample", "--again", files / "a.png", f"--{option}", "1")
     assert result.code == 2 and f"leave out the {option}" in result.err
+    for name in ("image", "mask", "vae"):
+        result = call("sample", "--again", files / "a.png", f"--{name}", files / "image.png")
+        assert result.code == 2 and f"--{name}: the picture was painted without one" in result.err
+
+
+def test_what_it_began_with_may_have_moved(call, run, files, tmp_path):
+    given = ["--image", files / "image.png", "--mask", files / "mask.png", "--vae", run]
+    call("sample", run, PROMPTS[0], "-o", files / "a.png", *given)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("image.png", "mask.png"):
+        (files / name).rename(moved / name)
+    assert call("sample", "--again", files / "a.png").code == 2
+    places = ["--image", moved / "image.png", "--mask", moved / "mask.png", "--vae", run / "vae"]
+    assert call("sample", "--again", files / "a.png", *places).code == 0
+    np.testing.assert_array_equal(opened(files / "a-again.png"), opened(files / "a.png"))
+    assert call("sample", "--again", files / "a-again.png", "-o", files / "b.png").code == 0
+    places[1] = moved / "mask.png"
+    result = call("sample", "--again", files / "a.png", *places)
+    assert result.code == 2 and "the picture that it began with was" in result.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "-o {files}/image.png --image {files}/image.png",
+        "-o {files}/../{name}/image.png --image {files}/image.png",
+        "-o {files}/mask.png --image {files}/image.png --mask {files}/mask.png",
+        "-o {files}/a.png --film {files}/a.png",
+        "-o {files}/a.png --n 2 --film {files}/a-1.png",
+        "-o {files}/a.png --image {files}/image.png --film {files}/image.png",
+    ],
+)
+def test_nothing_replaces_what_is_needed(call, run, files, arguments):
+    before = {file: file.read_bytes() for file in files.iterdir()}
+    arguments = arguments.format(files=files, name=files.name).split()
+    result = call("sample", run, PROMPTS[0], *arguments)
+    assert (result.code, result.out) == (2, "")
+    assert "would replace a picture that is needed; take another name" in result.err
+    assert {file: file.read_bytes() for file in files.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "output, says", [("a.xbm", "does not hold colours"), ("image.png/a.png", "cannot be written")]
+)
+def test_an_output_that_cannot_be_is_told_before_the_work(
+    call, run, files, output, says, monkeypatch
+):
+    def working(*args):
+        raise AssertionError("it has begun")
+
+    monkeypatch.setattr(Pipeline, "denoise", working)
+    for option in ("-o", "--film"):
+        result = call("sample", run, PROMPTS[0], option, files / output)
+        assert result.code == 2 and says in result.err
+    result = call("sample", run, PROMPTS[0], "-o", files / "a.png", "--tile", 8)
+    assert result.code == 2 and "tile: expected" in result.err
+
+
+def test_a_prompt_that_is_no_text(call, run, files):
+    for arguments in (["\udcff"], ["a", "--negative", "\udcff"]):
+        result = call("sample", run, *arguments, "-o", files / "a.png")
+        assert result.code == 2 and "not valid UTF-8" in result.err
+
+
+def test_a_checkpoint_that_is_not_there(call, run, files):
+    for name in ("nope", "nope.safetensors", "nope.ckpt"):
+        result = call("sample", files / name, "a cat", "-o", files / "a.png")
+        assert result.code == 2 and f"{name}: no such file or folder" in result.err
 
 
 def test_other_kinds_of_pipelines_are_named(call, run, tmp_path):

@@ -13,6 +13,7 @@ from tinyldm import pipeline as module
 from tinyldm.again import fingerprint
 from tinyldm.checkpoints import COMPONENTS
 from tinyldm.config import ConfigError
+from tinyldm.diffusion.samplers import SCHEDULERS
 from tinyldm.models.weights import WeightsError, load_weights, save_weights
 from tinyldm.pipeline import Pipeline
 from tinyldm.pixels import from_uint8, to_uint8
@@ -55,7 +56,7 @@ def test_the_command_line_knows_the_samplers():
     assert cli.SAMPLERS == tuple(module.SAMPLERS)
 
 
-@pytest.mark.parametrize("name", module.SCHEDULERS)
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_folder_is_painted_from_by_the_scheduler_that_it_names(pipe, folder, name):
     file = folder / "scheduler" / "scheduler_config.json"
     settings = json.loads(file.read_text()) | {"_class_name": name}
@@ -64,8 +65,8 @@ def test_a_folder_is_painted_from_by_the_scheduler_that_it_names(pipe, folder, n
     del index["_tinyldm"]
     (folder / "model_index.json").write_text(json.dumps(index))
     loaded = Pipeline.load(folder)
-    assert loaded.defaults["sampler"] == module.SCHEDULERS[name]
-    expected = paint(pipe, PROMPTS[:1], sampler=module.SCHEDULERS[name], steps=3, guidance=2)
+    assert loaded.defaults["sampler"] == SCHEDULERS[name]
+    expected = paint(pipe, PROMPTS[:1], sampler=SCHEDULERS[name], steps=3, guidance=2)
     np.testing.assert_array_equal(paint(loaded, PROMPTS[:1], steps=3, guidance=2), expected)
 
 
@@ -455,9 +456,10 @@ def test_a_save_that_fails_leaves_no_scraps(pipe, folder, monkeypatch):
 @pytest.mark.parametrize("missing", ["folder", "model_index.json", *COMPONENT_FILES[:-1]])
 def test_what_is_missing_is_named(folder, missing):
     if missing == "folder":
-        folder, missing = folder.parent / "no-such-folder", "model_index.json"
-    else:
-        (folder / missing).unlink()
+        with pytest.raises(FileNotFoundError, match="no-such-folder: no such file or folder"):
+            Pipeline.load(folder.parent / "no-such-folder")
+        return
+    (folder / missing).unlink()
     with pytest.raises(FileNotFoundError) as caught:
         Pipeline.load(folder)
     text = one_line(caught)
@@ -536,3 +538,30 @@ def test_the_fingerprint_sees_weights_configs_and_tokenizer(folder):
     pipe = Pipeline.load(folder)
     pipe.tokenizer.max_length -= 1
     assert fingerprint(pipe) != expected
+
+
+# ------------------------------------------------------------------------------- folders of others
+
+
+def test_latents_are_not_clipped_where_the_scheduler_says_nothing(pipe):
+    """Schedulers that never clip do not write the key, and ddim would clip by default."""
+    silent = {k: v for k, v in pipe.configs["scheduler"].items() if k != "clip_sample"}
+    other = Pipeline(pipe.configs | {"scheduler": silent}, pipe.params, pipe.tokenizer)
+    for sampler in ("ddim", "ddpm"):
+        options = {"sampler": sampler, "steps": 4, "guidance": 2.0}
+        np.testing.assert_array_equal(
+            paint(other, PROMPTS[:1], **options), paint(pipe, PROMPTS[:1], **options)
+        )
+    clips = Pipeline(
+        pipe.configs | {"scheduler": silent | {"clip_sample": True}}, pipe.params, pipe.tokenizer
+    )
+    options = {"sampler": "ddim", "steps": 4, "guidance": 2.0}
+    assert (paint(clips, PROMPTS[:1], **options) != paint(pipe, PROMPTS[:1], **options)).any()
+
+
+def test_a_scheduler_that_is_not_implemented_is_named_with_the_way_out(pipe):
+    scheduler = pipe.configs["scheduler"] | {"_class_name": "UniPCMultistepScheduler"}
+    other = Pipeline(pipe.configs | {"scheduler": scheduler}, pipe.params, pipe.tokenizer)
+    with pytest.raises(ValueError, match="the model names a UniPCMultistepScheduler.*--sampler"):
+        other(PROMPTS[0], steps=2)
+    assert len(other(PROMPTS[0], steps=2, sampler="euler")) == 1

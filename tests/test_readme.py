@@ -71,12 +71,13 @@ def test_a_command(place, monkeypatch, capfd, command):
     monkeypatch.setattr("tinyldm.pipeline.DEFAULTS", {"steps": 5, "guidance": 7.5})
     program, *arguments = command
     assert program == ".venv/bin/tinyldm"
-    if "--size" in arguments:  # 64 pixels are to this model what 512 are to the real one
+    if "--size" in command:  # 64 pixels are to this model what 512 are to the real one
         at = arguments.index("--size") + 1
         height, width = map(int, arguments[at].split("x"))
         arguments[at] = f"{height // 8}x{width // 8}"
     if "--tile" in arguments:
         arguments[arguments.index("--tile") + 1] = "64"
+        arguments += ["--size", "96"]
     assert cli.main(arguments) == 0
     out, err = capfd.readouterr()
     names = out.split()
@@ -87,7 +88,9 @@ def test_a_command(place, monkeypatch, capfd, command):
             assert np.asarray(picture.convert("RGB")).std() > 5
             if "--film" in arguments and name == names[-1]:
                 assert picture.n_frames == 10
-            elif "--size" in arguments:
+            elif "--tile" in arguments:
+                assert picture.size == (96, 96)
+            elif "--size" in command:
                 assert picture.size == (width // 8, height // 8)
             elif "--image" in arguments:  # 4 : 3, in multiples of 64
                 assert picture.size == (64, 64)

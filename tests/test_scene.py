@@ -7,10 +7,9 @@ import pytest
 from PIL import Image
 from small_model import PROMPTS, STEPS, make_pipeline, paint, start_noise
 
-from tinyldm import scene as module
 from tinyldm.diffusion.samplers import SAMPLERS, levels
-from tinyldm.pixels import from_uint8, mask_pixels, picture_pixels, similar_size
-from tinyldm.scene import Scene
+from tinyldm.pixels import as_rgb, from_uint8, mask_pixels, picture_pixels, similar_size
+from tinyldm.scene import Entry, Scene
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +107,8 @@ def test_the_size_is_that_of_the_model_in_the_proportions_of_the_image(
 def test_similar_sizes():
     assert similar_size((1000, 1000), (512, 512), 64) == (512, 512)
     assert similar_size((3024, 4032), (512, 512), 64) == (448, 576)
-    assert similar_size((10, 4000), (512, 512), 64)[0] == 64
+    assert similar_size((10, 4000), (512, 512), 64) == (64, 4096)
+    assert similar_size((16384, 1), (512, 512), 64) == (4096, 64)
 
 
 # --------------------------------------------------------------------------------------- inpainting
@@ -191,6 +191,43 @@ def test_to_a_model_that_inpaints_all_is_hidden_without_a_mask(
         np.testing.assert_allclose(x[..., 5:], grey, atol=1e-5)
 
 
+def test_a_mask_between_the_latents_is_told(pipe, image):
+    thin = np.zeros((16, 16), np.uint8)
+    thin[:, 3] = 255
+    with pytest.raises(ValueError, match="mask: expected white areas of 2 pixels or more"):
+        pipe(PROMPTS[0], image=image, mask=Image.fromarray(thin))
+
+
+@pytest.mark.parametrize("tile", [0, 16, None])
+def test_tiles_are_those_of_the_encoder_too(pipe, image, tile, monkeypatch):
+    sides = []
+    encode = pipe.vae.to_latents
+
+    def spy(params, x):
+        sides.append(x.shape[1:3])
+        return encode(params, x)
+
+    monkeypatch.setattr(pipe.vae, "to_latents", spy)
+    monkeypatch.setattr("tinyldm.pipeline.WHOLE", 20)
+    monkeypatch.setattr("tinyldm.pipeline.TILE", 24)
+    pipe(PROMPTS[0], image=image, size=48, tile=tile)
+    assert set(sides) == {{0: (48, 48), 16: (16, 16), None: (24, 24)}[tile]}
+
+
+def test_pictures_of_other_kinds():
+    """The same that the command line makes of their files."""
+    deep = Image.fromarray(np.full((4, 4), 32768, np.uint16))
+    assert (picture_pixels(deep, 4, 4) == 127).all() or (picture_pixels(deep, 4, 4) == 128).all()
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    assert (picture_pixels(clear, 4, 4) == 255).all()
+    assert mask_pixels(clear, 4, 4).all()
+    turned = Image.new("RGB", (6, 4))
+    turned.getexif()[0x0112] = 6
+    assert as_rgb(turned).size == (4, 6)
+    with pytest.raises(ValueError, match="mode F"):
+        mask_pixels(Image.new("F", (4, 4)), 4, 4)
+
+
 def test_masks_and_images_as_numbers(image):
     gray = Image.fromarray(np.uint8([[0, 127, 128, 255]]))
     assert mask_pixels(gray, 1, 4).tolist() == [[False, False, True, True]]
@@ -202,30 +239,53 @@ def test_masks_and_images_as_numbers(image):
 # -------------------------------------------------------------------------- variations and the rest
 
 
-def test_variations_lie_between_two_noises(pipe, monkeypatch):
-    monkeypatch.setattr(module, "enter", lambda recipe, scene, x, *rest: starts.append(x))
+@pytest.fixture
+def start(pipe, monkeypatch):
+    """start(**options) → the noise from which three pictures start."""
     starts = []
-    import tinyldm.pipeline as pipeline
 
-    def enter(recipe, scene, x, *rest):
+    def spy(recipe, scene, x, *rest):
         starts.append(x)
-        return module.Entry(x)
+        return Entry(x)
 
-    monkeypatch.setattr(pipeline, "enter", enter)
+    monkeypatch.setattr("tinyldm.pipeline.enter", spy)
 
-    def start(**options):
-        list(pipe.denoise(pipe.recipe(PROMPTS[:3], steps=1, seed=5, **options)))
+    def start_of(**options):
+        list(pipe.denoise(pipe.recipe(PROMPTS[:3], steps=1, **options)))
         return starts[-1]
 
+    return start_of
+
+
+def test_variations_begin_at_one_noise_and_go_ways_of_their_own(start):
     first = start_noise(1, 5)
-    np.testing.assert_array_equal(start(), start_noise(3, 5))
-    near = start(variation=1e-3, variation_seed=9)
-    np.testing.assert_allclose(near, np.repeat(first, 3, axis=0), atol=0.02)
-    np.testing.assert_allclose(start(variation=1, variation_seed=9), start_noise(3, 9), atol=1e-6)
-    half = start(variation=0.5, variation_seed=9)
-    assert half.dtype == np.float32 and len({x.tobytes() for x in half}) == 3
-    for other, x in zip(start_noise(3, 9), half, strict=True):
-        assert abs(np.linalg.norm(x - first) - np.linalg.norm(x - other)) < 0.05 * np.linalg.norm(x)
+    np.testing.assert_array_equal(start(seed=5), start_noise(3, 5))
+    np.testing.assert_allclose(start(seed=5, variation=0.0), first.repeat(3, axis=0), atol=1e-6)
+    ends = start(seed=5, variation=1, variation_seed=9)
+    assert ends.dtype == np.float32 and len({x.tobytes() for x in ends}) == 3
+    half = start(seed=5, variation=0.5, variation_seed=9)
+    for end, x in zip(ends, half, strict=True):
+        assert abs(np.linalg.norm(x - first) - np.linalg.norm(x - end)) < 0.05 * np.linalg.norm(x)
+    again = start(seed=6, variation=1, variation_seed=9)
+    np.testing.assert_allclose(again, ends, atol=1e-6)  # they do not depend on where it begins
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_variation_differs_whatever_the_seeds_are(start, seed):
+    """Also where both seeds are the same, as they are by default."""
+    first = start_noise(1, seed)
+    moved = start(seed=seed, variation=0.5, variation_seed=seed)
+    for x in moved:
+        assert abs(x - first).mean() > 0.2
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_tiny_variation_is_a_tiny_change(pipe, sampler):
+    """Noise on the way is that of the first picture, too."""
+    options = {"seed": 4, "sampler": sampler}
+    first = paint(pipe, PROMPTS[0], **options)
+    for picture in paint(pipe, [PROMPTS[0]] * 3, variation=1e-5, **options):
+        assert abs(picture.astype(int) - first[0]).max() <= 1
 
 
 def test_a_callback_sees_every_step(pipe):
@@ -266,14 +326,19 @@ def test_tiles_are_passed_on(pipe, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"strength": 0.5}, "expected an image"),
+        ({"strength": 0.5, "size": None}, "expected an image"),
         ({"mask": Image.new("L", (8, 8), 255)}, "expected an image"),
         ({"image": "photo.png"}, "image: expected a PIL image, or 1 for 1 prompts, found 9 str"),
-        ({"image": []}, "image: expected .* found 0"),
+        ({"image": "photo.png", "size": None}, "image: expected a PIL image, .*found 9 str"),
+        ({"image": [], "size": None}, "image: expected .* found 0"),
+        ({"image": np.zeros((8, 8, 3), np.uint8), "size": None}, "found 8 ndarray"),
+        ({"size": 16.0}, "size: expected multiples of 2, found 16.0"),
+        ({"steps": 2.5}, "steps: expected"),
+        ({"guidance": "7"}, "guidance: expected a number, found '7'"),
         ({"image": Image.new("L", (8, 8)), "mask": Image.new("L", (8, 8))}, "mask: expected white"),
-        ({"image": Image.new("RGB", (8, 8)), "strength": 0}, "strength: expected 0.33…1"),
-        ({"image": Image.new("RGB", (8, 8)), "strength": 0.3}, "strength: expected 0.33…1"),
-        ({"image": Image.new("RGB", (8, 8)), "strength": 1.01}, "strength: expected 0.33…1"),
+        ({"image": Image.new("RGB", (8, 8)), "strength": 0}, "strength: expected 0.334…1"),
+        ({"image": Image.new("RGB", (8, 8)), "strength": 0.3}, "strength: expected 0.334…1"),
+        ({"image": Image.new("RGB", (8, 8)), "strength": 1.01}, "strength: expected 0.334…1"),
         ({"rescale": 1.5}, "rescale: expected 0…1, found 1.5"),
         ({"variation": -0.1}, "variation: expected 0…1, found -0.1"),
         ({"variation": float("nan")}, "variation: expected 0…1, found nan"),

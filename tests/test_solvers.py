@@ -83,15 +83,33 @@ def test_unknown_spacing_is_refused(grid):
         grid(Schedule({"timestep_spacing": "even"}), 5)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize(
-    "key, value, only",
-    [("solver_order", 3, "2"), ("use_beta_sigmas", True, "False"), ("thresholding", True, "False")],
+    "name, key, value, only",
+    [
+        *((name, "use_beta_sigmas", True, "False") for name in SOLVERS),
+        *((name, "solver_order", 3, "2") for name in ("dpm++2m", "dpm++2m_sde")),
+        *((name, "thresholding", True, "False") for name in ("dpm++2m", "dpm++2m_sde")),
+    ],
 )
 def test_what_is_not_implemented_is_refused_by_name(name, key, value, only):
     message = f"^scheduler config: {key} = {value} is not implemented .*only {only}; take ddim$"
     with pytest.raises(ConfigError, match=message):
         run(name, Schedule({key: value}), np.ones(1), 5)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_configs_of_other_schedulers_are_taken_as_diffusers_takes_them(name):
+    """What is said of another solver does not matter to Euler and Heun; DPM-Solver++ stays so."""
+    usual = run(name, Schedule(STABLE_DIFFUSION), np.ones(1), 5)
+    for others in (
+        {"solver_type": "bh2", "solver_order": 2, "predict_x0": True},  # UniPC
+        {"solver_type": "logrho", "algorithm_type": "deis", "solver_order": 2},  # DEIS
+    ):
+        found = run(name, Schedule(STABLE_DIFFUSION | others), np.ones(1), 5)
+        np.testing.assert_array_equal(found, usual)
+    if name in ("euler", "euler_a", "heun"):
+        odd = Schedule(STABLE_DIFFUSION | {"solver_order": 3, "thresholding": True})
+        np.testing.assert_array_equal(run(name, odd, np.ones(1), 5), usual)
 
 
 # ------------------------------------------------------------------------------------------ results

@@ -255,7 +255,7 @@ MISTAKES = [
     (
         "sample {new} caption",
         None,
-        "model_index.json: missing; expected the folder of a trained run",
+        "new: no such file or folder; expected the folder of a trained run",
     ),
     ("sample {file} caption", None, "file"),
     ("eval {pictures}", None, "holds no run"),

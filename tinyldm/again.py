@@ -28,7 +28,11 @@ class Given:
 
     @classmethod
     def of(cls, file: Path) -> "Given":
-        """As it is now. OSError where it is not there."""
+        """As it is now. OSError where it is not there, ValueError for a name that is no text."""
+        try:
+            str(file).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"{str(file)!r}: its name is not UTF-8; give it another") from None
         return cls(file, hashlib.sha256(file.read_bytes()).hexdigest()[:16])
 
     @classmethod
@@ -75,8 +79,8 @@ class Origin:
         rare = {
             "strength": recipe.strength,
             "rescale": recipe.rescale or None,
-            "variation": recipe.variation or None,
-            "variation_seed": recipe.variation_seed if recipe.variation else None,
+            "variation": recipe.variation,
+            "variation_seed": None if recipe.variation is None else recipe.variation_seed,
             "vae": self.vae,
             "image": self.image and self.image.note(),
             "mask": self.mask and self.mask.note(),
@@ -120,7 +124,7 @@ class Origin:
                 width=width,
                 strength=float(notes["strength"]) if "strength" in notes else None,
                 rescale=float(notes.get("rescale", 0)),
-                variation=float(notes.get("variation", 0)),
+                variation=float(notes["variation"]) if "variation" in notes else None,
                 variation_seed=int(notes.get("variation_seed", 0)),
             )
             return cls(

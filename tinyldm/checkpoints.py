@@ -52,15 +52,22 @@ def load_checkpoint(
     folder or a file. FileNotFoundError, ConfigError or WeightsError say in one line what is wrong.
     """
     path = Path(path)
+    for each in (path, *([Path(vae)] if vae is not None else [])):
+        if not each.exists():
+            raise FileNotFoundError(
+                f"{each}: no such file or folder; expected the folder of a trained run, or a "
+                "Stable Diffusion as a folder or one .safetensors file"
+            )
+    own = vae is None
     configs, params, tokenizer, *rest = (
-        load_original(path) if path.is_file() else _load_folder(path)
+        load_original(path, own) if path.is_file() else _load_folder(path, own)
     )
-    if vae is not None:
+    if not own:
         configs["vae"], params["vae"] = _load_vae(Path(vae))
     return configs, to_device(params, device), tokenizer, rest[0] if rest else {}
 
 
-def _load_folder(folder):
+def _load_folder(folder, with_vae):
     index = read_json(folder / "model_index.json")
     kind = index.get("_class_name", PIPELINES[0])
     if kind not in (*PIPELINES, OWN_PIPELINE):
@@ -71,14 +78,16 @@ def _load_folder(folder):
     configs = {"scheduler": read_json(folder / "scheduler" / "scheduler_config.json")}
     params = {}
     for name in COMPONENTS:
-        configs[name], params[name] = _load_component(folder / name, name)
+        if name != "vae" or with_vae:
+            configs[name], params[name] = _load_component(folder / name, name)
     return configs, params, Tokenizer.load(folder / "tokenizer"), index.get("_tinyldm") or {}
 
 
 def _load_vae(path):
     """→ config, weights. Of the folder of a whole model, the autoencoder in it."""
-    if path.is_file():
+    if path.is_file() and not (path.parent / "config.json").exists():
         return load_original_vae(path)
+    path = path.parent if path.is_file() else path
     return _load_component(path / "vae" if (path / "vae").is_dir() else path, "vae")
 
 

@@ -30,6 +30,8 @@ from tinyldm.training.state import load_notes
 
 def run_train(options: Namespace) -> None:
     """Train a new run, or go on with one, and print its folder."""
+    if options.out is None and not options.overfit:
+        options.parser.error("the following arguments are required: --out")
     _say_device(options)
     started = time.monotonic()
     names = ("data", "keep", "seed", "skip_bad", "first_stage", "flip")
@@ -41,8 +43,6 @@ def run_train(options: Namespace) -> None:
         if not report(overfit(config, options.device, say), say):
             raise Diverged("the self-test has failed: on a single batch the loss does not fall")
         return
-    if options.out is None:
-        options.parser.error("the following arguments are required: --out")
     if options.resume:
         if options.accumulate is not None:
             options.parser.error("--accumulate: the run goes on as it began; leave it out")

@@ -2,7 +2,7 @@
 
 import sys
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from tinyldm.again import Given, Origin, fingerprint
-from tinyldm.evaluation.pictures import grid, picture_format, save_animation, save_picture
+from tinyldm.evaluation.pictures import (
+    check_picture,
+    grid,
+    picture_format,
+    save_animation,
+    save_picture,
+)
 from tinyldm.pipeline import Pipeline
 from tinyldm.scene import Scene
 from tinyldm.training.runs import rebuild
@@ -25,11 +31,23 @@ def run_sample(options: Namespace) -> None:
     """Paint pictures from a prompt, or one again from what it says of itself; print their names."""
     if not options.again and (options.run is None or options.prompt is None):
         options.parser.error("expected RUN and PROMPT, or --again FILE")
+    for name, wanted in (("every", "film"), ("variation_seed", "variation")):
+        if getattr(options, name) is not None and getattr(options, wanted) is None:
+            option = name.replace("_", "-")
+            options.parser.error(f"--{option}: expected --{wanted} with it")
     film = Film(Path(options.film), options.every) if options.film else None
     bar = tqdm(total=1, desc="loading", bar_format="{desc}", leave=False, disable=None)
     origins, output, pipeline = _again(options) if options.again else _from_prompt(options)
     bar.close()
     origin = origins[0]
+    names = [
+        output if len(origins) == 1 else output.with_stem(f"{output.stem}-{one.i}")
+        for one in origins
+    ]
+    notes = [one.notes() for one in origins]
+    given = [one.file for one in (origin.image, origin.mask) if one]
+    check_outputs([*names, *([film.file] if film else [])], [*given, options.again])
+    pipeline.check_tile(origin.tile)
     recipe, n = origin.recipe, len(origin.recipe.prompts)
     scene = None
     if origin.image:
@@ -37,7 +55,8 @@ def run_sample(options: Namespace) -> None:
         scene = Scene.of(image, mask, recipe)
     # The decoder takes about as long as a step, and so counts as one.
     with tqdm(total=recipe.steps_taken + 1, desc="painting", unit="step", disable=None) as bar:
-        for i, (latents, x0) in enumerate(pipeline.denoise(recipe, None, scene), 1):
+        steps = pipeline.denoise(recipe, None, scene, origin.tile)
+        for i, (latents, x0) in enumerate(steps, 1):
             bar.update()
             last = i == recipe.steps_taken
             if film and (last or film.wants(i, recipe.steps_taken)):
@@ -46,9 +65,8 @@ def run_sample(options: Namespace) -> None:
                 bar.set_description("decoding")
                 pictures = pipeline.decode(latents, origin.tile)
         bar.update()
-    for one in origins:
-        name = output if len(origins) == 1 else output.with_stem(f"{output.stem}-{one.i}")
-        save_picture(name, Image.fromarray(pictures[one.i]), one.notes())
+    for name, one, note in zip(names, origins, notes, strict=True):
+        save_picture(name, Image.fromarray(pictures[one.i]), note)
         print(name)
     if film:
         film.save(n)
@@ -58,6 +76,9 @@ def run_sample(options: Namespace) -> None:
 def _from_prompt(options):
     """→ where each picture comes from, what to call them, and the pipeline that paints them."""
     output = Path(options.output or "sample.png")
+    for name in ("prompt", "negative"):
+        if any("\ud800" <= char <= "\udfff" for char in getattr(options, name) or ""):
+            options.parser.error(f"{name}: not valid UTF-8")
     if picture_format(output) != "PNG":  # complains before the work rather than after it
         say(f"{output}: only a .png says how it was painted, for --again")
     for name in ("mask", "strength"):
@@ -82,7 +103,7 @@ def _from_prompt(options):
         size,
         strength=strength,
         rescale=options.rescale or 0.0,
-        variation=options.variation or 0.0,
+        variation=options.variation,
         variation_seed=options.variation_seed or 0,
     )
     weights = fingerprint(pipeline)
@@ -95,14 +116,22 @@ def _from_prompt(options):
 def _again(options):
     """The same for a picture that says where it comes from, and leaves nothing else to choose."""
     for name in (
-        *("prompt", "negative", "steps", "guidance", "sampler", "seed", "n", "size", "image"),
-        *("mask", "strength", "rescale", "variation", "variation_seed", "tile", "vae"),
+        *("prompt", "negative", "steps", "guidance", "sampler", "seed", "n", "size"),
+        *("strength", "rescale", "variation", "variation_seed", "tile"),
     ):
         if getattr(options, name) is not None:
             options.parser.error(f"--again takes everything from the picture: leave out the {name}")
     origin = Origin.read(options.again)
     output = Path(options.output or options.again.with_stem(f"{options.again.stem}-again"))
     picture_format(output)
+    for name in ("image", "mask", "vae"):  # which may have moved
+        place = getattr(options, name)
+        if place is not None:
+            began = getattr(origin, name)
+            if began is None:
+                options.parser.error(f"--{name}: the picture was painted without one")
+            moved = place if name == "vae" else replace(began, file=place)
+            origin = replace(origin, **{name: moved})
     for given in (origin.image, origin.mask):
         if given:
             given.check()
@@ -148,6 +177,17 @@ def _reduced(pictures):
         return pictures
     size = round(w * scale), round(h * scale)
     return np.stack([Image.fromarray(p).resize(size, Image.Resampling.LANCZOS) for p in pictures])
+
+
+def check_outputs(files: list[Path], inputs: list[Path | None]) -> None:
+    """ValueError before the work, where a file would replace another or could not be written."""
+    taken = [file.resolve() for file in inputs if file]
+    for file in files:
+        place = file.resolve()
+        if place in taken:
+            raise ValueError(f"{file}: would replace a picture that is needed; take another name")
+        taken.append(place)
+        check_picture(file)
 
 
 def whole_run(run: str) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tinyldm.backend import Array, array_module, cores, map_batch, map_threads, 
 from tinyldm.checkpoints import load_checkpoint, make, save_folder
 from tinyldm.config import ConfigError
 from tinyldm.diffusion import noise
-from tinyldm.diffusion.samplers import RANDOM, SAMPLERS, guided, levels, timesteps
+from tinyldm.diffusion.samplers import RANDOM, SAMPLERS, guided, levels, sampler_of, timesteps
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.machine import keep_freed_memory
 from tinyldm.models import Tokenizer
@@ -21,18 +22,9 @@ from tinyldm.models.tiles import in_tiles
 from tinyldm.nn import no_grad
 from tinyldm.pixels import from_uint8, similar_size, to_uint8
 from tinyldm.recipe import Recipe
-from tinyldm.scene import Images, Scene, enter, seeing
+from tinyldm.scene import Images, Scene, each, enter, seeing
 from tinyldm.team import available, team
 
-SCHEDULERS = {  # diffusers' class → our sampler
-    "DDPMScheduler": "ddpm",
-    "DDIMScheduler": "ddim",
-    "PNDMScheduler": "pndm",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_a",
-    "HeunDiscreteScheduler": "heun",
-    "DPMSolverMultistepScheduler": "dpm++2m",
-}
 DEFAULTS = {"steps": 50, "guidance": 7.5}  # Stable Diffusion's own
 POSITIONS_AT_ONCE = 2**14  # of latents, on a core: more would need more memory, and be no faster
 SAMPLES_AT_ONCE = 64
@@ -67,12 +59,10 @@ class Pipeline:
                 f"unet config: in_channels = {channels} is not implemented with {latents} channels "
                 f"of latents, only {latents}, or {2 * latents + 1} for inpainting"
             )
-        self.schedule = Schedule(configs["scheduler"])
+        # Schedulers that never clip do not write the key; others do, and latents are not pixels.
+        self.schedule = Schedule({"clip_sample": False} | configs["scheduler"])
         self.scheduler_class = configs["scheduler"].get("_class_name", "DDIMScheduler")
-        sampler = SCHEDULERS.get(self.scheduler_class, self.scheduler_class)
-        if sampler == "dpm++2m" and configs["scheduler"].get("algorithm_type", "")[:3] == "sde":
-            sampler = "dpm++2m_sde"
-        self.defaults = DEFAULTS | {"sampler": sampler}
+        self.defaults = DEFAULTS | {"sampler": sampler_of(configs["scheduler"])}
         self.defaults |= defaults or {}
         self.xp = array_module(next(iter(params["unet"].values())))
 
@@ -107,7 +97,7 @@ class Pipeline:
         mask: Images | None = None,
         strength: float | None = None,
         rescale: float = 0.0,
-        variation: float = 0.0,
+        variation: float | None = None,
         variation_seed: int = 0,
         tile: int | None = None,
         callback: Callable[[int, Array, Array], None] | None = None,
@@ -124,8 +114,8 @@ class Pipeline:
         is then gone, 0.8 by default; at 1 little more than the colours is left of it.
         mask: PIL; where it is white the image is painted anew, all the rest stays. strength: 1.
         rescale: 0…1, see `guided`.
-        variation: 0…1; every picture starts from the noise of (seed, 0), moved so far towards that
-        of (variation_seed, i).
+        variation: 0…1; every picture starts from the noise of (seed, 0), moved so far towards
+        another, which (variation_seed, i) decides.
         tile: pixels, the side of the tiles in which to decode; 0 never, None where it is large.
         callback: called with (i, x, x0) after the i-th step, both (n, h, w, c): the latents so far,
         and where they lead. What it raises ends the work.
@@ -136,14 +126,15 @@ class Pipeline:
         if image is not None and strength is None:
             strength = 0.8 if mask is None else 1.0
         if image is not None and size is None:
-            first = image if isinstance(image, Image.Image) else image[0]
+            first, *_ = each("image", image, 1 if isinstance(prompt, str) else len(prompt))
             size = self.size_like(first.height, first.width)
+        self.check_tile(tile)
         recipe = self.recipe(
             prompt, negative_prompt, steps, guidance, sampler, seed, size, strength=strength,
             rescale=rescale, variation=variation, variation_seed=variation_seed,
         )  # fmt: skip
         scene = None if image is None else Scene.of(image, mask, recipe)
-        for i, (x, x0) in enumerate(self.denoise(recipe, latents, scene)):
+        for i, (x, x0) in enumerate(self.denoise(recipe, latents, scene, tile)):
             if callback:
                 callback(i, x, x0)
         return [Image.fromarray(picture) for picture in self.decode(x, tile)]
@@ -171,36 +162,48 @@ class Pipeline:
         timesteps(self.schedule, steps)  # raises where there are not so many
         guidance = self.defaults["guidance"] if guidance is None else guidance
         sampler = sampler or self.defaults["sampler"]
+        if sampler == self.scheduler_class:
+            raise ValueError(
+                f"sampler: the model names a {sampler}, which is not implemented; choose another "
+                f"(--sampler): {', '.join(SAMPLERS)}"
+            )
         height, width = self._sides(size)
         return Recipe(prompts, negatives, steps, guidance, sampler, seed, height, width, **others)
 
     def denoise(
-        self, recipe: Recipe, latents: Array | None = None, scene: Scene | None = None
+        self,
+        recipe: Recipe,
+        latents: Array | None = None,
+        scene: Scene | None = None,
+        tile: int | None = None,
     ) -> Iterator[tuple[Array, Array]]:
         """The reverse process, as a generator of (x, x0): latents so far, and where they lead.
 
         Both are (n, h, w, c). latents: unit normal noise to start from instead of the recipe's.
-        scene: pictures to begin with, where the recipe has a strength.
+        scene: pictures to begin with, where the recipe has a strength; tile: see `encode`.
         """
         n, f = len(recipe.prompts), self.vae.factor
         h, w = recipe.height // f, recipe.width // f
         sides = h, w, self.vae.latent_channels
         streams = noise.streams(recipe.seed, n)
+        if recipe.variation is not None:  # all of them begin, and go on, as the first
+            streams = [noise.streams(recipe.seed, 1)[0] for _ in range(n)]
 
         def fresh():
             return self.xp.asarray(noise.draw(streams, sides))
 
         x = fresh()  # in any case: DDPM's later noise is the same with latents of your own
-        if recipe.variation:
-            first = noise.draw(noise.streams(recipe.seed, 1), sides).repeat(n, axis=0)
-            others = noise.draw(noise.streams(recipe.variation_seed, n), sides)
-            x = self.xp.asarray(noise.slerp(first, others, recipe.variation))
+        if recipe.variation is not None:
+            ways = noise.draw(noise.variation_streams(recipe.variation_seed, n), sides)
+            first = to_device(x, "cpu")
+            x = self.xp.asarray(noise.slerp(first, ways, recipe.variation))
         if latents is not None:
             if latents.shape != x.shape:
                 raise ValueError(f"latents: expected {x.shape}, found {latents.shape}")
             x = self.xp.asarray(latents, dtype=np.float32)
         alphas_bar = levels(recipe.sampler, self.schedule, recipe.steps)
-        entry = enter(recipe, scene, x, alphas_bar, self._to_latents, f, self.inpaints)
+        to_latents = partial(self._to_latents, tile=tile)
+        entry = enter(recipe, scene, x, alphas_bar, to_latents, f, self.inpaints)
         options = entry.options | ({"noise": fresh} if recipe.sampler in RANDOM else {})
         context = self.embed(recipe.prompts)
         if recipe.guidance != 1:
@@ -282,17 +285,26 @@ class Pipeline:
 
         return to_uint8(to_device(self._through(part, latents, latents.shape[1:3], tile), "cpu"))
 
-    def encode(self, pictures: np.ndarray) -> Array:
-        """Pictures, uint8 (n, height, width, 3) → the means of their latents (n, h, w, c)."""
-        return self._to_latents(from_uint8(pictures))
+    def check_tile(self, tile: int | None) -> None:
+        """ValueError for tiles that are too small to be of use."""
+        least = 8 * self.vae.factor
+        if tile is not None and 0 != tile < least:
+            raise ValueError(f"tile: expected 0, for none, or {least} pixels or more, found {tile}")
 
-    def _to_latents(self, pixels):
+    def encode(self, pictures: np.ndarray, tile: int | None = None) -> Array:
+        """Pictures, uint8 (n, height, width, 3) → the means of their latents (n, h, w, c).
+
+        tile: as for `decode`.
+        """
+        return self._to_latents(from_uint8(pictures), tile)
+
+    def _to_latents(self, pixels, tile):
         def part(x):
             with no_grad():
                 return self.vae.to_latents(self.params["vae"], x)[0]
 
         grid = tuple(side // self.vae.factor for side in pixels.shape[1:3])
-        return self._through(part, self.xp.asarray(pixels), grid, None)
+        return self._through(part, self.xp.asarray(pixels), grid, tile)
 
     def _through(self, function, x, grid, tile):
         """`function` of x, whose latents are a `grid`: small ones together, large ones in tiles."""
@@ -300,8 +312,7 @@ class Pipeline:
         pixels = grid[0] * grid[1] * f * f
         if tile is None:
             tile = TILE if pixels > WHOLE**2 else 0
-        if 0 != tile < 8 * f:
-            raise ValueError(f"tile: expected 0, for none, or {8 * f} pixels or more, found {tile}")
+        self.check_tile(tile)
         if tile and max(grid) > tile // f:
             function = partial(in_tiles, function, grid=grid, side=tile // f)
         elif pixels <= ALONE:
@@ -324,7 +335,9 @@ class Pipeline:
         size = self.size if size is None else size
         sides = (size, size) if np.isscalar(size) else tuple(size)
         factor = self.vae.factor
-        if len(sides) != 2 or not all(side >= 1 and side % factor == 0 for side in sides):
+        if len(sides) != 2 or not all(
+            isinstance(side, Integral) and side >= 1 and side % factor == 0 for side in sides
+        ):
             found = "×".join(map(str, sides))
             near = "×".join(str(max(1, round(side / factor)) * factor) for side in sides)
             raise ValueError(

@@ -1,7 +1,7 @@
 """Pictures as numbers: to and from the range of the autoencoder, and to the size of a model."""
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def from_uint8(pictures: np.ndarray) -> np.ndarray:
@@ -16,18 +16,39 @@ def to_uint8(pictures: np.ndarray) -> np.ndarray:
     return np.clip(np.round((pictures + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """Turned as its EXIF note says, 16 bits of grey as 8, laid on white where it is transparent."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F":
+        raise ValueError("expected a picture of whole numbers, found one of mode F")
+    if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would only clip
+        gray = np.asarray(picture, np.float32) / 257
+        picture = Image.fromarray(np.clip(np.round(gray), 0, 255).astype(np.uint8))
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
 def picture_pixels(picture: Image.Image, height: int, width: int) -> np.ndarray:
     """A PIL image, stretched to this size (Lanczos) → uint8 (height, width, 3)."""
-    return np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
+    return np.asarray(as_rgb(picture).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def mask_pixels(mask: Image.Image, height: int, width: int) -> np.ndarray:
     """A PIL image, stretched in the same way → bool (height, width): True where it is light."""
-    return np.asarray(mask.convert("L").resize((width, height), Image.Resampling.LANCZOS)) >= 128
+    grey = as_rgb(mask).convert("L")
+    return np.asarray(grey.resize((width, height), Image.Resampling.LANCZOS)) >= 128
 
 
 def similar_size(size: tuple[int, int], like: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """(height, width) in the proportions of `size`, about as many pixels as `like`, multiples."""
-    scale = (like[0] * like[1] / (size[0] * size[1])) ** 0.5
-    height, width = (max(1, round(side * scale / multiple)) * multiple for side in size)
-    return height, width
+    """(height, width) in the proportions of `size`, about as many pixels as `like`, multiples.
+
+    Of a strip, whose short side cannot be that short, the long one is as long as the pixels allow.
+    """
+    pixels = like[0] * like[1]
+    scale = (pixels / (size[0] * size[1])) ** 0.5
+    sides = [max(1, round(side * scale / multiple)) * multiple for side in size]
+    if max(sides) * min(sides) > 1.5 * pixels:
+        sides[sides.index(max(sides))] = max(1, pixels // min(sides) // multiple) * multiple
+    return sides[0], sides[1]

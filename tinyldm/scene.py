@@ -28,16 +28,17 @@ class Scene:
     def of(cls, image: Images, mask: Images | None, recipe: Recipe) -> "Scene":
         """From PIL images, stretched to the recipe's size. ValueError where they do not fit."""
         n, sides = len(recipe.prompts), (recipe.height, recipe.width)
-        pictures = [picture_pixels(one, *sides) for one in _each("image", image, n)]
+        pictures = [picture_pixels(one, *sides) for one in each("image", image, n)]
         if mask is None:
             return cls(np.stack(pictures))
-        hidden = np.stack([mask_pixels(one, *sides) for one in _each("mask", mask, n)])
+        hidden = np.stack([mask_pixels(one, *sides) for one in each("mask", mask, n)])
         if not hidden.any(axis=(1, 2)).all():
             raise ValueError("mask: expected white where to paint anew, found nothing light")
         return cls(np.stack(pictures), hidden)
 
 
-def _each(name, images, n):
+def each(name: str, images: Images, n: int) -> list[Image.Image]:
+    """One for each of n prompts. ValueError where it is not that."""
     images = [images] * n if isinstance(images, Image.Image) else list(images)
     if len(images) != n or not all(isinstance(image, Image.Image) for image in images):
         kinds = ", ".join(dict.fromkeys(type(image).__name__ for image in images))
@@ -92,7 +93,13 @@ def enter(
     if begin > 0 or scene.hidden is None:
         x, options["start"] = noisy(alphas_bar[0]), begin
     hidden = np.ones(scene.pictures.shape[:3], bool) if scene.hidden is None else scene.hidden
-    anew = xp.asarray(hidden[:, ::factor, ::factor, None].astype(np.float32))
+    hidden_latents = hidden[:, ::factor, ::factor, None]  # the nearest pixel's, as in diffusers
+    if not hidden_latents.any(axis=(1, 2, 3)).all():
+        raise ValueError(
+            f"mask: expected white areas of {factor} pixels or more, the size of a latent; what is "
+            "white here lies between them"
+        )
+    anew = xp.asarray(hidden_latents.astype(np.float32))
     if inpaints:
         seen = to_latents(from_uint8(scene.pictures) * ~hidden[..., None])
         return Entry(x, options, xp.concatenate([anew, seen], axis=-1))

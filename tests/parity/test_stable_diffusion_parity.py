@@ -7,6 +7,7 @@ is read by diffusers' converter and by ours.
 import contextlib
 import subprocess
 import sys
+from types import ModuleType
 
 import numpy as np
 import peers
@@ -161,12 +162,21 @@ def test_a_single_file_is_read_as_diffusers_converts_it(single_file, monkeypatch
             np.testing.assert_array_equal(params[component][name], x, err_msg=name)
 
 
-def test_the_conversion_that_the_error_names_works(tmp_path):
+LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint"
+
+
+def test_the_conversion_that_the_error_names_works(tmp_path, monkeypatch):
     """A pickle is refused; the command in the message turns it into a file that is read."""
     old, new = tmp_path / "old.ckpt", tmp_path / "new.safetensors"
     half = torch.randn(3, 4, 1, 2).half()
     state = {"a.weight": half, "a.again": half, "b": torch.arange(3.0)[1:]}
-    torch.save({"state_dict": state, "global_step": 7}, old)
+    # As Lightning writes them: beside the weights notes of its callbacks, under their classes.
+    kind = type("ModelCheckpoint", (), {"__module__": LIGHTNING})
+    packages = [LIGHTNING.rsplit(".", i)[0] for i in range(3)]
+    for package in packages:
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    sys.modules[LIGHTNING].ModelCheckpoint = kind
+    torch.save({"state_dict": state, "global_step": 7, "callbacks": {kind: {"best": 1.0}}}, old)
     with pytest.raises(WeightsError) as refused:
         load_weights(old)
     command = str(refused.value).partition('python -c "')[2].partition('"')[0]

@@ -27,7 +27,9 @@ NEGATIVE = "blurry"
 SCHEDULERS = {
     "ddim": diffusers.DDIMScheduler,
     "euler": diffusers.EulerDiscreteScheduler,
+    "heun": diffusers.HeunDiscreteScheduler,
     "dpm++2m": diffusers.DPMSolverMultistepScheduler,
+    "pndm": diffusers.PNDMScheduler,
 }
 HEIGHT, WIDTH = 64, 96
 FOLDERS = {"1.5": (1, 4), "2.1": (2, 4), "1.5 inpainting": (1, 9)}
@@ -95,7 +97,7 @@ def assert_same_picture(ours, recipe, latents, scene, expected):
 COMMON = {"negative_prompt": [NEGATIVE] * 2, "output_type": "np", "guidance_scale": 3.0}
 
 
-@pytest.mark.parametrize("sampler", SCHEDULERS)
+@pytest.mark.parametrize("sampler", [name for name in SCHEDULERS if name != "pndm"])
 @pytest.mark.parametrize("strength", [0.25, 0.6, 1.0])
 @pytest.mark.parametrize("name", ["1.5", "2.1"])
 def test_image_to_image(folders, name, picture, noise, sampler, strength):
@@ -112,7 +114,35 @@ def test_image_to_image(folders, name, picture, noise, sampler, strength):
     assert_same_picture(ours, recipe, noise, scene, expected)
 
 
-@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_image_to_image_by_pndm(folders, picture, noise):
+    """All the way it is the same. Otherwise theirs begins with a part of its list of time steps, in
+    which the second stands twice, but not the second of that part: x lies a step behind what the
+    network is told, from then on. Ours begins as at the start of the list.
+    """
+    ours = Pipeline.load(folders["1.5"])
+    theirs = diffusers_pipeline(diffusers.StableDiffusionImg2ImgPipeline, folders["1.5"], "pndm")
+    resized = picture.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
+
+    def both(strength):
+        recipe = ours.recipe(
+            PROMPTS, NEGATIVE, 10, 3.0, "pndm", size=(HEIGHT, WIDTH), strength=strength
+        )
+        options = {"strength": strength, "num_inference_steps": 10, **COMMON}
+        expected = theirs(PROMPTS, image=resized, **options).images
+        return recipe, noise, Scene.of(picture, None, recipe), expected
+
+    assert_same_picture(ours, *both(1.0))
+    asked = []
+    real = theirs.unet.forward
+    theirs.unet.forward = lambda x, t, *rest, **options: (
+        asked.append(int(t)) or real(x, t, *rest, **options)
+    )
+    both(0.6)
+    # Of 901, 801, 701, … 1 the last six begin with 501: the second of them, 401, comes once.
+    assert asked == [501, 401, 301, 201, 101, 1]
+
+
+@pytest.mark.parametrize("sampler", [name for name in SCHEDULERS if name not in ("heun", "pndm")])
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 @pytest.mark.parametrize("name", FOLDERS)
 def test_inpainting(folders, name, picture, mask, noise, sampler, strength):

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tinyldm.backend import map_threads
 from tinyldm.data.dataset import DataError, Dataset
+from tinyldm.pixels import as_rgb
 
 FORMATS = {  # suffix of a file → a format that is read, whichever of these suffixes it has
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF",
@@ -93,14 +94,7 @@ def open_picture(file: Path, side: int) -> Image.Image:
             opened.verify()  # the checksums of PNG, which reading alone passes over
         with Image.open(file, formats=formats) as opened:
             opened.draft(None, (2 * side, 2 * side))  # JPEG: decode no more of it than is needed
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would only clip
-                gray = np.asarray(picture, np.float32) / 257
-                picture = Image.fromarray(np.clip(np.round(gray), 0, 255).astype(np.uint8))
-            if "A" in picture.getbands() or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            return picture.convert("RGB")
+            return as_rgb(opened)
     except UnidentifiedImageError:
         reason = f"not a picture in a format that is read ({', '.join(dict.fromkeys(formats))})"
     except OSError as error:

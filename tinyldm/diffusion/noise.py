@@ -11,6 +11,11 @@ def streams(seed: int, n: int) -> list[Generator]:
     return [np.random.default_rng((seed, i)) for i in range(n)]
 
 
+def variation_streams(seed: int, n: int) -> list[Generator]:
+    """The same for the ways that variations go; none is one of `streams`."""
+    return [np.random.default_rng((seed, i, 1)) for i in range(n)]
+
+
 def draw(streams: Sequence[Generator], shape: tuple[int, ...]) -> np.ndarray:
     """The next standard normal numbers of each stream, float32 (n, *shape)."""
     return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])

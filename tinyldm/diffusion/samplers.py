@@ -190,6 +190,26 @@ SIGMA_STEPS = {  # of the samplers that go by σ
 }
 
 
+SCHEDULERS = {  # diffusers' class → our sampler
+    "DDPMScheduler": "ddpm",
+    "DDIMScheduler": "ddim",
+    "PNDMScheduler": "pndm",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_a",
+    "HeunDiscreteScheduler": "heun",
+    "DPMSolverMultistepScheduler": "dpm++2m",
+}
+
+
+def sampler_of(config: dict) -> str:
+    """The name here of the scheduler that a config names; that itself, where there is none."""
+    kind = config.get("_class_name", "DDIMScheduler")
+    sampler = SCHEDULERS.get(kind, kind)
+    if sampler == "dpm++2m" and str(config.get("algorithm_type")).startswith("sde"):
+        return "dpm++2m_sde"
+    return sampler
+
+
 def levels(sampler: str, schedule: Schedule, steps: int) -> np.ndarray:
     """ᾱ (steps,) at which the steps of a sampler begin."""
     if sampler in SIGMA_STEPS:

@@ -105,7 +105,8 @@ class Schedule:
 
         Where no signal is left it is that of ᾱ = 2⁻²⁴, as in diffusers.
         """
-        return np.sqrt(1 / np.maximum(self.alphas_bar, 2.0**-24) - 1)
+        some = np.where(self.alphas_bar > 0, self.alphas_bar, 2.0**-24)
+        return np.sqrt(1 / some - 1)
 
     def snr(self, t: np.ndarray) -> np.ndarray:
         """Signal to noise, ᾱ / (1 − ᾱ), at the steps t."""

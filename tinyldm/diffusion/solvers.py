@@ -23,16 +23,19 @@ RHO = 7.0  # of Karras et al., eq. 5
 IMPLEMENTED = {  # values of a scheduler config; others are refused by name
     "use_exponential_sigmas": (None, False),
     "use_beta_sigmas": (None, False),
-    "use_lu_lambdas": (None, False),
     "use_flow_sigmas": (None, False),
     "interpolation_type": (None, "linear"),
     "timestep_type": (None, "discrete"),
     "final_sigmas_type": (None, "zero", "sigma_min"),
+}
+IMPLEMENTED_OF_DPM_SOLVER = IMPLEMENTED | {
+    "use_lu_lambdas": (None, False),
     "thresholding": (None, False),
     "solver_order": (None, 2),
-    "solver_type": (None, "midpoint"),
+    # Of DEIS and UniPC: from their configs, diffusers makes a DPM-Solver++ of the usual kind.
+    "solver_type": (None, "midpoint", "logrho", "bh1", "bh2"),
     "euler_at_final": (None, False),
-    "algorithm_type": (None, "dpmsolver++", "sde-dpmsolver++"),
+    "algorithm_type": (None, "dpmsolver++", "sde-dpmsolver++", "deis"),
 }
 
 
@@ -151,7 +154,7 @@ def sigma_steps(schedule: Schedule, steps: int) -> tuple[np.ndarray, np.ndarray]
     `use_karras_sigmas` as Karras et al. 2022, eq. 5, between the same ends. σ ends with 0. Raises
     ValueError for more steps than were trained, or an unknown spacing.
     """
-    _check(schedule, steps)
+    _check(schedule, steps, IMPLEMENTED)
     t = spaced(schedule, steps, "linspace")
     sigmas = np.interp(t, np.arange(len(schedule)), schedule.sigmas)
     if schedule.config.get("use_karras_sigmas"):
@@ -165,7 +168,7 @@ def dpm_solver_steps(schedule: Schedule, steps: int) -> tuple[np.ndarray, np.nda
 
     σ ends with the smallest trained where `final_sigmas_type` is "sigma_min".
     """
-    _check(schedule, steps)
+    _check(schedule, steps, IMPLEMENTED_OF_DPM_SOLVER)
     total = len(schedule)
     if schedule.config.get("use_karras_sigmas"):
         sigmas = _karras(schedule.sigmas[0], schedule.sigmas[-1], steps)
@@ -185,9 +188,9 @@ def dpm_solver_steps(schedule: Schedule, steps: int) -> tuple[np.ndarray, np.nda
     return t.astype(np.int64), np.append(sigmas, _last(schedule))
 
 
-def _check(schedule, steps):
+def _check(schedule, steps, implemented):
     check_steps(schedule, steps)
-    for key, values in IMPLEMENTED.items():
+    for key, values in implemented.items():
         value = schedule.config.get(key)
         if value not in values:
             known = " or ".join(map(str, values[1:]))

@@ -1,7 +1,10 @@
 """Pictures about pictures: grids, strips, animations and curves, drawn with Pillow."""
 
+import errno
+import os
 import textwrap
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +114,18 @@ def picture_format(file: Path) -> str:
     if kind not in Image.SAVE:
         raise ValueError(f"{file}: expected the name of a picture, such as {file.stem or 'a'}.png")
     return kind
+
+
+def check_picture(file: Path) -> None:
+    """ValueError or OSError where `save_picture` would fail, as far as that can be known before."""
+    kind = picture_format(file)
+    try:
+        Image.new("RGB", (8, 8)).save(BytesIO(), format=kind)
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{file}: a {kind} does not hold colours ({error}); take .png") from None
+    folder = next(place for place in file.absolute().parents if place.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or file.is_dir():
+        raise OSError(errno.EACCES, "cannot be written", str(file))
 
 
 def save_picture(file: Path, picture: Image.Image, notes: dict | None = None, **options) -> None:

@@ -61,7 +61,6 @@ SCHEDULER = {
     "set_alpha_to_one": False,
     "skip_prk_steps": True,
     "steps_offset": 1,
-    "timestep_spacing": "leading",
 }
 # Width of the text → configs of Stable Diffusion 1 and 2, and the token that fills short captions.
 VERSIONS = {
@@ -79,6 +78,16 @@ NOT_WEIGHTS = re.compile(  # of the networks that are run: tables, and what only
     r"|cond_stage_model\.(transformer\.|model\.)?(logit_scale|text_projection(\.weight)?|attn_mask)"
     r"|cond_stage_model\.model\.visual\..*"
 )
+OTHERS = {  # part of a name → what kind of file has it
+    "lora_": "a LoRA",
+    "control_model.": "a ControlNet",
+    "depth_model.": "a model that sees depth",
+    "conditioner.": "Stable Diffusion XL",
+    "label_emb.": "a model with labels (XL, or one that enlarges)",
+    "joint_blocks.": "Stable Diffusion 3",
+    "double_blocks.": "Flux",
+    "down_blocks.": "a component of a diffusers folder, which is read with its folder,",
+}
 PER_LEVEL = 3  # blocks of the U-Net that count as one level, of which the third changes the size
 RESNET = {
     "in_layers.0": "norm1",
@@ -121,21 +130,27 @@ IN_OPEN_CLIP = {
 THREE = [f"self_attn.{part}_proj" for part in "qkv"]  # that share one tensor
 
 
-def load_original(file: str | Path) -> tuple[dict[str, dict], dict[str, Params], Tokenizer]:
+def load_original(
+    file: str | Path, with_vae: bool = True
+) -> tuple[dict[str, dict], dict[str, Params], Tokenizer]:
     """Configs, float32 weights and tokenizer of a Stable Diffusion 1 or 2 in one .safetensors file.
 
     Where the file has averaged weights (`model_ema.…`) beside those of the last step, they are
-    taken. Raises FileNotFoundError, WeightsError, or ConfigError for another kind of model.
+    taken. with_vae: read the autoencoder, too. Raises FileNotFoundError, WeightsError, or
+    ConfigError for another kind of model.
     """
     shapes = tensor_shapes(file)
     configs, pad_token = _recognise(shapes, file)
+    if not with_vae:
+        shapes = {n: shape for n, shape in shapes.items() if not n.startswith(VAE_ROOTS[0])}
     expected = {
         f"{component}/{name}": shape
         for component, model in MODELS.items()
+        if component != "vae" or with_vae
         for name, shape in model(configs[component]).shapes().items()
     }
     params = _read(file, _places(shapes, configs), expected)
-    of = {component: {} for component in MODELS}
+    of = {component: {} for component in MODELS if component != "vae" or with_vae}
     for name, x in params.items():
         component, _, our = name.partition("/")
         of[component][our] = x
@@ -157,7 +172,7 @@ def load_original_vae(file: str | Path) -> tuple[dict, Params]:
     places = {
         name: [f"vae/{_vae_name(name.removeprefix(root), len(VAE['block_out_channels']))}"]
         for name in shapes
-        if name.startswith(root) and not NOT_WEIGHTS.fullmatch(name)
+        if name.startswith(root) and not NOT_WEIGHTS.fullmatch(name) and AVERAGE not in name
     }
     expected = {f"vae/{name}": shape for name, shape in AutoencoderKL(VAE).shapes().items()}
     params = _read(file, places, expected)
@@ -168,13 +183,14 @@ def _recognise(shapes, file):
     """→ configs, padding token."""
     widths = shapes.get(f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", ())
     kernel = shapes.get(f"{UNET}input_blocks.0.0.weight", ())
-    if len(widths) != 2 or widths[1] not in VERSIONS or len(kernel) != 4:
+    known = len(widths) == 2 and widths[1] in VERSIONS and len(kernel) == 4
+    if not known or any(part in name for part in OTHERS for name in shapes):
         names = sorted(shapes)
+        kinds = [kind for part, kind in OTHERS.items() if any(part in name for name in names)]
         raise ConfigError(
-            f"{file}: not a whole Stable Diffusion 1 or 2, but a file of {len(names)} tensors, "
-            f"{names[0] if names else 'none'} and so on; expected {UNET}… with attention to text "
-            f"of width {' or '.join(map(str, VERSIONS))}. A component of a diffusers folder is "
-            "read with its folder"
+            f"{file}: not a whole Stable Diffusion 1 or 2, but {kinds[0] if kinds else 'a file'} "
+            f"of {len(names)} tensors, {names[0] if names else 'none'} and so on; expected "
+            f"{UNET}… with attention to text of width {' or '.join(map(str, VERSIONS))}"
         )
     configs, pad_token = VERSIONS[widths[1]]
     configs = {component: dict(config) for component, config in configs.items()}
@@ -213,7 +229,8 @@ def _read(file, places, expected):
     params = {}
     for name, x in tensors(file, "float32", places):
         names = places[name]
-        parts = np.split(x, len(names)) if len(names) > 1 and len(x) % len(names) == 0 else [x]
+        fused = len(names) > 1 and x.ndim > 0 and len(x) % len(names) == 0
+        parts = np.split(x, len(names)) if fused else [x]
         for our, part in zip(names, parts, strict=False):
             params[our] = reshaped(part, expected.get(our))
     match({name: x.shape for name, x in params.items()}, expected, file)

@@ -21,6 +21,7 @@ import numpy as np
 from tinyldm.files import replacing
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+LONGEST_NAMED = 200  # characters of a text that a warning repeats
 WORD_END = "</w>"  # closes the last symbol of a piece: "art</w>" ends a word, "art" goes on
 
 # Every byte gets a printable character, so that tokens can be stored as text, one pair to a line.
@@ -176,6 +177,8 @@ class Tokenizer:
             ids = self._encode(text)
             if len(ids) > room:
                 lost = self.decode(ids[room:])
+                if len(lost) > LONGEST_NAMED:
+                    lost = f"{lost[: LONGEST_NAMED // 2]} … {lost[-LONGEST_NAMED // 2 :]}"
                 warnings.warn(
                     f"caption cut at {room} tokens, without {lost!r}", CaptionCut, stacklevel=2
                 )

@@ -20,6 +20,9 @@ from tinyldm.nn.protocol import Params
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
+OTHER_WIDTHS = {  # bytes of a number of the types that are not read, only passed over
+    "BOOL": 1, "I8": 1, "I16": 2, "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
 
 # How the names of published files have changed: an old one → that of today.
 OLD_NAMES = [
@@ -34,6 +37,8 @@ PICKLED = (
     "a pickle of torch, which can run any program when it is opened and is not opened here; turn "
     "it into safetensors where torch is installed: "
     """python -c "import sys, torch; from safetensors.torch import save_file; """
+    """n = 'pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint'; """
+    """torch.serialization.add_safe_globals([(type('Note', (), {}), n)]); """
     """d = torch.load(sys.argv[1], map_location='cpu', weights_only=True); """
     """d = d.get('state_dict', d); """
     """save_file({k: x.clone().contiguous() for k, x in d.items() if torch.is_tensor(x)}, """
@@ -62,6 +67,10 @@ def tensors(
         entries, start = _read_header(stream, file)
         for name, entry in entries.items():
             if names is None or name in names:
+                if entry["dtype"] in OTHER_WIDTHS:
+                    raise WeightsError(
+                        f"{file}: tensor {name}: dtype {entry['dtype']} is not supported"
+                    )
                 begin, end = entry["data_offsets"]
                 stream.seek(start + begin)
                 yield name, _to_memory(_decode(stream.read(end - begin), entry), dtype)
@@ -186,11 +195,13 @@ def _read_header(stream, file):
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             begin, end = entry["data_offsets"]
             shape, code = entry["shape"], entry["dtype"]
-            if code != "BF16" and code not in DTYPES:
+            if code != "BF16" and code not in DTYPES and code not in OTHER_WIDTHS:
                 raise WeightsError(f"{file}: tensor {name}: dtype {code} is not supported")
             if not _is_shape(shape):
                 raise WeightsError(f"{file}: tensor {name}: shape {shape} is not valid")
-            width = 2 if code == "BF16" else np.dtype(DTYPES[code]).itemsize
+            width = OTHER_WIDTHS.get(code) or (
+                2 if code == "BF16" else np.dtype(DTYPES[code]).itemsize
+            )
             whole = type(begin) is type(end) is int
             if not whole or begin != position or end - begin != math.prod(shape) * width:
                 raise WeightsError(
