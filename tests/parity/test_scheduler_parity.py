@@ -40,14 +40,14 @@ def network(x, t):
     return 0.9 * np.sin(0.7 * x + 0.01 * int(t))  # flat enough for rounding not to grow
 
 
-def both_schedules(kind, config):
+def both_schedules(kind, config, rtol=1e-14):
     """Theirs, with tables of float64 where it makes them of float32, and ours."""
     config = {key: value for key, value in config.items() if _takes(kind, key)}
     with InFloat64():
         theirs = kind(**config)
     assert theirs.betas.dtype == theirs.alphas_cumprod.dtype == torch.float64
     ours = Schedule(dict(theirs.config))
-    np.testing.assert_allclose(ours.betas, theirs.betas, rtol=1e-14)
+    np.testing.assert_allclose(ours.betas, theirs.betas, rtol)
     np.testing.assert_allclose(ours.alphas_bar, theirs.alphas_cumprod, rtol=1e-12)
     return theirs, ours
 
@@ -150,7 +150,9 @@ def test_ddim(name, eta, prediction):
 def test_without_signal_at_the_end(prediction):
     config = TRAILING | {"rescale_betas_zero_snr": True, "prediction_type": prediction}
     for beta_schedule in ("linear", "scaled_linear"):
-        theirs, ours = both_schedules(DDIMScheduler, config | {"beta_schedule": beta_schedule})
+        # β is here 1 less a quotient near 1.
+        config["beta_schedule"] = beta_schedule
+        theirs, ours = both_schedules(DDIMScheduler, config, rtol=1e-11)
         assert ours.alphas_bar[-1] == 0
         for steps in STEPS:
             x, _ = start(steps)

@@ -136,7 +136,7 @@ def _read_cifar(file):
 def _read_npz(file):
     """`images` (n, h, w) or (n, h, w, 3), uint8, and `captions` or `labels` (n,), if any."""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             stored = {name: arrays[name] for name in arrays.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{file}: not an .npz of plain arrays ({error})") from None
