@@ -177,6 +177,24 @@ def test_a_model_that_inpaints_sees_mask_and_rest(
     np.testing.assert_array_equal(seen[1][:2, ..., :4], path[0][0])
 
 
+@pytest.mark.parametrize(
+    "channels, strength, masked, times",
+    [(4, 0.5, False, 1), (4, 1.0, True, 1), (9, 1.0, True, 1), (9, 0.5, True, 2)],
+)
+def test_one_picture_for_all_is_encoded_no_more_often_than_needed(
+    pipe, inpainting_pipe, image, mask, monkeypatch, channels, strength, masked, times
+):
+    """A model that inpaints from pure noise needs no latents of the whole picture."""
+    one = {4: pipe, 9: inpainting_pipe}[channels]
+    seen = []
+    encode = one.vae.to_latents
+    monkeypatch.setattr(
+        one.vae, "to_latents", lambda params, x: seen.append(len(x)) or encode(params, x)
+    )
+    one(PROMPTS, image=image, mask=mask if masked else None, strength=strength)
+    assert seen == [1] * times
+
+
 @pytest.mark.parametrize("given", [False, True], ids=["text alone", "a sketch"])
 def test_to_a_model_that_inpaints_all_is_hidden_without_a_mask(
     inpainting_pipe, image, monkeypatch, given

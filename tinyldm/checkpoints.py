@@ -59,12 +59,12 @@ def load_checkpoint(
                 "Stable Diffusion as a folder or one .safetensors file"
             )
     own = vae is None
-    configs, params, tokenizer, *rest = (
-        load_original(path, own) if path.is_file() else _load_folder(path, own)
+    configs, params, tokenizer, defaults = (
+        (*load_original(path, own), {}) if path.is_file() else _load_folder(path, own)
     )
     if not own:
         configs["vae"], params["vae"] = _load_vae(Path(vae))
-    return configs, to_device(params, device), tokenizer, rest[0] if rest else {}
+    return configs, to_device(params, device), tokenizer, defaults
 
 
 def _load_folder(folder, with_vae):
@@ -122,13 +122,11 @@ def save_folder(
     """
     folder = Path(folder)
     (folder / "model_index.json").unlink(missing_ok=True)
-    inpaints = (
-        make("unet", configs["unet"]).config.in_channels
-        != make("vae", configs["vae"]).latent_channels
-    )
-    first_stage = configs["vae"].get("_class_name", "AutoencoderKL")
+    unet, vae = (make(name, configs[name]) for name in ("unet", "vae"))
+    first_stage = type(vae).__name__
+    pipeline = PIPELINES[0 if unet.config.in_channels == vae.latent_channels else 2]
     index = {
-        "_class_name": PIPELINES[2 if inpaints else 0],
+        "_class_name": pipeline if isinstance(vae, AutoencoderKL) else OWN_PIPELINE,
         "_diffusers_version": DIFFUSERS_VERSION,
         "_tinyldm": defaults,
         "feature_extractor": [None, None],
@@ -147,6 +145,4 @@ def save_folder(
         save_weights(folder / name / file, weights, {"format": "pt"})
     write_json(folder / "scheduler" / "scheduler_config.json", configs["scheduler"])
     tokenizer.save(folder / "tokenizer")
-    if first_stage != "AutoencoderKL":
-        index["_class_name"] = OWN_PIPELINE
     write_json(folder / "model_index.json", index)

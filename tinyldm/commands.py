@@ -32,17 +32,13 @@ def run_train(options: Namespace) -> None:
     """Train a new run, or go on with one, and print its folder."""
     if options.out is None and not options.overfit:
         options.parser.error("the following arguments are required: --out")
+    if options.overfit and options.resume:
+        options.parser.error("--overfit: begins anew; leave out --resume")
     _say_device(options)
     started = time.monotonic()
     names = ("data", "keep", "seed", "skip_bad", "first_stage", "flip")
     settings = {name: getattr(options, name) for name in names}
     sizes = {name: getattr(options, name) for name in ("preset", "size", "minutes")}
-    if options.overfit:
-        given = {name: value for name, value in settings.items() if value is not None}
-        config = make_config(**sizes, **given, accumulate=options.accumulate)
-        if not report(overfit(config, options.device, say), say):
-            raise Diverged("the self-test has failed: on a single batch the loss does not fall")
-        return
     if options.resume:
         if options.accumulate is not None:
             options.parser.error("--accumulate: the run goes on as it began; leave it out")
@@ -50,6 +46,10 @@ def run_train(options: Namespace) -> None:
     else:
         given = {name: value for name, value in settings.items() if value is not None}
         config = make_config(**sizes, **given, accumulate=options.accumulate)
+        if options.overfit:
+            if not report(overfit(config, options.device, say), say):
+                raise Diverged("the self-test has failed: on a single batch the loss does not fall")
+            return
         train(options.out, config, options.device, options.overwrite, say=say)
     say(
         f"trained in {duration(time.monotonic() - started)}; paint with: tinyldm sample "

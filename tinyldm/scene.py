@@ -18,7 +18,8 @@ Images = Image.Image | Sequence[Image.Image]  # one for all, or one for each pro
 @dataclass(frozen=True)
 class Scene:
     """pictures: uint8 (n, height, width, 3). hidden: bool (n, height, width), True where they are
-    to be painted anew while the rest stays; None: everywhere, the pictures being a sketch.
+    to be painted anew while the rest stays; None: everywhere, the pictures being a sketch. n may be
+    1 for all of a batch: then the autoencoder sees it once.
     """
 
     pictures: np.ndarray
@@ -27,14 +28,13 @@ class Scene:
     @classmethod
     def of(cls, image: Images, mask: Images | None, recipe: Recipe) -> "Scene":
         """From PIL images, stretched to the recipe's size. ValueError where they do not fit."""
-        n, sides = len(recipe.prompts), (recipe.height, recipe.width)
+        alike = all(one is None or isinstance(one, Image.Image) for one in (image, mask))
+        n, sides = 1 if alike else len(recipe.prompts), (recipe.height, recipe.width)
         pictures = [picture_pixels(one, *sides) for one in each("image", image, n)]
         if mask is None:
             return cls(np.stack(pictures))
-        hidden = np.stack([mask_pixels(one, *sides) for one in each("mask", mask, n)])
-        if not hidden.any(axis=(1, 2)).all():
-            raise ValueError("mask: expected white where to paint anew, found nothing light")
-        return cls(np.stack(pictures), hidden)
+        hidden = [mask_pixels(one, *sides) for one in each("mask", mask, n)]
+        return cls(np.stack(pictures), np.stack(hidden))
 
 
 def each(name: str, images: Images, n: int) -> list[Image.Image]:
@@ -54,7 +54,7 @@ class Entry:
 
     x: Array  # noise or noisy latents (n, h, w, c)
     options: dict = field(default_factory=dict)  # of the sampler
-    beside: Array | None = None  # (n, h, w, 1 + c): what an inpainting model sees beside x
+    beside: Array | None = None  # (n or 1, h, w, 1 + c): what an inpainting model sees beside x
 
 
 def enter(
@@ -80,41 +80,43 @@ def enter(
     if scene is None and not inpaints:
         return Entry(noise)
     if scene is None:  # to a model that inpaints: nothing is known
-        nothing = np.zeros((len(noise), recipe.height, recipe.width), bool)
+        nothing = np.zeros((1, recipe.height, recipe.width), bool)
         scene = Scene(nothing[..., None].repeat(3, axis=-1).astype(np.uint8), ~nothing)
-    z = None if recipe.strength is None else to_latents(from_uint8(scene.pictures))
+    hidden = np.ones(scene.pictures.shape[:3], bool) if scene.hidden is None else scene.hidden
+    hidden_latents = hidden[:, ::factor, ::factor, None]  # the nearest pixel's, as in diffusers
+    if not hidden_latents.any(axis=(1, 2, 3)).all():
+        raise ValueError(
+            f"mask: expected white areas of {factor} pixels or more, the size of a latent, where "
+            "to paint anew; found none"
+        )
     begin = recipe.steps - recipe.steps_taken
     alphas_bar = alphas_bar[begin:].tolist()
+    sketched = recipe.strength is not None and (begin > 0 or scene.hidden is None)
+    puts_back = scene.hidden is not None and not inpaints
+    z = to_latents(from_uint8(scene.pictures)) if sketched or puts_back else None
 
     def noisy(alpha_bar):
         return math.sqrt(alpha_bar) * z + math.sqrt(1 - alpha_bar) * noise
 
     x, options = noise, {}
-    if begin > 0 or scene.hidden is None:
+    if sketched:
         x, options["start"] = noisy(alphas_bar[0]), begin
-    hidden = np.ones(scene.pictures.shape[:3], bool) if scene.hidden is None else scene.hidden
-    hidden_latents = hidden[:, ::factor, ::factor, None]  # the nearest pixel's, as in diffusers
-    if not hidden_latents.any(axis=(1, 2, 3)).all():
-        raise ValueError(
-            f"mask: expected white areas of {factor} pixels or more, the size of a latent; what is "
-            "white here lies between them"
-        )
     anew = xp.asarray(hidden_latents.astype(np.float32))
     if inpaints:
         seen = to_latents(from_uint8(scene.pictures) * ~hidden[..., None])
         return Entry(x, options, xp.concatenate([anew, seen], axis=-1))
-    if scene.hidden is not None:
+    if puts_back:
         after = [*alphas_bar[1:], 1.0]
         options["change"] = lambda x, i: anew * x + (1 - anew) * noisy(after[i])
     return Entry(x, options)
 
 
 def seeing(predict: Predict, beside: Array) -> Predict:
-    """A `predict` of x, from that of x and what is beside it, for once or twice as many samples."""
+    """A `predict` of x, from that of x and what is beside it, as often as it takes."""
     xp = array_module(beside)
 
     def predict_beside(x, t):
-        copies = [beside] * (len(x) // len(beside))  # with guidance, two
+        copies = [beside] * (len(x) // len(beside))  # with guidance two, of one for all many
         return predict(xp.concatenate([x, xp.concatenate(copies)], axis=-1), t)
 
     return predict_beside
