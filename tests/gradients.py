@@ -13,3 +13,19 @@ def check(f, inputs, params=None, **options):
     assert tensors > 0
     counts["tensors"] += tensors
     counts["checks"] += 1
+
+
+def of_loss(loss_fn, *batch):
+    """The loss of a batch, whose backward pass takes `grads` alone, as a function to check."""
+
+    def f(params):
+        loss, loss_back = loss_fn(params, *batch)
+
+        def backward(dloss, grads):
+            found = {}
+            loss_back(found)
+            grads |= {name: dloss * dw for name, dw in found.items()}
+
+        return loss, backward
+
+    return f

@@ -19,28 +19,29 @@ ORDER = """
     nn.winograd nn.conv nn.attention nn.layers nn.gradcheck
     models.weights models.tokenizer models.tiles
     models.context models.blocks models.levels models.unet models.coders models.autoencoder
-    models.vq models.identity models.text_encoder
+    models.vq models.identity models.text_encoder models.classes
     models models.original
     diffusion diffusion.schedule diffusion.objective diffusion.noise diffusion.solvers
     diffusion.samplers
-    checkpoints pixels recipe scene pipeline
+    checkpoints predictor pixels recipe tasks scene pipeline
     data data.dataset data.shapes data.folder data.formats
     again
-    evaluation evaluation.reader evaluation.statistics evaluation.likelihood evaluation.metrics
-    evaluation.pictures
+    evaluation evaluation.reader evaluation.statistics evaluation.likelihood evaluation.scenes
+    evaluation.metrics evaluation.pictures
     training training.optim training.parallel training.presets training.signals training.state
-    training.stages training.codebook training.rehearsal training.snapshots
+    training.stages training.latents training.codebook training.rehearsal training.snapshots
     training.preparation training.loop training.runs training.overfit
     experiments experiments.latent_vs_pixel
-    painting commands doctor cli __main__
+    painting commands doctor arguments cli __main__
 """.split()
 
 # Outside nn/ the library of an array is asked for here and nowhere else. The list may get shorter.
 ASK_FOR_THE_LIBRARY = """
     models.autoencoder models.tiles
     diffusion.schedule diffusion.objective diffusion.samplers
-    scene evaluation.likelihood pipeline
-    training.optim training.stages training.codebook training.snapshots training.runs
+    predictor scene evaluation.likelihood pipeline
+    training.optim training.stages training.latents training.codebook
+    training.snapshots training.runs
 """.split()
 
 LONGEST = 350  # lines

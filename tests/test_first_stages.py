@@ -6,7 +6,7 @@ import signal
 
 import numpy as np
 import pytest
-from gradients import check
+from gradients import check, of_loss
 from model_cases import numbers, random_params
 from test_training import CONFIG, STAGE, STEPS, at_step, silent, without_pictures
 
@@ -103,17 +103,8 @@ def test_gradients_of_the_loss():
     vae = VQModel(CONFIGS["vq"].vae_config() | {"norm_num_groups": 2})
     params = random_params(vae.shapes())
 
-    def loss(params, images):
-        value, backward = vq_loss(vae)(params, images)
-        return value, lambda dloss, grads: scaled(backward, dloss, grads)
-
-    def scaled(backward, dloss, grads):
-        inner = {}
-        backward(inner)
-        grads |= {name: dloss * dw for name, dw in inner.items()}
-
     images = numbers("images", 2, 4, 4, 3)
-    check(lambda p: loss(p, images), (), params)
+    check(of_loss(vq_loss(vae), images), (), params)
 
 
 def test_dead_codes_begin_again_at_latents():

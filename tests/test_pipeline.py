@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from small_model import PROMPTS, STEPS, make_pipeline, paint, start_noise
 
-from tinyldm import cli
+from tinyldm import cli, predictor
 from tinyldm import pipeline as module
 from tinyldm.again import fingerprint
 from tinyldm.checkpoints import COMPONENTS
@@ -207,9 +207,14 @@ def test_without_guidance_nothing_is_computed_for_it(pipe, monkeypatch, guidance
     """At guidance 1 neither U-Net nor text encoder sees the null context; else both halves run."""
     seen, texts = [], []
     unet, embed = pipe.unet, pipe.embed
-    monkeypatch.setattr(module, "available", lambda: 1)  # else others would see them
-    monkeypatch.setattr(module, "cores", lambda: 1)
-    monkeypatch.setattr(pipe, "unet", lambda p, x, t, c: seen.append((x, c)) or unet(p, x, t, c))
+    monkeypatch.setattr(predictor, "available", lambda: 1)  # else others would see them
+    monkeypatch.setattr(predictor, "cores", lambda: 1)
+
+    def spy(params, x, t, context):
+        seen.append((x, context))
+        return unet(params, x, t, context)
+
+    monkeypatch.setattr(pipe, "unet", spy)
     monkeypatch.setattr(pipe.unet, "config", unet.config, raising=False)
     monkeypatch.setattr(pipe, "embed", lambda t: texts.append(list(t)) or embed(t))
     paint(pipe, PROMPTS[:2], guidance=guidance)

@@ -109,7 +109,7 @@ def test_encoding_takes_as_much_as_all_threads_together(monkeypatch):
     models = Models(dataclasses.replace(CONFIG, side=64), Tokenizer.train([""]))
     _, found = rehearsal._encoding(models, 10_000, "cpu", 0)
     params = models.vae.init(np.random.default_rng(0))
-    images = np.zeros((rehearsal.ENCODED_AT_ONCE, 64, 64, 3), np.float32)
+    images = np.zeros((rehearsal.AT_ONCE, 64, 64, 3), np.float32)
 
     def encode():
         with no_grad():

@@ -153,7 +153,7 @@ def spied(pipe, monkeypatch):
             return unet(params, x, t, context)
 
     monkeypatch.setattr(pipe, "unet", Spy())
-    monkeypatch.setattr("tinyldm.pipeline.cores", lambda: 1)
+    monkeypatch.setattr("tinyldm.predictor.cores", lambda: 1)
     return seen
 
 
@@ -226,8 +226,8 @@ def test_tiles_are_those_of_the_encoder_too(pipe, image, tile, monkeypatch):
         return encode(params, x)
 
     monkeypatch.setattr(pipe.vae, "to_latents", spy)
-    monkeypatch.setattr("tinyldm.pipeline.WHOLE", 20)
-    monkeypatch.setattr("tinyldm.pipeline.TILE", 24)
+    monkeypatch.setattr("tinyldm.models.tiles.WHOLE", 20)
+    monkeypatch.setattr("tinyldm.models.tiles.TILE", 24)
     pipe(PROMPTS[0], image=image, size=48, tile=tile)
     assert set(sides) == {{0: (48, 48), 16: (16, 16), None: (24, 24)}[tile]}
 
@@ -335,8 +335,8 @@ def test_tiles_are_passed_on(pipe, monkeypatch):
     np.testing.assert_array_equal(whole, paint(pipe, PROMPTS[0], size=(32, 48), tile=0))
     tiles = paint(pipe, PROMPTS[0], size=(32, 48), tile=16)
     assert set(sides[2:]) == {(8, 8)} and tiles.shape == whole.shape
-    monkeypatch.setattr("tinyldm.pipeline.WHOLE", 30)
-    monkeypatch.setattr("tinyldm.pipeline.TILE", 24)
+    monkeypatch.setattr("tinyldm.models.tiles.WHOLE", 30)
+    monkeypatch.setattr("tinyldm.models.tiles.TILE", 24)
     paint(pipe, PROMPTS[0], size=(32, 48))
     assert sides[-1] == (12, 12)
 

@@ -174,13 +174,7 @@ def fingerprint(pipeline: Pipeline) -> str:
         (component, name) for component in pipeline.params for name in pipeline.params[component]
     ]
     parts = dict(zip(map("/".join, names), map_threads(digest, names), strict=True))
-    tokenizer = pipeline.tokenizer
-    parts["tokenizer"] = [
-        tokenizer.vocab,
-        tokenizer.merges,
-        tokenizer.max_length,
-        tokenizer.pad_token,
-    ]
+    parts["tokenizer"] = list(pipeline.tokenizer.content.values())
     for component, config in pipeline.configs.items():
         parts[component] = {k: v for k, v in config.items() if not k.startswith("_")}
     text = json.dumps(parts, sort_keys=True)

@@ -11,12 +11,15 @@ from tinyldm.config import ConfigError
 from tinyldm.files import read_json, write_json
 from tinyldm.models import (
     AutoencoderKL,
+    ClassEmbedder,
+    ClassNames,
     IdentityFirstStage,
     TextEncoder,
     Tokenizer,
     UNet,
     VQModel,
 )
+from tinyldm.models.classes import FILE as CLASSES
 from tinyldm.models.original import load_original, load_original_vae
 from tinyldm.models.weights import load_component, save_weights
 from tinyldm.nn.layers import Layer
@@ -27,11 +30,14 @@ COMPONENTS = {  # folder → (library and class that diffusers loads, our class,
     "vae": (("diffusers", "AutoencoderKL"), AutoencoderKL, "diffusion_pytorch_model.safetensors"),
     "text_encoder": (("transformers", "CLIPTextModel"), TextEncoder, "model.safetensors"),
 }
-FIRST_STAGES = {  # `_class_name` of the vae's config → (library that has the class, our class)
-    "AutoencoderKL": ("diffusers", AutoencoderKL),
-    "VQModel": ("diffusers", VQModel),
-    "IdentityFirstStage": ("tinyldm.models", IdentityFirstStage),
+OTHERS = {  # folder → {`_class_name` of its config: (library that has the class, our class)}
+    "vae": {
+        "VQModel": ("diffusers", VQModel),
+        "IdentityFirstStage": ("tinyldm.models", IdentityFirstStage),
+    },
+    "text_encoder": {"ClassEmbedder": ("tinyldm.models", ClassEmbedder)},
 }
+NONE = [None, None]  # in model_index.json, of a component that the model does without
 OWN_PIPELINE = "TinyLDMPipeline"  # in the folder of a model that no pipeline of diffusers fits
 PIPELINES = (  # of diffusers, whose folders hold these components and no other that matters
     "StableDiffusionPipeline",
@@ -44,11 +50,12 @@ DIFFUSERS_VERSION = "0.32.0"  # whose file formats these are
 
 def load_checkpoint(
     path: str | Path, device: str = "cpu", vae: str | Path | None = None
-) -> tuple[dict[str, dict], dict[str, Params], Tokenizer, dict]:
+) -> tuple[dict[str, dict], dict[str, Params], Tokenizer | ClassNames, dict]:
     """Read a folder, or a .safetensors file that holds a whole Stable Diffusion.
 
     → configs {"unet", "vae", "text_encoder", "scheduler": …}, float32 params of the first three,
-    the tokenizer, and what else the folder says of sampling. vae: an autoencoder to take instead, a
+    the tokenizer, and what else the folder says of sampling. A model whose U-Net knows classes by
+    itself has no text_encoder. vae: an autoencoder to take instead, a
     folder or a file. FileNotFoundError, ConfigError or WeightsError say in one line what is wrong.
     """
     path = Path(path)
@@ -78,9 +85,11 @@ def _load_folder(folder, with_vae):
     configs = {"scheduler": read_json(folder / "scheduler" / "scheduler_config.json")}
     params = {}
     for name in COMPONENTS:
-        if name != "vae" or with_vae:
+        if index.get(name) != NONE and (name != "vae" or with_vae):
             configs[name], params[name] = _load_component(folder / name, name)
-    return configs, params, Tokenizer.load(folder / "tokenizer"), index.get("_tinyldm") or {}
+    names = folder / "tokenizer"
+    tokenizer = ClassNames.load(names) if (names / CLASSES).exists() else Tokenizer.load(names)
+    return configs, params, tokenizer, index.get("_tinyldm") or {}
 
 
 def _load_vae(path):
@@ -97,22 +106,31 @@ def _load_component(folder, name):
 
 
 def make(component: str, config: dict) -> Layer:
-    """The network of a component. The first stage is the one that its config names."""
-    if component != "vae":
-        return COMPONENTS[component][1](config)
-    kind = config.get("_class_name", "AutoencoderKL")
-    if kind not in FIRST_STAGES:
+    """The network of a component, of the class that its config names."""
+    (library, usual), network, _ = COMPONENTS[component]
+    classes = {usual: (library, network), **OTHERS.get(component, {})}
+    kind = config.get("_class_name", usual)
+    if kind not in classes:
         raise ConfigError(
-            f"vae config: a first stage {kind} is not implemented, only {', '.join(FIRST_STAGES)}"
+            f"{component} config: a {kind} is not implemented, only {', '.join(classes)}"
         )
-    return FIRST_STAGES[kind][1](config)
+    return classes[kind][1](config)
+
+
+def _pipeline_class(configs, tokenizer):
+    """That of diffusers, where one fits."""
+    unet, vae = (make(name, configs[name]) for name in ("unet", "vae"))
+    beside = unet.config.in_channels - vae.latent_channels
+    fitting = {0: PIPELINES[0], vae.latent_channels + 1: PIPELINES[2]}
+    usual = isinstance(vae, AutoencoderKL) and isinstance(tokenizer, Tokenizer)
+    return fitting.get(beside, OWN_PIPELINE) if usual else OWN_PIPELINE
 
 
 def save_folder(
     folder: str | Path,
     configs: dict[str, dict],
     params: dict[str, Params],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | ClassNames,
     defaults: dict,
     scheduler: str,
 ) -> None:
@@ -122,11 +140,8 @@ def save_folder(
     """
     folder = Path(folder)
     (folder / "model_index.json").unlink(missing_ok=True)
-    unet, vae = (make(name, configs[name]) for name in ("unet", "vae"))
-    first_stage = type(vae).__name__
-    pipeline = PIPELINES[0 if unet.config.in_channels == vae.latent_channels else 2]
     index = {
-        "_class_name": pipeline if isinstance(vae, AutoencoderKL) else OWN_PIPELINE,
+        "_class_name": _pipeline_class(configs, tokenizer),
         "_diffusers_version": DIFFUSERS_VERSION,
         "_tinyldm": defaults,
         "feature_extractor": [None, None],
@@ -135,9 +150,14 @@ def save_folder(
         "scheduler": ["diffusers", scheduler],
         "tokenizer": ["transformers", "CLIPTokenizer"],
     }
-    for name, ((library, kind), _, file) in COMPONENTS.items():
-        if name == "vae":
-            library, kind = FIRST_STAGES[first_stage][0], first_stage
+    if isinstance(tokenizer, ClassNames):
+        index["tokenizer"] = ["tinyldm.models", "ClassNames"]
+    for name, ((library, usual), _, file) in COMPONENTS.items():
+        if name not in configs:
+            index[name] = NONE
+            continue
+        kind = configs[name].get("_class_name", usual)
+        library, _ = OTHERS.get(name, {}).get(kind, (library, None))
         index[name] = [library, kind]
         note = {"_class_name": kind, "_diffusers_version": DIFFUSERS_VERSION}
         write_json(folder / name / "config.json", note | configs[name])

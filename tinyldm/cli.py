@@ -7,17 +7,14 @@ running is 1, and 130 or 143 mean: interrupted, with everything saved. What the 
 
 import argparse
 import errno
-import math
 import os
-import re
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from tinyldm import __version__
-from tinyldm.config import meant, unknown
+from tinyldm.arguments import Parser, number, one_of, size, whole
 
 PRESETS = {  # name → what it takes, for --help
     "tiny": "16 px, seconds, to try things out",
@@ -26,7 +23,12 @@ PRESETS = {  # name → what it takes, for --help
     "large": "128 px, 3 hours",
 }
 COMMANDS = ("demo", "train", "sample", "eval", "experiment", "doctor")
-OF_TRAIN = ("data", "size", "minutes", "skip_bad", "first_stage", "flip", "accumulate", "overfit")
+TASKS = ("generation", "inpainting", "upscaling-2", "upscaling-4", "layout")
+CONDITIONS = ("text", "class-token", "class-time", "none")
+OF_TRAIN = (
+    *("data", "size", "minutes", "skip_bad", "first_stage", "task", "condition", "flip"),
+    *("accumulate", "overfit"),
+)
 EXPERIMENTS = {  # name → what it is about, for --help
     "latent-vs-pixel": "is diffusion cheaper in latents than in pixels, at the same quality?",
 }
@@ -91,27 +93,6 @@ def _exit_code(error):
     return None
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, with the nearest name, instead of the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """One line, exit code 2."""
-        message = re.sub(r"^argument ", "", message)
-        if choice := re.match(r"COMMAND: invalid choice: '(.*?)'", message):
-            message = unknown(choice[1], COMMANDS)
-        print(f"tinyldm: {message}; see {self.prog} --help", file=sys.stderr)
-        sys.exit(2)
-
-    def refuse(self, word: str) -> NoReturn:
-        """The same for an argument that nothing has asked for."""
-        if not word.startswith("-"):
-            hint = "; a PROMPT of several words needs quotes" if "sample" in self.prog else ""
-            self.error(f"unexpected {word!r}{hint}")
-        options = [name for action in self._actions for name in action.option_strings]
-        name = word.partition("=")[0]
-        self.error(f"unknown option {name!r}{meant(name, options)}")
-
-
 def parser() -> Parser:
     """The commands and their options."""
     top = Parser(
@@ -142,25 +123,35 @@ def parser() -> Parser:
     )
     train.add_argument(
         "--first-stage",
-        type=_one_of(("kl", "vq", "none")),
+        type=one_of(("kl", "vq", "none")),
         help="kl, vq (with a codebook) or none (diffusion in pixels) (default: kl)",
+    )
+    train.add_argument(
+        "--task",
+        type=one_of(TASKS),
+        help=f"{', '.join(TASKS)}: what the U-Net sees beside the noise (default: generation)",
+    )
+    train.add_argument(
+        "--condition",
+        type=one_of(CONDITIONS),
+        help=f"{', '.join(CONDITIONS)}: what says what to paint (default: text)",
     )
     presets = "; ".join(f"{name}: {text}" for name, text in PRESETS.items())
     train.add_argument(
         "--preset",
-        type=_one_of(PRESETS),
+        type=one_of(PRESETS),
         help=f"{presets} (default: the smallest for --size, else demo)",
     )
     train.add_argument(
         "--size",
-        type=_whole(1, 1024),
+        type=whole(1, 1024),
         metavar="S",
         help="pixels; every picture is cropped to the square in its middle and "
         "resized (default: the preset's)",
     )
     train.add_argument(
         "--minutes",
-        type=_number(0.01, 100_000),
+        type=number(0.01, 100_000),
         help="of training (default: the preset's); with --resume, from now on",
     )
     train.add_argument(
@@ -177,7 +168,7 @@ def parser() -> Parser:
     )
     train.add_argument(
         "--accumulate",
-        type=_whole(1, 1024),
+        type=whole(1, 1024),
         metavar="N",
         help="work through each batch in N parts, for less memory (default: 1)",
     )
@@ -211,9 +202,9 @@ def parser() -> Parser:
     sample.add_argument("--negative", help="what to lead away from")
     _add_sampling(sample)
     sample.add_argument("--sampler", help=f"{', '.join(SAMPLERS)} (default: the run's)")
-    sample.add_argument("--seed", type=_whole(0), help="of the noise (default: 0)")
-    sample.add_argument("--n", type=_whole(1, 4096), help="pictures (default: 1)")
-    sample.add_argument("--size", type=_size, help="pixels, S or HEIGHTxWIDTH")
+    sample.add_argument("--seed", type=whole(0), help="of the noise (default: 0)")
+    sample.add_argument("--n", type=whole(1, 4096), help="pictures (default: 1)")
+    sample.add_argument("--size", type=size, help="pixels, S or HEIGHTxWIDTH")
     _add_picture(sample)
     _add_device(sample)
 
@@ -221,17 +212,17 @@ def parser() -> Parser:
     evaluate.add_argument("run", metavar="RUN")
     evaluate.add_argument("--data", metavar="FOLDER", help="where its pictures are now")
     evaluate.add_argument(
-        "--captions", type=_whole(4, 100_000), default=500, help="to paint (default: 500)"
+        "--captions", type=whole(4, 100_000), default=500, help="to paint (default: 500)"
     )
     _add_sampling(evaluate)
     _add_device(evaluate)
 
     experiment = command("experiment", "try a claim of the field at small scale")
     texts = "; ".join(f"{name}: {text}" for name, text in EXPERIMENTS.items())
-    experiment.add_argument("name", metavar="NAME", type=_one_of(EXPERIMENTS), help=texts)
+    experiment.add_argument("name", metavar="NAME", type=one_of(EXPERIMENTS), help=texts)
     experiment.add_argument(
         "--seconds",
-        type=_number(1, 1_000_000),
+        type=number(1, 1_000_000),
         default=240.0,
         help="that each network is trained (default: 240)",
     )
@@ -251,16 +242,16 @@ def _add_run(command, out):
     old = command.add_mutually_exclusive_group()
     old.add_argument("--resume", action="store_true", help="go on with the run in RUN")
     old.add_argument("--overwrite", action="store_true", help="replace the run in RUN")
-    command.add_argument("--seed", type=_whole(0), help="of everything (default: 0)")
+    command.add_argument("--seed", type=whole(0), help="of everything (default: 0)")
     command.add_argument(
-        "--keep", type=_whole(1, 1000), help="states on disk, the last ones (default: 2)"
+        "--keep", type=whole(1, 1000), help="states on disk, the last ones (default: 2)"
     )
     _add_device(command)
 
 
 def _add_sampling(command):
-    command.add_argument("--steps", type=_whole(1), help="of the sampler (default: the run's)")
-    command.add_argument("--guidance", type=_number(), help="1 is none (default: the run's)")
+    command.add_argument("--steps", type=whole(1), help="of the sampler (default: the run's)")
+    command.add_argument("--guidance", type=number(), help="1 is none (default: the run's)")
 
 
 def _add_picture(command):
@@ -271,25 +262,25 @@ def _add_picture(command):
     path("--mask", "where this picture is white the image is painted anew, the rest of it stays")
     command.add_argument(
         "--strength",
-        type=_number(0.001, 1),
+        type=number(0.001, 1),
         help="how far from the image, 0…1 (default: 0.8, with a mask 1)",
     )
     command.add_argument(
         "--rescale",
-        type=_number(0, 1),
+        type=number(0, 1),
         help="of the guidance, 0…1, against burnt colours (default: 0)",
     )
     command.add_argument(
         "--variation",
-        type=_number(0, 1),
+        type=number(0, 1),
         help="how far from the picture of --seed, 0…1; each of --n goes another way",
     )
-    command.add_argument("--variation-seed", type=_whole(0), help="of these ways (default: 0)")
+    command.add_argument("--variation-seed", type=whole(0), help="of these ways (default: 0)")
     path("--film", "a strip of the steps (.png), or an animation of them (.webp, .gif)")
-    command.add_argument("--every", type=_whole(1), help="step of the film (default: ten in all)")
+    command.add_argument("--every", type=whole(1), help="step of the film (default: ten in all)")
     command.add_argument(
         "--tile",
-        type=_whole(0),
+        type=whole(0),
         help="pixels; decode in tiles of this side, for less memory "
         "(default: 512 above 768x768; 0: never)",
     )
@@ -298,48 +289,5 @@ def _add_picture(command):
 
 def _add_device(command):
     command.add_argument(
-        "--device", type=_one_of(("cpu", "cuda")), default="cpu", help="cpu or cuda (default: cpu)"
+        "--device", type=one_of(("cpu", "cuda")), default="cpu", help="cpu or cuda (default: cpu)"
     )
-
-
-def _one_of(names):
-    def parse(text):
-        if text not in names:
-            raise argparse.ArgumentTypeError(unknown(text, names))
-        return text
-
-    return parse
-
-
-def _whole(least, most=None):
-    wanted = f"{least}…{most}" if most else f"≥ {least}"
-
-    def parse(text):
-        number = int(text) if re.fullmatch(r"-?[0-9]{1,30}", text) else least - 1
-        if number < least or (most and number > most):
-            raise argparse.ArgumentTypeError(f"expected a whole number {wanted}, found {text!r}")
-        return number
-
-    return parse
-
-
-def _number(least=-math.inf, most=math.inf):
-    wanted = f" {least:g}…{most:g}" if math.isfinite(least) else ""
-
-    def parse(text):
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not (math.isfinite(number) and least <= number <= most):
-            raise argparse.ArgumentTypeError(f"expected a number{wanted}, found {text!r}")
-        return number
-
-    return parse
-
-
-def _size(text):
-    found = re.fullmatch(r"(-?[0-9]{1,5})(?:[x×](-?[0-9]{1,5}))?", text.lower())
-    if not found:
-        raise argparse.ArgumentTypeError(f"expected S or HEIGHTxWIDTH, found {text!r}")
-    return int(found[1]), int(found[2] or found[1])

@@ -21,7 +21,7 @@ from tinyldm.painting import say, whole_run
 from tinyldm.pipeline import Pipeline
 from tinyldm.training.loop import Diverged
 from tinyldm.training.overfit import overfit, report
-from tinyldm.training.preparation import load_data, split
+from tinyldm.training.preparation import load_data, prompts_of, split
 from tinyldm.training.presets import make_config
 from tinyldm.training.rehearsal import duration
 from tinyldm.training.runs import resume, train
@@ -36,7 +36,7 @@ def run_train(options: Namespace) -> None:
         options.parser.error("--overfit: begins anew; leave out --resume")
     _say_device(options)
     started = time.monotonic()
-    names = ("data", "keep", "seed", "skip_bad", "first_stage", "flip")
+    names = ("data", "keep", "seed", "skip_bad", "first_stage", "task", "condition", "flip")
     settings = {name: getattr(options, name) for name in names}
     sizes = {name: getattr(options, name) for name in ("preset", "size", "minutes")}
     if options.resume:
@@ -89,11 +89,12 @@ def run_eval(options: Namespace) -> None:
             f"{run} was trained on; bring them back, or name their folder with --data"
         )
     training, held_out = split(data, config)
-    shapes = config.data == "shapes"
+    shapes = config.data == "shapes" and config.condition != "none"
     with warnings.catch_warnings(action="ignore", category=CaptionCut):
         result, pictures = evaluate(
-            pipeline, training, held_out, options.captions, options.steps, options.guidance, shapes
-        )
+            pipeline, training, held_out, options.captions, options.steps, options.guidance,
+            prompts_of(config) if shapes else None,
+        )  # fmt: skip
     with replacing(run / "eval.json") as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     pair = np.concatenate([pictures["samples"], pictures["nearest"]])

@@ -29,6 +29,8 @@ FRAME_SIDE = 256  # pixels, at most, of a picture in a strip
 
 def run_sample(options: Namespace) -> None:
     """Paint pictures from a prompt, or one again from what it says of itself; print their names."""
+    if options.prompt is None and options.image is not None and not options.again:
+        options.prompt = ""
     if not options.again and (options.run is None or options.prompt is None):
         options.parser.error("expected RUN and PROMPT, or --again FILE")
     for name, wanted in (("every", "film"), ("variation_seed", "variation")):
@@ -52,7 +54,7 @@ def run_sample(options: Namespace) -> None:
     scene = None
     if origin.image:
         image, mask = (given and given.open() for given in (origin.image, origin.mask))
-        scene = Scene.of(image, mask, recipe)
+        scene = Scene.of(image, mask, recipe, pipeline.task)
     # The decoder takes about as long as a step, and so counts as one.
     with tqdm(total=recipe.steps_taken + 1, desc="painting", unit="step", disable=None) as bar:
         steps = pipeline.denoise(recipe, None, scene, origin.tile)
@@ -86,13 +88,10 @@ def _from_prompt(options):
             options.parser.error(f"--{name}: expected --image FILE with it")
     image, mask = (given and Given.of(given) for given in (options.image, options.mask))
     picture = image.open() if image else None
-    strength = options.strength or (None if image is None else 0.8 if mask is None else 1.0)
     if mask:
         mask.open()  # complains early too
     pipeline = Pipeline.load(whole_run(options.run), options.device, options.vae)
-    size = options.size
-    if picture and size is None:
-        size = pipeline.size_like(picture.height, picture.width)
+    strength, size = pipeline.beginning(picture, mask is not None, options.strength, options.size)
     recipe = pipeline.recipe(
         [options.prompt] * (options.n or 1),
         options.negative or "",

@@ -1,7 +1,8 @@
 """Text → latents → picture, from noise alone or from a picture that is there already."""
 
-import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -9,61 +10,63 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tinyldm.backend import Array, array_module, cores, map_batch, map_threads, to_device
+from tinyldm.backend import Array, array_module, map_batch, to_device
 from tinyldm.checkpoints import load_checkpoint, make, save_folder
 from tinyldm.config import ConfigError
 from tinyldm.diffusion import noise
 from tinyldm.diffusion.samplers import RANDOM, SAMPLERS, guided, levels, sampler_of, timesteps
 from tinyldm.diffusion.schedule import Schedule
+from tinyldm.diffusion.solvers import Predict
 from tinyldm.machine import keep_freed_memory
-from tinyldm.models import Tokenizer
-from tinyldm.models.context import FixedContext
-from tinyldm.models.tiles import in_tiles
+from tinyldm.models import ClassNames, Tokenizer
+from tinyldm.models.tiles import in_parts
 from tinyldm.nn import no_grad
 from tinyldm.pixels import from_uint8, similar_size, to_uint8
+from tinyldm.predictor import predictor
 from tinyldm.recipe import Recipe
 from tinyldm.scene import Images, Scene, each, enter, seeing
-from tinyldm.team import available, team
+from tinyldm.tasks import sees_all, task_of, times_larger
 
 DEFAULTS = {"steps": 50, "guidance": 7.5}  # Stable Diffusion's own
 POSITIONS_AT_ONCE = 2**14  # of latents, on a core: more would need more memory, and be no faster
 SAMPLES_AT_ONCE = 64
-ALONE = 2**16  # pixels of a picture that goes through the autoencoder by itself, on all cores
-WHOLE, TILE = 768, 512  # pixels: a larger square than the first is decoded in tiles of the second
 
 
 class Pipeline:
-    """Paints pictures from captions.
+    """Paints pictures from captions, or of classes.
 
     configs: {"unet", "vae", "text_encoder", "scheduler": the contents of its config file}.
     params: {"unet", "vae", "text_encoder": {name: array}}, all on one device.
-    defaults: any of steps, guidance and sampler; what a call uses where it says nothing.
+    defaults: any of steps, guidance and sampler; what a call uses where it says nothing. And task,
+    where the number of channels does not say it.
+
+    There is no text_encoder where the U-Net has an embedding of classes itself.
     """
 
     def __init__(
         self,
         configs: dict[str, dict],
         params: dict[str, dict[str, Array]],
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | ClassNames,
         defaults: dict | None = None,
     ):
         keep_freed_memory()
         self.configs, self.params, self.tokenizer = configs, params, tokenizer
         self.unet, self.vae, self.text_encoder = (
-            make(name, configs[name]) for name in ("unet", "vae", "text_encoder")
+            make(name, configs[name]) if name in configs else None
+            for name in ("unet", "vae", "text_encoder")
         )
-        channels, latents = self.unet.config.in_channels, self.vae.latent_channels
-        self.inpaints = channels == 2 * latents + 1
-        if channels != latents and not self.inpaints:
+        if (self.text_encoder is None) != bool(self.unet.class_embedding):
             raise ConfigError(
-                f"unet config: in_channels = {channels} is not implemented with {latents} channels "
-                f"of latents, only {latents}, or {2 * latents + 1} for inpainting"
+                "unet config: expected num_class_embeds without a text_encoder, or none with it"
             )
         # Schedulers that never clip do not write the key; others do, and latents are not pixels.
         self.schedule = Schedule({"clip_sample": False} | configs["scheduler"])
         self.scheduler_class = configs["scheduler"].get("_class_name", "DDIMScheduler")
         self.defaults = DEFAULTS | {"sampler": sampler_of(configs["scheduler"])}
         self.defaults |= defaults or {}
+        channels, latents = self.unet.config.in_channels, self.vae.latent_channels
+        self.task = task_of(channels, latents, self.defaults.get("task"))
         self.xp = array_module(next(iter(params["unet"].values())))
 
     @classmethod
@@ -111,7 +114,8 @@ class Pipeline:
         its proportions.
         latents: (n, h, w, c) unit normal noise to start from instead.
         image: PIL, one for all or one a prompt, to begin with. strength: which share of the steps
-        is then gone, 0.8 by default; at 1 little more than the colours is left of it.
+        is then gone, 0.8 by default; at 1 little more than the colours is left of it. For a model
+        of upscaling it is the small picture, for one of layout the map.
         mask: PIL; where it is white the image is painted anew, all the rest stays. strength: 1.
         rescale: 0…1, see `guided`.
         variation: 0…1; every picture starts from the noise of (seed, 0), moved so far towards
@@ -121,23 +125,48 @@ class Pipeline:
         and where they lead. What it raises ends the work.
         ValueError where one of them is not what is expected.
         """
-        if image is None and (mask is not None or strength is not None):
-            raise ValueError("mask and strength: expected an image with them")
-        if image is not None and strength is None:
-            strength = 0.8 if mask is None else 1.0
-        if image is not None and size is None:
+        first = None
+        if image is not None:
             first, *_ = each("image", image, 1 if isinstance(prompt, str) else len(prompt))
-            size = self.size_like(first.height, first.width)
+        strength, size = self.beginning(first, mask is not None, strength, size)
         self.check_tile(tile)
         recipe = self.recipe(
             prompt, negative_prompt, steps, guidance, sampler, seed, size, strength=strength,
             rescale=rescale, variation=variation, variation_seed=variation_seed,
         )  # fmt: skip
-        scene = None if image is None else Scene.of(image, mask, recipe)
+        scene = None if image is None else Scene.of(image, mask, recipe, self.task)
         for i, (x, x0) in enumerate(self.denoise(recipe, latents, scene, tile)):
             if callback:
                 callback(i, x, x0)
         return [Image.fromarray(picture) for picture in self.decode(x, tile)]
+
+    def beginning(
+        self,
+        image: Image.Image | None,
+        masked: bool,
+        strength: float | None,
+        size: int | tuple[int, int] | None,
+    ) -> tuple[float | None, int | tuple[int, int] | None]:
+        """→ strength and size of a call with this image, or this as the first of several.
+
+        ValueError where the model's task wants one, or leaves no place for the mask or strength.
+        """
+        if image is None:
+            if masked or strength is not None:
+                raise ValueError("mask and strength: expected an image with them")
+            if sees_all(self.task):
+                raise ValueError(f"image: expected one: what this model does is {self.task}")
+            return None, size
+        if sees_all(self.task):
+            if masked or strength is not None:
+                raise ValueError(
+                    f"mask and strength: not for {self.task}, which sees all of the image"
+                )
+        elif strength is None:
+            strength = 1.0 if masked else 0.8
+        if size is None:
+            size = self.size_like(image.height, image.width)
+        return strength, size
 
     def recipe(
         self,
@@ -202,74 +231,52 @@ class Pipeline:
                 raise ValueError(f"latents: expected {x.shape}, found {latents.shape}")
             x = self.xp.asarray(latents, dtype=np.float32)
         alphas_bar = levels(recipe.sampler, self.schedule, recipe.steps)
-        to_latents = partial(self._to_latents, tile=tile)
-        entry = enter(recipe, scene, x, alphas_bar, to_latents, f, self.inpaints)
+        to_latents = partial(self.to_latents, tile=tile)
+        entry = enter(recipe, scene, x, alphas_bar, to_latents, f, self.task)
         options = entry.options | ({"noise": fresh} if recipe.sampler in RANDOM else {})
         context = self.embed(recipe.prompts)
         if recipe.guidance != 1:
             context = self.xp.concatenate([self.embed(recipe.negatives), context])
         with self.predictor(context, max(1, POSITIONS_AT_ONCE // (h * w))) as predict:
-            if self.inpaints:
+            if entry.beside is not None:
                 predict = seeing(predict, entry.beside)
             if recipe.guidance != 1:
                 predict = guided(predict, recipe.guidance, recipe.rescale)
             sampler = SAMPLERS[recipe.sampler]
             yield from sampler(predict, self.schedule, entry.x, recipe.steps, **options)
 
-    def predict(self, x: Array, t: int | np.ndarray, context: Array) -> Array:
-        """The U-Net's prediction at latents x (n, h, w, c), context (n, l, d).
+    def predict(
+        self, x: Array, t: int | np.ndarray, condition: Array, beside: Array | None = None
+    ) -> Array:
+        """The U-Net's prediction at latents x (n, h, w, c) for a condition (n, …) of `embed`.
 
-        t: the time step, one for all or (n,) on the host.
+        t: the time step, one for all or (n,) on the host. beside: (n, h, w, …), of a task.
         """
         t = self.xp.asarray(t) if np.ndim(t) else self.xp.full(len(x), int(t))
+        if beside is not None:
+            x = self.xp.concatenate([x, beside], axis=-1)
+        return map_batch(self._unet, x, t, condition)
 
-        def part(x, t, context):
-            with no_grad():
-                return self.unet(self.params["unet"], x, t, context)[0]
+    def _unet(self, x, t, condition):
+        named = "context" if self.text_encoder else "labels"
+        with no_grad():
+            return self.unet(self.params["unet"], x, t, **{named: condition})[0]
 
-        return map_batch(part, x, t, context)
-
-    @contextlib.contextmanager
     def predictor(
-        self, context: Array, at_once: int = SAMPLES_AT_ONCE
-    ) -> Iterator[Callable[[Array, int], Array]]:
-        """`predict` for many steps with the same context (n, l, d): yields (x, t) → prediction.
+        self, condition: Array, at_once: int = SAMPLES_AT_ONCE
+    ) -> AbstractContextManager[Predict]:
+        """`predict` for many steps with the same condition (n, …): yields (x, t) → prediction.
 
-        What depends on the context alone is made at the first step. On the CPU all cores share the
-        samples, as processes where there can be any. at_once: samples on a core.
+        What depends on a text alone is made at the first step. at_once: samples on a core.
         """
-        n, on_cpu = len(context), self.xp is np
-        processes = available() if on_cpu else 1
-        workers = min(n, processes if processes > 1 else cores() if on_cpu else 1)
-        count = min(n, -(-n // (at_once * workers)) * workers)
-        bounds = [n * i // count for i in range(count + 1)]
-        spans = [slice(*bounds[i : i + 2]) for i in range(count)]
-        contexts = [FixedContext(context[span]) for span in spans]
-
-        def part(i, x, t):
-            with no_grad():
-                t = self.xp.full(len(x), t)
-                return self.unet(self.params["unet"], x, t, contexts[i])[0]
-
-        with contextlib.ExitStack() as stack:
-            if processes > 1 and workers > 1:
-                share = stack.enter_context(team(part, workers))
-            elif on_cpu:
-                share = partial(map_threads, lambda item: part(*item))
-            else:
-                share = partial(map, lambda item: part(*item))
-
-            def predict(x, t):
-                work = [(i, x[span], t) for i, span in enumerate(spans)]
-                rounds = [work[i : i + workers] for i in range(0, count, workers)]
-                return self.xp.concatenate([y for some in rounds for y in share(some)])
-
-            yield predict
+        return predictor(self._unet, condition, at_once, is_text=self.text_encoder is not None)
 
     def embed(self, texts: Sequence[str]) -> Array:
-        """Texts → hidden states (n, l, d)."""
+        """Texts → what the U-Net takes of them: hidden states (n, l, d), or labels (n,)."""
+        ids = self.xp.asarray(self.tokenizer(texts))
+        if self.text_encoder is None:
+            return ids
         with no_grad():
-            ids = self.xp.asarray(self.tokenizer(texts))
             return self.text_encoder(self.params["text_encoder"], ids)[0]
 
     def decode(self, latents: Array, tile: int | None = None) -> np.ndarray:
@@ -283,7 +290,9 @@ class Pipeline:
             with no_grad():
                 return self.vae.from_latents(self.params["vae"], x)[0]
 
-        return to_uint8(to_device(self._through(part, latents, latents.shape[1:3], tile), "cpu"))
+        self.check_tile(tile)
+        pictures = in_parts(part, latents, latents.shape[1:3], self.vae.factor, tile)
+        return to_uint8(to_device(pictures, "cpu"))
 
     def check_tile(self, tile: int | None) -> None:
         """ValueError for tiles that are too small to be of use."""
@@ -296,28 +305,18 @@ class Pipeline:
 
         tile: as for `decode`.
         """
-        return self._to_latents(from_uint8(pictures), tile)
+        return self.to_latents(from_uint8(pictures), tile)
 
-    def _to_latents(self, pixels, tile):
+    def to_latents(self, pixels: np.ndarray, tile: int | None = None) -> Array:
+        """The same for pixels in −1…1."""
+
         def part(x):
             with no_grad():
                 return self.vae.to_latents(self.params["vae"], x)[0]
 
-        grid = tuple(side // self.vae.factor for side in pixels.shape[1:3])
-        return self._through(part, self.xp.asarray(pixels), grid, tile)
-
-    def _through(self, function, x, grid, tile):
-        """`function` of x, whose latents are a `grid`: small ones together, large ones in tiles."""
-        f = self.vae.factor
-        pixels = grid[0] * grid[1] * f * f
-        if tile is None:
-            tile = TILE if pixels > WHOLE**2 else 0
         self.check_tile(tile)
-        if tile and max(grid) > tile // f:
-            function = partial(in_tiles, function, grid=grid, side=tile // f)
-        elif pixels <= ALONE:
-            return map_batch(function, x)
-        return self.xp.concatenate([function(x[i : i + 1]) for i in range(len(x))])
+        grid = tuple(side // self.vae.factor for side in pixels.shape[1:3])
+        return in_parts(part, self.xp.asarray(pixels), grid, self.vae.factor, tile)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -327,14 +326,19 @@ class Pipeline:
         return h * self.vae.factor, w * self.vae.factor
 
     def size_like(self, height: int, width: int) -> tuple[int, int]:
-        """The same for a picture of these proportions, in steps that the U-Net halves evenly."""
+        """The same for a picture of these proportions, in steps that the U-Net halves evenly.
+
+        Of a model of upscaling it is the size that the small picture becomes.
+        """
         multiple = self.vae.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        return similar_size((height, width), self.size, multiple)
+        times = times_larger(self.task)
+        like = self.size if times == 1 else (times * height, times * width)
+        return similar_size((height, width), like, math.lcm(multiple, times))
 
     def _sides(self, size):
         size = self.size if size is None else size
         sides = (size, size) if np.isscalar(size) else tuple(size)
-        factor = self.vae.factor
+        factor = math.lcm(self.vae.factor, times_larger(self.task))
         if len(sides) != 2 or not all(
             isinstance(side, Integral) and side >= 1 and side % factor == 0 for side in sides
         ):

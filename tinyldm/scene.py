@@ -1,4 +1,4 @@
-"""Pictures to begin with: a sketch to paint over, or one of which a part is painted anew."""
+"""Pictures to begin with: a sketch, one of which a part is painted anew, a small one, a map."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from tinyldm.backend import Array, array_module
 from tinyldm.diffusion.solvers import Predict
 from tinyldm.pixels import from_uint8, mask_pixels, picture_pixels
 from tinyldm.recipe import Recipe
+from tinyldm.tasks import TASKS, random_masks, reduced, sees_all, stretched, times_larger
 
 Images = Image.Image | Sequence[Image.Image]  # one for all, or one for each prompt
 
@@ -18,23 +19,69 @@ Images = Image.Image | Sequence[Image.Image]  # one for all, or one for each pro
 @dataclass(frozen=True)
 class Scene:
     """pictures: uint8 (n, height, width, 3). hidden: bool (n, height, width), True where they are
-    to be painted anew while the rest stays; None: everywhere, the pictures being a sketch. n may be
-    1 for all of a batch: then the autoencoder sees it once.
+    to be painted anew while the rest stays; None: everywhere, the pictures being a sketch, or what
+    the model's task asks for: small ones enlarged again, or maps. n may be 1 for all of a batch:
+    then the autoencoder sees it once.
     """
 
     pictures: np.ndarray
     hidden: np.ndarray | None = None
 
     @classmethod
-    def of(cls, image: Images, mask: Images | None, recipe: Recipe) -> "Scene":
+    def of(
+        cls, image: Images, mask: Images | None, recipe: Recipe, task: str = TASKS[0]
+    ) -> "Scene":
         """From PIL images, stretched to the recipe's size. ValueError where they do not fit."""
         alike = all(one is None or isinstance(one, Image.Image) for one in (image, mask))
         n, sides = 1 if alike else len(recipe.prompts), (recipe.height, recipe.width)
-        pictures = [picture_pixels(one, *sides) for one in each("image", image, n)]
+        small = [side // times_larger(task) for side in sides]
+        pictures = [picture_pixels(one, *small) for one in each("image", image, n)]
         if mask is None:
-            return cls(np.stack(pictures))
+            return cls(stretched(np.stack(pictures), *sides))
         hidden = [mask_pixels(one, *sides) for one in each("mask", mask, n)]
         return cls(np.stack(pictures), np.stack(hidden))
+
+    @classmethod
+    def example(
+        cls, task: str, pictures: np.ndarray, maps: np.ndarray | None, rng: np.random.Generator
+    ) -> "Scene":
+        """What a task gives of pictures that are known, uint8 (n, h, w, 3), to learn it from.
+
+        maps: of layout, like the pictures. rng: draws the hidden parts of inpainting.
+        """
+        h, w = pictures.shape[1:3]
+        if task == "inpainting":
+            return cls(pictures, random_masks(rng, len(pictures), h, w))
+        if task == "layout":
+            return cls(maps)
+        return cls(stretched(reduced(pictures, times_larger(task)), h, w))
+
+    def pick(self, some: slice) -> "Scene":
+        """Only these of its pictures."""
+        return Scene(self.pictures[some], None if self.hidden is None else self.hidden[some])
+
+    def beside(self, task: str, to_latents: Callable[[np.ndarray], Array], factor: int) -> Array:
+        """What the U-Net sees of it (n, h, w, c + 1) for inpainting: where it is hidden, and the
+        rest; else (n, h, w, c). to_latents: of pixels in −1…1, `factor` a side for each latent.
+        """
+        if task != "inpainting":
+            return to_latents(from_uint8(self.pictures))
+        seen = to_latents(from_uint8(self.pictures) * ~self.hidden[..., None])
+        xp = array_module(seen)
+        return xp.concatenate([xp.asarray(self.hidden_latents(factor)), seen], axis=-1)
+
+    def hidden_latents(self, factor: int) -> np.ndarray:
+        """float32 (n, h, w, 1): 1 where a latent is hidden; the nearest pixel's, as in diffusers.
+
+        ValueError where there is no such in one of the pictures.
+        """
+        latents = self.hidden[:, ::factor, ::factor, None]
+        if not latents.any(axis=(1, 2, 3)).all():
+            raise ValueError(
+                f"mask: expected white areas of {factor} pixels or more, the size of a latent, "
+                "where to paint anew; found none"
+            )
+        return latents.astype(np.float32)
 
 
 def each(name: str, images: Images, n: int) -> list[Image.Image]:
@@ -54,7 +101,7 @@ class Entry:
 
     x: Array  # noise or noisy latents (n, h, w, c)
     options: dict = field(default_factory=dict)  # of the sampler
-    beside: Array | None = None  # (n or 1, h, w, 1 + c): what an inpainting model sees beside x
+    beside: Array | None = None  # (n or 1, h, w, …): what the model's task has it see beside x
 
 
 def enter(
@@ -64,7 +111,7 @@ def enter(
     alphas_bar: np.ndarray,
     to_latents: Callable[[np.ndarray], Array],
     factor: int,
-    inpaints: bool,
+    task: str,
 ) -> Entry:
     """The entry of a scene, or of noise alone.
 
@@ -77,22 +124,21 @@ def enter(
     to_latents: of pixels in −1…1, `factor` of them a side for each latent.
     """
     xp = array_module(noise)
+    if sees_all(task):
+        return Entry(noise, beside=scene.beside(task, to_latents, factor))
+    inpaints = task == "inpainting"
     if scene is None and not inpaints:
         return Entry(noise)
     if scene is None:  # to a model that inpaints: nothing is known
-        nothing = np.zeros((1, recipe.height, recipe.width), bool)
-        scene = Scene(nothing[..., None].repeat(3, axis=-1).astype(np.uint8), ~nothing)
-    hidden = np.ones(scene.pictures.shape[:3], bool) if scene.hidden is None else scene.hidden
-    hidden_latents = hidden[:, ::factor, ::factor, None]  # the nearest pixel's, as in diffusers
-    if not hidden_latents.any(axis=(1, 2, 3)).all():
-        raise ValueError(
-            f"mask: expected white areas of {factor} pixels or more, the size of a latent, where "
-            "to paint anew; found none"
-        )
+        scene = Scene(np.zeros((1, recipe.height, recipe.width, 3), np.uint8))
+    masked = scene.hidden is not None
+    if not masked:
+        scene = Scene(scene.pictures, np.ones(scene.pictures.shape[:3], bool))
+    anew = xp.asarray(scene.hidden_latents(factor))
     begin = recipe.steps - recipe.steps_taken
     alphas_bar = alphas_bar[begin:].tolist()
-    sketched = recipe.strength is not None and (begin > 0 or scene.hidden is None)
-    puts_back = scene.hidden is not None and not inpaints
+    sketched = recipe.strength is not None and (begin > 0 or not masked)
+    puts_back = masked and not inpaints
     z = to_latents(from_uint8(scene.pictures)) if sketched or puts_back else None
 
     def noisy(alpha_bar):
@@ -101,10 +147,8 @@ def enter(
     x, options = noise, {}
     if sketched:
         x, options["start"] = noisy(alphas_bar[0]), begin
-    anew = xp.asarray(hidden_latents.astype(np.float32))
     if inpaints:
-        seen = to_latents(from_uint8(scene.pictures) * ~hidden[..., None])
-        return Entry(x, options, xp.concatenate([anew, seen], axis=-1))
+        return Entry(x, options, scene.beside(task, to_latents, factor))
     if puts_back:
         after = [*alphas_bar[1:], 1.0]
         options["change"] = lambda x, i: anew * x + (1 - anew) * noisy(after[i])

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,6 +19,7 @@ class Dataset:
     """Pictures, uint8 (n, side, side, 3), their captions, and names by which to speak of them.
 
     remarks: what a person should know of them. skipped: files left out, and why. A line each.
+    maps: what says where things are, for layout: pictures like them, or none.
     """
 
     images: np.ndarray
@@ -26,6 +27,7 @@ class Dataset:
     names: Sequence[str]
     remarks: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    maps: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -33,7 +35,8 @@ class Dataset:
     def pick(self, chosen: Sequence[int]) -> "Dataset":
         """Only the pictures of these indices."""
         captions, names = ([texts[i] for i in chosen] for texts in (self.captions, self.names))
-        return Dataset(self.images[chosen], captions, names, self.remarks, self.skipped)
+        maps = None if self.maps is None else self.maps[chosen]
+        return replace(self, images=self.images[chosen], captions=captions, names=names, maps=maps)
 
     def split(self, share: float, seed: int) -> tuple["Dataset", "Dataset"]:
         """(for training, held out of it): about `share` of the pictures, at random, are kept away.
@@ -47,14 +50,21 @@ class Dataset:
 
     def with_mirror_images(self) -> "Dataset":
         """The same, and each picture once more with left and right exchanged."""
-        images = np.concatenate([self.images, self.images[:, :, ::-1]])
+
+        def both(pictures):
+            return np.concatenate([pictures, pictures[:, :, ::-1]])
+
         names = [*self.names, *(f"{name}, mirrored" for name in self.names)]
-        return Dataset(images, [*self.captions] * 2, names, self.remarks, self.skipped)
+        maps = None if self.maps is None else both(self.maps)
+        captions = [*self.captions] * 2
+        return replace(self, images=both(self.images), captions=captions, names=names, maps=maps)
 
     def fingerprint(self) -> str:
         """A hash of every pixel and caption, in hexadecimal: equal data, equal fingerprint."""
         digest = hashlib.sha256(f"{self.images.shape}".encode())
-        digest.update(np.ascontiguousarray(self.images))
+        for pictures in (self.images, self.maps):
+            if pictures is not None:
+                digest.update(np.ascontiguousarray(pictures))
         for caption in self.captions:
             digest.update(caption.encode("utf-8", "surrogatepass") + b"\0")
         return digest.hexdigest()[:16]

@@ -1,5 +1,6 @@
 """A folder of pictures as a data set: any sizes, captions from where they are usually kept."""
 
+import glob
 import json
 import posixpath
 import warnings
@@ -16,14 +17,19 @@ from tinyldm.pixels import as_rgb
 FORMATS = {  # suffix of a file → a format that is read, whichever of these suffixes it has
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF",
 }  # fmt: skip
+MAP = ".map"  # at the end of the name of a picture's layout
 MOST_PIXELS = 64_000_000  # of one picture; a larger one is a mistake, or meant to fill the memory
 
 
-def load_folder(folder: str | Path, side: int, skip_bad: bool = False) -> Dataset:
+def load_folder(
+    folder: str | Path, side: int, skip_bad: bool = False, maps: bool = False
+) -> Dataset:
     """All pictures below `folder`, in the order of their names, as `load_picture` reads them.
 
     A picture's caption is its line (`file_name`, `text`) in metadata.jsonl, else the text file of
     its name, else the name of its sub-folder, else "". Hidden files are left alone.
+
+    maps: a picture a.png has its layout in a.map.png, cropped and resized in the same way.
 
     Every file is read before any training. DataError names all that cannot be used; with
     `skip_bad` they are left out and listed in `skipped`.
@@ -36,12 +42,16 @@ def load_folder(folder: str | Path, side: int, skip_bad: bool = False) -> Datase
             "CIFAR-10's .bin and .npz"
         )
     files, others = _find(folder)
+    if maps:
+        files = [file for file in files if not file.stem.endswith(MAP)]
     listed, damaged = _read_metadata(folder, files)
 
     def read(file):
         try:
             picture = open_picture(file, side)
-            return _square(picture, side), min(picture.size) < side, *_caption(file, folder, listed)
+            enlarged = min(picture.size) < side
+            layout = load_picture(_map_of(file), side) if maps else None
+            return _square(picture, side), layout, enlarged, *_caption(file, folder, listed)
         except DataError as error:
             return error
 
@@ -57,14 +67,15 @@ def load_folder(folder: str | Path, side: int, skip_bad: bool = False) -> Datase
         )
     if not good:
         raise DataError(f"{folder}: none of its {len(files)} pictures can be read")
-    images, enlarged, captions, sources = zip(*(results[i] for i in good), strict=True)
+    images, layouts, enlarged, captions, sources = zip(*(results[i] for i in good), strict=True)
     remarks = [f"captions: {_count(sources)}"]
     if any(enlarged):
         remarks.append(f"{sum(enlarged)} of {len(good)} pictures are enlarged to {side} pixels")
     if others:
         remarks.append(f"files of other kinds, left alone: {_count(others)}")
     names = [files[i].relative_to(folder).as_posix() for i in good]
-    return Dataset(np.stack(images), list(captions), names, tuple(remarks), tuple(damaged))
+    layouts = np.stack(layouts) if maps else None
+    return Dataset(np.stack(images), list(captions), names, tuple(remarks), tuple(damaged), layouts)
 
 
 def holds_pictures(folder: Path) -> bool:
@@ -102,6 +113,13 @@ def open_picture(file: Path, side: int) -> Image.Image:
     except Exception as error:  # decoders of damaged bytes raise whatever they stumble over
         reason = str(error) or type(error).__name__
     raise DataError(f"{file}: {reason}")
+
+
+def _map_of(file):
+    found = sorted(file.parent.glob(f"{glob.escape(file.stem)}{MAP}.*"))
+    if not found:
+        raise DataError(f"{file}: has no map; expected {file.stem}{MAP}{file.suffix} beside it")
+    return found[0]
 
 
 def _square(picture, side):

@@ -8,7 +8,7 @@ Lengths are in pixels of the finished picture and coordinates are continuous: pi
 [i, i + 1), x grows to the right, y downwards.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from math import ceil, floor
 
@@ -37,6 +37,7 @@ VOCABULARY = {
     "position": POSITIONS,
 }
 ATTRIBUTES = tuple(VOCABULARY)
+ON_MAPS = {"circle": "red", "square": "green", "triangle": "blue"}  # on black, whatever it shows
 
 HELD_OUT = frozenset(  # (colour, shape) on any background: never in a training set
     {
@@ -89,9 +90,27 @@ class Attributes:
         )
 
     @property
+    def pair(self) -> str:
+        """Such as "red circle", the name of a class."""
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def on_map(self) -> "Attributes":
+        """What its layout shows: the same shape at the same place, in the colour of its kind."""
+        return replace(self, colour=ON_MAPS[self.shape], background="black")
+
+    @property
     def held_out(self) -> bool:
         """Whether this pair of colour and shape is kept for the compositional score."""
         return (self.colour, self.shape) in HELD_OUT
+
+
+def named(prompt: str) -> dict[str, str]:
+    """{attribute: word} that a caption says, or the name of a class. ValueError for others."""
+    match prompt.split(" "):
+        case [colour, shape] if colour in COLOURS and shape in SHAPES:
+            return {"colour": colour, "shape": shape}
+    return asdict(Attributes.parse(prompt))
 
 
 def combinations(held_out: bool = False) -> list[Attributes]:
@@ -168,18 +187,19 @@ def fill_shape(
 
 
 def make_shapes(
-    n: int, side: int = 32, seed: int = 0, held_out: bool = False
+    n: int, side: int = 32, seed: int = 0, held_out: bool = False, maps: bool = False
 ) -> tuple[np.ndarray, list[str]]:
     """Draw n pictures: uint8 (n, side, side, 3), and their captions.
 
     Captions are uniform over `combinations(held_out)`. Picture i depends on (seed, i) alone, so the
     first pictures are the same whatever n is. ValueError for a side below 16 pixels.
+    maps: instead of the pictures, their layouts: see `Attributes.on_map`.
     """
     choices = combinations(held_out)
     images, captions = np.empty((n, side, side, 3), np.uint8), []
     for i in range(n):
         rng = np.random.default_rng((seed, i))
         attributes = choices[rng.integers(len(choices))]
-        images[i] = draw(attributes, rng, side)
+        images[i] = draw(attributes.on_map if maps else attributes, rng, side)
         captions.append(attributes.caption)
     return images, captions

@@ -1,6 +1,6 @@
 """How good is a model, in numbers, each beside the number that it should be compared with."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 from tqdm import tqdm
@@ -10,6 +10,7 @@ from tinyldm.data.dataset import Dataset
 from tinyldm.data.shapes import ATTRIBUTES, make_shapes
 from tinyldm.evaluation.likelihood import bits_per_dim
 from tinyldm.evaluation.reader import score
+from tinyldm.evaluation.scenes import compare, given, paint, seen_beside
 from tinyldm.evaluation.statistics import (
     copied,
     frechet_distance,
@@ -19,7 +20,7 @@ from tinyldm.evaluation.statistics import (
     psnr,
     ssim,
 )
-from tinyldm.models import IdentityFirstStage
+from tinyldm.models import ClassNames, IdentityFirstStage
 from tinyldm.pipeline import Pipeline
 
 SEED = 20_260_101  # of pictures, captions and noise for scoring: none of them is in a training set
@@ -39,13 +40,15 @@ def loss_by_noise(pipeline: Pipeline, data: Dataset, bands: int = BANDS) -> list
     """
     rng = np.random.default_rng(SEED)
     xp, schedule = pipeline.xp, pipeline.schedule
-    latents, context = pipeline.encode(data.images), pipeline.embed(data.captions)
+    latents, condition = pipeline.encode(data.images), pipeline.embed(data.captions)
+    beside = seen_beside(pipeline, data)
     n, width = len(data), len(schedule) // bands
     losses = []
     for band in range(bands):
         t = band * width + np.arange(n) * width // n
         noise = xp.asarray(rng.standard_normal(latents.shape, dtype=np.float32))
-        prediction = pipeline.predict(schedule.add_noise(latents, noise, t), t, context)
+        x = schedule.add_noise(latents, noise, t)
+        prediction = pipeline.predict(x, t, condition, beside)
         error = prediction - schedule.target(latents, noise, t)
         losses.append(float((error * error).mean()))
     return losses
@@ -56,11 +59,12 @@ def likelihood(pipeline: Pipeline, data: Dataset) -> float:
 
     Of latents it is a density, which can be negative; of pixels that of one level of 256.
     """
-    latents, context = pipeline.encode(data.images), pipeline.embed(data.captions)
+    latents, condition = pipeline.encode(data.images), pipeline.embed(data.captions)
+    beside = seen_beside(pipeline, data)
     rng = np.random.default_rng(SEED)
 
     def predict(x, t):
-        return pipeline.predict(x, t, context)
+        return pipeline.predict(x, t, condition, beside)
 
     bits = bits_per_dim(predict, pipeline.schedule, latents, rng, DRAWS)
     if isinstance(pipeline.vae, IdentityFirstStage):
@@ -75,11 +79,13 @@ def evaluate(
     count: int = 500,
     steps: int | None = None,
     guidance: float | None = None,
-    shapes: bool = False,
+    shapes: Callable[[str], str] | None = None,
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """Score a model against the pictures it was trained on and those it never saw.
 
-    count: pictures to paint. shapes: read attributes back by rule, half of them of held-out pairs.
+    count: pictures to paint. shapes: read attributes back by rule, of text half of them of held-out
+    pairs; it turns a caption into what the model paints from. A model with a task is given what it
+    needs of held-out pictures, and is compared with them.
     Returns what eval.json holds, and the pictures nearest to training ones beside those:
     {"samples", "nearest": uint8 (n, h, w, 3)}.
     """
@@ -101,36 +107,63 @@ def evaluate(
         if len(data)
     }
     with tqdm(total=count, desc="painting", unit="picture", disable=None) as bar:
-        if shapes:
-            painted = _score_shapes(pipeline, count, steps, guidance, bar, result)
+
+        def painted_of(prompts, scene=None):
+            return _paint(pipeline, prompts, scene, bar, steps=steps, guidance=guidance)
+
+        if pipeline.task != "generation":
+            painted = _score_task(pipeline, painted_of, count, true, shapes, result)
+        elif shapes:
+            painted = _score_shapes(pipeline, painted_of, count, shapes, result)
         else:
-            captions = [true.captions[i % len(true)] for i in range(count)]
-            painted = np.concatenate(list(_paint(pipeline, captions, steps, guidance, bar)))
+            painted = painted_of([true.captions[i % len(true)] for i in range(count)])
     return result, _compare(pipeline, painted, training, held_out, result)
 
 
-def _score_shapes(pipeline, count, steps, guidance, bar, result):
+def _score_shapes(pipeline, painted_of, count, prompt_of, result):
     """Attributes read back by rule, of true pictures, reconstructions and painted ones."""
     side = pipeline.size[0]
-    half = max(1, count // 2)
-    truth, captions = make_shapes(half, side, SEED)
-    result["captions"] = 2 * half
+    sets = {"seen": False}
+    if not isinstance(pipeline.tokenizer, ClassNames):  # a held-out pair is no class
+        sets["held_out"] = True
+    n = max(1, count // len(sets))
+    truth, captions = make_shapes(n, side, SEED)
+    result["captions"] = n * len(sets)
     result["reader"] = score(truth, captions)
     result["reconstructed"] = score(pipeline.decode(pipeline.encode(truth)), captions)
     painted = {}
-    for name, unseen in (("seen", False), ("held_out", True)):
-        _, prompts = make_shapes(half, side, SEED, unseen)
-        painted[name] = np.concatenate(list(_paint(pipeline, prompts, steps, guidance, bar)))
+    for name, unseen in sets.items():
+        prompts = [prompt_of(caption) for caption in make_shapes(n, side, SEED, unseen)[1]]
+        painted[name] = painted_of(prompts)
         result[name] = score(painted[name], prompts)
     return painted["seen"]  # the held-out pairs are meant to differ from all that was trained on
 
 
-def _paint(pipeline, captions, steps, guidance, bar) -> Iterator[np.ndarray]:
-    for start in range(0, len(captions), BATCH):
-        part = captions[start : start + BATCH]
-        pictures = pipeline(part, steps=steps, guidance=guidance, seed=SEED + start)
-        bar.update(len(part))
-        yield np.stack([np.asarray(picture) for picture in pictures])
+def _score_task(pipeline, painted_of, count, true, shapes, result):
+    """What a model makes of what its task gives it of true pictures."""
+    truth = true.pick(range(min(count, len(true))))
+    scene = given(pipeline.task, truth, shapes is not None)
+    painted = painted_of(truth.captions, scene)
+    result["task"] = {"name": pipeline.task} | compare(scene, painted, truth.images)
+    if shapes:
+        result["captions"] = len(truth)
+        for name, pictures in (
+            ("reader", truth.images),
+            ("reconstructed", pipeline.decode(pipeline.encode(truth.images))),
+            ("seen", painted),
+        ):
+            result[name] = score(pictures, truth.captions)
+    return painted
+
+
+def _paint(pipeline, prompts, scene, bar, **options) -> np.ndarray:
+    painted = []
+    for start in range(0, len(prompts), BATCH):
+        part = slice(start, start + BATCH)
+        some = scene and scene.pick(part)
+        painted.append(paint(pipeline, prompts[part], some, seed=SEED + start, **options))
+        bar.update(len(prompts[part]))
+    return np.concatenate(painted)
 
 
 def _compare(pipeline, painted, training, held_out, result):
@@ -179,12 +212,15 @@ def table(result: dict) -> str:
             "the reader on true pictures": result["reader"],
             "first stage, reconstructions": result["reconstructed"],
             "painted, combinations seen": result["seen"],
-            "painted, combinations held out": result["held_out"],
         }
+        if "held_out" in result:
+            rows["painted, combinations held out"] = result["held_out"]
         names = [*ATTRIBUTES, "all"]
         lines.append("right by rule, in %".ljust(32) + "".join(f"{name:>12}" for name in names))
         for title, row in rows.items():
-            shares = "".join(f"{100 * row[name]:12.1f}" for name in names)
+            shares = "".join(
+                f"{100 * row[name]:12.1f}" if name in row else " " * 12 for name in names
+            )
             lines.append(title.ljust(32) + shares)
         lines.append(f"{result['captions']} captions painted\n")
     unseen = "held_out" in result["loss_by_noise"]
@@ -195,6 +231,7 @@ def table(result: dict) -> str:
              "decoded against the picture; 30 is soft, 40 is hard to tell apart"),
         _row("first stage, SSIM", f"{result['ssim']:.3f}", "the same for structure; 1 is equal"),
     ]  # fmt: skip
+    lines += _rows_of_task(result.get("task", {}))
     for name, losses in result["loss_by_noise"].items():
         numbers = " ".join(f"{loss:.3f}" for loss in losses)
         lines.append(_row(f"loss by noise, {name.replace('_', '-')}", numbers, ""))
@@ -224,6 +261,19 @@ def table(result: dict) -> str:
                           "nearer to a training picture than 95 % of held-out ones are; "
                           "about 5 % means that nothing is copied"))  # fmt: skip
     return "\n".join(lines)
+
+
+def _rows_of_task(task):
+    if not task:
+        return []
+    name = task["name"]
+    if "psnr_seen" in task:
+        meaning = "of the part that was not hidden, painted against the picture"
+        return [_row(f"{name}, PSNR", f"{task['psnr_seen']:.1f} dB", meaning)]
+    meaning = "painted against the picture (in brackets: what was given)"
+    psnrs = f"{task['psnr']:.1f} dB (given {task['psnr_given']:.1f} dB)"
+    ssims = f"{task['ssim']:.3f} (given {task['ssim_given']:.3f})"
+    return [_row(f"{name}, PSNR", psnrs, meaning), _row(f"{name}, SSIM", ssims, "")]
 
 
 def _row(title, numbers, meaning):

@@ -17,6 +17,7 @@ from tinyldm.data.shapes import (
     SIZES,
     Attributes,
     centre,
+    named,
 )
 
 # A shape of half-extent r has the area AREA · r², and its centre of mass DROP · r below its centre.
@@ -96,20 +97,33 @@ def shape_coverage(shape: str, dx: np.ndarray, dy: np.ndarray, r: float) -> np.n
     return np.clip(0.5 - distance, 0, 1)  # the outline is one pixel soft
 
 
-def score(images: Sequence[np.ndarray], captions: Sequence[str]) -> dict[str, float]:
-    """The fraction of pictures that show what their captions say: {attribute: 0 … 1, "all": 0 … 1}.
+def box_around(image: np.ndarray, margin: int) -> np.ndarray:
+    """bool (h, w), True in the box of what is not ground, and so many pixels around it."""
+    pixels = image.astype(np.float64)
+    ground, ink = seen_colours(pixels)
+    contrast = np.linalg.norm(pixels - ground, axis=2)
+    shown = contrast > 0.2 * np.linalg.norm(ink - ground)
+    box = np.zeros(shown.shape, bool)
+    rows, columns = (np.flatnonzero(shown.any(axis=axis)) for axis in (1, 0))
+    top, left = max(0, rows[0] - margin), max(0, columns[0] - margin)
+    box[top : rows[-1] + 1 + margin, left : columns[-1] + 1 + margin] = True
+    return box
 
-    ValueError for a caption that is none of ours, for unequal numbers, or for no picture at all.
+
+def score(images: Sequence[np.ndarray], prompts: Sequence[str]) -> dict[str, float]:
+    """The fraction of pictures that show what was asked for: {attribute: 0 … 1, "all": 0 … 1}.
+
+    prompts: captions, or names of classes, which say colour and shape alone. ValueError for one
+    that is none of ours, for unequal numbers, or for no picture at all.
     """
-    if len(images) != len(captions) or len(images) == 0:
-        raise ValueError(f"need a caption per picture, got {len(images)} and {len(captions)}")
-    said = [Attributes.parse(caption) for caption in captions]
+    if len(images) != len(prompts) or len(images) == 0:
+        raise ValueError(f"need a caption per picture, got {len(images)} and {len(prompts)}")
+    said = [named(prompt) for prompt in prompts]
     seen = [read_attributes(image) for image in images]
     right = {
-        name: np.array(
-            [getattr(a, name) == getattr(b, name) for a, b in zip(seen, said, strict=True)]
-        )
+        name: np.array([getattr(a, name) == b[name] for a, b in zip(seen, said, strict=True)])
         for name in ATTRIBUTES
+        if all(name in words for words in said)
     }
     right["all"] = np.logical_and.reduce(list(right.values()))
     return {name: float(hits.mean()) for name, hits in right.items()}

@@ -1,12 +1,37 @@
-"""A function of a large picture, tile by tile, so that it needs the memory of one tile."""
+"""A function of pictures, some at a time; of a large one tile by tile, for the memory of a tile."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
-from tinyldm.backend import Array, array_module
+from tinyldm.backend import Array, array_module, map_batch
 
+ALONE = 2**16  # pixels of a picture that goes through an autoencoder by itself, on all cores
+WHOLE, TILE = 768, 512  # pixels: a larger square than the first is worked on in tiles of the second
 OVERLAP = 0.25  # of a tile, at least, with each neighbour
+
+
+def in_parts(
+    function: Callable[[Array], Array],
+    x: Array,
+    grid: tuple[int, int],
+    factor: int,
+    tile: int | None,
+) -> Array:
+    """`function` of x (n, h, w, c), pictures or their latents: small ones together, large in tiles.
+
+    grid: (rows, columns) of the latents, `factor` pixels a side each. tile: pixels, the side of a
+    tile; 0 never, None where the pictures are large.
+    """
+    pixels = grid[0] * grid[1] * factor**2
+    if tile is None:
+        tile = TILE if pixels > WHOLE**2 else 0
+    if tile and max(grid) > tile // factor:
+        function = partial(in_tiles, function, grid=grid, side=tile // factor)
+    elif pixels <= ALONE:
+        return map_batch(function, x)
+    return array_module(x).concatenate([function(x[i : i + 1]) for i in range(len(x))])
 
 
 def in_tiles(

@@ -164,6 +164,12 @@ class Tokenizer:
     def __len__(self) -> int:
         return len(self.vocab)
 
+    @property
+    def content(self) -> dict:
+        """What it is made from."""
+        names = ("vocab", "merges", "max_length", "pad_token")
+        return {name: getattr(self, name) for name in names}
+
     def __call__(self, texts: str | Sequence[str]) -> np.ndarray:
         """Token ids of a list of captions, int64 (n, max_length); a string is a list of one.
 

@@ -8,15 +8,17 @@ from pathlib import Path
 
 from tinyldm.checkpoints import COMPONENTS
 from tinyldm.config import ConfigError
-from tinyldm.data.dataset import Dataset
+from tinyldm.data.dataset import DataError, Dataset
 from tinyldm.data.folder import holds_pictures, load_folder
 from tinyldm.data.formats import find_arrays, load_arrays
-from tinyldm.data.shapes import make_shapes
+from tinyldm.data.shapes import Attributes, make_shapes
+from tinyldm.models import ClassNames
 from tinyldm.models.tokenizer import CaptionCut, Tokenizer
 from tinyldm.training.presets import Config
 from tinyldm.training.state import state_files
 
 LONGEST_CAPTION = 77  # tokens, as in Stable Diffusion
+MOST_CLASSES = 1000  # as ImageNet has; more are likely to be captions
 OF_A_RUN = ("training", "samples", "tokenizer", "scheduler", *COMPONENTS)  # folders that it makes
 
 Say = Callable[[str], None]
@@ -24,13 +26,33 @@ Say = Callable[[str], None]
 
 def load_data(config: Config) -> Dataset:
     """All the pictures of a run. DataError where they cannot be used."""
-    if config.data != "shapes":
-        arrays = find_arrays(Path(config.data))
-        if arrays and not holds_pictures(Path(config.data)):
-            return load_arrays(arrays, config.side)
-        return load_folder(config.data, config.side, config.skip_bad)
-    images, captions = make_shapes(config.pictures, config.side, config.seed)
-    return Dataset(images, captions, [f"shape {i}" for i in range(len(images))])
+    maps = config.task == "layout"
+    if config.data == "shapes":
+        drawn = config.pictures, config.side, config.seed
+        images, captions = make_shapes(*drawn)
+        names = [f"shape {i}" for i in range(len(images))]
+        layouts = make_shapes(*drawn, maps=True)[0] if maps else None
+        data = Dataset(images, captions, names, maps=layouts)
+    elif (arrays := find_arrays(Path(config.data))) and not holds_pictures(Path(config.data)):
+        if maps:
+            raise DataError(
+                f"{config.data}: layout needs maps, as files beside those of a folder of pictures; "
+                "found arrays"
+            )
+        data = load_arrays(arrays, config.side)
+    else:
+        data = load_folder(config.data, config.side, config.skip_bad, maps)
+    prompt = prompts_of(config)
+    return replace(data, captions=[prompt(caption) for caption in data.captions])
+
+
+def prompts_of(config: Config) -> Callable[[str], str]:
+    """What a caption is turned into, to be what the run paints from."""
+    if config.condition == "none":
+        return lambda caption: ""
+    if config.has_classes and config.data == "shapes":
+        return lambda caption: Attributes.parse(caption).pair
+    return lambda caption: caption
 
 
 def split(data: Dataset, config: Config) -> tuple[Dataset, Dataset]:
@@ -39,8 +61,24 @@ def split(data: Dataset, config: Config) -> tuple[Dataset, Dataset]:
     return (training.with_mirror_images() if config.flip else training), held_out
 
 
-def fit_tokenizer(config: Config, captions: list[str], say: Say) -> tuple[Tokenizer, Config]:
-    """A tokenizer trained on the captions, and the config with as many tokens as they need."""
+def fit_tokenizer(
+    config: Config, captions: list[str], say: Say
+) -> tuple[Tokenizer | ClassNames, Config]:
+    """A tokenizer trained on the captions, and the config with as many tokens as they need.
+
+    For a run with classes it is their names. DataError where the captions are no classes.
+    """
+    if config.has_classes:
+        names = sorted(set(captions))
+        if "" in names or not 2 <= len(names) <= MOST_CLASSES:
+            raise DataError(
+                f"{config.data}: expected 2…{MOST_CLASSES} classes, such as one sub-folder each, "
+                f"found {len(names)} different captions"
+                + " and pictures without one" * ("" in names)
+                + "; take --condition text, or none"
+            )
+        say(f"{len(names)} classes: {', '.join(names[:12])}{', …' * (len(names) > 12)}")
+        return ClassNames(names), config
     tokenizer = Tokenizer.train(captions, config.vocabulary, LONGEST_CAPTION)
     with warnings.catch_warnings(record=True, action="always", category=CaptionCut) as cut:
         ids = tokenizer(list(dict.fromkeys(captions)))

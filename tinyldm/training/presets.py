@@ -5,9 +5,11 @@ from dataclasses import dataclass, field, replace
 
 from tinyldm.config import ConfigError, unknown
 from tinyldm.diffusion.objective import WEIGHTINGS
-from tinyldm.models import Tokenizer
+from tinyldm.models import ClassNames, Tokenizer
+from tinyldm.tasks import TASKS, channels_beside
 
 STAGES = ("autoencoder", "denoiser")
+CONDITIONS = ("text", "class-token", "class-time", "none")
 FIRST_STAGES = {"kl": "AutoencoderKL", "vq": "VQModel", "none": "IdentityFirstStage"}
 
 
@@ -42,6 +44,8 @@ class Config:
     first_stage: str = "kl"  # or "vq" with a codebook, or "none" for diffusion in pixels
     codes: int = 256  # of the codebook
     kl_weight: float = 1e-4  # of the mean KL a latent number, beside the mean squared error
+    task: str = "generation"  # or what the U-Net sees beside the noisy latents, see `tasks`
+    condition: str = "text"  # or the class of a picture, as a token or beside its time, or "none"
     caption_dropout: float = 0.1  # share of captions left out, so that guidance has a "without"
     weighting: str = "simple"  # of the loss by t, or "min-snr" or "variational"
     noise_offset: float = 0.0  # of a noise that is the same all over a channel (Guttenberg 2023)
@@ -61,10 +65,15 @@ class Config:
     guidance: float = 2.0
 
     def __post_init__(self):
-        if self.first_stage not in FIRST_STAGES:
-            raise ConfigError(f"first_stage: {unknown(self.first_stage, FIRST_STAGES)}")
-        if self.weighting not in WEIGHTINGS:
-            raise ConfigError(f"weighting: {unknown(self.weighting, WEIGHTINGS)}")
+        choices = {
+            "first_stage": FIRST_STAGES,
+            "weighting": WEIGHTINGS,
+            "task": TASKS,
+            "condition": CONDITIONS,
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name}: {unknown(getattr(self, name), known)}")
         factor = self.factor * 2 ** (len(self.unet_widths) - 1)
         if self.side < factor or self.side % factor:
             below = max(1, self.side // factor) * factor
@@ -91,6 +100,26 @@ class Config:
         """Of the latents."""
         return 3 if self.first_stage == "none" else self.latent_channels
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether it is a class that says what to paint, and not a text."""
+        return self.condition.startswith("class")
+
+    def configs(self, tokenizer: Tokenizer | ClassNames) -> dict[str, dict]:
+        """The config of each component; there is no text encoder where the U-Net knows classes."""
+        configs = {
+            "unet": self.unet_config(len(tokenizer)),
+            "vae": self.vae_config(),
+            "scheduler": self.scheduler_config(),
+        }
+        if self.condition == "class-token":
+            kind = {"_class_name": "ClassEmbedder"}
+            sizes = {"num_classes": len(tokenizer), "hidden_size": self.text_width}
+            configs["text_encoder"] = kind | sizes
+        elif self.condition != "class-time":
+            configs["text_encoder"] = self.text_config(tokenizer)
+        return configs
+
     def vae_config(self) -> dict:
         """diffusers' AutoencoderKL or VQModel, or our IdentityFirstStage."""
         kind = {"_class_name": FIRST_STAGES[self.first_stage]}
@@ -111,27 +140,32 @@ class Config:
             "scaling_factor": 1.0,  # until it is measured
         }
 
-    def unet_config(self) -> dict:
-        """diffusers' UNet2DConditionModel."""
-        return {
+    def unet_config(self, classes: int | None = None) -> dict:
+        """diffusers' UNet2DConditionModel. Where classes come with the time, nothing attends."""
+        by_time = self.condition == "class-time"
+        attention = [attends and not by_time for attends in self.unet_attention]
+        if by_time:
+            condition = {"mid_block_type": "UNetMidBlock2D", "num_class_embeds": classes}
+        elif self.has_classes:
+            condition = {}
+        else:
+            heads = self.heads
+            condition = {"addition_embed_type": "text", "addition_embed_type_num_heads": heads}
+        return condition | {
             "sample_size": self.side // self.factor,
-            "in_channels": self.channels,
+            "in_channels": self.channels + channels_beside(self.task, self.channels),
             "out_channels": self.channels,
             "down_block_types": [
-                "CrossAttnDownBlock2D" if attends else "DownBlock2D"
-                for attends in self.unet_attention
+                "CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attention
             ],
             "up_block_types": [
-                "CrossAttnUpBlock2D" if attends else "UpBlock2D"
-                for attends in reversed(self.unet_attention)
+                "CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in attention[::-1]
             ],
             "block_out_channels": list(self.unet_widths),
             "layers_per_block": self.unet_layers,
             "attention_head_dim": self.heads,
             "norm_num_groups": self.groups,
             "cross_attention_dim": self.text_width,
-            "addition_embed_type": "text",
-            "addition_embed_type_num_heads": self.heads,
         }
 
     def text_config(self, tokenizer: Tokenizer) -> dict:
@@ -254,12 +288,12 @@ def with_length(config: Config, seconds: float, stages: Sequence[str] = STAGES) 
 def changed(config: Config, **settings: object) -> Config:
     """The config of a run that is resumed with other settings; those that are None stay the same.
 
-    keep, data (if the pictures have moved) and skip_bad may change. ConfigError for preset, size,
-    seed, first_stage or flip that differ: the result would not be the run that was begun.
+    keep, data (if the pictures have moved) and skip_bad may change. ConfigError for others that
+    differ, such as preset, size or seed: the result would not be the run that was begun.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     began = {"preset": config.preset, "size": config.side, "seed": config.seed}
-    began |= {"first_stage": config.first_stage, "flip": config.flip}
+    began |= {name: getattr(config, name) for name in ("first_stage", "task", "condition", "flip")}
     for name in began.keys() & given.keys():
         if given.pop(name) != began[name]:
             raise ConfigError(

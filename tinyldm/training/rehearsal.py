@@ -12,14 +12,15 @@ import numpy as np
 
 from tinyldm.backend import cores, map_batch, to_device
 from tinyldm.machine import free_memory, held_memory
-from tinyldm.models import Tokenizer
+from tinyldm.models import ClassNames, Tokenizer
+from tinyldm.tasks import channels_beside, sees_all
 from tinyldm.team import available
+from tinyldm.training.latents import AT_ONCE
 from tinyldm.training.parallel import accumulated, gradient, value_and_grad
 from tinyldm.training.presets import STAGES, Config
 from tinyldm.training.stages import Models, denoiser_loss, train_step
 from tinyldm.training.state import State
 
-ENCODED_AT_ONCE = 16  # pictures a thread, when all become latents between the stages
 CALLS = 8  # of a step; more would tell no more
 CAPTION = "a large red circle on blue at the left"  # any will do
 
@@ -74,7 +75,7 @@ def rehearse(config: Config, pictures: int, device: str = "cpu", seconds: float 
     Memory is that of the host, on a GPU too. DeviceError where the device is not there.
     """
     free, held = free_memory(), held_memory()
-    models = Models(config, Tokenizer.train([CAPTION], config.vocabulary, config.tokens))
+    models = Models(config, _some_tokenizer(config))
     step_seconds, states, peaks = {}, [], []
     makers = dict(zip(STAGES, (_autoencoder, _denoiser), strict=True))
     for name in models.stages:
@@ -92,7 +93,11 @@ def rehearse(config: Config, pictures: int, device: str = "cpu", seconds: float 
             step_seconds[name], _ = _measure(step, seconds / 2, device)
         del state, loss_fn, batch, threads, in_training, step
     encoding, encoded = _encoding(models, pictures, device, seconds / 10)
-    latents = 4 * pictures * math.prod(_latent(models))
+    if config.task == "inpainting":  # what is seen of a picture is encoded in each step
+        step_seconds["denoiser"] += encoding * config.denoiser.batch / pictures
+    copies = 1 + sees_all(config.task)  # of every picture that become latents
+    encoding *= copies
+    latents = 4 * pictures * math.prod(_latent(models)) * copies
     saving = 2 * sum(states)  # copies: in the order of the file, and as the file's bytes
     # What is freed is rarely given back to the system, so what is needed in turn adds up. Of the
     # latents there are the mean, the standard deviation, the moments they came from, and a copy.
@@ -103,6 +108,13 @@ def rehearse(config: Config, pictures: int, device: str = "cpu", seconds: float 
     memory += others * (max(states) + max(peaks))
     steps = {name: _steps(getattr(config, name), step_seconds[name]) for name in step_seconds}
     return Rehearsal(step_seconds, steps, encoding, int(memory), held, free)
+
+
+def _some_tokenizer(config):
+    """One of about the size that the run will have."""
+    if config.has_classes:
+        return ClassNames(["a class", "another"])
+    return Tokenizer.train([CAPTION], config.vocabulary, config.tokens)
 
 
 def _steps(stage, step_seconds):
@@ -122,17 +134,19 @@ def _denoiser(models, rng, device):
     """What a step of stage 2 is made of: state, loss, batch."""
     config = models.config
     n = config.denoiser.batch
-    z, noise = _normal(rng, 2, n, *_latent(models))
-    tokens = rng.integers(0, len(models.tokenizer), (n, config.tokens))
+    h, w, c = _latent(models)
+    z, noise = _normal(rng, 2, n, h, w, c)
+    ids = rng.integers(0, len(models.tokenizer), models.tokenizer([""] * n).shape)
     t = rng.integers(0, len(models.schedule), n)
-    params = models.unet.init(rng) | models.text.init(rng)
-    loss_fn = denoiser_loss(models)
-    return _work(models, params, loss_fn, (z, noise, tokens), device, t)
+    beside = channels_beside(config.task, c)
+    seen = [to_device(_normal(rng, n, h, w, beside), device)] if beside else []
+    params = models.init_denoiser(rng)
+    return _work(models, params, denoiser_loss(models), (z, noise, ids), device, t, *seen)
 
 
-def _work(models, params, loss_fn, batch, device, *on_host):
+def _work(models, params, loss_fn, batch, device, *others):
     state = State(models.config, "", to_device(params, device), models.tokenizer, "")
-    return state, loss_fn, (*(to_device(x, device) for x in batch), *on_host)
+    return state, loss_fn, (*(to_device(x, device) for x in batch), *others)
 
 
 def _step(state, gradient_of, batch):
@@ -155,7 +169,7 @@ def _encoding(models, pictures, device, seconds):
 
     encode()  # each thread has its scratch memory now, which does not grow with the pictures
     each, peak = _measure(encode, seconds, device)
-    return each * pictures / n, peak * min(pictures, ENCODED_AT_ONCE * cores()) / n
+    return each * pictures / n, peak * min(pictures, AT_ONCE * cores()) / n
 
 
 def _latent(models):

@@ -11,14 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyldm.backend import Array, array_module, map_batch, to_device
+from tinyldm.backend import Array, array_module, to_device
 from tinyldm.config import ConfigError
 from tinyldm.data.dataset import DataError, Dataset
 from tinyldm.models.tokenizer import CaptionCut
 from tinyldm.nn.protocol import Params
 from tinyldm.pipeline import Pipeline
 from tinyldm.pixels import from_uint8
+from tinyldm.tasks import sees_all
 from tinyldm.training import codebook, snapshots
+from tinyldm.training.latents import all_gaussians, seen_beside
 from tinyldm.training.loop import fit
 from tinyldm.training.preparation import (
     Say,
@@ -30,7 +32,7 @@ from tinyldm.training.preparation import (
     split,
 )
 from tinyldm.training.presets import STAGES, Config, changed, with_length
-from tinyldm.training.rehearsal import ENCODED_AT_ONCE, rehearse
+from tinyldm.training.rehearsal import rehearse
 from tinyldm.training.signals import Interruptible, Stopped
 from tinyldm.training.stages import Models, denoiser_loss
 from tinyldm.training.state import State, load_state, save_state
@@ -132,7 +134,7 @@ class Run:
                 if not self.state.finished:
                     self.fit_denoiser(stop)
             pipeline = self.export()
-            snapshots.finished(self.folder, pipeline, self.training.captions)
+            snapshots.finished(self.folder, pipeline, self.training, self.held_out)
         return pipeline
 
     def export(self) -> Pipeline:
@@ -198,14 +200,14 @@ class Run:
             "its loss goes flat early, and that is normal: most of it is noise that nobody could "
             "predict. Look at samples/, and at the loss at high noise"
         )
-        state, captions = self.state, self.training.captions
+        state = self.state
         config = state.config
         batch_at, first = self.latent_batches()
         snapshots.first_stage(self.folder, self.export(), self.training, first)
 
         def report():
             return snapshots.denoiser(
-                self.folder, self.export(), captions, self.held_out, state.step
+                self.folder, self.export(), self.training, self.held_out, state.step
             )
 
         loss_fn = denoiser_loss(self.models)
@@ -225,6 +227,7 @@ class Run:
         mean, std = all_gaussians(models, state.first_stage, self.training.images, self.device)
         scale = np.float32(state.scaling_factor)
         ids, no_caption = models.tokenizer(self.training.captions), models.tokenizer("")
+        seen_of = seen_beside(state, models, self.training, self.device)
 
         def batch_at(step):
             rng = np.random.default_rng((config.seed, 4, step))
@@ -239,8 +242,10 @@ class Run:
             z = mean[chosen]
             if std is not None:
                 z = z + std[chosen] * normal[0]
-            tokens = np.where(dropped[:, None], no_caption, ids[chosen])
-            return *(self.xp.asarray(x) for x in (z * scale, normal[1], tokens)), t
+            dropped = dropped.reshape(-1, *[1] * (ids.ndim - 1))
+            tokens = np.where(dropped, no_caption, ids[chosen])
+            batch = (self.xp.asarray(x) for x in (z * scale, normal[1], tokens))
+            return *batch, t, *seen_of(chosen, rng)
 
         return batch_at, mean[0] * scale
 
@@ -265,45 +270,28 @@ def second_stage(
         f"{1 / scale:.3f}, and the noise schedule expects 1"
     )
     rng = np.random.default_rng((config.seed, 3))
-    params = to_device(models.unet.init(rng) | models.text.init(rng), device)
+    params = to_device(models.init_denoiser(rng), device)
     return State(
         config, "denoiser", params, models.tokenizer, fingerprint, first_stage=first_stage,
         done_before=done_before, scaling_factor=scale,
     )  # fmt: skip
 
 
-def all_gaussians(
-    models: Models, params: Params, images: np.ndarray, device: str
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Mean and standard deviation, or None, of the latents of uint8 pictures, on the host."""
-
-    def part(x):
-        mean, std = models.gaussians(params, from_uint8(x))
-        return mean if std is None else array_module(mean).concatenate([mean, std], axis=-1)
-
-    both = map_batch(part, to_device(images, device), size=ENCODED_AT_ONCE)
-    both = to_device(both, "cpu")
-    if both.shape[-1] == models.vae.latent_channels:
-        return both, None
-    return np.split(both, 2, axis=-1)
-
-
 def export(run: Path, state: State, models: Models) -> Pipeline:
     """Write the component folders from the averaged weights of stage 2."""
     config = state.config
-    configs = {
-        "unet": config.unet_config(),
-        "vae": config.vae_config() | {"scaling_factor": state.scaling_factor},
-        "text_encoder": config.text_config(models.tokenizer),
-        "scheduler": config.scheduler_config(),
-    }
+    configs = config.configs(models.tokenizer)
+    configs["vae"] |= {"scaling_factor": state.scaling_factor}
     average = state.average
     params = {
         "unet": {name: average[name] for name in models.unet.shapes()},
         "vae": state.first_stage,
-        "text_encoder": {name: average[name] for name in models.text.shapes()},
     }
+    if models.text:
+        params["text_encoder"] = {name: average[name] for name in models.text.shapes()}
     defaults = {"steps": config.steps, "guidance": config.guidance, "sampler": "ddim"}
+    if sees_all(config.task):  # which the number of channels leaves open
+        defaults["task"] = config.task
     pipeline = Pipeline(configs, params, models.tokenizer, defaults)
     pipeline.save(run)
     return pipeline

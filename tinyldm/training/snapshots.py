@@ -8,7 +8,7 @@ import numpy as np
 
 from tinyldm.backend import Array, array_module, map_batch, to_device
 from tinyldm.data.dataset import Dataset
-from tinyldm.data.shapes import Attributes
+from tinyldm.data.shapes import named
 from tinyldm.evaluation.metrics import loss_by_noise
 from tinyldm.evaluation.pictures import (
     curves,
@@ -19,13 +19,15 @@ from tinyldm.evaluation.pictures import (
     save_picture,
 )
 from tinyldm.evaluation.reader import score
+from tinyldm.evaluation.scenes import as_shown, given, paint
 from tinyldm.evaluation.statistics import psnr
-from tinyldm.models import AutoencoderKL, VQModel
+from tinyldm.models import AutoencoderKL, ClassNames, VQModel
 from tinyldm.models.autoencoder import kl_loss, split_moments
 from tinyldm.nn import no_grad
 from tinyldm.nn.quantize import perplexity
 from tinyldm.pipeline import Pipeline
 from tinyldm.pixels import from_uint8, to_uint8
+from tinyldm.scene import Scene
 
 SHARES = (0.1, 0.3, 0.6, 1.0)  # of a stage after which it reports
 EVERY = 600.0  # seconds, at the latest
@@ -39,6 +41,8 @@ ONE_WORD_CHANGED = [
     "a large red circle on white at the left",
     "a large red circle on blue at the right",
 ]
+SCENES = 9  # pictures of which a task is given something
+FEW = slice(6)  # of the pictures, to watch them become
 MOST = 128  # held-out pictures that a report looks at
 
 
@@ -53,6 +57,8 @@ def data(run: Path, training: Dataset) -> None:
     """data.png: what the model is to learn."""
     some = training.pick(range(min(18, len(training))))
     save_picture(run / "samples" / "data.png", grid(some.images, some.captions, columns=6))
+    if some.maps is not None:
+        save_picture(run / "samples" / "maps.png", grid(some.maps, some.captions, columns=6))
 
 
 def autoencoder(
@@ -118,7 +124,7 @@ def first_stage(run: Path, pipeline: Pipeline, training: Dataset, latents: np.nd
 
 
 def denoiser(
-    run: Path, pipeline: Pipeline, captions: list[str], held_out: Dataset, step: int
+    run: Path, pipeline: Pipeline, training: Dataset, held_out: Dataset, step: int
 ) -> tuple[dict, str]:
     """step-….png, and how well stage 2 does: ({name: number}, a text)."""
     numbers, text = {}, ""
@@ -127,8 +133,12 @@ def denoiser(
         numbers = {"validation": float(np.mean(bands)), "by_noise": bands}
         text = f"; held-out pictures: {numbers['validation']:.4f}, from little noise to much: "
         text += " ".join(f"{loss:.3f}" for loss in bands)
-    prompts = prompts_for(captions)
-    pictures = paint_samples(pipeline, prompts, run / "samples" / f"step-{step:06d}.png")
+    file = run / "samples" / f"step-{step:06d}.png"
+    if pipeline.task == "generation":
+        prompts = prompts_for(training.captions)
+        pictures = paint_samples(pipeline, prompts, file)
+    else:
+        prompts, pictures = paint_scenes(pipeline, held_out if len(held_out) else training, file)
     if are_shapes(prompts):
         right = score(pictures, prompts)
         numbers["right"] = right
@@ -137,16 +147,32 @@ def denoiser(
     return numbers, text
 
 
-def finished(run: Path, pipeline: Pipeline, captions: list[str]) -> None:
-    """samples.png, guidance.png, words.png, reverse.png and .webp, loss.png, loss-by-noise.png."""
+def finished(run: Path, pipeline: Pipeline, training: Dataset, held_out: Dataset) -> None:
+    """samples.png, reverse.png and .webp, loss.png, loss-by-noise.png; in any case.
+
+    guidance.png and, of captions of shapes, words.png where nothing is given but a prompt.
+    """
     folder = run / "samples"
-    prompts = prompts_for(captions)
-    paint_samples(pipeline, prompts, folder / "samples.png")
-    sweep_guidance(pipeline, prompts[:6], folder / "guidance.png")
-    if are_shapes(prompts):
-        change_words(pipeline, folder / "words.png")
+    if pipeline.task == "generation":
+        prompts, scene = prompts_for(training.captions), None
+        paint_samples(pipeline, prompts, folder / "samples.png")
+        sweep_guidance(pipeline, prompts[:6], folder / "guidance.png")
+        if are_shapes(prompts) and not isinstance(pipeline.tokenizer, ClassNames):
+            change_words(pipeline, folder / "words.png")
+    else:
+        data = held_out if len(held_out) else training
+        prompts, _ = paint_scenes(pipeline, data, folder / "samples.png")
+        scene = given(pipeline.task, data.pick(range(len(prompts))), are_shapes(prompts)).pick(FEW)
+    reverse_process(pipeline, prompts[FEW], scene, folder)
+    draw_losses(run)
+
+
+def reverse_process(
+    pipeline: Pipeline, prompts: list[str], scene: Scene | None, folder: Path
+) -> None:
+    """reverse.webp, noise becoming pictures, and reverse.png, the first of them."""
     frames, states, goals = [], [], []
-    for x, x0 in pipeline.denoise(pipeline.recipe(prompts[:6])):
+    for x, x0 in pipeline.denoise(pipeline.recipe(prompts), None, scene):
         states.append(pipeline.decode(x))
         goals.append(pipeline.decode(x0))
         both = np.concatenate([states[-1], goals[-1]])
@@ -156,7 +182,6 @@ def finished(run: Path, pipeline: Pipeline, captions: list[str]) -> None:
     rows = [[states[i][0] for i in chosen], [goals[i][0] for i in chosen]]
     strip = grid(np.concatenate(rows), columns=len(chosen), labels=["so far", "its goal"])
     save_picture(folder / "reverse.png", strip)
-    draw_losses(run)
 
 
 def paint_samples(pipeline: Pipeline, prompts: list[str], file: Path) -> np.ndarray:
@@ -164,6 +189,20 @@ def paint_samples(pipeline: Pipeline, prompts: list[str], file: Path) -> np.ndar
     pictures = np.stack([np.asarray(picture) for picture in pipeline(prompts)])
     save_picture(file, grid(pictures, prompts, columns=6))
     return pictures
+
+
+def paint_scenes(pipeline: Pipeline, data: Dataset, file: Path) -> tuple[list[str], np.ndarray]:
+    """What the task gives of some pictures, what the model makes of it, and the pictures.
+
+    → their captions, and what is painted: uint8 (n, h, w, 3); saved as three rows.
+    """
+    some = data.pick(range(min(SCENES, len(data))))
+    prompts = list(some.captions)
+    scene = given(pipeline.task, some, are_shapes(prompts))
+    painted = paint(pipeline, prompts, scene)
+    rows = np.concatenate([as_shown(scene), painted, some.images])
+    save_picture(file, grid(rows, columns=len(some), labels=["given", "painted", "picture"]))
+    return prompts, painted
 
 
 def sweep_guidance(pipeline: Pipeline, prompts: list[str], file: Path) -> None:
@@ -186,7 +225,7 @@ def change_words(pipeline: Pipeline, file: Path) -> None:
 def prompts_for(captions: list[str]) -> list[str]:
     """Eighteen captions to paint: the first different ones, and for shapes also unseen pairs."""
     prompts = list(dict.fromkeys(captions))[:18]
-    if not are_shapes(prompts):
+    if not are_shapes(prompts) or "position" not in named(prompts[0]):
         return (prompts * 18)[:18] if len(prompts) < 6 else prompts
     unseen = [
         "a large red triangle on white at the center",
@@ -199,10 +238,10 @@ def prompts_for(captions: list[str]) -> list[str]:
     return prompts[:12] + unseen
 
 
-def are_shapes(captions: list[str]) -> bool:
-    """Whether these are captions of the embedded shapes, which can be read back by rule."""
+def are_shapes(prompts: list[str]) -> bool:
+    """Whether these are captions or classes of shapes, which can be read back by rule."""
     try:
-        return all(Attributes.parse(caption) for caption in captions)
+        return all(named(prompt) for prompt in prompts)
     except ValueError:
         return False
 

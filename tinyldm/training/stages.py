@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable
 
+from numpy.random import Generator
+
 from tinyldm.backend import Array, array_module
 from tinyldm.checkpoints import make
 from tinyldm.diffusion.objective import WEIGHTINGS, diffusion_loss
 from tinyldm.diffusion.schedule import Schedule
-from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet, VQModel
+from tinyldm.models import AutoencoderKL, ClassNames, Tokenizer, VQModel
 from tinyldm.models.autoencoder import kl_loss, sample_gaussian, split_moments
 from tinyldm.nn import functional as F
 from tinyldm.nn import no_grad
@@ -23,17 +25,22 @@ MAX_NORM = 1.0  # of the gradient
 class Models:
     """The networks of a run, without parameters."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer):
+    def __init__(self, config: Config, tokenizer: Tokenizer | ClassNames):
         self.config, self.tokenizer = config, tokenizer
-        self.vae = make("vae", config.vae_config())
-        self.unet = UNet(config.unet_config())
-        self.text = TextEncoder(config.text_config(tokenizer))
-        self.schedule = Schedule(config.scheduler_config())
+        configs = config.configs(tokenizer)
+        self.schedule = Schedule(configs.pop("scheduler"))
+        networks = {name: make(name, of_network) for name, of_network in configs.items()}
+        self.vae, self.unet = networks["vae"], networks["unet"]
+        self.text = networks.get("text_encoder")  # or a ClassEmbedder, or none
 
     @property
     def stages(self) -> tuple[str, ...]:
         """Those that there are to train."""
         return STAGES if self.vae.shapes() else STAGES[1:]
+
+    def init_denoiser(self, rng: Generator) -> Params:
+        """Fresh parameters of all that stage 2 trains."""
+        return self.unet.init(rng) | (self.text.init(rng) if self.text else {})
 
     def first_stage_loss(self) -> Callable:
         """Of a batch of pictures and, for a KL autoencoder, of noise like their latents."""
@@ -93,18 +100,28 @@ def vq_loss(vae: VQModel) -> Callable:
 
 
 def denoiser_loss(models: Models) -> Callable:
-    """The diffusion loss of U-Net and text encoder, whose parameters share one dict."""
+    """The diffusion loss of U-Net and text encoder, whose parameters share one dict.
+
+    ids: token ids (n, l), or classes (n,). beside: what the U-Net sees beside the latents, if its
+    task gives it something.
+    """
     weighting = WEIGHTINGS[models.config.weighting]
 
-    def loss_fn(params, z, noise, tokens, t):
-        context, text_back = models.text(params, tokens)
+    def loss_fn(params, z, noise, ids, t, beside=None):
+        condition = {"labels": ids}
+        if models.text:
+            context, text_back = models.text(params, ids)
+            condition = {"context": context}
 
         def predict(x, t):
-            prediction, unet_back = models.unet(params, x, t, context)
+            if beside is not None:
+                x = array_module(x).concatenate([x, beside], axis=-1)
+            prediction, unet_back = models.unet(params, x, t, **condition)
 
             def backward(dprediction, grads):
                 _, dcontext = unet_back(dprediction, grads)
-                text_back(dcontext, grads)
+                if models.text:
+                    text_back(dcontext, grads)
 
             return prediction, backward
 

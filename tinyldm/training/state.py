@@ -11,12 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tinyldm.backend import to_device
-from tinyldm.models import Tokenizer
+from tinyldm.models import ClassNames, Tokenizer
 from tinyldm.models.weights import WeightsError, load_metadata, load_weights, save_weights
 from tinyldm.training.optim import Flat, adam_state
 from tinyldm.training.presets import STAGES, Config
-
-TOKENIZER = ("vocab", "merges", "max_length", "pad_token")  # what it is made from
 
 
 @dataclass
@@ -26,7 +24,7 @@ class State:
     config: Config
     stage: str
     params: dict
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | ClassNames
     data: str  # fingerprint of the pictures and captions
     moments: dict = None  # of Adam
     average: dict = None  # moving average of params
@@ -71,7 +69,7 @@ def save_state(run: str | Path, state: State) -> Path:
         for key in ("stage", "data", "step", "total", "done_before", "scaling_factor")
     }
     notes["config"] = dataclasses.asdict(state.config)
-    notes["tokenizer"] = {key: getattr(state.tokenizer, key) for key in TOKENIZER}
+    notes["tokenizer"] = state.tokenizer.content
     file = folder / f"state-{state.done_before + state.step:08d}.safetensors"
     save_weights(file, arrays, {"tinyldm": json.dumps(notes)})
     cut_off = folder.glob(".state-*")  # by a process that ended while it wrote
@@ -91,8 +89,12 @@ def load_notes(run: str | Path) -> dict:
     try:
         notes = json.loads(load_metadata(file)["tinyldm"])
         notes["config"] = Config.from_json(notes["config"])
-        notes["tokenizer"]["merges"] = [tuple(pair) for pair in notes["tokenizer"]["merges"]]
-        notes["tokenizer"] = Tokenizer(**notes["tokenizer"])
+        content = notes["tokenizer"]
+        if "names" in content:
+            notes["tokenizer"] = ClassNames(**content)
+        else:
+            content["merges"] = [tuple(pair) for pair in content["merges"]]
+            notes["tokenizer"] = Tokenizer(**content)
     except WeightsError as error:
         raise WeightsError(f"{error}; {_way_back(run)}") from None
     except KeyError as error:

@@ -1,0 +1,49 @@
+"""A network as the `predict` of a sampler: step after step, the samples shared between cores."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from tinyldm.backend import Array, array_module, cores, map_threads, on_host
+from tinyldm.diffusion.solvers import Predict
+from tinyldm.models.context import FixedContext
+from tinyldm.team import available, team
+
+
+@contextlib.contextmanager
+def predictor(
+    network: Callable[[Array, Array, Any], Array], condition: Array, at_once: int, is_text: bool
+) -> Iterator[Predict]:
+    """Yields (x, t) → `network(x, t (n,), condition)`, for many steps with the same condition.
+
+    condition (n, …): of a text, the network takes it as a FixedContext. On the CPU all cores share
+    the samples, as processes where there can be any. at_once: samples on a core.
+    """
+    n, on_cpu, xp = len(condition), on_host(condition), array_module(condition)
+    processes = available() if on_cpu else 1
+    workers = min(n, processes if processes > 1 else cores() if on_cpu else 1)
+    count = min(n, -(-n // (at_once * workers)) * workers)
+    bounds = [n * i // count for i in range(count + 1)]
+    spans = [slice(*bounds[i : i + 2]) for i in range(count)]
+    conditions = [condition[span] for span in spans]
+    if is_text:
+        conditions = [FixedContext(context) for context in conditions]
+
+    def part(i, x, t):
+        return network(x, xp.full(len(x), t), conditions[i])
+
+    with contextlib.ExitStack() as stack:
+        if processes > 1 and workers > 1:
+            share = stack.enter_context(team(part, workers))
+        elif on_cpu:
+            share = partial(map_threads, lambda item: part(*item))
+        else:
+            share = partial(map, lambda item: part(*item))
+
+        def predict(x, t):
+            work = [(i, x[span], t) for i, span in enumerate(spans)]
+            rounds = [work[i : i + workers] for i in range(0, count, workers)]
+            return xp.concatenate([y for some in rounds for y in share(some)])
+
+        yield predict

@@ -1,0 +1,80 @@
+"""What a U-Net is given of a picture, beside noisy latents: conditioning by concatenation.
+
+Rombach et al. 2022, sections 4.3.2 to 4.5: what is known of a picture becomes latents too, and
+these are further channels of the input. A task says what is known: all but a hidden part, a
+smaller picture, or a map.
+"""
+
+import numpy as np
+from PIL import Image
+
+from tinyldm.backend import map_threads
+from tinyldm.config import ConfigError, unknown
+
+TASKS = ("generation", "inpainting", "upscaling-2", "upscaling-4", "layout")  # the first: nothing
+ALL_HIDDEN = 0.25  # share of the masks, as Stable Diffusion's model for inpainting was trained
+RECTANGLES = 3  # at most, in the others
+
+
+def channels_beside(task: str, latents: int) -> int:
+    """How many there are beside those of the noisy latents."""
+    return {"generation": 0, "inpainting": latents + 1}.get(task, latents)
+
+
+def sees_all(task: str) -> bool:
+    """Whether the picture that is given is one that the model sees whole, small or as a map."""
+    return task not in ("generation", "inpainting")
+
+
+def times_larger(task: str) -> int:
+    """How much larger the picture becomes that is given, each side."""
+    return int(task.removeprefix("upscaling-")) if task.startswith("upscaling") else 1
+
+
+def task_of(channels: int, latents: int, said: str | None = None) -> str:
+    """The task of a U-Net with so many input channels; `said`: what its folder says of it.
+
+    ConfigError where it is none that is implemented.
+    """
+    if said is not None and said not in TASKS:
+        raise ConfigError(f"model_index.json: task: {unknown(said, TASKS)}")
+    by_channels = {latents: "generation", 2 * latents + 1: "inpainting"}
+    task = by_channels.get(channels, said)
+    if task is None or channels != latents + channels_beside(task, latents):
+        raise ConfigError(
+            f"unet config: in_channels = {channels} is not implemented with {latents} channels of "
+            f"latents, only {latents}, or {2 * latents + 1} for inpainting"
+        )
+    return task
+
+
+def stretched(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 (n, h, w, 3) → (n, height, width, 3), bicubic, smoothed where they become smaller."""
+
+    def one(picture):
+        size = (width, height)
+        return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+
+    return np.stack(map_threads(one, pictures))
+
+
+def reduced(pictures: np.ndarray, times: int) -> np.ndarray:
+    """Pictures that are `times` smaller, each side; ValueError where that does not divide them."""
+    h, w = pictures.shape[1:3]
+    if h % times or w % times:
+        raise ValueError(f"upscaling: expected sides that {times} divides, found {h}×{w}")
+    return stretched(pictures, h // times, w // times)
+
+
+def random_masks(rng: np.random.Generator, n: int, height: int, width: int) -> np.ndarray:
+    """bool (n, height, width), True where something is hidden: a few rectangles, or all of it."""
+    masks = np.zeros((n, height, width), bool)
+    for mask in masks:
+        if rng.random() < ALL_HIDDEN:
+            mask[...] = True
+            continue
+        for _ in range(rng.integers(1, RECTANGLES + 1)):
+            h, w = (rng.integers(side // 4, 3 * side // 4 + 1) for side in (height, width))
+            top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
+            mask[top : top + h, left : left + w] = True
+    return masks
