@@ -181,7 +181,7 @@ MISTAKES = [
     ),
     ("train --preset tiny", None, "required: --out"),
     (f"{TRAIN} --seed -1", None, "--seed: expected a whole number ≥ 0, found '-1'"),
-    (f"{TRAIN} --size 0", None, "--size: expected a whole number 1…1024, found '0'"),
+    (f"{TRAIN} --size 0", None, "size: expected a multiple of 2 .* found 0"),
     (f"{TRAIN} --size 17", None, "multiple of 2 .* found 17; the nearest are 16 and 18"),
     (f"{TRAIN} --minutes nan", None, "--minutes: expected a number 0.01…100000, found 'nan'"),
     (f"{TRAIN} --keep 0", None, "--keep: expected a whole number 1…1000, found '0'"),

@@ -27,7 +27,7 @@ TASKS = ("generation", "inpainting", "upscaling-2", "upscaling-4", "layout")
 CONDITIONS = ("text", "class-token", "class-time", "none")
 OF_TRAIN = (
     *("data", "size", "minutes", "skip_bad", "first_stage", "task", "condition", "flip"),
-    *("accumulate", "overfit"),
+    *("grey", "accumulate", "overfit"),
 )
 EXPERIMENTS = {  # name → what it is about, for --help
     "latent-vs-pixel": "is diffusion cheaper in latents than in pixels, at the same quality?",
@@ -144,10 +144,12 @@ def parser() -> Parser:
     )
     train.add_argument(
         "--size",
-        type=whole(1, 1024),
-        metavar="S",
-        help="pixels; every picture is cropped to the square in its middle and "
+        type=size,
+        help="pixels, S or HEIGHTxWIDTH; every picture is cropped in its middle and "
         "resized (default: the preset's)",
+    )
+    train.add_argument(
+        "--grey", action="store_true", default=None, help="one channel, how bright a picture is"
     )
     train.add_argument(
         "--minutes",

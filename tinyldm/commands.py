@@ -36,7 +36,7 @@ def run_train(options: Namespace) -> None:
         options.parser.error("--overfit: begins anew; leave out --resume")
     _say_device(options)
     started = time.monotonic()
-    names = ("data", "keep", "seed", "skip_bad", "first_stage", "task", "condition", "flip")
+    names = ("data", "keep", "seed", "skip_bad", "first_stage", "task", "condition", "flip", "grey")
     settings = {name: getattr(options, name) for name in names}
     sizes = {name: getattr(options, name) for name in ("preset", "size", "minutes")}
     if options.resume:
@@ -89,7 +89,7 @@ def run_eval(options: Namespace) -> None:
             f"{run} was trained on; bring them back, or name their folder with --data"
         )
     training, held_out = split(data, config)
-    shapes = config.data == "shapes" and config.condition != "none"
+    shapes = config.data == "shapes" and config.condition != "none" and not config.grey
     with warnings.catch_warnings(action="ignore", category=CaptionCut):
         result, pictures = evaluate(
             pipeline, training, held_out, options.captions, options.steps, options.guidance,

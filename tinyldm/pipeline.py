@@ -21,7 +21,7 @@ from tinyldm.machine import keep_freed_memory
 from tinyldm.models import ClassNames, Tokenizer
 from tinyldm.models.tiles import in_parts
 from tinyldm.nn import no_grad
-from tinyldm.pixels import from_uint8, similar_size, to_uint8
+from tinyldm.pixels import both_sides, from_uint8, in_channels, similar_size, to_uint8
 from tinyldm.predictor import predictor
 from tinyldm.recipe import Recipe
 from tinyldm.scene import Images, Scene, each, enter, seeing
@@ -309,6 +309,7 @@ class Pipeline:
 
     def to_latents(self, pixels: np.ndarray, tile: int | None = None) -> Array:
         """The same for pixels in −1…1."""
+        pixels = in_channels(pixels, self.vae.config.in_channels)
 
         def part(x):
             with no_grad():
@@ -321,8 +322,7 @@ class Pipeline:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels that the model was trained on."""
-        side = self.unet.config.sample_size or 64
-        h, w = side if isinstance(side, (list, tuple)) else (side, side)
+        h, w = both_sides(self.unet.config.sample_size or 64)
         return h * self.vae.factor, w * self.vae.factor
 
     def size_like(self, height: int, width: int) -> tuple[int, int]:
@@ -336,8 +336,7 @@ class Pipeline:
         return similar_size((height, width), like, math.lcm(multiple, times))
 
     def _sides(self, size):
-        size = self.size if size is None else size
-        sides = (size, size) if np.isscalar(size) else tuple(size)
+        sides = both_sides(self.size if size is None else size)
         factor = math.lcm(self.vae.factor, times_larger(self.task))
         if len(sides) != 2 or not all(
             isinstance(side, Integral) and side >= 1 and side % factor == 0 for side in sides

@@ -10,10 +10,33 @@ def from_uint8(pictures: np.ndarray) -> np.ndarray:
 
 
 def to_uint8(pictures: np.ndarray) -> np.ndarray:
-    """−1…1 → 0…255, rounded and clipped. ValueError for what is not a number."""
+    """−1…1 → 0…255, rounded and clipped; grey ones (n, h, w, 1) in three equal channels.
+
+    ValueError for what is not a number.
+    """
     if not np.isfinite(pictures).all():
         raise ValueError("the picture holds values that are not finite: the weights have diverged")
-    return np.clip(np.round((pictures + 1) * 127.5), 0, 255).astype(np.uint8)
+    levels = np.clip(np.round((pictures + 1) * 127.5), 0, 255).astype(np.uint8)
+    return levels.repeat(3, axis=-1) if levels.shape[-1] == 1 else levels
+
+
+def in_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """Pixels (n, h, w, 3) for a model of so many channels: 1 is grey, how bright they are."""
+    if channels != 1:
+        return pixels
+    red, green, blue = (pixels[..., i : i + 1] for i in range(3))
+    return 0.299 * red + 0.587 * green + 0.114 * blue  # as Pillow does (ITU-R BT.601)
+
+
+def both_sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a size that is either that, or the side of a square."""
+    return (size, size) if np.isscalar(size) else tuple(size)
+
+
+def fitted(picture: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
+    """Cropped in its middle to these proportions, and resized → uint8 (height, width, 3)."""
+    height, width = both_sides(size)
+    return np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS))
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:

@@ -8,11 +8,11 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from tinyldm.backend import map_threads
 from tinyldm.data.dataset import DataError, Dataset
-from tinyldm.pixels import as_rgb
+from tinyldm.pixels import as_rgb, both_sides, fitted
 
 FORMATS = {  # suffix of a file → a format that is read, whichever of these suffixes it has
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF",
@@ -22,7 +22,10 @@ MOST_PIXELS = 64_000_000  # of one picture; a larger one is a mistake, or meant 
 
 
 def load_folder(
-    folder: str | Path, side: int, skip_bad: bool = False, maps: bool = False
+    folder: str | Path,
+    size: int | tuple[int, int],
+    skip_bad: bool = False,
+    maps: bool = False,
 ) -> Dataset:
     """All pictures below `folder`, in the order of their names, as `load_picture` reads them.
 
@@ -41,6 +44,7 @@ def load_folder(
             f"{folder}: expected a folder of pictures, found {found}; files that are read are IDX, "
             "CIFAR-10's .bin and .npz"
         )
+    height, width = both_sides(size)
     files, others = _find(folder)
     if maps:
         files = [file for file in files if not file.stem.endswith(MAP)]
@@ -48,10 +52,10 @@ def load_folder(
 
     def read(file):
         try:
-            picture = open_picture(file, side)
-            enlarged = min(picture.size) < side
-            layout = load_picture(_map_of(file), side) if maps else None
-            return _square(picture, side), layout, enlarged, *_caption(file, folder, listed)
+            picture = open_picture(file, max(height, width))
+            enlarged = picture.height < height or picture.width < width
+            layout = load_picture(_map_of(file), size) if maps else None
+            return fitted(picture, size), layout, enlarged, *_caption(file, folder, listed)
         except DataError as error:
             return error
 
@@ -70,7 +74,8 @@ def load_folder(
     images, layouts, enlarged, captions, sources = zip(*(results[i] for i in good), strict=True)
     remarks = [f"captions: {_count(sources)}"]
     if any(enlarged):
-        remarks.append(f"{sum(enlarged)} of {len(good)} pictures are enlarged to {side} pixels")
+        pixels = f"{height}×{width}" if height != width else height
+        remarks.append(f"{sum(enlarged)} of {len(good)} pictures are enlarged to {pixels} pixels")
     if others:
         remarks.append(f"files of other kinds, left alone: {_count(others)}")
     names = [files[i].relative_to(folder).as_posix() for i in good]
@@ -83,9 +88,9 @@ def holds_pictures(folder: Path) -> bool:
     return any(path.suffix.lower() in FORMATS for path in folder.rglob("*"))
 
 
-def load_picture(file: str | Path, side: int) -> np.ndarray:
-    """One picture, cropped to the square in its middle and resized → uint8 (side, side, 3)."""
-    return _square(open_picture(Path(file), side), side)
+def load_picture(file: str | Path, size: int | tuple[int, int]) -> np.ndarray:
+    """One picture, cropped in its middle and resized → uint8 (height, width, 3)."""
+    return fitted(open_picture(Path(file), max(both_sides(size))), size)
 
 
 def open_picture(file: Path, side: int) -> Image.Image:
@@ -120,10 +125,6 @@ def _map_of(file):
     if not found:
         raise DataError(f"{file}: has no map; expected {file.stem}{MAP}{file.suffix} beside it")
     return found[0]
-
-
-def _square(picture, side):
-    return np.asarray(ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS))
 
 
 def _count(kinds):

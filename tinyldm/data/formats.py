@@ -1,6 +1,6 @@
 """Data sets that come as a few large files: IDX (MNIST and its kin), CIFAR-10's binary, and .npz.
 
-Pictures are stretched to squares of the size asked for (Lanczos); grey ones become RGB. Captions
+Pictures are cropped in their middle and resized (Lanczos); grey ones become RGB. Captions
 are the names of the classes, where a list of them lies beside the data, else their numbers.
 """
 
@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from tinyldm.backend import map_threads
 from tinyldm.data.dataset import DataError, Dataset
+from tinyldm.pixels import both_sides, fitted
 
 CIFAR_SIDE, CIFAR_RECORD = 32, 1 + 3 * 32 * 32  # a label, then red, green and blue
 CIFAR_NAMES = "batches.meta.txt"
@@ -35,8 +36,8 @@ def find_arrays(path: Path) -> list[Path]:
     return training or found
 
 
-def load_arrays(files: list[Path], side: int) -> Dataset:
-    """The pictures in these files, one after the other, as squares of `side` pixels.
+def load_arrays(files: list[Path], size: int | tuple[int, int]) -> Dataset:
+    """The pictures in these files, one after the other, cropped in their middle and resized.
 
     DataError says in one line what is wrong with a file.
     """
@@ -45,17 +46,18 @@ def load_arrays(files: list[Path], side: int) -> Dataset:
     captions = [caption for _, names in parts for caption in names]
     if not pictures:
         raise DataError(f"{files[0].parent}: its {len(files)} files hold no picture")
-    images = np.stack(map_threads(lambda picture: _square(picture, side), pictures))
+    images = np.stack(map_threads(lambda picture: fitted(_rgb(picture), size), pictures))
     kinds = f"{len(set(captions))} different"
     remarks = [f"read {', '.join(file.name for file in files)}; captions: {kinds}"]
-    if min(pictures[0].shape[:2]) < side:
-        remarks.append(f"the pictures are enlarged to {side} pixels")
+    height, width = both_sides(size)
+    if pictures[0].shape[0] < height or pictures[0].shape[1] < width:
+        pixels = f"{height}×{width}" if height != width else height
+        remarks.append(f"the pictures are enlarged to {pixels} pixels")
     return Dataset(images, captions, [f"picture {i}" for i in range(len(images))], tuple(remarks))
 
 
-def _square(picture, side):
-    image = Image.fromarray(picture).convert("RGB")
-    return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
+def _rgb(picture):
+    return Image.fromarray(picture).convert("RGB")
 
 
 def _reader(file: Path) -> Callable | None:

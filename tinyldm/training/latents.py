@@ -7,7 +7,7 @@ import numpy as np
 from tinyldm.backend import Array, array_module, map_batch, to_device
 from tinyldm.data.dataset import Dataset
 from tinyldm.nn.protocol import Params
-from tinyldm.pixels import from_uint8
+from tinyldm.pixels import in_channels
 from tinyldm.scene import Scene
 from tinyldm.tasks import sees_all
 from tinyldm.training.stages import Models
@@ -22,7 +22,7 @@ def all_gaussians(
     """Mean and standard deviation, or None, of the latents of uint8 pictures, on the host."""
 
     def part(x):
-        mean, std = models.gaussians(params, from_uint8(x))
+        mean, std = models.gaussians(params, models.pixels(x))
         return mean if std is None else array_module(mean).concatenate([mean, std], axis=-1)
 
     both = map_batch(part, to_device(images, device), size=AT_ONCE)
@@ -45,6 +45,7 @@ def seen_beside(
 
     def to_latents(pixels):
         def part(x):
+            x = in_channels(x, state.config.picture_channels)
             return models.gaussians(first_stage, x)[0] * scale
 
         return map_batch(part, to_device(pixels, device))

@@ -14,6 +14,7 @@ from tinyldm.data.formats import find_arrays, load_arrays
 from tinyldm.data.shapes import Attributes, make_shapes
 from tinyldm.models import ClassNames
 from tinyldm.models.tokenizer import CaptionCut, Tokenizer
+from tinyldm.pixels import from_uint8, in_channels, to_uint8
 from tinyldm.training.presets import Config
 from tinyldm.training.state import state_files
 
@@ -39,9 +40,11 @@ def load_data(config: Config) -> Dataset:
                 f"{config.data}: layout needs maps, as files beside those of a folder of pictures; "
                 "found arrays"
             )
-        data = load_arrays(arrays, config.side)
+        data = load_arrays(arrays, config.sides)
     else:
-        data = load_folder(config.data, config.side, config.skip_bad, maps)
+        data = load_folder(config.data, config.sides, config.skip_bad, maps)
+    if config.grey:
+        data = replace(data, images=to_uint8(in_channels(from_uint8(data.images), 1)))
     prompt = prompts_of(config)
     return replace(data, captions=[prompt(caption) for caption in data.captions])
 

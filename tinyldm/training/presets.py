@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from tinyldm.config import ConfigError, unknown
 from tinyldm.diffusion.objective import WEIGHTINGS
 from tinyldm.models import ClassNames, Tokenizer
+from tinyldm.pixels import both_sides
 from tinyldm.tasks import TASKS, channels_beside
 
 STAGES = ("autoencoder", "denoiser")
@@ -32,7 +33,8 @@ class Config:
 
     preset: str = "demo"
     data: str = "shapes"  # or a folder
-    side: int = 32  # pixels
+    side: int | tuple[int, int] = 32  # pixels; two are height and width
+    grey: bool = False  # one channel instead of three
     pictures: int = 20_512  # to draw, for shapes
     flip: bool = False  # train on every picture's mirror image, too
     held_out: float = 0.05  # share of the pictures that validate and are never trained on
@@ -75,12 +77,15 @@ class Config:
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}: {unknown(getattr(self, name), known)}")
         factor = self.factor * 2 ** (len(self.unet_widths) - 1)
-        if self.side < factor or self.side % factor:
-            below = max(1, self.side // factor) * factor
-            raise ConfigError(
-                f"size: expected a multiple of {factor} (the levels of the networks halve it), "
-                f"found {self.side}; the nearest are {below} and {below + factor}"
-            )
+        for side in self.sides:
+            if side < factor or side % factor:
+                below = max(1, side // factor) * factor
+                raise ConfigError(
+                    f"size: expected a multiple of {factor} (the levels of the networks halve it), "
+                    f"found {side}; the nearest are {below} and {below + factor}"
+                )
+        if self.data == "shapes" and len(set(self.sides)) > 1:
+            raise ConfigError("size: shapes are drawn in squares; other sizes need --data FOLDER")
 
     @classmethod
     def from_json(cls, content: dict) -> "Config":
@@ -91,6 +96,22 @@ class Config:
         return cls(**content)
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """(height, width) of a picture."""
+        return both_sides(self.side)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of a picture's latents."""
+        height, width = self.sides
+        return height // self.factor, width // self.factor, self.channels
+
+    @property
+    def picture_channels(self) -> int:
+        """Of the pictures, as the networks see them."""
+        return 1 if self.grey else 3
+
+    @property
     def factor(self) -> int:
         """Pixels of a side for each latent."""
         return 1 if self.first_stage == "none" else 2 ** (len(self.vae_widths) - 1)
@@ -98,7 +119,7 @@ class Config:
     @property
     def channels(self) -> int:
         """Of the latents."""
-        return 3 if self.first_stage == "none" else self.latent_channels
+        return self.picture_channels if self.first_stage == "none" else self.latent_channels
 
     @property
     def has_classes(self) -> bool:
@@ -124,7 +145,8 @@ class Config:
         """diffusers' AutoencoderKL or VQModel, or our IdentityFirstStage."""
         kind = {"_class_name": FIRST_STAGES[self.first_stage]}
         if self.first_stage == "none":
-            return kind | {"in_channels": 3, "sample_size": self.side, "scaling_factor": 1.0}
+            sizes = {"in_channels": self.picture_channels, "sample_size": max(self.sides)}
+            return kind | sizes | {"scaling_factor": 1.0}
         if self.first_stage == "vq":
             kind["num_vq_embeddings"] = self.codes
         levels = len(self.vae_widths)
@@ -133,9 +155,11 @@ class Config:
             "up_block_types": ["UpDecoderBlock2D"] * levels,
             "block_out_channels": list(self.vae_widths),
             "layers_per_block": 1,
+            "in_channels": self.picture_channels,
+            "out_channels": self.picture_channels,
             "latent_channels": self.latent_channels,
             "norm_num_groups": self.groups,
-            "sample_size": self.side,
+            "sample_size": max(self.sides),
             "mid_block_add_attention": False,
             "scaling_factor": 1.0,  # until it is measured
         }
@@ -151,8 +175,9 @@ class Config:
         else:
             heads = self.heads
             condition = {"addition_embed_type": "text", "addition_embed_type_num_heads": heads}
+        h, w, _ = self.latent_shape
         return condition | {
-            "sample_size": self.side // self.factor,
+            "sample_size": h if h == w else [h, w],
             "in_channels": self.channels + channels_beside(self.task, self.channels),
             "out_channels": self.channels,
             "down_block_types": [
@@ -241,36 +266,47 @@ PRESETS = {
         text_width=128,
     ),
 }
+LARGEST = 1024  # pixels of a side
 FOR_TESTS = "tiny"  # too small to be chosen by size
 
 
 def make_config(
     preset: str | None = None,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
     minutes: float | None = None,
     accumulate: int | None = None,
     **others: object,
 ) -> Config:
     """The config of a new run.
 
-    preset: by default the smallest for pictures of `size`. size: pixels of a side, by default the
-    preset's. minutes: of training, shared between the stages as the preset does. accumulate: parts
-    of each batch, one after the other. others: any field of Config.
+    preset: by default the smallest for pictures of `size`. size: pixels, of a square or (height,
+    width), by default the preset's. minutes: of training, shared between the stages as the preset
+    does. accumulate: parts of each batch, one after the other. others: any field of Config.
     ConfigError for an unknown preset, or a size that does not divide.
     """
     if preset is None:
         by_side = sorted((c.side, name) for name, c in PRESETS.items() if name != FOR_TESTS)
-        fitting = [name for side, name in by_side if side >= (size or PRESETS["demo"].side)]
+        wanted = max(both_sides(size or PRESETS["demo"].side))
+        fitting = [name for side, name in by_side if side >= wanted]
         preset = fitting[0] if fitting else by_side[-1][1]
     if preset not in PRESETS:
         raise ConfigError(f"preset: {unknown(preset, PRESETS)}")
     config = replace(PRESETS[preset], **others)
     if size is not None:
-        config = replace(config, side=size)
+        if max(both_sides(size)) > LARGEST:
+            raise ConfigError(
+                f"size: expected at most {LARGEST} pixels, found {max(both_sides(size))}"
+            )
+        config = replace(config, side=_one_if_equal(size))
     if accumulate is not None:
         stages = {name: replace(getattr(config, name), parts=accumulate) for name in STAGES}
         config = replace(config, **stages)
     return config if minutes is None else with_length(config, 60 * minutes)
+
+
+def _one_if_equal(size):
+    height, width = both_sides(size)
+    return height if height == width else (height, width)
 
 
 def with_length(config: Config, seconds: float, stages: Sequence[str] = STAGES) -> Config:
@@ -292,8 +328,11 @@ def changed(config: Config, **settings: object) -> Config:
     differ, such as preset, size or seed: the result would not be the run that was begun.
     """
     given = {name: value for name, value in settings.items() if value is not None}
+    if "size" in given:
+        settings["size"] = given["size"] = _one_if_equal(given["size"])
     began = {"preset": config.preset, "size": config.side, "seed": config.seed}
-    began |= {name: getattr(config, name) for name in ("first_stage", "task", "condition", "flip")}
+    others = ("first_stage", "task", "condition", "flip", "grey")
+    began |= {name: getattr(config, name) for name in others}
     for name in began.keys() & given.keys():
         if given.pop(name) != began[name]:
             raise ConfigError(

@@ -97,7 +97,7 @@ def rehearse(config: Config, pictures: int, device: str = "cpu", seconds: float 
         step_seconds["denoiser"] += encoding * config.denoiser.batch / pictures
     copies = 1 + sees_all(config.task)  # of every picture that become latents
     encoding *= copies
-    latents = 4 * pictures * math.prod(_latent(models)) * copies
+    latents = 4 * pictures * math.prod(config.latent_shape) * copies
     saving = 2 * sum(states)  # copies: in the order of the file, and as the file's bytes
     # What is freed is rarely given back to the system, so what is needed in turn adds up. Of the
     # latents there are the mean, the standard deviation, the moments they came from, and a copy.
@@ -125,7 +125,8 @@ def _autoencoder(models, rng, device):
     """What a step of stage 1 is made of: state, loss, batch."""
     config = models.config
     n = config.autoencoder.batch
-    batch = _normal(rng, n, config.side, config.side, 3), _normal(rng, n, *_latent(models))
+    pictures = _normal(rng, n, *config.sides, config.picture_channels)
+    batch = pictures, _normal(rng, n, *config.latent_shape)
     batch = batch[:1] if config.first_stage == "vq" else batch
     return _work(models, models.vae.init(rng), models.first_stage_loss(), batch, device)
 
@@ -134,7 +135,7 @@ def _denoiser(models, rng, device):
     """What a step of stage 2 is made of: state, loss, batch."""
     config = models.config
     n = config.denoiser.batch
-    h, w, c = _latent(models)
+    h, w, c = config.latent_shape
     z, noise = _normal(rng, 2, n, h, w, c)
     ids = rng.integers(0, len(models.tokenizer), models.tokenizer([""] * n).shape)
     t = rng.integers(0, len(models.schedule), n)
@@ -159,7 +160,7 @@ def _encoding(models, pictures, device, seconds):
     config, rng = models.config, np.random.default_rng(0)
     params = to_device(models.vae.init(rng), device)
     n = min(pictures, 8 * cores())
-    images = to_device(_normal(rng, n, config.side, config.side, 3), device)
+    images = to_device(_normal(rng, n, *config.sides, config.picture_channels), device)
 
     def part(x):
         return models.gaussians(params, x)[0]
@@ -170,12 +171,6 @@ def _encoding(models, pictures, device, seconds):
     encode()  # each thread has its scratch memory now, which does not grow with the pictures
     each, peak = _measure(encode, seconds, device)
     return each * pictures / n, peak * min(pictures, AT_ONCE * cores()) / n
-
-
-def _latent(models):
-    """(h, w, c) of a picture's latents."""
-    side = models.config.side // models.vae.factor
-    return side, side, models.vae.latent_channels
 
 
 def _normal(rng, *shape):

@@ -17,7 +17,6 @@ from tinyldm.data.dataset import DataError, Dataset
 from tinyldm.models.tokenizer import CaptionCut
 from tinyldm.nn.protocol import Params
 from tinyldm.pipeline import Pipeline
-from tinyldm.pixels import from_uint8
 from tinyldm.tasks import sees_all
 from tinyldm.training import codebook, snapshots
 from tinyldm.training.latents import all_gaussians, seen_beside
@@ -163,21 +162,20 @@ class Run:
         )  # fmt: skip
 
     def pixels(self, rng: np.random.Generator, count: int) -> Array:
-        """Pictures drawn from those of training, (count, side, side, 3) in −1…1."""
+        """Pictures drawn from those of training, (count, height, width, channels) in −1…1."""
         images = self.training.images
-        return self.xp.asarray(from_uint8(images[rng.integers(0, len(images), count)]))
+        return self.xp.asarray(self.models.pixels(images[rng.integers(0, len(images), count)]))
 
     def picture_batches(self) -> Callable[[int], tuple]:
         """Stage 1's `batch_at(step)`: pictures, and noise for a KL autoencoder's latents."""
         config = self.state.config
-        side = config.side // config.factor
 
         def batch_at(step):
             rng = np.random.default_rng((config.seed, 1, step))
             x = self.pixels(rng, config.autoencoder.batch)
             if config.first_stage == "vq":
                 return (x,)
-            noise = rng.standard_normal((len(x), side, side, config.channels), np.float32)
+            noise = rng.standard_normal((len(x), *config.latent_shape), np.float32)
             return x, self.xp.asarray(noise)
 
         return batch_at

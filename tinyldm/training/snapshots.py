@@ -26,7 +26,7 @@ from tinyldm.models.autoencoder import kl_loss, split_moments
 from tinyldm.nn import no_grad
 from tinyldm.nn.quantize import perplexity
 from tinyldm.pipeline import Pipeline
-from tinyldm.pixels import from_uint8, to_uint8
+from tinyldm.pixels import from_uint8, in_channels, to_uint8
 from tinyldm.scene import Scene
 
 SHARES = (0.1, 0.3, 0.6, 1.0)  # of a stage after which it reports
@@ -80,9 +80,10 @@ def autoencoder(
 
     is_vq = isinstance(vae, VQModel)
     xp = array_module(next(iter(params.values())))
-    encoded = map_batch(encode, xp.asarray(from_uint8(images)))
+    pixels = in_channels(from_uint8(images), vae.config.in_channels)
+    encoded = map_batch(encode, xp.asarray(pixels))
     decoded = to_device(map_batch(decode, encoded), "cpu")
-    validation = float(np.square(decoded - from_uint8(images)).mean())
+    validation = float(np.square(decoded - pixels).mean())
     quality = psnr(to_uint8(decoded), images)
     numbers = {"validation": validation, "psnr": quality}
     text = f"; held-out pictures: {validation:.4f}, {quality:.1f} dB, "
@@ -139,7 +140,7 @@ def denoiser(
         pictures = paint_samples(pipeline, prompts, file)
     else:
         prompts, pictures = paint_scenes(pipeline, held_out if len(held_out) else training, file)
-    if are_shapes(prompts):
+    if are_shapes(prompts) and pipeline.vae.config.in_channels == 3:
         right = score(pictures, prompts)
         numbers["right"] = right
         counts = ", ".join(f"{name} {round(len(prompts) * x)}" for name, x in right.items())

@@ -14,6 +14,7 @@ from tinyldm.models.autoencoder import kl_loss, sample_gaussian, split_moments
 from tinyldm.nn import functional as F
 from tinyldm.nn import no_grad
 from tinyldm.nn.protocol import Params
+from tinyldm.pixels import from_uint8, in_channels
 from tinyldm.training.optim import adamw, clip_factor, global_norm
 from tinyldm.training.parallel import Gradient
 from tinyldm.training.presets import STAGES, Config
@@ -41,6 +42,10 @@ class Models:
     def init_denoiser(self, rng: Generator) -> Params:
         """Fresh parameters of all that stage 2 trains."""
         return self.unet.init(rng) | (self.text.init(rng) if self.text else {})
+
+    def pixels(self, images: Array) -> Array:
+        """uint8 (n, h, w, 3) → what the first stage takes: float32 in −1…1, grey if it is."""
+        return in_channels(from_uint8(images), self.config.picture_channels)
 
     def first_stage_loss(self) -> Callable:
         """Of a batch of pictures and, for a KL autoencoder, of noise like their latents."""
