@@ -5,6 +5,7 @@ a zero or a one. That the networks are those of diffusers is tested in tests/par
 tests/test_golden.py.
 """
 
+import copy
 import math
 import tracemalloc
 
@@ -673,3 +674,64 @@ def test_no_grad_gives_the_same_output(name):
     with no_grad():
         y, _ = call(model, params, *arrays)
     np.testing.assert_array_equal(y, run(name)[0])
+
+
+# ------------------------------------------------------------------------------------ checkpointing
+
+
+NETWORKS = {  # a network, and what it is called with
+    "unet": (
+        UNet(
+            {
+                "block_out_channels": [8, 16],
+                "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+                "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+                "norm_num_groups": 4,
+                "cross_attention_dim": 6,
+                "attention_head_dim": 2,
+            }
+        ),
+        (numbers("x", 2, 8, 8, 4), np.array([3, 700]), numbers("context", 2, 3, 6)),
+    ),
+    "autoencoder": (
+        AutoencoderKL(
+            {
+                "block_out_channels": [8, 16],
+                "down_block_types": ["DownEncoderBlock2D"] * 2,
+                "up_block_types": ["UpDecoderBlock2D"] * 2,
+                "norm_num_groups": 4,
+            }
+        ).decode,
+        (numbers("z", 2, 8, 8, 4),),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_checkpointing_has_the_same_bits_and_holds_less(name):
+    """All stages of a U-Net or an autoencoder forget what they can make again."""
+    call, inputs = NETWORKS[name]
+    network = getattr(call, "__self__", call)
+    params = random_params(network.shapes(), name)
+
+    def run(call):
+        tracemalloc.start()
+        y, backward = call(params, *inputs)
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        grads = {}
+        return y, backward(np.ones_like(y), grads), grads, held
+
+    y, dx, grads, held = run(call)
+    again = copy.deepcopy(network)
+    again.recompute()
+    assert again.shapes() == network.shapes()
+    y2, dx2, grads2, held2 = run(again if call is network else getattr(again, call.__name__))
+    assert y.tobytes() == y2.tobytes() and grads.keys() == grads2.keys()
+    for one, other in zip(
+        [*(dx if isinstance(dx, tuple) else [dx]), *grads.values()],
+        [*(dx2 if isinstance(dx2, tuple) else [dx2]), *(grads2[name] for name in grads)],
+        strict=True,
+    ):
+        assert one.tobytes() == other.tobytes()
+    assert held2 < 0.4 * held

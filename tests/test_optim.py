@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinyldm.config import ConfigError
 from tinyldm.training import optim
 from tinyldm.training.optim import (
     BETA1,
@@ -20,6 +21,7 @@ from tinyldm.training.optim import (
     global_norm,
     learning_rate,
 )
+from tinyldm.training.presets import Stage
 
 SHAPES = {"matrix": (3, 4), "kernel": (3, 3, 2, 2), "bias": (5,), "scalar": ()}
 seeds = st.integers(0, 2**32 - 1)
@@ -276,6 +278,15 @@ def test_rate_warms_up_in_a_line_and_falls_as_half_a_cosine():
     assert rates[110] == 0 and min(rates) == 0
     assert (np.diff(rates[10:]) < 0).all()
     np.testing.assert_allclose(np.add(rates[10:], rates[10:][::-1]), np.full(101, 3.0), rtol=1e-13)
+
+
+def test_rate_may_fall_in_a_line_or_stay():
+    line = [learning_rate(step, 110, 3.0, 10, "linear") for step in range(111)]
+    np.testing.assert_allclose(line[10:], np.linspace(3, 0, 101), atol=1e-13)
+    stays = [learning_rate(step, 110, 3.0, 10, "constant") for step in range(200)]
+    assert set(stays[9:]) == {3.0} and stays[:9] == line[:9]
+    with pytest.raises(ConfigError, match="decay: expected cosine, linear or constant"):
+        Stage(batch=1, rate=1.0, warmup=0, ema=0.9, decay="cosin")
 
 
 @given(total=st.integers(1, 10**6), warmup=st.integers(0, 10**4), step=st.integers(0, 2 * 10**6))

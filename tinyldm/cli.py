@@ -27,7 +27,7 @@ TASKS = ("generation", "inpainting", "upscaling-2", "upscaling-4", "layout")
 CONDITIONS = ("text", "class-token", "class-time", "none")
 OF_TRAIN = (
     *("data", "size", "minutes", "skip_bad", "first_stage", "task", "condition", "flip"),
-    *("grey", "accumulate", "overfit"),
+    *("grey", "accumulate", "checkpointing", "decay", "overfit"),
 )
 EXPERIMENTS = {  # name → what it is about, for --help
     "latent-vs-pixel": "is diffusion cheaper in latents than in pixels, at the same quality?",
@@ -173,6 +173,17 @@ def parser() -> Parser:
         type=whole(1, 1024),
         metavar="N",
         help="work through each batch in N parts, for less memory (default: 1)",
+    )
+    train.add_argument(
+        "--checkpointing",
+        action="store_true",
+        default=None,
+        help="forget activations and make them again in the backward pass, for less memory",
+    )
+    train.add_argument(
+        "--decay",
+        type=one_of(("cosine", "linear", "constant")),
+        help="of the learning rate: cosine, linear or constant (default: cosine)",
     )
     train.add_argument(
         "--overfit",

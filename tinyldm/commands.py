@@ -40,12 +40,15 @@ def run_train(options: Namespace) -> None:
     settings = {name: getattr(options, name) for name in names}
     sizes = {name: getattr(options, name) for name in ("preset", "size", "minutes")}
     if options.resume:
-        if options.accumulate is not None:
-            options.parser.error("--accumulate: the run goes on as it began; leave it out")
+        for name in ("accumulate", "checkpointing", "decay"):
+            if getattr(options, name) is not None:
+                options.parser.error(f"--{name}: the run goes on as it began; leave it out")
         resume(options.out, options.device, say=say, **settings, **sizes)
     else:
         given = {name: value for name, value in settings.items() if value is not None}
-        config = make_config(**sizes, **given, accumulate=options.accumulate)
+        given["checkpointing"] = bool(options.checkpointing)
+        stages = {"accumulate": options.accumulate, "decay": options.decay}
+        config = make_config(**sizes, **stages, **given)
         if options.overfit:
             if not report(overfit(config, options.device, say), say):
                 raise Diverged("the self-test has failed: on a single batch the loss does not fall")

@@ -7,7 +7,7 @@ from numpy.random import Generator
 from tinyldm.backend import Array
 from tinyldm.config import per_block, read_config
 from tinyldm.models.blocks import ResnetBlock, SpatialAttention, Upsample, downsample
-from tinyldm.nn.layers import Conv2d, GroupNorm, Layer, zeros
+from tinyldm.nn.layers import Conv2d, GroupNorm, Layer, Recomputed, zeros
 from tinyldm.nn.protocol import Backward, Params
 
 DEFAULTS = {
@@ -59,6 +59,11 @@ class Autoencoder(Layer):
             Conv2d("post_quant_conv", latent_channels, c.latent_channels, 1) if post_quant else None
         )
         self.decoder = Decoder("decoder", c)
+
+    def recompute(self) -> None:
+        """From now on keep no activations inside a stage: less memory, one more forward pass."""
+        for coder in (self.encoder, self.decoder):
+            coder.stages = [Recomputed(stage) for stage in coder.stages]
 
     def init(self, rng: Generator) -> Params:
         """Fresh parameters. Biases start at 0, unlike the U-Net's: a faster, steadier start."""

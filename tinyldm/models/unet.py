@@ -18,7 +18,7 @@ from tinyldm.models.context import FixedContext
 from tinyldm.models.levels import DownBlock, Stage, UpBlock, run_stages
 from tinyldm.nn import functional as F
 from tinyldm.nn.activations import silu
-from tinyldm.nn.layers import Conv2d, Embedding, GroupNorm, Layer, Linear, zeros
+from tinyldm.nn.layers import Conv2d, Embedding, GroupNorm, Layer, Linear, Recomputed, zeros
 from tinyldm.nn.protocol import Backward, Params
 
 DEFAULTS = {
@@ -186,6 +186,15 @@ class UNet(Layer):
             "conv_out", widths[0], c.out_channels, c.conv_out_kernel,
             padding=(c.conv_out_kernel - 1) // 2, init=zeros,
         )  # fmt: skip
+        stages = [s for block in [*self.down_blocks, *self.up_blocks] for s in block.stages]
+        attends = any(s.attention for s in stages + self.mid_stages)
+        self.needs_context = attends or self.add_embedding is not None
+
+    def recompute(self) -> None:
+        """From now on keep no activations inside a stage: less memory, one more forward pass."""
+        for block in [*self.down_blocks, *self.up_blocks]:
+            block.stages = [Recomputed(stage) for stage in block.stages]
+        self.mid_stages = [Recomputed(stage) for stage in self.mid_stages]
 
     def __call__(
         self,
@@ -268,11 +277,9 @@ class UNet(Layer):
         n = x.shape[0]
         if t.shape != (n,):
             raise ValueError(f"unet: expected t ({n},), found {t.shape}")
-        stages = [s for block in [*self.down_blocks, *self.up_blocks] for s in block.stages]
         if isinstance(context, FixedContext):
             context = context.array
-        needs_context = self.add_embedding or any(s.attention for s in stages + self.mid_stages)
-        if needs_context and context is None:
+        if self.needs_context and context is None:
             raise ValueError("unet: this model attends to text and needs context (n, l, d)")
         d = c.cross_attention_dim
         if context is not None and (context.ndim != 3 or context.shape[::2] != (n, d)):

@@ -14,7 +14,7 @@ from tinyldm.backend import Array
 from tinyldm.nn import functional as F
 from tinyldm.nn.conv import Padding, conv2d
 from tinyldm.nn.norms import group_norm, layer_norm
-from tinyldm.nn.protocol import Backward, Params, add_grad, wants
+from tinyldm.nn.protocol import Backward, Params, add_grad, recompute, wants
 
 Shape = tuple[int, ...]
 Initialiser = Callable[[Generator, Shape], Array]
@@ -45,6 +45,16 @@ class Layer:
             name: initialise(rng, shape).astype("float32")
             for name, (shape, initialise) in self.parameters().items()
         }
+
+
+class Recomputed(Layer):
+    """A layer that forgets its activations and makes them again in its backward pass."""
+
+    def __init__(self, layer: Layer):
+        self.layer = layer
+
+    def __call__(self, params: Params, *inputs: Array | None) -> tuple[Array, Backward]:
+        return recompute(self.layer, params, *inputs)
 
 
 # ------------------------------------------------------------------------------------ initialisers

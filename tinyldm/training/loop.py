@@ -70,7 +70,8 @@ def fit(
 
         while state.total is None or state.step < state.total:
             started = time.monotonic()
-            rate = learning_rate(state.step, state.total or 10**9, stage.rate, stage.warmup)
+            total = state.total or 10**9
+            rate = learning_rate(state.step, total, stage.rate, stage.warmup, stage.decay)
             loss, norm = train_step(state, gradient_of, batch_at(state.step), rate, stage.ema)
             state.step += 1
             after_step()

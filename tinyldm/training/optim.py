@@ -18,15 +18,22 @@ BETA2 = 1 - (1 - BETA1) ** 2  # 0.99, so that ((1 − β₁) g)² is (1 − β�
 PIECE = 2**18  # numbers of each buffer at a time: few calls, and most of them find it in the cache
 
 
-def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
-    """Linear from 0 to `peak` in `warmup` steps, then half a cosine down to 0 at `total`.
+DECAYS = {  # name → how much of its peak the learning rate has left at a share of the way, 0…1
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),  # Loshchilov & Hutter 2016
+    "linear": lambda progress: 1 - progress,
+    "constant": lambda progress: 1.0,
+}
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: int, decay: str = "cosine") -> float:
+    """Linear from 0 to `peak` in `warmup` steps, then half a cosine or a line to 0 at `total`.
 
     It depends on the step alone, so a resumed run goes on with the right one.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return peak * DECAYS[decay](min(1.0, progress))
 
 
 def global_norm(grads: dict[str, Array]) -> Array:

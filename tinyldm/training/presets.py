@@ -8,6 +8,7 @@ from tinyldm.diffusion.objective import WEIGHTINGS
 from tinyldm.models import ClassNames, Tokenizer
 from tinyldm.pixels import both_sides
 from tinyldm.tasks import TASKS, channels_beside
+from tinyldm.training.optim import DECAYS
 
 STAGES = ("autoencoder", "denoiser")
 CONDITIONS = ("text", "class-token", "class-time", "none")
@@ -25,6 +26,11 @@ class Stage:
     steps: int | None = None
     seconds: float | None = None
     parts: int = 1  # of a batch, one after the other, for less memory
+    decay: str = "cosine"  # of the rate after its peak, or "linear" or "constant"
+
+    def __post_init__(self):
+        if self.decay not in DECAYS:
+            raise ConfigError(f"decay: {unknown(self.decay, DECAYS)}")
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Config:
     task: str = "generation"  # or what the U-Net sees beside the noisy latents, see `tasks`
     condition: str = "text"  # or the class of a picture, as a token or beside its time, or "none"
     caption_dropout: float = 0.1  # share of captions left out, so that guidance has a "without"
+    checkpointing: bool = False  # make activations again in the backward pass, for less memory
     weighting: str = "simple"  # of the loss by t, or "min-snr" or "variational"
     noise_offset: float = 0.0  # of a noise that is the same all over a channel (Guttenberg 2023)
     vae_widths: tuple = (32, 64)  # channels per level: f = 2^(levels − 1)
@@ -275,13 +282,15 @@ def make_config(
     size: int | tuple[int, int] | None = None,
     minutes: float | None = None,
     accumulate: int | None = None,
+    decay: str | None = None,
     **others: object,
 ) -> Config:
     """The config of a new run.
 
     preset: by default the smallest for pictures of `size`. size: pixels, of a square or (height,
     width), by default the preset's. minutes: of training, shared between the stages as the preset
-    does. accumulate: parts of each batch, one after the other. others: any field of Config.
+    does. accumulate: parts of each batch, one after the other. decay: of the learning rate. others:
+    any field of Config.
     ConfigError for an unknown preset, or a size that does not divide.
     """
     if preset is None:
@@ -298,9 +307,9 @@ def make_config(
                 f"size: expected at most {LARGEST} pixels, found {max(both_sides(size))}"
             )
         config = replace(config, side=_one_if_equal(size))
-    if accumulate is not None:
-        stages = {name: replace(getattr(config, name), parts=accumulate) for name in STAGES}
-        config = replace(config, **stages)
+    given = {"parts": accumulate, "decay": decay}
+    given = {name: value for name, value in given.items() if value is not None}
+    config = replace(config, **{name: replace(getattr(config, name), **given) for name in STAGES})
     return config if minutes is None else with_length(config, 60 * minutes)
 
 

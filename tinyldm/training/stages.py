@@ -33,6 +33,9 @@ class Models:
         networks = {name: make(name, of_network) for name, of_network in configs.items()}
         self.vae, self.unet = networks["vae"], networks["unet"]
         self.text = networks.get("text_encoder")  # or a ClassEmbedder, or none
+        if config.checkpointing:
+            for network in (self.unet, self.vae) if self.vae.shapes() else (self.unet,):
+                network.recompute()
 
     @property
     def stages(self) -> tuple[str, ...]:
