@@ -1,4 +1,8 @@
-"""Write data/shapes/: the first 24 captioned shapes of seed 0, as a folder to train from."""
+"""Write data/shapes/, a folder to train from, and data/examples/, what tasks begin with.
+
+The former are the first 24 captioned shapes of seed 0. The latter are made of one of seed 1, which
+no run with the default seed is trained on.
+"""
 
 import json
 from pathlib import Path
@@ -6,6 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 from tinyldm.data.shapes import make_shapes
+from tinyldm.evaluation.reader import box_around
+from tinyldm.tasks import reduced
 
 folder = Path(__file__).parent / "shapes"
 folder.mkdir(exist_ok=True)
@@ -15,3 +21,19 @@ for i, (image, caption) in enumerate(zip(*make_shapes(24, side=32, seed=0), stri
     Image.fromarray(image).save(folder / file_name)
     lines.append(json.dumps({"file_name": file_name, "text": caption}) + "\n")
 (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+
+folder = Path(__file__).parent / "examples"
+folder.mkdir(exist_ok=True)
+CHOSEN = 5
+pictures, captions = make_shapes(CHOSEN + 1, side=32, seed=1)
+maps, _ = make_shapes(CHOSEN + 1, side=32, seed=1, maps=True)
+mask = 255 * box_around(pictures[CHOSEN], margin=4).astype("uint8")
+examples = {
+    "picture.png": pictures[CHOSEN],
+    "small.png": reduced(pictures[CHOSEN:], 4)[0],
+    "mask.png": mask,
+    "map.png": maps[CHOSEN],
+}
+for file_name, pixels in examples.items():
+    Image.fromarray(pixels).save(folder / file_name)
+(folder / "caption.txt").write_text(captions[CHOSEN] + "\n", encoding="utf-8")

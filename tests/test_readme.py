@@ -1,4 +1,4 @@
-"""The commands of the README's section on Stable Diffusion, run on small random models."""
+"""The commands of the README: on Stable Diffusion with random models, on tasks with short runs."""
 
 import re
 import shlex
@@ -9,19 +9,25 @@ import numpy as np
 import pytest
 from original_layout import narrow, random_model, to_original
 from PIL import Image
+from test_training import CONFIG, without_pictures
 
 from tinyldm import cli
 from tinyldm.models import Tokenizer, original
 from tinyldm.models.weights import save_weights
 from tinyldm.pipeline import Pipeline
+from tinyldm.training import presets
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCK = re.search(r"<!-- stable diffusion -->\n```sh\n(.*?)```", README, re.DOTALL)[1]
-COMMANDS = [
-    shlex.split(line)
-    for line in BLOCK.replace("\\\n", " ").splitlines()
-    if line and not line.startswith("#")
-]
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands_of(section):
+    block = re.search(rf"<!-- {section} -->\n```sh\n(.*?)```", README, re.DOTALL)[1]
+    lines = block.replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line and not line.startswith("#")]
+
+
+COMMANDS = commands_of("stable diffusion")
 CHECKPOINTS = {  # version, channels of the U-Net
     "stable-diffusion-v1-5": (1, 4),
     "v1-5-pruned-emaonly.safetensors": (1, 4),
@@ -94,3 +100,22 @@ def test_a_command(place, monkeypatch, capfd, command):
                 assert picture.size == (width // 8, height // 8)
             elif "--image" in arguments:  # 4 : 3, in multiples of 64
                 assert picture.size == (64, 64)
+
+
+def test_the_commands_of_the_tasks(tmp_path, monkeypatch, call):
+    """One after the other, with a model that is small and has hardly learnt."""
+    without_pictures(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "data" / "examples", tmp_path / "data" / "examples")
+    monkeypatch.setitem(presets.PRESETS, "demo", CONFIG)
+    sizes = {"large.png": (32, 32)}
+    for program, *arguments in commands_of("tasks"):
+        assert program == ".venv/bin/tinyldm"
+        result = call(*arguments)
+        assert result.code == 0, result.err
+        names = result.out.split()
+        if arguments[0] == "sample":
+            assert len(names) == (4 if "--n" in arguments else 1)
+            for name in names:
+                with Image.open(name) as picture:
+                    assert picture.size == sizes.get(name, (16, 16))
