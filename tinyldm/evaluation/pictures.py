@@ -14,7 +14,10 @@ from PIL.PngImagePlugin import PngInfo
 from tinyldm.files import replacing
 
 INK, PAPER, GRID = (40, 40, 40), (255, 255, 255), (225, 225, 225)
-LINES = ((200, 60, 50), (50, 90, 200), (40, 150, 80), (150, 90, 180), (230, 150, 40))
+LINES = (
+    (200, 60, 50), (50, 90, 200), (40, 150, 80), (150, 90, 180), (230, 150, 40), (60, 60, 60),
+    (70, 190, 200), (225, 120, 170),
+)  # fmt: skip
 
 
 def grid(
