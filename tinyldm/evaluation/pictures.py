@@ -35,7 +35,9 @@ def grid(
     columns = min(n, columns or int(np.ceil(np.sqrt(n))))
     scale = max(1, round(tile / max(h, w)))
     font = ImageFont.load_default(11)
-    gap, margin = 4, 74 if labels else 4
+    gap = 4
+    lines = "\n".join(labels or []).split("\n")
+    margin = max(74, *(round(font.getlength(line)) + 2 * gap for line in lines)) if labels else gap
     wrapped = [textwrap.fill(c, max(1, w * scale // 6)) for c in captions] if captions else [""] * n
     text_height = 13 * max(text.count("\n") + 1 for text in wrapped) if captions else 0
     cell_w, cell_h = w * scale + gap, h * scale + gap + text_height

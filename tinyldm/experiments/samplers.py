@@ -3,7 +3,8 @@
 Every sampler paints the same captions from the same noise, in few steps and in many. What a step
 costs differs, so network calls are counted: how often the U-Net sees each picture, twice a
 prediction where there is guidance. Those that draw no noise on the way all solve one differential
-equation: how far they are from where DDIM gets in 200 steps is their error.
+equation: how far they are from where DDIM gets in 200 steps is their error, but for a little that
+stays, because where their steps begin and end differs, as in diffusers.
 """
 
 import contextlib
