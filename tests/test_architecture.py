@@ -31,7 +31,8 @@ ORDER = """
     training training.optim training.parallel training.presets training.signals training.state
     training.stages training.latents training.codebook training.rehearsal training.snapshots
     training.preparation training.loop training.runs training.overfit
-    experiments experiments.latent_vs_pixel
+    experiments experiments.scoring experiments.trained experiments.guidance
+    experiments.latent_vs_pixel experiments.samplers experiments.schedules
     painting commands doctor arguments cli __main__
 """.split()
 

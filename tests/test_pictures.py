@@ -76,7 +76,7 @@ def test_captions_lie_under_their_pictures_and_cover_none():
 
 def test_labels_lie_to_the_left_of_their_rows():
     pictures = pictures_of(4, 24, 24)
-    sheet = grid(pictures, columns=2, tile=24, labels=["first", "second"])
+    sheet = grid(pictures, columns=2, tile=24, labels=["first", "a second,\nand a longer one"])
     left = sheet.width - 2 * (24 + GAP)
     assert left > 40
     for tile, picture in zip(tiles_of(sheet, 4, 24, 24, 2, left), pictures, strict=True):

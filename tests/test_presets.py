@@ -7,8 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyldm.config import ConfigError
+from tinyldm.diffusion.schedule import Schedule
 from tinyldm.models import AutoencoderKL, UNet
-from tinyldm.training.presets import PRESETS, STAGES, Config, changed, make_config, with_length
+from tinyldm.training.presets import (
+    PRESETS,
+    SCHEDULES,
+    STAGES,
+    Config,
+    changed,
+    make_config,
+    with_length,
+)
 
 
 def seconds(config):
@@ -86,3 +95,24 @@ def test_what_may_not_change(setting):
     ((name, value),) = setting.items()
     with pytest.raises(ConfigError, match=f"--{name} {value}: the run began with .*may change"):
         changed(make_config("demo", seed=3), **setting)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_are_of_the_scheduler_config(name):
+    config = make_config("demo", schedule=name).scheduler_config()
+    assert config.items() >= SCHEDULES[name].items() and config["prediction_type"] == "v_prediction"
+    last = Schedule(config).alphas_bar[-1]
+    assert (last == 0) == (name == "zero_snr") and last < 0.005
+
+
+def test_a_run_of_before_there_was_a_choice_has_the_linear_schedule():
+    content = dataclasses.asdict(PRESETS["demo"])
+    del content["schedule"]
+    assert Config.from_json(content).scheduler_config()["beta_schedule"] == "linear"
+
+
+def test_schedules_that_cannot_be():
+    with pytest.raises(ConfigError, match="schedule: .*zero_snr, found 'cosin'; did you mean 'cos"):
+        make_config("demo", schedule="cosin")
+    with pytest.raises(ConfigError, match="ε does not lead back; take v_prediction"):
+        make_config("demo", schedule="zero_snr", prediction="epsilon")

@@ -31,6 +31,9 @@ OF_TRAIN = (
 )
 EXPERIMENTS = {  # name → what it is about, for --help
     "latent-vs-pixel": "is diffusion cheaper in latents than in pixels, at the same quality?",
+    "guidance": "how strongly should the caption be followed?",
+    "samplers": "how many steps does which sampler need?",
+    "schedules": "which noise schedule, and what should the network predict?",
 }
 SAMPLERS = ("ddpm", "ddim", "pndm", "euler", "euler_a", "heun", "dpm++2m", "dpm++2m_sde")
 
@@ -239,6 +242,8 @@ def parser() -> Parser:
         default=240.0,
         help="that each network is trained (default: 240)",
     )
+    text = "of guidance and samplers: a run on shapes (default: train the demo's in DIR/run)"
+    experiment.add_argument("--run", metavar="RUN", help=text)
     experiment.add_argument(
         "--out", metavar="DIR", required=True, help="folder for results.json, tables and pictures"
     )

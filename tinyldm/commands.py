@@ -15,6 +15,7 @@ from tinyldm.backend import describe
 from tinyldm.data.dataset import DataError
 from tinyldm.evaluation.metrics import evaluate, table
 from tinyldm.evaluation.pictures import grid, save_picture
+from tinyldm.experiments.trained import trained_run
 from tinyldm.files import replacing
 from tinyldm.models.tokenizer import CaptionCut
 from tinyldm.painting import say, whole_run
@@ -26,6 +27,8 @@ from tinyldm.training.presets import make_config
 from tinyldm.training.rehearsal import duration
 from tinyldm.training.runs import resume, train
 from tinyldm.training.state import load_notes
+
+ON_A_RUN = ("guidance", "samplers")  # the experiments that take a trained run
 
 
 def run_train(options: Namespace) -> None:
@@ -108,13 +111,19 @@ def run_eval(options: Namespace) -> None:
 
 
 def run_experiment(options: Namespace) -> None:
-    """Run one, and print its table."""
+    """Run one, on seconds of training or on what has been trained, and print its table."""
     module = import_module(f"tinyldm.experiments.{options.name.replace('-', '_')}")
     out = Path(options.out)
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out}: expected a folder, or nothing, found a file")
+    subject = options.seconds
+    if options.name in ON_A_RUN:
+        run = whole_run(options.run) if options.run else None
+        subject = trained_run(run, options.seconds, out, say)
+    elif options.run:
+        options.parser.error(f"--run: {options.name} trains its own; leave it out")
     out.mkdir(parents=True, exist_ok=True)
-    module.run(options.seconds, out, say)
+    module.run(subject, out, say)
     print((out / "table.md").read_text(encoding="utf-8"), end="")
 
 

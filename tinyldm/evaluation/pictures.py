@@ -14,7 +14,10 @@ from PIL.PngImagePlugin import PngInfo
 from tinyldm.files import replacing
 
 INK, PAPER, GRID = (40, 40, 40), (255, 255, 255), (225, 225, 225)
-LINES = ((200, 60, 50), (50, 90, 200), (40, 150, 80), (150, 90, 180), (230, 150, 40))
+LINES = (
+    (200, 60, 50), (50, 90, 200), (40, 150, 80), (150, 90, 180), (230, 150, 40), (60, 60, 60),
+    (70, 190, 200), (225, 120, 170),
+)  # fmt: skip
 
 
 def grid(
@@ -32,7 +35,9 @@ def grid(
     columns = min(n, columns or int(np.ceil(np.sqrt(n))))
     scale = max(1, round(tile / max(h, w)))
     font = ImageFont.load_default(11)
-    gap, margin = 4, 74 if labels else 4
+    gap = 4
+    lines = "\n".join(labels or []).split("\n")
+    margin = max(74, *(round(font.getlength(line)) + 2 * gap for line in lines)) if labels else gap
     wrapped = [textwrap.fill(c, max(1, w * scale // 6)) for c in captions] if captions else [""] * n
     text_height = 13 * max(text.count("\n") + 1 for text in wrapped) if captions else 0
     cell_w, cell_h = w * scale + gap, h * scale + gap + text_height

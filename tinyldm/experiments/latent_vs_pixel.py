@@ -16,8 +16,9 @@ import numpy as np
 from tinyldm.data.dataset import Dataset
 from tinyldm.data.shapes import make_shapes
 from tinyldm.evaluation.pictures import curves, grid, save_picture
-from tinyldm.evaluation.reader import score
+from tinyldm.evaluation.scenes import paint
 from tinyldm.evaluation.statistics import psnr
+from tinyldm.experiments.scoring import accuracy
 from tinyldm.files import replacing, write_json
 from tinyldm.models import Tokenizer
 from tinyldm.pipeline import Pipeline
@@ -102,7 +103,7 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
                 }
             rows.append(row)
             write_json(out / "results.json", rows)
-            sheets.append(np.stack([np.asarray(p) for p in one.pipeline(prompts()[:9])]))
+            sheets.append(paint(one.pipeline, prompts()[:9]))
             say(f"f = {f}: {row['accuracy_all']:.0%} of the captions are painted right")
     save_picture(
         out / "samples.png",
@@ -158,7 +159,7 @@ class Place:
             now = clock.read()
             if state.total and state.step in {round(share * state.total) for share in looks}:
                 clock.stop()
-                quality.append((now, accuracy(self._export(state), few)))
+                quality.append((now, painted_right(self._export(state), few)))
                 clock.go()
 
         clock.go()
@@ -168,7 +169,7 @@ class Place:
         )  # fmt: skip
         clock.stop()
         pipeline = self._export(state)
-        quality.append((clock.read(), accuracy(pipeline, self.captions)))
+        quality.append((clock.read(), painted_right(pipeline, self.captions)))
         return Trained(pipeline, state.step, clock.read(), quality)
 
     def _second_stage(self, config, first_stage):
@@ -207,11 +208,10 @@ def prompts() -> list[str]:
     return make_shapes(CAPTIONS[1], 16, seed=20_261_125)[1]
 
 
-def accuracy(pipeline: Pipeline, count: int) -> float:
+def painted_right(pipeline: Pipeline, count: int) -> float:
     """Share of captions of which all five attributes are painted right."""
     captions = prompts()[:count]
-    pictures = [np.asarray(picture) for picture in pipeline(captions)]
-    return score(pictures, captions)["all"]
+    return accuracy(paint(pipeline, captions), captions)
 
 
 def sampling_speed(pipeline: Pipeline) -> float:

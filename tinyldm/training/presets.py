@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from tinyldm.config import ConfigError, unknown
 from tinyldm.diffusion.objective import WEIGHTINGS
+from tinyldm.diffusion.schedule import Schedule
 from tinyldm.models import ClassNames, Tokenizer
 from tinyldm.pixels import both_sides
 from tinyldm.tasks import TASKS, channels_beside
@@ -13,6 +14,16 @@ from tinyldm.training.optim import DECAYS
 STAGES = ("autoencoder", "denoiser")
 CONDITIONS = ("text", "class-token", "class-time", "none")
 FIRST_STAGES = {"kl": "AutoencoderKL", "vq": "VQModel", "none": "IdentityFirstStage"}
+STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SCHEDULES = {  # of noise: name → keys of diffusers' scheduler config
+    # Noisier than Stable Diffusion's schedule, whose last steps still show where a large shape on
+    # plain ground is: the network would never need to read that in the caption.
+    "linear": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+    "scaled_linear": STABLE_DIFFUSION,
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    # Training ends at noise alone, so sampling must begin there (Lin et al. 2023, section 3.3).
+    "zero_snr": STABLE_DIFFUSION | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+}
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,7 @@ class Config:
     text_layers: int = 1
     tokens: int = 16
     vocabulary: int = 1024
+    schedule: str = "linear"  # of the noise
     prediction: str = "v_prediction"
     steps: int = 25  # of sampling
     guidance: float = 2.0
@@ -77,12 +89,14 @@ class Config:
         choices = {
             "first_stage": FIRST_STAGES,
             "weighting": WEIGHTINGS,
+            "schedule": SCHEDULES,
             "task": TASKS,
             "condition": CONDITIONS,
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}: {unknown(getattr(self, name), known)}")
+        Schedule(self.scheduler_config())  # raises where the prediction does not go with it
         factor = self.factor * 2 ** (len(self.unet_widths) - 1)
         for side in self.sides:
             if side < factor or side % factor:
@@ -223,17 +237,12 @@ class Config:
             "_class_name": "DDIMScheduler",
             "_diffusers_version": "0.32.0",
             "num_train_timesteps": 1000,
-            # Noisier than Stable Diffusion's schedule, whose last steps still show where a large
-            # shape on plain ground is: the network would never need to read that in the caption.
-            "beta_start": 0.0001,
-            "beta_end": 0.02,
-            "beta_schedule": "linear",
             "prediction_type": self.prediction,
             "clip_sample": False,
             "set_alpha_to_one": False,
             "steps_offset": 1,
             "timestep_spacing": "leading",
-        }
+        } | SCHEDULES[self.schedule]
 
 
 DEMO_AUTOENCODER = Stage(batch=16, rate=2e-3, warmup=50, ema=0.995, seconds=72)

@@ -1,0 +1,105 @@
+"""How many steps does which sampler need?
+
+Every sampler paints the same captions from the same noise, in few steps and in many. What a step
+costs differs, so network calls are counted: how often the U-Net sees each picture, twice a
+prediction where there is guidance. Those that draw no noise on the way all solve one differential
+equation: how far they are from where DDIM gets in 200 steps is their error, but for a little that
+stays, because where their steps begin and end differs, as in diffusers.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from tinyldm.backend import Array
+from tinyldm.data.shapes import make_shapes
+from tinyldm.diffusion.samplers import RANDOM, SAMPLERS
+from tinyldm.evaluation.metrics import SEED
+from tinyldm.evaluation.pictures import curves, grid, save_picture
+from tinyldm.evaluation.scenes import paint
+from tinyldm.experiments.scoring import Report, accuracy
+from tinyldm.pipeline import SAMPLES_AT_ONCE, Pipeline
+from tinyldm.training.preparation import Say
+from tinyldm.training.signals import Interruptible
+
+STEPS = (3, 5, 10, 25, 50)
+REFERENCE = 200  # steps of DDIM
+CAPTIONS = 200
+COLUMNS = {
+    "sampler": ("sampler", ""),
+    "steps": ("steps", "d"),
+    "network_calls": ("network calls a picture", "g"),
+    "seconds": ("seconds a picture", ".3g"),
+    "accuracy_all": ("captions right", ".1%"),
+    "distance": ("distance, levels of 255", ".2f"),
+}
+
+
+class Counting(Pipeline):
+    """A pipeline that counts the samples that its U-Net has seen."""
+
+    seen = 0
+
+    @contextlib.contextmanager
+    def predictor(
+        self, context: Array, at_once: int = SAMPLES_AT_ONCE
+    ) -> Iterator[Callable[[Array, int], Array]]:
+        with super().predictor(context, at_once) as predict:
+
+            def counted(x, t):
+                self.seen += len(x)
+                return predict(x, t)
+
+            yield counted
+
+
+def run(folder: Path, out: Path, say: Say) -> list[dict]:
+    """On a run trained on shapes; writes results.json, table.md, plots and samples.png."""
+    pipeline = Counting.load(folder)
+    _, captions = make_shapes(CAPTIONS, pipeline.size[0], SEED)
+
+    def painted(sampler, steps):
+        return paint(pipeline, captions, sampler=sampler, steps=steps, seed=SEED)
+
+    say(f"{CAPTIONS} captions, first by ddim in {REFERENCE} steps")
+    reference = painted("ddim", REFERENCE)
+    sheet = []
+    with Interruptible() as stop:
+        report = Report(out, COLUMNS, stop)
+        for sampler in SAMPLERS:
+            for steps in STEPS:
+                before, started = pipeline.seen, time.monotonic()
+                pictures = painted(sampler, steps)
+                seconds = time.monotonic() - started
+                error = np.abs(np.subtract(pictures, reference, dtype=np.float32)).mean()
+                row = {
+                    "sampler": sampler,
+                    "steps": steps,
+                    "network_calls": (pipeline.seen - before) / len(captions),
+                    "seconds": seconds / len(captions),
+                    "accuracy_all": accuracy(pictures, captions),
+                    "distance": None if sampler in RANDOM else float(error),
+                }
+                report.add(row)
+                sheet.append(pictures[0])
+            say(f"{sampler}: {row['accuracy_all']:.1%} right in {steps} steps")
+    labels = list(SAMPLERS)
+    save_picture(out / "samples.png", grid(np.stack(sheet), columns=len(STEPS), labels=labels))
+    for key, title in (("accuracy_all", "captions right"), ("distance", "distance")):
+        title = f"{title} against network calls a picture"
+        plot = curves(lines(report.rows, key), title, logarithmic=key == "distance")
+        save_picture(out / f"{key.partition('_')[0]}.png", plot)
+    return report.rows
+
+
+def lines(rows: list[dict], key: str) -> dict[str, tuple]:
+    """{sampler: (network calls, numbers)} of those that have one."""
+    found = {}
+    for sampler in SAMPLERS:
+        points = [row for row in rows if row["sampler"] == sampler and row[key] is not None]
+        if points:
+            found[sampler] = tuple([row[name] for row in points] for name in ("network_calls", key))
+    return found

@@ -1,0 +1,41 @@
+"""How many captions are painted right, and the rows that say so."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tinyldm.evaluation.reader import score
+from tinyldm.files import replacing, write_json
+from tinyldm.training.signals import Interruptible, Stopped
+
+
+def accuracy(pictures: np.ndarray, captions: Sequence[str]) -> float:
+    """Share of captions of which all five attributes are painted right, by rule."""
+    return score(pictures, captions)["all"]
+
+
+class Report:
+    """results.json and table.md, both of them whole after every row.
+
+    columns: {key of a row: (title, how to format it)} of the table; None is shown as a dash.
+    """
+
+    def __init__(self, out: Path, columns: dict[str, tuple[str, str]], stop: Interruptible):
+        self.out, self.columns, self.stop = out, columns, stop
+        self.rows = []
+
+    def add(self, row: dict) -> None:
+        """One more row. Stopped after a signal, once it is written."""
+        self.rows.append(row)
+        write_json(self.out / "results.json", self.rows)
+        lines = [[title for title, _ in self.columns.values()], ["---"] * len(self.columns)]
+        lines += [[self._cell(one, key) for key in self.columns] for one in self.rows]
+        with replacing(self.out / "table.md") as temporary:
+            text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+            temporary.write_text(text, encoding="utf-8")
+        if self.stop.number:
+            raise Stopped(self.stop.number)
+
+    def _cell(self, row, key):
+        return "–" if row[key] is None else format(row[key], self.columns[key][1])
