@@ -12,7 +12,8 @@ from tinyldm.backend import Array, array_module, to_device
 from tinyldm.diffusion.samplers import ddim, guided
 from tinyldm.models import UNet
 from tinyldm.pipeline import Pipeline
-from tinyldm.training.presets import PRESETS, Config
+from tinyldm.training.config import Config
+from tinyldm.training.presets import PRESETS
 
 
 def unet_pipeline(config: dict, params: Params, scheduler: dict) -> Pipeline:

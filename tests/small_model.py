@@ -6,7 +6,7 @@ from model_cases import random_params
 from tinyldm.checkpoints import COMPONENTS
 from tinyldm.models import Tokenizer
 from tinyldm.pipeline import Pipeline
-from tinyldm.training.presets import Config
+from tinyldm.training.config import Config
 
 CONFIG = Config(
     side=16,

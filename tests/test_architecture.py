@@ -28,7 +28,8 @@ ORDER = """
     again
     evaluation evaluation.reader evaluation.statistics evaluation.likelihood evaluation.scenes
     evaluation.metrics evaluation.pictures
-    training training.optim training.parallel training.presets training.signals training.state
+    training training.optim training.parallel training.config training.presets training.signals
+    training.state
     training.stages training.latents training.codebook training.rehearsal training.snapshots
     training.preparation training.loop training.runs training.overfit
     experiments experiments.scoring experiments.trained experiments.guidance

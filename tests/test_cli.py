@@ -23,7 +23,7 @@ from tinyldm import backend, cli, commands, painting
 from tinyldm.again import fingerprint
 from tinyldm.pipeline import Pipeline
 from tinyldm.training import loop, presets
-from tinyldm.training.presets import Stage
+from tinyldm.training.config import Stage
 from tinyldm.training.state import load_state
 
 STEPS = 3  # of each stage

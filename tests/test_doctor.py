@@ -14,7 +14,7 @@ import threadpoolctl
 from tinyldm import backend, doctor, machine
 from tinyldm.backend import DeviceError
 from tinyldm.training import presets, rehearsal
-from tinyldm.training.presets import Config, Stage
+from tinyldm.training.config import Config, Stage
 from tinyldm.training.rehearsal import Rehearsal
 
 STAGE = Stage(batch=4, rate=1e-3, warmup=2, ema=0.9, steps=600)

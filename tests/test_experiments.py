@@ -13,7 +13,7 @@ from tinyldm.diffusion.samplers import RANDOM
 from tinyldm.experiments import guidance, latent_vs_pixel, samplers, schedules, scoring, trained
 from tinyldm.models.weights import load_metadata, load_weights, save_weights
 from tinyldm.training import presets, rehearsal, runs, snapshots
-from tinyldm.training.presets import Stage
+from tinyldm.training.config import Stage
 from tinyldm.training.signals import Interruptible, Stopped
 from tinyldm.training.state import state_files
 

@@ -14,7 +14,7 @@ from tinyldm.config import ConfigError
 from tinyldm.models import IdentityFirstStage, VQModel
 from tinyldm.pipeline import Pipeline
 from tinyldm.training import codebook, loop, overfit, presets, runs
-from tinyldm.training.presets import Config
+from tinyldm.training.config import Config
 from tinyldm.training.rehearsal import rehearse
 from tinyldm.training.signals import Stopped
 from tinyldm.training.stages import vq_loss

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tinyldm.config import ConfigError
 from tinyldm.training import optim
+from tinyldm.training.config import Stage
 from tinyldm.training.optim import (
     BETA1,
     BETA2,
@@ -21,7 +22,6 @@ from tinyldm.training.optim import (
     global_norm,
     learning_rate,
 )
-from tinyldm.training.presets import Stage
 
 SHAPES = {"matrix": (3, 4), "kernel": (3, 3, 2, 2), "bias": (5,), "scalar": ()}
 seeds = st.integers(0, 2**32 - 1)

@@ -9,15 +9,8 @@ from hypothesis import strategies as st
 from tinyldm.config import ConfigError
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.models import AutoencoderKL, UNet
-from tinyldm.training.presets import (
-    PRESETS,
-    SCHEDULES,
-    STAGES,
-    Config,
-    changed,
-    make_config,
-    with_length,
-)
+from tinyldm.training.config import SCHEDULES, STAGES, Config
+from tinyldm.training.presets import PRESETS, changed, make_config, with_length
 
 
 def seconds(config):

@@ -12,7 +12,7 @@ from tinyldm.backend import DeviceError
 from tinyldm.models import Tokenizer
 from tinyldm.nn import no_grad
 from tinyldm.training import rehearsal
-from tinyldm.training.presets import Config, Stage
+from tinyldm.training.config import Config, Stage
 from tinyldm.training.rehearsal import Rehearsal, duration, gigabytes, rehearse
 from tinyldm.training.stages import Models
 

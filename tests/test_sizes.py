@@ -13,8 +13,9 @@ from tinyldm.models import UNet
 from tinyldm.pipeline import Pipeline
 from tinyldm.pixels import fitted, from_uint8, in_channels, to_uint8
 from tinyldm.training import runs
+from tinyldm.training.config import Config
 from tinyldm.training.preparation import load_data
-from tinyldm.training.presets import Config, changed, make_config
+from tinyldm.training.presets import changed, make_config
 from tinyldm.training.rehearsal import rehearse
 from tinyldm.training.state import load_state
 

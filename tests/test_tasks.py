@@ -34,7 +34,7 @@ from tinyldm.tasks import (
     task_of,
     times_larger,
 )
-from tinyldm.training import presets, runs
+from tinyldm.training import config, runs
 from tinyldm.training.preparation import load_data
 from tinyldm.training.signals import Stopped
 from tinyldm.training.stages import Models, denoiser_loss
@@ -364,7 +364,7 @@ def test_layout_of_arrays_is_refused(tmp_path):
 
 
 def test_the_command_line_knows_the_same_tasks():
-    assert cli.TASKS == TASKS and cli.CONDITIONS == presets.CONDITIONS
+    assert cli.TASKS == TASKS and cli.CONDITIONS == config.CONDITIONS
 
 
 def test_a_run_goes_on_with_its_own_task(trained):

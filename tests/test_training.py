@@ -25,10 +25,11 @@ from tinyldm.models import Tokenizer
 from tinyldm.models.weights import WeightsError, load_metadata, load_weights, save_weights
 from tinyldm.pipeline import Pipeline
 from tinyldm.training import loop, runs, snapshots, stages
+from tinyldm.training.config import STAGES, Config, Stage
 from tinyldm.training.loop import Diverged
 from tinyldm.training.optim import learning_rate
 from tinyldm.training.preparation import load_data
-from tinyldm.training.presets import PRESETS, STAGES, Config, Stage
+from tinyldm.training.presets import PRESETS
 from tinyldm.training.runs import rebuild, resume, train
 from tinyldm.training.signals import Interruptible, Stopped
 from tinyldm.training.state import (

@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from tinyldm import cli
 from tinyldm.models.weights import load_metadata, load_weights, save_weights
 from tinyldm.training import presets, runs, snapshots
-from tinyldm.training.presets import Stage
+from tinyldm.training.config import Stage
 
 STAGE = Stage(batch=4, rate=1e-3, warmup=2, ema=0.9, steps=1)
 SMALL = dataclasses.replace(

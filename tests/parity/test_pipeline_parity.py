@@ -9,7 +9,7 @@ import transformers
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.models import Tokenizer
 from tinyldm.pipeline import Pipeline
-from tinyldm.training.presets import Config, Stage
+from tinyldm.training.config import Config, Stage
 from tinyldm.training.runs import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -22,9 +22,9 @@ from tinyldm.experiments.scoring import accuracy
 from tinyldm.files import replacing, write_json
 from tinyldm.models import Tokenizer
 from tinyldm.pipeline import Pipeline
+from tinyldm.training.config import Config, Stage
 from tinyldm.training.loop import fit
 from tinyldm.training.preparation import load_data
-from tinyldm.training.presets import Config, Stage
 from tinyldm.training.rehearsal import rehearse
 from tinyldm.training.runs import Run, export, second_stage
 from tinyldm.training.signals import Interruptible

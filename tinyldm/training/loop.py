@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from tinyldm.files import replacing
 from tinyldm.training import snapshots
+from tinyldm.training.config import STAGES, Stage
 from tinyldm.training.optim import learning_rate
 from tinyldm.training.parallel import accumulated, gradient
-from tinyldm.training.presets import STAGES, Stage
 from tinyldm.training.rehearsal import duration
 from tinyldm.training.signals import Interruptible, Stopped
 from tinyldm.training.stages import train_step

@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 
 from tinyldm.backend import to_device
+from tinyldm.training.config import Config
 from tinyldm.training.optim import learning_rate
 from tinyldm.training.parallel import gradient
 from tinyldm.training.preparation import Say, fit_tokenizer, load_data
-from tinyldm.training.presets import Config
 from tinyldm.training.runs import Run, second_stage
 from tinyldm.training.stages import Models, denoiser_loss, train_step
 from tinyldm.training.state import State

@@ -15,7 +15,7 @@ from tinyldm.data.shapes import Attributes, make_shapes
 from tinyldm.models import ClassNames
 from tinyldm.models.tokenizer import CaptionCut, Tokenizer
 from tinyldm.pixels import from_uint8, in_channels, to_uint8
-from tinyldm.training.presets import Config
+from tinyldm.training.config import Config
 from tinyldm.training.state import state_files
 
 LONGEST_CAPTION = 77  # tokens, as in Stable Diffusion

@@ -15,9 +15,9 @@ from tinyldm.machine import free_memory, held_memory
 from tinyldm.models import ClassNames, Tokenizer
 from tinyldm.tasks import channels_beside, sees_all
 from tinyldm.team import available
+from tinyldm.training.config import STAGES, Config
 from tinyldm.training.latents import AT_ONCE
 from tinyldm.training.parallel import accumulated, gradient, value_and_grad
-from tinyldm.training.presets import STAGES, Config
 from tinyldm.training.stages import Models, denoiser_loss, train_step
 from tinyldm.training.state import State
 

@@ -19,6 +19,7 @@ from tinyldm.nn.protocol import Params
 from tinyldm.pipeline import Pipeline
 from tinyldm.tasks import sees_all
 from tinyldm.training import codebook, snapshots
+from tinyldm.training.config import STAGES, Config
 from tinyldm.training.latents import all_gaussians, seen_beside
 from tinyldm.training.loop import fit
 from tinyldm.training.preparation import (
@@ -30,7 +31,7 @@ from tinyldm.training.preparation import (
     remove,
     split,
 )
-from tinyldm.training.presets import STAGES, Config, changed, with_length
+from tinyldm.training.presets import changed, with_length
 from tinyldm.training.rehearsal import rehearse
 from tinyldm.training.signals import Interruptible, Stopped
 from tinyldm.training.stages import Models, denoiser_loss

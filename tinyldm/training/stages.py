@@ -15,9 +15,9 @@ from tinyldm.nn import functional as F
 from tinyldm.nn import no_grad
 from tinyldm.nn.protocol import Params
 from tinyldm.pixels import from_uint8, in_channels
+from tinyldm.training.config import STAGES, Config
 from tinyldm.training.optim import adamw, clip_factor, global_norm
 from tinyldm.training.parallel import Gradient
-from tinyldm.training.presets import STAGES, Config
 from tinyldm.training.state import State
 
 MAX_NORM = 1.0  # of the gradient

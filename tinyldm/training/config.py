@@ -1,0 +1,248 @@
+"""What a run is made of: everything that it depends on, and the configs of its networks."""
+
+from dataclasses import dataclass, field
+
+from tinyldm.config import ConfigError, unknown
+from tinyldm.diffusion.objective import WEIGHTINGS
+from tinyldm.diffusion.schedule import Schedule
+from tinyldm.models import ClassNames, Tokenizer
+from tinyldm.pixels import both_sides
+from tinyldm.tasks import TASKS, channels_beside
+from tinyldm.training.optim import DECAYS
+
+STAGES = ("autoencoder", "denoiser")
+CONDITIONS = ("text", "class-token", "class-time", "none")
+FIRST_STAGES = {"kl": "AutoencoderKL", "vq": "VQModel", "none": "IdentityFirstStage"}
+STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SCHEDULES = {  # of noise: name → keys of diffusers' scheduler config
+    # Noisier than Stable Diffusion's schedule, whose last steps still show where a large shape on
+    # plain ground is: the network would never need to read that in the caption.
+    "linear": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+    "scaled_linear": STABLE_DIFFUSION,
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    # Training ends at noise alone, so sampling must begin there (Lin et al. 2023, section 3.3).
+    "zero_snr": STABLE_DIFFUSION | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training. Its length is `steps`, or what fits into `seconds` on this machine."""
+
+    batch: int
+    rate: float  # peak of the learning rate
+    warmup: int  # steps
+    ema: float  # limit of the decay of the moving average
+    steps: int | None = None
+    seconds: float | None = None
+    parts: int = 1  # of a batch, one after the other, for less memory
+    decay: str = "cosine"  # of the rate after its peak, or "linear" or "constant"
+
+    def __post_init__(self):
+        if self.decay not in DECAYS:
+            raise ConfigError(f"decay: {unknown(self.decay, DECAYS)}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on. It is stored in the run's state."""
+
+    preset: str = "demo"
+    data: str = "shapes"  # or a folder
+    side: int | tuple[int, int] = 32  # pixels; two are height and width
+    grey: bool = False  # one channel instead of three
+    pictures: int = 20_512  # to draw, for shapes
+    flip: bool = False  # train on every picture's mirror image, too
+    held_out: float = 0.05  # share of the pictures that validate and are never trained on
+    skip_bad: bool = False  # leave out files that cannot be read, instead of refusing the folder
+    keep: int = 2  # states on disk: the newest, and those before it
+    seed: int = 0
+    autoencoder: Stage = field(default_factory=lambda: DEMO_AUTOENCODER)
+    denoiser: Stage = field(default_factory=lambda: DEMO_DENOISER)
+    first_stage: str = "kl"  # or "vq" with a codebook, or "none" for diffusion in pixels
+    codes: int = 256  # of the codebook
+    kl_weight: float = 1e-4  # of the mean KL a latent number, beside the mean squared error
+    task: str = "generation"  # or what the U-Net sees beside the noisy latents, see `tasks`
+    condition: str = "text"  # or the class of a picture, as a token or beside its time, or "none"
+    caption_dropout: float = 0.1  # share of captions left out, so that guidance has a "without"
+    checkpointing: bool = False  # make activations again in the backward pass, for less memory
+    weighting: str = "simple"  # of the loss by t, or "min-snr" or "variational"
+    noise_offset: float = 0.0  # of a noise that is the same all over a channel (Guttenberg 2023)
+    vae_widths: tuple = (32, 64)  # channels per level: f = 2^(levels − 1)
+    latent_channels: int = 4
+    unet_widths: tuple = (48, 48, 96)
+    unet_attention: tuple = (False, True, True)  # per level
+    unet_layers: int = 1
+    heads: int = 4
+    groups: int = 8
+    text_width: int = 64
+    text_layers: int = 1
+    tokens: int = 16
+    vocabulary: int = 1024
+    schedule: str = "linear"  # of the noise
+    prediction: str = "v_prediction"
+    steps: int = 25  # of sampling
+    guidance: float = 2.0
+
+    def __post_init__(self):
+        choices = {
+            "first_stage": FIRST_STAGES,
+            "weighting": WEIGHTINGS,
+            "schedule": SCHEDULES,
+            "task": TASKS,
+            "condition": CONDITIONS,
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name}: {unknown(getattr(self, name), known)}")
+        Schedule(self.scheduler_config())  # raises where the prediction does not go with it
+        factor = self.factor * 2 ** (len(self.unet_widths) - 1)
+        for side in self.sides:
+            if side < factor or side % factor:
+                below = max(1, side // factor) * factor
+                raise ConfigError(
+                    f"size: expected a multiple of {factor} (the levels of the networks halve it), "
+                    f"found {side}; the nearest are {below} and {below + factor}"
+                )
+        if self.data == "shapes" and len(set(self.sides)) > 1:
+            raise ConfigError("size: shapes are drawn in squares; other sizes need --data FOLDER")
+
+    @classmethod
+    def from_json(cls, content: dict) -> "Config":
+        """The inverse of dataclasses.asdict, after a trip through JSON."""
+        content = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+        for stage in ("autoencoder", "denoiser"):
+            content[stage] = Stage(**content[stage])
+        return cls(**content)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(height, width) of a picture."""
+        return both_sides(self.side)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of a picture's latents."""
+        height, width = self.sides
+        return height // self.factor, width // self.factor, self.channels
+
+    @property
+    def picture_channels(self) -> int:
+        """Of the pictures, as the networks see them."""
+        return 1 if self.grey else 3
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a side for each latent."""
+        return 1 if self.first_stage == "none" else 2 ** (len(self.vae_widths) - 1)
+
+    @property
+    def channels(self) -> int:
+        """Of the latents."""
+        return self.picture_channels if self.first_stage == "none" else self.latent_channels
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether it is a class that says what to paint, and not a text."""
+        return self.condition.startswith("class")
+
+    def configs(self, tokenizer: Tokenizer | ClassNames) -> dict[str, dict]:
+        """The config of each component; there is no text encoder where the U-Net knows classes."""
+        configs = {
+            "unet": self.unet_config(len(tokenizer)),
+            "vae": self.vae_config(),
+            "scheduler": self.scheduler_config(),
+        }
+        if self.condition == "class-token":
+            kind = {"_class_name": "ClassEmbedder"}
+            sizes = {"num_classes": len(tokenizer), "hidden_size": self.text_width}
+            configs["text_encoder"] = kind | sizes
+        elif self.condition != "class-time":
+            configs["text_encoder"] = self.text_config(tokenizer)
+        return configs
+
+    def vae_config(self) -> dict:
+        """diffusers' AutoencoderKL or VQModel, or our IdentityFirstStage."""
+        kind = {"_class_name": FIRST_STAGES[self.first_stage]}
+        if self.first_stage == "none":
+            sizes = {"in_channels": self.picture_channels, "sample_size": max(self.sides)}
+            return kind | sizes | {"scaling_factor": 1.0}
+        if self.first_stage == "vq":
+            kind["num_vq_embeddings"] = self.codes
+        levels = len(self.vae_widths)
+        return kind | {
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "block_out_channels": list(self.vae_widths),
+            "layers_per_block": 1,
+            "in_channels": self.picture_channels,
+            "out_channels": self.picture_channels,
+            "latent_channels": self.latent_channels,
+            "norm_num_groups": self.groups,
+            "sample_size": max(self.sides),
+            "mid_block_add_attention": False,
+            "scaling_factor": 1.0,  # until it is measured
+        }
+
+    def unet_config(self, classes: int | None = None) -> dict:
+        """diffusers' UNet2DConditionModel. Where classes come with the time, nothing attends."""
+        by_time = self.condition == "class-time"
+        attention = [attends and not by_time for attends in self.unet_attention]
+        if by_time:
+            condition = {"mid_block_type": "UNetMidBlock2D", "num_class_embeds": classes}
+        elif self.has_classes:
+            condition = {}
+        else:
+            heads = self.heads
+            condition = {"addition_embed_type": "text", "addition_embed_type_num_heads": heads}
+        h, w, _ = self.latent_shape
+        return condition | {
+            "sample_size": h if h == w else [h, w],
+            "in_channels": self.channels + channels_beside(self.task, self.channels),
+            "out_channels": self.channels,
+            "down_block_types": [
+                "CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attention
+            ],
+            "up_block_types": [
+                "CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in attention[::-1]
+            ],
+            "block_out_channels": list(self.unet_widths),
+            "layers_per_block": self.unet_layers,
+            "attention_head_dim": self.heads,
+            "norm_num_groups": self.groups,
+            "cross_attention_dim": self.text_width,
+        }
+
+    def text_config(self, tokenizer: Tokenizer) -> dict:
+        """transformers' CLIPTextModel."""
+        return {
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            "vocab_size": len(tokenizer),
+            "hidden_size": self.text_width,
+            "intermediate_size": 2 * self.text_width,
+            "num_hidden_layers": self.text_layers,
+            "num_attention_heads": self.heads,
+            "max_position_embeddings": self.tokens,
+            "hidden_act": "quick_gelu",
+            "bos_token_id": tokenizer.start_id,
+            "eos_token_id": tokenizer.end_id,
+            "pad_token_id": tokenizer.pad_id,
+        }
+
+    def scheduler_config(self) -> dict:
+        """diffusers' DDIMScheduler."""
+        return {
+            "_class_name": "DDIMScheduler",
+            "_diffusers_version": "0.32.0",
+            "num_train_timesteps": 1000,
+            "prediction_type": self.prediction,
+            "clip_sample": False,
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+            "timestep_spacing": "leading",
+        } | SCHEDULES[self.schedule]
+
+
+DEMO_AUTOENCODER = Stage(batch=16, rate=2e-3, warmup=50, ema=0.995, seconds=72)
+DEMO_DENOISER = Stage(batch=32, rate=2e-3, warmup=50, ema=0.995, seconds=188)
