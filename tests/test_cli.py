@@ -21,9 +21,13 @@ from PIL.PngImagePlugin import PngInfo
 import tinyldm
 from tinyldm import backend, cli, commands, painting
 from tinyldm.again import fingerprint
+from tinyldm.diffusion.objective import WEIGHTINGS
+from tinyldm.diffusion.schedule import PREDICTIONS
 from tinyldm.pipeline import Pipeline
-from tinyldm.training import loop, presets
+from tinyldm.tasks import TASKS
+from tinyldm.training import config, loop, presets, runs
 from tinyldm.training.config import Stage
+from tinyldm.training.optim import DECAYS
 from tinyldm.training.state import load_state
 
 STEPS = 3  # of each stage
@@ -125,6 +129,45 @@ except SystemExit:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_choices_are_those_that_there_are():
+    known = {
+        "first_stage": config.FIRST_STAGES,
+        "task": TASKS,
+        "condition": config.CONDITIONS,
+        "prediction": PREDICTIONS,
+        "schedule": config.SCHEDULES,
+        "weighting": WEIGHTINGS,
+        "decay": DECAYS,
+    }
+    assert {name: set(words) for name, words in cli.CHOICES.items()} == {
+        name: set(words) for name, words in known.items()
+    }
+    default = config.Config()
+    for name, (first, *_) in cli.CHOICES.items():
+        assert first == getattr(default.denoiser if name == "decay" else default, name)
+
+
+def test_what_is_learnt_can_be_chosen(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "rehearse", lambda *args: 1 / 0)  # after the config, before the work
+    seen = []
+    monkeypatch.setattr(runs, "fit_tokenizer", lambda c, *rest: seen.append(c) or (None, c))
+    chosen = {"prediction": "epsilon", "schedule": "cosine", "weighting": "min-snr",
+              "noise-offset": 0.1, "decay": "linear", "condition": "none"}  # fmt: skip
+    options = [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
+    with pytest.raises(ZeroDivisionError):
+        call("train", "--preset", "tiny", "--out", tmp_path / "run", *options)
+    for name, value in chosen.items():
+        if name == "decay":
+            assert seen[0].autoencoder.decay == seen[0].denoiser.decay == value
+        else:
+            assert getattr(seen[0], name.replace("-", "_")) == value
+    refused = call("train", "--preset", "tiny", "--out", tmp_path / "run",
+                   "--schedule", "zero_snr", "--prediction", "epsilon")  # fmt: skip
+    assert (
+        refused.code == 2 and refused.err.count("\n") == 2 and "ε does not lead back" in refused.err
+    )
 
 
 def test_presets_are_those_that_there_are():

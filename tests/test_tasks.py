@@ -14,7 +14,7 @@ from PIL import Image
 from small_model import CONFIG as SMALL
 from test_training import CONFIG, STEPS, at_step, silent, without_pictures
 
-from tinyldm import cli, commands
+from tinyldm import commands
 from tinyldm.config import ConfigError
 from tinyldm.data.dataset import DataError, Dataset
 from tinyldm.data.folder import load_folder
@@ -34,7 +34,7 @@ from tinyldm.tasks import (
     task_of,
     times_larger,
 )
-from tinyldm.training import config, runs
+from tinyldm.training import runs
 from tinyldm.training.preparation import load_data
 from tinyldm.training.signals import Stopped
 from tinyldm.training.stages import Models, denoiser_loss
@@ -361,10 +361,6 @@ def test_layout_of_arrays_is_refused(tmp_path):
     config = dataclasses.replace(CONFIGS["layout"], data=str(tmp_path))
     with pytest.raises(DataError, match="layout needs maps"):
         load_data(config)
-
-
-def test_the_command_line_knows_the_same_tasks():
-    assert cli.TASKS == TASKS and cli.CONDITIONS == config.CONDITIONS
 
 
 def test_a_run_goes_on_with_its_own_task(trained):

@@ -23,11 +23,18 @@ PRESETS = {  # name → what it takes, for --help
     "large": "128 px, 3 hours",
 }
 COMMANDS = ("demo", "train", "sample", "eval", "experiment", "doctor")
-TASKS = ("generation", "inpainting", "upscaling-2", "upscaling-4", "layout")
-CONDITIONS = ("text", "class-token", "class-time", "none")
-OF_TRAIN = (
-    *("data", "size", "minutes", "skip_bad", "first_stage", "task", "condition", "flip"),
-    *("grey", "accumulate", "checkpointing", "decay", "overfit"),
+CHOICES = {  # option of train → what it may be, the first by default
+    "first_stage": ("kl", "vq", "none"),
+    "task": ("generation", "inpainting", "upscaling-2", "upscaling-4", "layout"),
+    "condition": ("text", "class-token", "class-time", "none"),
+    "prediction": ("v_prediction", "epsilon", "sample"),
+    "schedule": ("linear", "scaled_linear", "cosine", "zero_snr"),
+    "weighting": ("simple", "min-snr", "variational"),
+    "decay": ("cosine", "linear", "constant"),
+}
+OF_TRAIN = (  # options of train that demo does without
+    *("data", "size", "grey", "flip", "skip_bad", *CHOICES, "noise_offset"),
+    *("minutes", "accumulate", "checkpointing", "overfit"),
 )
 EXPERIMENTS = {  # name → what it is about, for --help
     "latent-vs-pixel": "is diffusion cheaper in latents than in pixels, at the same quality?",
@@ -119,80 +126,7 @@ def parser() -> Parser:
     demo.set_defaults(**dict.fromkeys(OF_TRAIN), preset="demo")
 
     train = command("train", "train both stages on shapes or on a folder of pictures")
-    train.add_argument(
-        "--data",
-        metavar="FOLDER",
-        help="pictures, or IDX (MNIST), CIFAR-10's .bin or .npz (default: shapes, drawn here)",
-    )
-    train.add_argument(
-        "--first-stage",
-        type=one_of(("kl", "vq", "none")),
-        help="kl, vq (with a codebook) or none (diffusion in pixels) (default: kl)",
-    )
-    train.add_argument(
-        "--task",
-        type=one_of(TASKS),
-        help=f"{', '.join(TASKS)}: what the U-Net sees beside the noise (default: generation)",
-    )
-    train.add_argument(
-        "--condition",
-        type=one_of(CONDITIONS),
-        help=f"{', '.join(CONDITIONS)}: what says what to paint (default: text)",
-    )
-    presets = "; ".join(f"{name}: {text}" for name, text in PRESETS.items())
-    train.add_argument(
-        "--preset",
-        type=one_of(PRESETS),
-        help=f"{presets} (default: the smallest for --size, else demo)",
-    )
-    train.add_argument(
-        "--size",
-        type=size,
-        help="pixels, S or HEIGHTxWIDTH; every picture is cropped in its middle and "
-        "resized (default: the preset's)",
-    )
-    train.add_argument(
-        "--grey", action="store_true", default=None, help="one channel, how bright a picture is"
-    )
-    train.add_argument(
-        "--minutes",
-        type=number(0.01, 100_000),
-        help="of training (default: the preset's); with --resume, from now on",
-    )
-    train.add_argument(
-        "--skip-bad",
-        action="store_true",
-        default=None,
-        help="leave out files that cannot be read, and name them",
-    )
-    train.add_argument(
-        "--flip",
-        action="store_true",
-        default=None,
-        help="train on the mirror images, too (not where captions say left and right)",
-    )
-    train.add_argument(
-        "--accumulate",
-        type=whole(1, 1024),
-        metavar="N",
-        help="work through each batch in N parts, for less memory (default: 1)",
-    )
-    train.add_argument(
-        "--checkpointing",
-        action="store_true",
-        default=None,
-        help="forget activations and make them again in the backward pass, for less memory",
-    )
-    train.add_argument(
-        "--decay",
-        type=one_of(("cosine", "linear", "constant")),
-        help="of the learning rate: cosine, linear or constant (default: cosine)",
-    )
-    train.add_argument(
-        "--overfit",
-        action="store_true",
-        help="only a self-test: does the loss fall on a single batch? (needs no --out)",
-    )
+    _add_training(train)
     _add_run(train, out=None)
 
     sample = command("sample", "paint pictures from a caption")
@@ -265,6 +199,56 @@ def _add_run(command, out):
         "--keep", type=whole(1, 1000), help="states on disk, the last ones (default: 2)"
     )
     _add_device(command)
+
+
+def _add_training(command):
+    def group(title):
+        added = command.add_argument_group(title)
+
+        def add(name, text, **options):
+            if not options:
+                options = {"action": "store_true", "default": None}
+            added.add_argument(f"--{name}", help=text, **options)
+
+        return add
+
+    def choice(add, name, text):
+        words = CHOICES[name]
+        text = f"{text}: {', '.join(words)} (default: {words[0]})"
+        add(name.replace("_", "-"), text, type=one_of(words))
+
+    add = group("the pictures")
+    text = "pictures, or IDX (MNIST), CIFAR-10's .bin or .npz (default: shapes, drawn here)"
+    add("data", text, metavar="FOLDER")
+    text = "pixels, S or HEIGHTxWIDTH; every picture is cropped in its middle and resized"
+    add("size", f"{text} (default: the preset's)", type=size)
+    add("grey", "one channel, how bright a picture is")
+    add("flip", "train on the mirror images, too (not where captions say left and right)")
+    add("skip-bad", "leave out files that cannot be read, and name them")
+
+    add = group("the model")
+    presets = "; ".join(f"{name}: {text}" for name, text in PRESETS.items())
+    text = f"{presets} (default: the smallest for --size, else demo)"
+    add("preset", text, type=one_of(PRESETS))
+    choice(add, "first_stage", "a Gaussian, a codebook, or diffusion in pixels")
+    choice(add, "task", "what the U-Net sees beside the noise")
+    choice(add, "condition", "what says what to paint")
+
+    add = group("what is learnt")
+    choice(add, "prediction", "of the U-Net")
+    choice(add, "schedule", "of noise")
+    choice(add, "weighting", "of the loss by t")
+    text = "of a noise that is the same all over a channel (default: 0)"
+    add("noise-offset", text, type=number(0, 1), metavar="X")
+    choice(add, "decay", "of the learning rate")
+
+    add = group("time and memory")
+    text = "of training (default: the preset's); with --resume, from now on"
+    add("minutes", text, type=number(0.01, 100_000))
+    text = "work through each batch in N parts, for less memory (default: 1)"
+    add("accumulate", text, type=whole(1, 1024), metavar="N")
+    add("checkpointing", "forget activations and make them again when needed, for less memory")
+    add("overfit", "only a self-test: does the loss fall on a single batch? (needs no --out)")
 
 
 def _add_sampling(command):

@@ -4,7 +4,7 @@ import json
 import time
 import warnings
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from tinyldm.files import replacing
 from tinyldm.models.tokenizer import CaptionCut
 from tinyldm.painting import say, whole_run
 from tinyldm.pipeline import Pipeline
+from tinyldm.training.config import Config
 from tinyldm.training.loop import Diverged
 from tinyldm.training.overfit import overfit, report
 from tinyldm.training.preparation import load_data, prompts_of, split
@@ -39,19 +40,17 @@ def run_train(options: Namespace) -> None:
         options.parser.error("--overfit: begins anew; leave out --resume")
     _say_device(options)
     started = time.monotonic()
-    names = ("data", "keep", "seed", "skip_bad", "first_stage", "task", "condition", "flip", "grey")
-    settings = {name: getattr(options, name) for name in names}
-    sizes = {name: getattr(options, name) for name in ("preset", "size", "minutes")}
+    names = ("preset", "size", "minutes", *(field.name for field in fields(Config)))
+    settings = {name: getattr(options, name, None) for name in names}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    of_stages = {name: getattr(options, name) for name in ("accumulate", "decay")}
     if options.resume:
-        for name in ("accumulate", "checkpointing", "decay"):
-            if getattr(options, name) is not None:
+        for name, value in of_stages.items():
+            if value is not None:
                 options.parser.error(f"--{name}: the run goes on as it began; leave it out")
-        resume(options.out, options.device, say=say, **settings, **sizes)
+        resume(options.out, options.device, say=say, **settings)
     else:
-        given = {name: value for name, value in settings.items() if value is not None}
-        given["checkpointing"] = bool(options.checkpointing)
-        stages = {"accumulate": options.accumulate, "decay": options.decay}
-        config = make_config(**sizes, **stages, **given)
+        config = make_config(**settings, **of_stages)
         if options.overfit:
             if not report(overfit(config, options.device, say), say):
                 raise Diverged("the self-test has failed: on a single batch the loss does not fall")

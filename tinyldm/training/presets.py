@@ -47,6 +47,7 @@ PRESETS = {
         text_width=128,
     ),
 }
+MAY_CHANGE = {"keep", "data", "skip_bad", "checkpointing"}  # when a run is resumed
 LARGEST = 1024  # pixels of a side
 FOR_TESTS = "tiny"  # too small to be chosen by size
 
@@ -107,16 +108,14 @@ def with_length(config: Config, seconds: float, stages: Sequence[str] = STAGES) 
 def changed(config: Config, **settings: object) -> Config:
     """The config of a run that is resumed with other settings; those that are None stay the same.
 
-    keep, data (if the pictures have moved) and skip_bad may change. ConfigError for others that
-    differ, such as preset, size or seed: the result would not be the run that was begun.
+    keep, data (if the pictures have moved), skip_bad and checkpointing may change. ConfigError for
+    others that differ, such as size or seed: the result would not be the run that was begun.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     if "size" in given:
         settings["size"] = given["size"] = _one_if_equal(given["size"])
-    began = {"preset": config.preset, "size": config.side, "seed": config.seed}
-    others = ("first_stage", "task", "condition", "flip", "grey")
-    began |= {name: getattr(config, name) for name in others}
-    for name in began.keys() & given.keys():
+    began = vars(config) | {"size": config.side}
+    for name in [name for name in given if name not in MAY_CHANGE]:
         if given.pop(name) != began[name]:
             raise ConfigError(
                 f"--{name.replace('_', '-')} {settings[name]}: the run began with {began[name]}, "
