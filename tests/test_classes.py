@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import signal
 
 import numpy as np
 import pytest
 from gradients import check, of_loss
 from model_cases import numbers, random_params
-from test_training import CONFIG, STEPS, at_step, silent, without_pictures
+from test_training import CONFIG, STEPS, assert_goes_on_alike, silent
 
 from tinyldm import commands
 from tinyldm.config import ConfigError
@@ -19,9 +18,7 @@ from tinyldm.models import ClassEmbedder, ClassNames, UNet
 from tinyldm.pipeline import Pipeline
 from tinyldm.training import runs
 from tinyldm.training.preparation import fit_tokenizer, load_data
-from tinyldm.training.signals import Stopped
 from tinyldm.training.stages import Models, denoiser_loss
-from tinyldm.training.state import load_state
 
 CONFIGS = {
     kind: dataclasses.replace(CONFIG, condition=kind) for kind in ("class-token", "class-time")
@@ -152,16 +149,7 @@ def test_the_class_decides_what_is_painted(kind, trained):
 
 @pytest.mark.parametrize("step", [2, STEPS + 2])
 def test_stopped_and_resumed_the_bytes_are_the_same(kind, step, tmp_path, monkeypatch):
-    without_pictures(monkeypatch)
-    runs.train(tmp_path / "whole", CONFIGS[kind], say=silent)
-    with monkeypatch.context() as patch:
-        at_step(patch, step, lambda: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(Stopped):
-            runs.train(tmp_path / "run", CONFIGS[kind], say=silent)
-    runs.resume(tmp_path / "run", say=silent)
-    one, other = (load_state(tmp_path / name) for name in ("whole", "run"))
-    assert one.params.flat.tobytes() == other.params.flat.tobytes()
-    assert one.tokenizer.names == other.tokenizer.names == sorted(one.tokenizer.names)
+    assert_goes_on_alike(CONFIGS[kind], step, tmp_path, monkeypatch)
 
 
 def test_classes_left_out_are_the_class_of_nothing():

@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import signal
 
 import numpy as np
 import pytest
 from gradients import check, of_loss
 from model_cases import numbers, random_params
-from test_training import CONFIG, STAGE, STEPS, at_step, silent, without_pictures
+from test_training import CONFIG, STAGE, STEPS, assert_goes_on_alike, silent, without_pictures
 
 from tinyldm.config import ConfigError
 from tinyldm.models import IdentityFirstStage, VQModel
@@ -16,9 +15,8 @@ from tinyldm.pipeline import Pipeline
 from tinyldm.training import codebook, loop, overfit, presets, runs
 from tinyldm.training.config import Config
 from tinyldm.training.rehearsal import rehearse
-from tinyldm.training.signals import Stopped
 from tinyldm.training.stages import vq_loss
-from tinyldm.training.state import State, load_state, state_files
+from tinyldm.training.state import State, load_state
 
 CONFIGS = {
     "vq": dataclasses.replace(CONFIG, first_stage="vq", codes=12),
@@ -73,17 +71,7 @@ def test_latents_have_unit_variance_for_the_diffusion(kind, tmp_path, monkeypatc
     "kind, step", [("vq", 2), ("vq", STEPS), ("vq", STEPS + 2), ("none", 2), ("none", STEPS)]
 )
 def test_stopped_and_resumed_the_bytes_are_the_same(kind, step, tmp_path, monkeypatch, often):
-    without_pictures(monkeypatch)
-    runs.train(tmp_path / "whole", CONFIGS[kind], say=silent)
-    with monkeypatch.context() as patch:
-        at_step(patch, step, lambda: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(Stopped):
-            runs.train(tmp_path / "stopped", CONFIGS[kind], say=silent)
-    runs.resume(tmp_path / "stopped", say=silent)
-    *_, last = state_files(tmp_path / "whole")
-    for file in (last, *(tmp_path / "whole").glob("*/*model.safetensors")):
-        stopped = tmp_path / "stopped" / file.relative_to(tmp_path / "whole")
-        assert stopped.read_bytes() == file.read_bytes(), file
+    assert_goes_on_alike(CONFIGS[kind], step, tmp_path, monkeypatch)
 
 
 def test_without_a_first_stage_none_is_rehearsed():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import signal
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from model_cases import numbers, random_params
 from PIL import Image
 from small_model import CONFIG as SMALL
-from test_training import CONFIG, STEPS, at_step, silent, without_pictures
+from test_training import CONFIG, STEPS, assert_goes_on_alike, silent, without_pictures
 
 from tinyldm import commands
 from tinyldm.config import ConfigError
@@ -36,7 +35,6 @@ from tinyldm.tasks import (
 )
 from tinyldm.training import runs
 from tinyldm.training.preparation import load_data
-from tinyldm.training.signals import Stopped
 from tinyldm.training.stages import Models, denoiser_loss
 from tinyldm.training.state import load_state
 
@@ -222,15 +220,7 @@ def test_a_run_leaves_a_model_that_does_its_task(task, trained):
 
 @pytest.mark.parametrize("task", ["inpainting", "upscaling-4"])
 def test_stopped_and_resumed_the_bytes_are_the_same(task, tmp_path, monkeypatch):
-    without_pictures(monkeypatch)
-    runs.train(tmp_path / "whole", CONFIGS[task], say=silent)
-    with monkeypatch.context() as patch:
-        at_step(patch, STEPS + 2, lambda: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(Stopped):
-            runs.train(tmp_path / "run", CONFIGS[task], say=silent)
-    runs.resume(tmp_path / "run", say=silent)
-    one, other = (load_state(tmp_path / name) for name in ("whole", "run"))
-    assert one.params.flat.tobytes() == other.params.flat.tobytes()
+    assert_goes_on_alike(CONFIGS[task], STEPS + 2, tmp_path, monkeypatch)
 
 
 def test_a_task_with_each_first_stage_and_condition(tmp_path, monkeypatch):

@@ -129,6 +129,21 @@ def at_step(monkeypatch, number, action):
     monkeypatch.setattr(loop, "train_step", step)
 
 
+def assert_goes_on_alike(config, step, folder, monkeypatch):
+    """Stopped in a step and resumed, a run comes to the bytes of an undisturbed one."""
+    without_pictures(monkeypatch)
+    train(folder / "whole", config, say=silent)
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Stopped):
+            train(folder / "stopped", config, say=silent)
+    resume(folder / "stopped", say=silent)
+    *_, last = state_files(folder / "whole")
+    for file in (last, *(folder / "whole").glob("*/*model.safetensors")):
+        stopped = folder / "stopped" / file.relative_to(folder / "whole")
+        assert stopped.read_bytes() == file.read_bytes(), file
+
+
 def metrics_of(run):
     lines = (run / "training" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]

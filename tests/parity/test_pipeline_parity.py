@@ -35,11 +35,9 @@ STEPS = 8
 torch.set_num_threads(1)  # the models are too small to share out
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The folder of a short run, all of its weights then moved: none is zero, nor one."""
-    run = tmp_path_factory.mktemp("parity") / "run"
-    pipeline = train(run, CONFIG, say=lambda line: None)
+def trained_and_moved(run, config):
+    """A short run, all of its weights then moved: none is zero, nor one."""
+    pipeline = train(run, config, say=lambda line: None)
     rng = np.random.default_rng(0)
     for params in pipeline.params.values():
         for name, w in params.items():
@@ -47,6 +45,11 @@ def trained(tmp_path_factory):
             params[name] = w + rng.normal(0, spread, w.shape).astype(np.float32)
     pipeline.save(run)
     return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return trained_and_moved(tmp_path_factory.mktemp("parity") / "run", CONFIG)
 
 
 @pytest.fixture(scope="module")
