@@ -74,6 +74,11 @@ def losses(module):
     check(lambda x, target: module.mse(x, target, weight), [x, target])
 
 
+def weighted_mean(module):
+    x, weight = arrays((3, 4), (3,))
+    check(lambda x: module.weighted_mean(x, weight), [x])
+
+
 def convolutions(module):
     for algorithm, kernel, stride, padding in [
         ("pointwise", 1, 1, 0),
@@ -284,6 +289,7 @@ CHECKS = {
     "linear": function("linear", (2, 3, 4), (4, 4), (4,)),
     "embedding": embedding,
     "silu": function("silu", (6, 5)),
+    "leaky_relu": function("leaky_relu", (6, 5)),
     "quick_gelu": function("quick_gelu", (6, 5)),
     "gelu": function("gelu", (6, 5)),
     "geglu": function("geglu", (6, 8)),
@@ -293,10 +299,13 @@ CHECKS = {
     ),
     "offset": function("offset", (2, 3, 3), (4, 3)),
     "layer_norm": function("layer_norm", (6, 5), (5,), (5,), eps=1e-2),
+    "unit_norm": function("unit_norm", (6, 5), eps=1e-2),
     "upsample": function("upsample_nearest", (2, 2, 3, 2), size=(3, 5)),
     "concatenate": function("concatenate", (2, 3), (2, 3)),
     "mse": losses,
     "l1": function("l1", (3, 4), (3, 4)),
+    "hinge": function("hinge", (4, 5), (4, 5)),
+    "weighted_mean": weighted_mean,
     "kl": function("kl_to_standard_normal", (3, 4), (3, 4)),
     "conv2d": convolutions,
     "winograd": winograd,
@@ -344,6 +353,12 @@ FAULTS = {
             "xp.multiply(dy_, silu_slope(x_), out=dx_)",
             "dx_[...] = silu_slope(x_)",
         ),
+        (
+            "leaky_relu: bent where dy is below 0",
+            "each_piece(bend, as_rows(x), as_rows(dy)",
+            "each_piece(bend, as_rows(dy), as_rows(dy)",
+        ),
+        ("leaky_relu: dy lost", "bend, as_rows(x), as_rows(dy)", "bend, as_rows(x), as_rows(x)"),
         ("quick_gelu: factor lost", "(1 + 1.702 * x_ * (1 - s))", "(1 + x_ * (1 - s))"),
         ("gelu: term lost", "normal_cdf(x_) + x_ * _normal_density(x_)", "normal_cdf(x_)"),
         ("gelu: factor of the density", "1 / math.sqrt(2 * math.pi)", "1 / math.sqrt(math.pi)"),
@@ -383,6 +398,19 @@ FAULTS = {
         ),
         ("l1: mean over the wrong size", "sign * (dloss / x.size)", "sign * (dloss / len(x))"),
         ("l1: dloss lost", "sign * (dloss / x.size)", "sign * (1 / x.size)"),
+        (
+            "hinge: mean over the wrong size",
+            "(-0.5 * dloss / real.size)",
+            "(-0.5 * dloss / len(real))",
+        ),
+        ("hinge: sign", "(0.5 * dloss / fake.size)", "(-0.5 * dloss / fake.size)"),
+        (
+            "hinge: satisfied logits are pushed on",
+            "(real.real < 1).astype(real.dtype) * (-0.5",
+            "array_module(real).ones_like(real) * (-0.5",
+        ),
+        ("weighted_mean: weights lost", "+ weights * (dloss / x.size)", "+ dloss / x.size"),
+        ("weighted_mean: size lost", "weights * (dloss / x.size)", "weights * dloss"),
         ("kl: 1/n lost", "return mean * (dloss / n)", "return mean * dloss"),
         ("kl: term lost", "(variance - 1) * (0.5", "variance * (0.5"),
     ],
@@ -416,6 +444,13 @@ FAULTS = {
             "xp.multiply(centred, scale, out=h)\n                    h += b_half",
             "xp.multiply(centred, half * rstd_, out=h)",
         ),
+        (
+            "unit_norm: the length moves, forgotten",
+            "scale * dy - x * (along",
+            "scale * dy - 0 * (along",
+        ),
+        ("unit_norm: sign", "scale * dy - x * (along", "scale * dy + x * (along"),
+        ("unit_norm: scale lost in a sum", "keepdims=True) * scale\n", "keepdims=True)\n"),
         ("layer_norm: scale lost", "weighted @ w_average, dy_", "weighted @ average, dy_"),
         ("layer_norm: the mean moves, forgotten", "dx_ -= across", "pass"),
         (
