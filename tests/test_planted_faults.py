@@ -285,6 +285,11 @@ def straight_through(module):
     check(lambda z: module.straight_through(z, codebook, codes), arrays((4, 3)))
 
 
+def discriminator(module):
+    model = module.PatchDiscriminator("a", 2, 2, groups=2)
+    check(model, arrays((1, 16, 16, 2)), random_params(model))
+
+
 CHECKS = {
     "linear": function("linear", (2, 3, 4), (4, 4), (4,)),
     "embedding": embedding,
@@ -336,6 +341,7 @@ CHECKS = {
     "text encoder": text_encoder,
     "coders": coders,
     "vq": vq,
+    "discriminator": discriminator,
     "codebook_loss": codebook_loss,
     "straight_through": straight_through,
 }
@@ -668,10 +674,24 @@ FAULTS = {
             "return quant_back(dz, grads) if self.post_quant else dz",
             "return dz",
         ),
+        (
+            "coders: last convolution has no gradient",
+            "features_back(conv_back(dimages, grads), grads)",
+            "features_back(conv_back(dimages, None), grads)",
+        ),
     ],
     "tinyldm.models.vq": [
         ("vq: scale lost", "encode_back(dlatents * scale, grads)", "encode_back(dlatents, grads)"),
         ("vq: codebook forgotten", "add_grad(grads, self.weight, dcodebook)", "pass"),
+    ],
+    "tinyldm.models.discriminator": [
+        ("discriminator: first activation forgotten", "first_bend_back(dx)", "dx"),
+        (
+            "discriminator: activation forgotten",
+            "norm_back(bend_back(dx), grads)",
+            "norm_back(dx, grads)",
+        ),
+        ("discriminator: norm forgotten", "norm_back(bend_back(dx), grads)", "bend_back(dx)"),
     ],
     "tinyldm.nn.quantize": [
         (
