@@ -254,7 +254,15 @@ def hinge(real, fake):
     return (short + over) / 2
 
 
+def perceptual_loss(maps, wanted):
+    total = 0.0
+    for x, target in zip(map(unit_norm, maps), map(unit_norm, wanted), strict=True):
+        total += x.shape[-1] * mse(x, target)
+    return total
+
+
 def weighted_mean(x, weight):
+    weight = np.broadcast_to(weight, len(x))
     return mean(weight[at[0]] * x[at] for at in np.ndindex(x.shape))
 
 

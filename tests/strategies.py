@@ -220,7 +220,14 @@ def hinge_calls(draw):
 def weighted_mean_calls(draw):
     x, seed = (*draw(leading_axes()), draw(sizes)), draw(seeds)
     weight = np.random.default_rng(seed).uniform(-2, 2, x[0])
-    return Call(F.weighted_mean, {"x": x}, seed, {"weight": weight}, ("x", "weight"))
+    return draw(
+        st.sampled_from(
+            [
+                Call(F.weighted_mean, {"x": x}, seed, {"weight": weight}, ("x", "weight")),
+                Call(F.weighted_mean, {"x": x}, seed, {"weight": -0.5}),
+            ]
+        )
+    )
 
 
 def leading_axes(most=3):

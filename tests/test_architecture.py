@@ -29,7 +29,7 @@ ORDER = """
     evaluation evaluation.reader evaluation.statistics evaluation.likelihood evaluation.metrics
     evaluation.pictures
     training training.optim training.parallel training.presets training.signals training.state
-    training.stages training.codebook training.rehearsal training.snapshots
+    training.losses training.stages training.codebook training.rehearsal training.snapshots
     training.preparation training.loop training.runs training.overfit
     experiments experiments.latent_vs_pixel
     painting commands doctor cli __main__

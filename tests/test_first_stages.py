@@ -14,10 +14,10 @@ from tinyldm.config import ConfigError
 from tinyldm.models import IdentityFirstStage, VQModel
 from tinyldm.pipeline import Pipeline
 from tinyldm.training import codebook, loop, overfit, presets, runs
+from tinyldm.training.losses import vq_loss
 from tinyldm.training.presets import Config
 from tinyldm.training.rehearsal import rehearse
 from tinyldm.training.signals import Stopped
-from tinyldm.training.stages import vq_loss
 from tinyldm.training.state import State, load_state, state_files
 
 CONFIGS = {

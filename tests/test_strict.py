@@ -29,9 +29,10 @@ from tinyldm.nn import activations, no_grad, norms, quantize, recompute
 from tinyldm.nn import functional as F
 from tinyldm.nn.conv import ALGORITHMS, WINOGRAD, conv2d
 from tinyldm.pipeline import Pipeline
+from tinyldm.training.losses import autoencoder_loss
 from tinyldm.training.parallel import gradient, value_and_grad
 from tinyldm.training.presets import Config
-from tinyldm.training.stages import Models, autoencoder_loss, denoiser_loss, train_step
+from tinyldm.training.stages import Models, denoiser_loss, train_step
 from tinyldm.training.state import State, load_state, save_state
 
 

@@ -26,7 +26,7 @@ PRESETS = {  # name → what it takes, for --help
     "large": "128 px, 3 hours",
 }
 COMMANDS = ("demo", "train", "sample", "eval", "experiment", "doctor")
-OF_TRAIN = ("data", "size", "minutes", "skip_bad", "first_stage", "flip", "accumulate", "overfit")
+OF_TRAIN = "data size minutes skip_bad first_stage adversarial flip accumulate overfit".split()
 EXPERIMENTS = {  # name → what it is about, for --help
     "latent-vs-pixel": "is diffusion cheaper in latents than in pixels, at the same quality?",
 }
@@ -145,6 +145,12 @@ def parser() -> Parser:
         type=_one_of(("kl", "vq", "none")),
         help="kl, vq (with a codebook) or none (diffusion in pixels) (default: kl)",
     )
+    train.add_argument(
+        "--adversarial",
+        type=_number(0, 1000),
+        metavar="WEIGHT",
+        help="of a discriminator that sharpens the first stage in its second half (default: 0)",
+    )
     presets = "; ".join(f"{name}: {text}" for name, text in PRESETS.items())
     train.add_argument(
         "--preset",
@@ -155,8 +161,7 @@ def parser() -> Parser:
         "--size",
         type=_whole(1, 1024),
         metavar="S",
-        help="pixels; every picture is cropped to the square in its middle and "
-        "resized (default: the preset's)",
+        help="pixels; each picture's middle square is resized to it (default: the preset's)",
     )
     train.add_argument(
         "--minutes",

@@ -36,7 +36,7 @@ def run_train(options: Namespace) -> None:
         options.parser.error("--overfit: begins anew; leave out --resume")
     _say_device(options)
     started = time.monotonic()
-    names = ("data", "keep", "seed", "skip_bad", "first_stage", "flip")
+    names = ("data", "keep", "seed", "skip_bad", "first_stage", "adversarial", "flip")
     settings = {name: getattr(options, name) for name in names}
     sizes = {name: getattr(options, name) for name in ("preset", "size", "minutes")}
     if options.resume:

@@ -222,9 +222,9 @@ def hinge(real: Array, fake: Array) -> tuple[Array, Backward]:
 
 
 @differentiable
-def weighted_mean(x: Array, weight: Array) -> tuple[Array, Backward]:
-    """Mean of weight · x, for x (n, ...) and a weight (n,) per sample, which has no gradient."""
-    weights = _per_sample(weight, x)
+def weighted_mean(x: Array, weight: Array | float) -> tuple[Array, Backward]:
+    """Mean of weight · x, for x (n, ...) and a weight, one or (n,), which has no gradient."""
+    weights = weight if isinstance(weight, float) else _per_sample(weight, x)
 
     def backward(dloss=1.0):
         return array_module(x).zeros_like(x) + weights * (dloss / x.size)

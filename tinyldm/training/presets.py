@@ -8,6 +8,7 @@ from tinyldm.diffusion.objective import WEIGHTINGS
 from tinyldm.models import Tokenizer
 
 STAGES = ("autoencoder", "denoiser")
+DISCRIMINATED = 16  # pixels of a side, at least, for the discriminator's convolutions
 FIRST_STAGES = {"kl": "AutoencoderKL", "vq": "VQModel", "none": "IdentityFirstStage"}
 
 
@@ -42,6 +43,9 @@ class Config:
     first_stage: str = "kl"  # or "vq" with a codebook, or "none" for diffusion in pixels
     codes: int = 256  # of the codebook
     kl_weight: float = 1e-4  # of the mean KL a latent number, beside the mean squared error
+    perceptual: float = 0.0  # weight of the perceptual loss, on a network given in Python
+    adversarial: float = 0.0  # weight of the discriminator of stage 1, beside the adaptive one
+    adversarial_start: float = 0.5  # share of the stage's steps after which it begins
     caption_dropout: float = 0.1  # share of captions left out, so that guidance has a "without"
     weighting: str = "simple"  # of the loss by t, or "min-snr" or "variational"
     noise_offset: float = 0.0  # of a noise that is the same all over a channel (Guttenberg 2023)
@@ -65,6 +69,11 @@ class Config:
             raise ConfigError(f"first_stage: {unknown(self.first_stage, FIRST_STAGES)}")
         if self.weighting not in WEIGHTINGS:
             raise ConfigError(f"weighting: {unknown(self.weighting, WEIGHTINGS)}")
+        if self.adversarial and (self.first_stage == "none" or self.side < DISCRIMINATED):
+            raise ConfigError(
+                f"adversarial: expected an autoencoder (kl or vq) of {DISCRIMINATED} pixels or "
+                f"more, found first_stage {self.first_stage} of {self.side} pixels"
+            )
         factor = self.factor * 2 ** (len(self.unet_widths) - 1)
         if self.side < factor or self.side % factor:
             below = max(1, self.side // factor) * factor
@@ -255,11 +264,13 @@ def changed(config: Config, **settings: object) -> Config:
     """The config of a run that is resumed with other settings; those that are None stay the same.
 
     keep, data (if the pictures have moved) and skip_bad may change. ConfigError for preset, size,
-    seed, first_stage or flip that differ: the result would not be the run that was begun.
+    seed, first_stage, adversarial or flip that differ: the result would not be the run that was
+    begun.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     began = {"preset": config.preset, "size": config.side, "seed": config.seed}
     began |= {"first_stage": config.first_stage, "flip": config.flip}
+    began |= {"adversarial": config.adversarial}
     for name in began.keys() & given.keys():
         if given.pop(name) != began[name]:
             raise ConfigError(

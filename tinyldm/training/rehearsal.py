@@ -14,9 +14,15 @@ from tinyldm.backend import cores, map_batch, to_device
 from tinyldm.machine import free_memory, held_memory
 from tinyldm.models import Tokenizer
 from tinyldm.team import available
-from tinyldm.training.parallel import accumulated, gradient, value_and_grad
+from tinyldm.training.losses import Features
 from tinyldm.training.presets import STAGES, Config
-from tinyldm.training.stages import Models, denoiser_loss, train_step
+from tinyldm.training.stages import (
+    Models,
+    denoiser_loss,
+    new_discriminator,
+    stage_gradient,
+    train_step,
+)
 from tinyldm.training.state import State
 
 ENCODED_AT_ONCE = 16  # pictures a thread, when all become latents between the stages
@@ -66,15 +72,23 @@ class Rehearsal:
             )
 
 
-def rehearse(config: Config, pictures: int, device: str = "cpu", seconds: float = 2.0) -> Rehearsal:
+def rehearse(
+    config: Config,
+    pictures: int,
+    device: str = "cpu",
+    features: Features | None = None,
+    seconds: float = 2.0,
+) -> Rehearsal:
     """Measure what a run of `config` takes on this machine.
 
     pictures: how many are trained on. They are in memory already, as when a run begins.
+    features: the network of a perceptual loss, where the config has one.
     seconds: to spend at the most; a step of each stage is made even where it takes longer.
     Memory is that of the host, on a GPU too. DeviceError where the device is not there.
     """
     free, held = free_memory(), held_memory()
-    models = Models(config, Tokenizer.train([CAPTION], config.vocabulary, config.tokens))
+    tokenizer = Tokenizer.train([CAPTION], config.vocabulary, config.tokens)
+    models = Models(config, tokenizer, features)
     step_seconds, states, peaks = {}, [], []
     makers = dict(zip(STAGES, (_autoencoder, _denoiser), strict=True))
     for name in models.stages:
@@ -82,14 +96,20 @@ def rehearse(config: Config, pictures: int, device: str = "cpu", seconds: float 
         with _traced() as traced:
             state, loss_fn, batch = make(models, np.random.default_rng(0), device)
             # Parameters, and the gradients of other processes, lie where tracing does not see them.
-            states.append(traced()[0] + state.params.flat.nbytes * cores())
-        parts = getattr(config, name).parts
-        threads = accumulated(partial(value_and_grad, loss_fn, state.params), parts)
-        _, peak = _measure(partial(_step, state, threads, batch), 0, device)
+            trained = sum(w.nbytes for w in (state.params | state.discriminator).values())
+            states.append(traced()[0] + trained * cores())
+        stage = getattr(config, name)
+        state.total = 0  # so that a discriminator has begun
+        with stage_gradient(loss_fn, state, stage.parts, {}, processes=1) as threads:
+            _, peak = _measure(partial(_step, state, threads, batch), 0, device)
         peaks.append(peak)
-        with gradient(loss_fn, state.params) as in_training:
-            step = partial(_step, state, accumulated(in_training, parts), batch)
+        with stage_gradient(loss_fn, state, stage.parts, {}) as in_training:
+            step = partial(_step, state, in_training, batch)
             step_seconds[name], _ = _measure(step, seconds / 2, device)
+            if state.discriminator:
+                state.total = None
+                before, _ = _measure(step, seconds / 2, device)
+                step_seconds[name] = mean_seconds(config, before, step_seconds[name])
         del state, loss_fn, batch, threads, in_training, step
     encoding, encoded = _encoding(models, pictures, device, seconds / 10)
     latents = 4 * pictures * math.prod(_latent(models))
@@ -105,6 +125,11 @@ def rehearse(config: Config, pictures: int, device: str = "cpu", seconds: float 
     return Rehearsal(step_seconds, steps, encoding, int(memory), held, free)
 
 
+def mean_seconds(config: Config, before: float, after: float) -> float:
+    """Of a step of stage 1, from those before and after its discriminator has begun."""
+    return config.adversarial_start * before + (1 - config.adversarial_start) * after
+
+
 def _steps(stage, step_seconds):
     return stage.steps or max(1, int(stage.seconds / step_seconds))
 
@@ -115,7 +140,8 @@ def _autoencoder(models, rng, device):
     n = config.autoencoder.batch
     batch = _normal(rng, n, config.side, config.side, 3), _normal(rng, n, *_latent(models))
     batch = batch[:1] if config.first_stage == "vq" else batch
-    return _work(models, models.vae.init(rng), models.first_stage_loss(), batch, device)
+    params = models.vae.init(rng), new_discriminator(models)
+    return _work(models, params, models.first_stage_loss(), batch, device)
 
 
 def _denoiser(models, rng, device):
@@ -125,13 +151,14 @@ def _denoiser(models, rng, device):
     z, noise = _normal(rng, 2, n, *_latent(models))
     tokens = rng.integers(0, len(models.tokenizer), (n, config.tokens))
     t = rng.integers(0, len(models.schedule), n)
-    params = models.unet.init(rng) | models.text.init(rng)
+    params = models.unet.init(rng) | models.text.init(rng), {}
     loss_fn = denoiser_loss(models)
     return _work(models, params, loss_fn, (z, noise, tokens), device, t)
 
 
 def _work(models, params, loss_fn, batch, device, *on_host):
-    state = State(models.config, "", to_device(params, device), models.tokenizer, "")
+    params, discriminator = (to_device(named, device) for named in params)
+    state = State(models.config, "", params, models.tokenizer, "", discriminator=discriminator)
     return state, loss_fn, (*(to_device(x, device) for x in batch), *on_host)
 
 
