@@ -13,7 +13,7 @@ import reference
 from gradients import check
 from model_cases import numbers, random_params
 from reference import assert_near
-from test_training import CONFIG, LAST_STATE, STAGE, STEPS, at_step, silent, without_pictures
+from test_training import CONFIG, STAGE, STEPS, at_step, silent, without_pictures
 
 from tinyldm.config import ConfigError
 from tinyldm.models import AutoencoderKL, Tokenizer, VQModel
@@ -24,10 +24,10 @@ from tinyldm.nn.activations import silu
 from tinyldm.nn.conv import conv2d
 from tinyldm.training import loop, losses, overfit, parallel, presets, rehearsal, runs, stages
 from tinyldm.training.losses import (
-    LAST_OF_ERROR,
-    LAST_OF_REALISM,
+    OF_ADVERSARIAL,
+    OF_ERROR,
     autoencoder_loss,
-    judging_loss,
+    discriminator_loss,
     perceptual_loss,
     squared_error,
     vq_loss,
@@ -85,7 +85,7 @@ def check_loss(loss_fn, params, frozen, batch):
         def scaled(dloss, grads):
             found = {}
             backward(found)
-            for name in (LAST_OF_ERROR, LAST_OF_REALISM):
+            for name in (OF_ERROR, OF_ADVERSARIAL):
                 found.pop(name, None)
             grads |= {name: dloss * dw for name, dw in found.items()}
 
@@ -118,14 +118,14 @@ def test_gradients_with_perception(first):
 # ------------------------------------------------------------------------------------- adversarial
 
 
-def test_gradients_of_deceiving(first):
+def test_gradients_of_the_generators_loss(first):
     criterion = with_discriminator(squared_error, DISCRIMINATOR)
     batch = (*first.batch, np.full(3, 1.7))
     check_loss(first.loss(criterion=criterion), first.params, JUDGE, batch)
 
 
-def test_gradients_of_judging(first):
-    loss_fn = judging_loss(first.vae, squared_error, DISCRIMINATOR)
+def test_gradients_of_the_discriminators_loss(first):
+    loss_fn = discriminator_loss(first.vae, squared_error, DISCRIMINATOR)
     check_loss(loss_fn, JUDGE, first.params, first.batch)
 
 
@@ -154,19 +154,22 @@ def test_the_adaptive_weight_equals_a_slow_direct_computation(first):
     def error(x):
         return ((x - images) ** 2).mean()
 
-    def unreal(x):
+    def adversarial(x):
         with no_grad():
             return -DISCRIMINATOR(JUDGE, x)[0].mean()
 
-    of_error, of_realism = slow_last_gradients(first, error), slow_last_gradients(first, unreal)
-    expected = np.linalg.norm(of_error) / (np.linalg.norm(of_realism) + 1e-4)
-    grads = {}
-    judging_loss(first.vae, squared_error, DISCRIMINATOR)(first.params | JUDGE, *first.batch)[1](
-        grads
+    of_error, of_adversarial = (
+        slow_last_gradients(first, error),
+        slow_last_gradients(first, adversarial),
     )
-    assert_near(grads[LAST_OF_ERROR], of_error)
-    assert_near(grads[LAST_OF_REALISM], of_realism)
-    found = stages.adaptive_weight(grads[LAST_OF_ERROR], grads[LAST_OF_REALISM])
+    expected = np.linalg.norm(of_error) / (np.linalg.norm(of_adversarial) + 1e-4)
+    grads = {}
+    discriminator_loss(first.vae, squared_error, DISCRIMINATOR)(first.params | JUDGE, *first.batch)[
+        1
+    ](grads)
+    assert_near(grads[OF_ERROR], of_error)
+    assert_near(grads[OF_ADVERSARIAL], of_adversarial)
+    found = stages.adaptive_weight(grads[OF_ERROR], grads[OF_ADVERSARIAL])
     assert math.isclose(found, expected, rel_tol=1e-9)
 
 
@@ -184,7 +187,7 @@ def adversarial_gradient(first, cores, parts, processes, monkeypatch):
     loss_fn = losses.Adversarial(
         first.loss(),
         first.loss(criterion=with_discriminator(squared_error, DISCRIMINATOR)),
-        judging_loss(first.vae, squared_error, DISCRIMINATOR),
+        discriminator_loss(first.vae, squared_error, DISCRIMINATOR),
     )
     seen = {}
     with stages.stage_gradient(loss_fn, state, parts, seen, processes) as gradient_of:
@@ -214,9 +217,9 @@ def test_the_weight_is_that_of_the_config_times_the_adaptive_one(first, monkeypa
     for name in first.params:
         assert_near(grads[name], expected[name])
     judged = {}
-    judging_loss(first.vae, squared_error, DISCRIMINATOR)(first.params | JUDGE, *first.batch)[1](
-        judged
-    )
+    discriminator_loss(first.vae, squared_error, DISCRIMINATOR)(first.params | JUDGE, *first.batch)[
+        1
+    ](judged)
     norm = math.sqrt(sum((judged[name] ** 2).sum() for name in JUDGE))
     assert math.isclose(seen["discriminator_norm"], norm)
     for name in JUDGE:
@@ -225,7 +228,10 @@ def test_the_weight_is_that_of_the_config_times_the_adaptive_one(first, monkeypa
 
 # -------------------------------------------------------------------------------------------- runs
 
-ADVERSARIAL = dataclasses.replace(CONFIG, adversarial=0.5)
+ADVERSARIAL = dataclasses.replace(
+    CONFIG, adversarial=0.5, denoiser=dataclasses.replace(STAGE, steps=1)
+)
+LAST_STATE = f"training/state-{STEPS + 1:08d}.safetensors"
 
 
 @pytest.fixture

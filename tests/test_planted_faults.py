@@ -17,10 +17,10 @@ import pytest
 from gradients import check
 from strategies import random_array, random_params
 
-from tinyldm.models import AutoencoderKL
+from tinyldm.models import AutoencoderKL, VQModel
 from tinyldm.nn import pieces
 from tinyldm.nn.gradcheck import GradientError
-from tinyldm.nn.layers import Linear
+from tinyldm.nn.layers import Conv2d, Linear
 
 SMALL = 20  # elements or bytes at a time: several pieces even of small arrays
 
@@ -290,6 +290,57 @@ def discriminator(module):
     check(model, arrays((1, 16, 16, 2)), random_params(model))
 
 
+def gradients_of(loss_fn, params, frozen, batch):
+    """Check a loss of training; its backward pass takes no dloss, so that is multiplied here."""
+
+    def call(moved):
+        loss, backward = loss_fn(frozen | moved, *batch)
+
+        def scaled(dloss, grads):
+            found = {}
+            backward(found)
+            grads |= {name: dloss * dw for name, dw in found.items() if "last kernel" not in name}
+            return ()
+
+        return loss, scaled
+
+    check(call, (), params)
+
+
+def first_stage_losses(module):
+    """The Gaussian one's with a discriminator, that one's own, and the codebook's."""
+    vae, judge = AutoencoderKL(VAE), Conv2d("judge", 3, 1)
+    params, frozen = random_params(vae), random_params(judge)
+    images, noise, weight = arrays((1, 4, 4, 3), (1, 2, 2, 2), (1,))
+    criterion = module.with_discriminator(module.squared_error, judge)
+    loss_fn = module.autoencoder_loss(vae, 0.1, criterion)
+    gradients_of(loss_fn, params, frozen, (images, noise, weight))
+    judging = module.discriminator_loss(vae, module.squared_error, judge)
+    gradients_of(judging, frozen, params, (images, noise))
+    vq = VQModel({key: x for key, x in VAE.items() if key != "shift_factor"})
+    gradients_of(module.vq_loss(vq), random_params(vq), {}, (images,))
+
+
+def perceptual(module):
+    def features(x):
+        def backward(dmaps):
+            return 2 * x * dmaps[0] + 3 * x * x * dmaps[1]
+
+        return [x * x, x**3], backward
+
+    made, real = arrays((2, 2, 2, 3), (2, 2, 2, 3))
+    distance = module.perceptual_loss(features)
+    check(lambda made: distance(made, real + 1), made)
+    criterion = module.with_perception(module.squared_error, features, 0.7)
+    check(lambda made: plain(criterion({}, made, real + 1)), made)
+
+
+def plain(result):
+    """A criterion's, with a backward pass that is a function's."""
+    loss, backward = result
+    return loss, lambda dloss: dloss * backward(None)
+
+
 CHECKS = {
     "linear": function("linear", (2, 3, 4), (4, 4), (4,)),
     "embedding": embedding,
@@ -342,6 +393,8 @@ CHECKS = {
     "coders": coders,
     "vq": vq,
     "discriminator": discriminator,
+    "first stage": first_stage_losses,
+    "perceptual": perceptual,
     "codebook_loss": codebook_loss,
     "straight_through": straight_through,
 }
@@ -692,6 +745,37 @@ FAULTS = {
             "norm_back(dx, grads)",
         ),
         ("discriminator: norm forgotten", "norm_back(bend_back(dx), grads)", "bend_back(dx)"),
+    ],
+    "tinyldm.training.losses": [
+        ("first stage: KL forgotten", " + kl_back(weight)", ""),
+        ("first stage: KL has weight 1", "kl_back(weight)", "kl_back(1.0)"),
+        ("first stage: codebook forgotten", " + codebook_back(1.0, grads)", ""),
+        ("first stage: adversarial part forgotten", " + logits_back(adversarial_back(), None)", ""),
+        (
+            "first stage: the discriminator moves too",
+            "error_back(grads) + logits_back(adversarial_back(), None)",
+            "error_back(grads) + logits_back(adversarial_back(), grads)",
+        ),
+        ("first stage: real pictures forgotten", "real_back(dreal, grads)", "pass"),
+        ("first stage: reconstructions forgotten", "fake_back(dfake, grads)", "pass"),
+        (
+            "first stage: real and fake swapped",
+            "dreal, dfake = hinge_back()",
+            "dfake, dreal = hinge_back()",
+        ),
+        ("perceptual: channels forgotten", "error_back(c * dloss)", "error_back(dloss)"),
+        ("perceptual: weight forgotten", "perceived_back(weight)", "perceived_back()"),
+        (
+            "perceptual: norm forgotten",
+            "norm_back(error_back(c * dloss)[0])",
+            "error_back(c * dloss)[0]",
+        ),
+        (
+            "perceptual: gradient of the target",
+            "error_back(c * dloss)[0]",
+            "error_back(c * dloss)[1]",
+        ),
+        ("perceptual: error forgotten", "error_back(grads) + perceived_back", "perceived_back"),
     ],
     "tinyldm.nn.quantize": [
         (

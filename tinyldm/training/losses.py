@@ -133,17 +133,17 @@ def with_perception(criterion: Callable, features: Features, weight: float) -> C
 
 # ------------------------------------------------------------------------------------- adversarial
 
-# The gradients of the decoder's last kernel, by which the adaptive weight is found.
-LAST_OF_ERROR, LAST_OF_REALISM = "last kernel: of the error", "last kernel: of the realism"
+# Names of gradients of the decoder's last kernel, by which the adaptive weight is found.
+OF_ERROR, OF_ADVERSARIAL = "last kernel: of the error", "last kernel: of the adversarial part"
 
 
 @dataclass(frozen=True)
 class Adversarial:
     """The losses of a first stage with a discriminator, whose parameters are in the same dict."""
 
-    alone: Callable  # of the autoencoder, until the discriminator has begun
-    deceiving: Callable  # of the autoencoder, the discriminator frozen; see `with_discriminator`
-    judging: Callable  # of the discriminator, the autoencoder frozen; see `judging_loss`
+    plain: Callable  # of the autoencoder, until the discriminator has begun
+    generator: Callable  # of the autoencoder, the discriminator frozen; see `with_discriminator`
+    discriminator: Callable  # its own, the autoencoder frozen; see `discriminator_loss`
 
 
 def with_discriminator(criterion: Callable, discriminator: PatchDiscriminator) -> Callable:
@@ -156,26 +156,25 @@ def with_discriminator(criterion: Callable, discriminator: PatchDiscriminator) -
     def both(params, reconstruction, images, weight):
         error, error_back = criterion(params, reconstruction, images)
         logits, logits_back = discriminator(params, reconstruction)
-        unreal, unreal_back = F.weighted_mean(logits, -weight)
+        adversarial, adversarial_back = F.weighted_mean(logits, -weight)
 
         def backward(grads):
-            return error_back(grads) + logits_back(unreal_back(), None)
+            return error_back(grads) + logits_back(adversarial_back(), None)
 
-        return error + unreal, backward
+        return error + adversarial, backward
 
     return both
 
 
-def judging_loss(
+def discriminator_loss(
     vae: AutoencoderKL | VQModel, criterion: Callable, discriminator: PatchDiscriminator
 ) -> Callable:
     """The discriminator's hinge loss on pictures and their reconstructions.
 
     The reconstructions pass no gradient on to the autoencoder. Beside its parameters' gradients,
     backward(grads) gives those by which the autoencoder's next step is weighed: of the decoder's
-    last kernel, with respect to the criterion (LAST_OF_ERROR) and to −mean logit
-    (LAST_OF_REALISM). Both are means over the batch, like all gradients, and so the same however
-    the batch is split.
+    last kernel, of the criterion (OF_ERROR) and of −mean logit (OF_ADVERSARIAL). Both are means
+    over the batch, like all gradients, and so the same however the batch is split.
     """
     last = vae.decoder.conv_out
 
@@ -185,23 +184,24 @@ def judging_loss(
             if noise:
                 z, _ = sample_gaussian(z, *noise)
             features, _ = vae.decode_features(params, z)
-        reconstruction, last_of_error_back = last(params, features)
-        _, last_of_realism_back = last(params, features)
+        reconstruction, error_last_back = last(params, features)
+        _, adversarial_last_back = last(params, features)
         _, error_back = criterion(params, reconstruction, images)
         logits, logits_back = discriminator(params, reconstruction)
-        _, unreal_back = F.weighted_mean(logits, -1.0)
+        _, adversarial_back = F.weighted_mean(logits, -1.0)
         real, real_back = discriminator(params, images)
         fake, fake_back = discriminator(params, reconstruction)
         loss, hinge_back = F.hinge(real, fake)
 
+        def of_last(last_back, dreconstruction):
+            grads = Grads([last.weight])
+            last_back(dreconstruction, grads)
+            return grads[last.weight]
+
         def backward(grads):
-            for name, last_back, dreconstruction in (
-                (LAST_OF_ERROR, last_of_error_back, error_back(None)),
-                (LAST_OF_REALISM, last_of_realism_back, logits_back(unreal_back(), None)),
-            ):
-                of_last = Grads([last.weight])
-                last_back(dreconstruction, of_last)
-                add_grad(grads, name, of_last[last.weight])
+            dadversarial = logits_back(adversarial_back(), None)
+            add_grad(grads, OF_ERROR, of_last(error_last_back, error_back(None)))
+            add_grad(grads, OF_ADVERSARIAL, of_last(adversarial_last_back, dadversarial))
             dreal, dfake = hinge_back()
             real_back(dreal, grads)
             fake_back(dfake, grads)

@@ -16,12 +16,12 @@ from tinyldm.models.discriminator import PatchDiscriminator
 from tinyldm.nn import no_grad
 from tinyldm.nn.protocol import Params
 from tinyldm.training.losses import (
-    LAST_OF_ERROR,
-    LAST_OF_REALISM,
+    OF_ADVERSARIAL,
+    OF_ERROR,
     Adversarial,
     Features,
     autoencoder_loss,
-    judging_loss,
+    discriminator_loss,
     squared_error,
     vq_loss,
     with_discriminator,
@@ -83,9 +83,9 @@ class Models:
         if self.discriminator is None:
             return loss(criterion)
         return Adversarial(
-            alone=loss(criterion),
-            deceiving=loss(with_discriminator(criterion, self.discriminator)),
-            judging=judging_loss(vae, criterion, self.discriminator),
+            plain=loss(criterion),
+            generator=loss(with_discriminator(criterion, self.discriminator)),
+            discriminator=discriminator_loss(vae, criterion, self.discriminator),
         )
 
     def gaussians(self, params: Params, images: Array) -> tuple[Array, Array | None]:
@@ -143,13 +143,13 @@ def stage_gradient(
     """
     losses = [loss_fn]
     if isinstance(loss_fn, Adversarial):
-        losses = [loss_fn.alone, loss_fn.deceiving, loss_fn.judging]
+        losses = [loss_fn.plain, loss_fn.generator, loss_fn.discriminator]
     with gradients(losses, state.params, state.discriminator, processes) as at_once:
         first, *others = (accumulated(gradient_of, parts) for gradient_of in at_once)
         yield _alternating(state, numbers, first, *others) if others else first
 
 
-def _alternating(state, numbers, alone, deceiving, judging):
+def _alternating(state, numbers, plain, generator, discriminator):
     """The autoencoder's gradient with the discriminator frozen, and the other way round.
 
     Both are taken before either network moves, so the reconstructions that are judged are those
@@ -158,14 +158,14 @@ def _alternating(state, numbers, alone, deceiving, judging):
 
     def gradient_of(batch):
         if not discriminates(state):
-            return alone(batch)
-        judged, grads = judging(batch)
-        weight = adaptive_weight(grads.pop(LAST_OF_ERROR), grads.pop(LAST_OF_REALISM))
+            return plain(batch)
+        judged, grads = discriminator(batch)
+        weight = adaptive_weight(grads.pop(OF_ERROR), grads.pop(OF_ADVERSARIAL))
         norm = global_norm(grads)
         factor = clip_factor(norm, MAX_NORM)
         xp = array_module(weight)
         weights = xp.ones(len(batch[0]), weight.dtype) * (state.config.adversarial * weight)
-        loss, of_autoencoder = deceiving((*batch, weights))
+        loss, of_autoencoder = generator((*batch, weights))
         numbers.update(discriminator=judged, discriminator_norm=norm, adaptive_weight=weight)
         return loss, of_autoencoder | {name: factor * dw for name, dw in grads.items()}
 
@@ -177,13 +177,13 @@ def discriminates(state: State) -> bool:
     return state.total is not None and state.step >= state.config.adversarial_start * state.total
 
 
-def adaptive_weight(of_error: Array, of_realism: Array) -> Array:
-    """|∇ error| / (|∇ realism| + 1e-4), at most 1e4: both pull equally at the last kernel.
+def adaptive_weight(of_error: Array, of_adversarial: Array) -> Array:
+    """|∇ error| / (|∇ adversarial| + 1e-4), at most 1e4: both pull equally at the last kernel.
 
     The gradients are those of the decoder's last kernel (Esser et al. 2021, eq. 7; Rombach et al.
     2022, appendix G). A constant to the loss: nothing is differentiated through it.
     """
-    ratio = global_norm({"": of_error}) / (global_norm({"": of_realism}) + 1e-4)
+    ratio = global_norm({"": of_error}) / (global_norm({"": of_adversarial}) + 1e-4)
     return array_module(ratio).minimum(ratio, MAX_WEIGHT)
 
 
