@@ -13,9 +13,9 @@ from bench.measure import Limits, Step, entered
 from tinyldm.backend import Array, to_device
 from tinyldm.models import AutoencoderKL, UNet
 from tinyldm.nn import functional as F
+from tinyldm.training.losses import autoencoder_loss
 from tinyldm.training.optim import Flat
 from tinyldm.training.parallel import gradient
-from tinyldm.training.stages import autoencoder_loss
 
 Params = dict[str, Array]
 

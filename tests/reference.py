@@ -131,6 +131,10 @@ def silu(x):
     return each(lambda z: z / (1 + math.exp(-z)), x)
 
 
+def leaky_relu(x, slope=0.2):
+    return each(lambda z: z if z > 0 else slope * z, x)
+
+
 def quick_gelu(x):
     return each(lambda z: z / (1 + math.exp(-1.702 * z)), x)
 
@@ -177,6 +181,15 @@ def layer_norm(x, w, b, eps):
     for row in np.ndindex(x.shape[:-1]):
         for i, value in enumerate(normalised(list(x[row]), eps)):
             y[*row, i] = value * w[i] + b[i]
+    return y
+
+
+def unit_norm(x, eps=1e-10):
+    y = np.zeros(x.shape)
+    for row in np.ndindex(x.shape[:-1]):
+        length = math.sqrt(sum(value**2 for value in x[row]))
+        for i, value in enumerate(x[row]):
+            y[*row, i] = value / (length + eps)
     return y
 
 
@@ -233,6 +246,24 @@ def kl_to_standard_normal(mean, logvar):
     for at in np.ndindex(mean.shape):
         total += (mean[at] ** 2 + math.exp(logvar[at]) - 1 - logvar[at]) / 2
     return total / mean.shape[0]
+
+
+def hinge(real, fake):
+    short = mean(max(0, 1 - real[at]) for at in np.ndindex(real.shape))
+    over = mean(max(0, 1 + fake[at]) for at in np.ndindex(fake.shape))
+    return (short + over) / 2
+
+
+def perceptual_loss(maps, wanted):
+    total = 0.0
+    for x, target in zip(map(unit_norm, maps), map(unit_norm, wanted), strict=True):
+        total += x.shape[-1] * mse(x, target)
+    return total
+
+
+def weighted_mean(x, weight):
+    weight = np.broadcast_to(weight, len(x))
+    return mean(weight[at[0]] * x[at] for at in np.ndindex(x.shape))
 
 
 def mean(values):

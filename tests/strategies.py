@@ -22,7 +22,7 @@ from tinyldm.nn import pieces as pieces_module
 from tinyldm.nn import winograd as winograd_module
 from tinyldm.nn.attention import attention
 from tinyldm.nn.conv import conv2d
-from tinyldm.nn.norms import group_norm, layer_norm
+from tinyldm.nn.norms import group_norm, layer_norm, unit_norm
 
 seeds = st.integers(0, 2**32 - 1)
 batches = st.integers(1, 3)
@@ -129,6 +129,13 @@ def layer_norm_calls(draw):
 
 
 @st.composite
+def unit_norm_calls(draw):
+    """One number alone has no direction, and no gradient but rounding."""
+    x = (*draw(leading_axes()), draw(st.integers(2, 6)))
+    return Call(unit_norm, {"x": x}, draw(seeds), {"eps": draw(epsilons)})
+
+
+@st.composite
 def upsample_calls(draw):
     n, h, w, c = draw(batches), draw(sizes), draw(sizes), draw(sizes)
     size = (2 * h - draw(st.integers(0, 1)), 2 * w - draw(st.integers(0, 1)))
@@ -203,6 +210,26 @@ def kl_calls(draw):
     return Call(F.kl_to_standard_normal, shapes, draw(seeds), batched=("mean", "logvar"))
 
 
+@st.composite
+def hinge_calls(draw):
+    x = (*draw(leading_axes()), draw(sizes))
+    return Call(F.hinge, {"real": x, "fake": x}, draw(seeds), batched=("real", "fake"))
+
+
+@st.composite
+def weighted_mean_calls(draw):
+    x, seed = (*draw(leading_axes()), draw(sizes)), draw(seeds)
+    weight = np.random.default_rng(seed).uniform(-2, 2, x[0])
+    return draw(
+        st.sampled_from(
+            [
+                Call(F.weighted_mean, {"x": x}, seed, {"weight": weight}, ("x", "weight")),
+                Call(F.weighted_mean, {"x": x}, seed, {"weight": -0.5}),
+            ]
+        )
+    )
+
+
 def leading_axes(most=3):
     """The axes before the last one, the batch first."""
     return st.lists(st.integers(1, 4), min_size=1, max_size=most).map(tuple)
@@ -235,18 +262,22 @@ LOSSES = {
     "mse": mse_calls(),
     "l1": l1_calls(),
     "kl_to_standard_normal": kl_calls(),
+    "hinge": hinge_calls(),
+    "weighted_mean": weighted_mean_calls(),
     "codebook_loss": codebook_loss_calls(),
 }
 FUNCTIONS = {
     "linear": linear_calls(),
     "embedding": embedding_calls(),
     "silu": activation_calls(activations.silu),
+    "leaky_relu": activation_calls(activations.leaky_relu),
     "quick_gelu": activation_calls(activations.quick_gelu),
     "gelu": activation_calls(activations.gelu),
     "geglu": geglu_calls(),
     "group_norm": group_norm_calls(),
     "offset": offset_calls(),
     "layer_norm": layer_norm_calls(),
+    "unit_norm": unit_norm_calls(),
     "upsample_nearest": upsample_calls(),
     "concatenate": concatenate_calls(),
     "conv2d": conv_calls(),

@@ -39,6 +39,23 @@ def test_activations_far_out_and_at_zero(name, dtype):
     assert np.array_equal(backward(np.ones_like(x)), [[0, 0, 0.5, 1, 1]])
 
 
+@given(x=vectors, slope=st.floats(0.01, 0.99))
+def test_leaky_relu_keeps_the_sign_and_is_undone_by_its_inverse(x, slope):
+    y, backward = activations.leaky_relu(x, slope)
+    assert np.array_equal(np.sign(y), np.sign(x))
+    assert_near(np.maximum(y, 0) + np.minimum(y, 0) / slope, x)
+    assert np.array_equal(backward(np.ones_like(x)), np.where(x > 0, 1, slope))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_leaky_relu_far_out_and_at_zero(dtype):
+    x = np.array([[-1e4, 0, 1e4]], dtype)
+    y, backward = activations.leaky_relu(x, 0.5)
+    assert np.array_equal(y, [[-5e3, 0, 1e4]]) and y.dtype == dtype
+    dx = backward(np.ones_like(x))
+    assert np.array_equal(dx, [[0.5, 0.5, 1]]) and dx.dtype == dtype
+
+
 @given(x=vectors, gate=vectors)
 def test_geglu_is_a_value_times_the_gelu_of_a_gate(x, gate):
     y, _ = activations.geglu(np.concatenate([x, gate], axis=1))

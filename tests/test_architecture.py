@@ -19,7 +19,7 @@ ORDER = """
     nn.winograd nn.conv nn.attention nn.layers nn.gradcheck
     models.weights models.tokenizer models.tiles
     models.context models.blocks models.levels models.unet models.coders models.autoencoder
-    models.vq models.identity models.text_encoder models.classes
+    models.vq models.identity models.discriminator models.text_encoder models.classes
     models models.original
     diffusion diffusion.schedule diffusion.objective diffusion.noise diffusion.solvers
     diffusion.samplers
@@ -30,7 +30,8 @@ ORDER = """
     evaluation.metrics evaluation.pictures
     training training.optim training.parallel training.config training.presets training.signals
     training.state
-    training.stages training.latents training.codebook training.rehearsal training.snapshots
+    training.losses training.stages training.latents training.codebook training.rehearsal
+    training.snapshots
     training.preparation training.loop training.runs training.overfit
     experiments experiments.scoring experiments.trained experiments.guidance
     experiments.latent_vs_pixel experiments.samplers experiments.schedules

@@ -323,10 +323,10 @@ def test_a_folder_that_cannot_be_made(call, small, tmp_path):
 
 def test_divergence_is_a_failure_and_not_a_mistake(call, small, tmp_path, monkeypatch):
     @contextlib.contextmanager
-    def diverging(loss_fn, params):
-        yield lambda batch: (np.float32(math.nan), params)
+    def diverging(loss_fn, state, *rest):
+        yield lambda batch: (np.float32(math.nan), dict(state.params))
 
-    monkeypatch.setattr(loop, "gradient", diverging)
+    monkeypatch.setattr(loop, "stage_gradient", diverging)
     result = call(*TRAIN, tmp_path / "run")
     assert (result.code, result.out) == (1, "")
     last = result.err.splitlines()[-1]

@@ -14,8 +14,8 @@ from tinyldm.models import IdentityFirstStage, VQModel
 from tinyldm.pipeline import Pipeline
 from tinyldm.training import codebook, loop, overfit, presets, runs
 from tinyldm.training.config import Config
+from tinyldm.training.losses import vq_loss
 from tinyldm.training.rehearsal import rehearse
-from tinyldm.training.stages import vq_loss
 from tinyldm.training.state import State, load_state
 
 CONFIGS = {

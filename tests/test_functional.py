@@ -22,7 +22,7 @@ from tinyldm.nn import activations
 from tinyldm.nn import functional as F
 from tinyldm.nn.attention import attention
 from tinyldm.nn.conv import conv2d
-from tinyldm.nn.norms import group_norm, layer_norm
+from tinyldm.nn.norms import group_norm, layer_norm, unit_norm
 
 # ----------------------------------------------------------------------------------- every function
 
@@ -50,6 +50,7 @@ NATURAL = [
     Call(F.linear, {"x": (2, 64, 96), "w": (128, 96), "b": (128,)}, 0),
     Call(F.embedding, {"table": (300, 64)}, 1, {"ids": np.arange(144).reshape(2, 72) ** 2 % 300}),
     Call(activations.silu, {"x": (2, 16, 16, 64)}, 2),
+    Call(activations.leaky_relu, {"x": (2, 16, 16, 64)}, 19),
     Call(activations.quick_gelu, {"x": (2, 77, 256)}, 3),
     Call(activations.gelu, {"x": (2, 77, 256)}, 4),
     Call(activations.geglu, {"x": (2, 256, 256)}, 5),
@@ -62,6 +63,7 @@ NATURAL = [
         {"groups": 32, "eps": 1e-5, "silu": True},
     ),
     Call(layer_norm, {"x": (2, 256, 64), "w": (64,), "b": (64,)}, 8, {"eps": 1e-5}),
+    Call(unit_norm, {"x": (2, 16, 16, 64)}, 20),
     Call(F.upsample_nearest, {"x": (2, 8, 8, 64)}, 9, {"size": (15, 16)}),
     Call(F.concatenate, {"x": (2, 8, 8, 64), "y": (2, 8, 8, 32)}, 10),
     Call(F.mse, {"x": (2, 16, 16, 4), "target": (2, 16, 16, 4)}, 11),
@@ -163,7 +165,10 @@ def test_a_loss_passes_its_own_gradient_on(name, data, factor):
     loss, backward = call(*inputs)
     assert loss.shape == ()
     _, same_backward = call(*inputs)
-    for dx, dx_scaled in zip(backward(), same_backward(factor), strict=True):
+    gradients, scaled = backward(), same_backward(factor)
+    if not isinstance(gradients, tuple):
+        gradients, scaled = (gradients,), (scaled,)
+    for dx, dx_scaled in zip(gradients, scaled, strict=True):
         assert_near(dx_scaled, factor * dx)
 
 
@@ -188,6 +193,15 @@ def test_l1_has_slope_zero_at_zero():
     dx, dtarget = F.l1(np.array([1.0, 2.0, 3.0, 4.0]), np.array([2.0, 2.0, 2.0, 2.0]))[1]()
     assert np.array_equal(dx, [-0.25, 0, 0.25, 0.25])
     assert np.array_equal(dtarget, [0.25, 0, -0.25, -0.25])
+
+
+def test_hinge_asks_for_no_more_than_a_distance_of_one():
+    real, fake = np.array([[2.0], [1.0], [0.0]]), np.array([[-3.0], [-1.0], [0.0]])
+    loss, backward = F.hinge(real, fake)
+    assert loss == 0.5 * (1 / 3 + 1 / 3)
+    dreal, dfake = backward()
+    assert np.array_equal(dreal, [[0], [0], [-0.5 / 3]])
+    assert np.array_equal(dfake, [[0], [0], [0.5 / 3]])
 
 
 @given(seeds)

@@ -11,7 +11,7 @@ from reference import assert_near
 from strategies import group_norm_calls, random_array, seeds
 
 from tinyldm.nn import activations
-from tinyldm.nn.norms import group_norm, layer_norm
+from tinyldm.nn.norms import group_norm, layer_norm, unit_norm
 
 
 def by_group(x, groups):
@@ -104,3 +104,17 @@ def test_layer_norm_is_a_group_norm_of_single_places(seed, shift, scale):
 
 
 # -------------------------------------------------------------------------------- shape and joining
+
+
+@given(seeds, st.floats(0.1, 10))
+def test_unit_norm_keeps_the_direction_alone(seed, scale):
+    x = random_array(np.random.default_rng(seed), (3, 4))
+    y, _ = unit_norm(x)
+    assert_near((y * y).sum(axis=1), np.ones(3), tol=1e-9)
+    assert_near(unit_norm(scale * x)[0], y, tol=1e-9)
+
+
+def test_unit_norm_of_nothing_is_nothing():
+    y, backward = unit_norm(np.array([[0.0, 0], [3, 4]]))
+    assert_near(y, [[0, 0], [0.6, 0.8]], tol=1e-9)
+    assert_near(backward(np.ones((2, 2)))[0], [0, 0])

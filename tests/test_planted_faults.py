@@ -17,10 +17,10 @@ import pytest
 from gradients import check
 from strategies import random_array, random_params
 
-from tinyldm.models import AutoencoderKL
+from tinyldm.models import AutoencoderKL, VQModel
 from tinyldm.nn import pieces
 from tinyldm.nn.gradcheck import GradientError
-from tinyldm.nn.layers import Linear
+from tinyldm.nn.layers import Conv2d, Linear
 
 SMALL = 20  # elements or bytes at a time: several pieces even of small arrays
 
@@ -72,6 +72,11 @@ def losses(module):
     x, target, weight = arrays((3, 4), (3, 4), (3,))
     check(module.mse, [x, target])
     check(lambda x, target: module.mse(x, target, weight), [x, target])
+
+
+def weighted_mean(module):
+    x, weight = arrays((3, 4), (3,))
+    check(lambda x: module.weighted_mean(x, weight), [x])
 
 
 def convolutions(module):
@@ -280,10 +285,67 @@ def straight_through(module):
     check(lambda z: module.straight_through(z, codebook, codes), arrays((4, 3)))
 
 
+def discriminator(module):
+    model = module.PatchDiscriminator("a", 2, 2, groups=2)
+    check(model, arrays((1, 16, 16, 2)), random_params(model))
+
+
+def gradients_of(loss_fn, params, frozen, batch):
+    """Check a loss of training; its backward pass takes no dloss, so that is multiplied here."""
+
+    def call(moved):
+        loss, backward = loss_fn(frozen | moved, *batch)
+
+        def scaled(dloss, grads):
+            found = {}
+            backward(found)
+            grads |= {name: dloss * dw for name, dw in found.items() if "last kernel" not in name}
+            return ()
+
+        return loss, scaled
+
+    check(call, (), params)
+
+
+def first_stage_losses(module):
+    """The Gaussian one's with a discriminator, that one's own, and the codebook's."""
+    vae, judge = AutoencoderKL(VAE), Conv2d("judge", 3, 1)
+    params, frozen = random_params(vae), random_params(judge)
+    images, noise, weight = arrays((1, 4, 4, 3), (1, 2, 2, 2), (1,))
+    criterion = module.with_discriminator(module.squared_error, judge)
+    loss_fn = module.autoencoder_loss(vae, 0.1, criterion)
+    gradients_of(loss_fn, params, frozen, (images, noise, weight))
+    judging = module.discriminator_loss(vae, module.squared_error, judge)
+    gradients_of(judging, frozen, params, (images, noise))
+    vq = VQModel({key: x for key, x in VAE.items() if key != "shift_factor"})
+    gradients_of(module.vq_loss(vq), random_params(vq), {}, (images,))
+
+
+def perceptual(module):
+    def features(x):
+        def backward(dmaps):
+            return 2 * x * dmaps[0] + 3 * x * x * dmaps[1]
+
+        return [x * x, x**3], backward
+
+    made, real = arrays((2, 2, 2, 3), (2, 2, 2, 3))
+    distance = module.perceptual_loss(features)
+    check(lambda made: distance(made, real + 1), made)
+    criterion = module.with_perception(module.squared_error, features, 0.7)
+    check(lambda made: plain(criterion({}, made, real + 1)), made)
+
+
+def plain(result):
+    """A criterion's, with a backward pass that is a function's."""
+    loss, backward = result
+    return loss, lambda dloss: dloss * backward(None)
+
+
 CHECKS = {
     "linear": function("linear", (2, 3, 4), (4, 4), (4,)),
     "embedding": embedding,
     "silu": function("silu", (6, 5)),
+    "leaky_relu": function("leaky_relu", (6, 5)),
     "quick_gelu": function("quick_gelu", (6, 5)),
     "gelu": function("gelu", (6, 5)),
     "geglu": function("geglu", (6, 8)),
@@ -293,10 +355,13 @@ CHECKS = {
     ),
     "offset": function("offset", (2, 3, 3), (4, 3)),
     "layer_norm": function("layer_norm", (6, 5), (5,), (5,), eps=1e-2),
+    "unit_norm": function("unit_norm", (6, 5), eps=1e-2),
     "upsample": function("upsample_nearest", (2, 2, 3, 2), size=(3, 5)),
     "concatenate": function("concatenate", (2, 3), (2, 3)),
     "mse": losses,
     "l1": function("l1", (3, 4), (3, 4)),
+    "hinge": function("hinge", (4, 5), (4, 5)),
+    "weighted_mean": weighted_mean,
     "kl": function("kl_to_standard_normal", (3, 4), (3, 4)),
     "conv2d": convolutions,
     "winograd": winograd,
@@ -327,6 +392,9 @@ CHECKS = {
     "text encoder": text_encoder,
     "coders": coders,
     "vq": vq,
+    "discriminator": discriminator,
+    "first stage": first_stage_losses,
+    "perceptual": perceptual,
     "codebook_loss": codebook_loss,
     "straight_through": straight_through,
 }
@@ -344,6 +412,12 @@ FAULTS = {
             "xp.multiply(dy_, silu_slope(x_), out=dx_)",
             "dx_[...] = silu_slope(x_)",
         ),
+        (
+            "leaky_relu: bent where dy is below 0",
+            "each_piece(bend, as_rows(x), as_rows(dy)",
+            "each_piece(bend, as_rows(dy), as_rows(dy)",
+        ),
+        ("leaky_relu: dy lost", "bend, as_rows(x), as_rows(dy)", "bend, as_rows(x), as_rows(x)"),
         ("quick_gelu: factor lost", "(1 + 1.702 * x_ * (1 - s))", "(1 + x_ * (1 - s))"),
         ("gelu: term lost", "normal_cdf(x_) + x_ * _normal_density(x_)", "normal_cdf(x_)"),
         ("gelu: factor of the density", "1 / math.sqrt(2 * math.pi)", "1 / math.sqrt(math.pi)"),
@@ -383,6 +457,19 @@ FAULTS = {
         ),
         ("l1: mean over the wrong size", "sign * (dloss / x.size)", "sign * (dloss / len(x))"),
         ("l1: dloss lost", "sign * (dloss / x.size)", "sign * (1 / x.size)"),
+        (
+            "hinge: mean over the wrong size",
+            "(-0.5 * dloss / real.size)",
+            "(-0.5 * dloss / len(real))",
+        ),
+        ("hinge: sign", "(0.5 * dloss / fake.size)", "(-0.5 * dloss / fake.size)"),
+        (
+            "hinge: satisfied logits are pushed on",
+            "(real.real < 1).astype(real.dtype) * (-0.5",
+            "array_module(real).ones_like(real) * (-0.5",
+        ),
+        ("weighted_mean: weights lost", "+ weights * (dloss / x.size)", "+ dloss / x.size"),
+        ("weighted_mean: size lost", "weights * (dloss / x.size)", "weights * dloss"),
         ("kl: 1/n lost", "return mean * (dloss / n)", "return mean * dloss"),
         ("kl: term lost", "(variance - 1) * (0.5", "variance * (0.5"),
     ],
@@ -416,6 +503,13 @@ FAULTS = {
             "xp.multiply(centred, scale, out=h)\n                    h += b_half",
             "xp.multiply(centred, half * rstd_, out=h)",
         ),
+        (
+            "unit_norm: the length moves, forgotten",
+            "scale * dy - x * (along",
+            "scale * dy - 0 * (along",
+        ),
+        ("unit_norm: sign", "scale * dy - x * (along", "scale * dy + x * (along"),
+        ("unit_norm: scale lost in a sum", "keepdims=True) * scale\n", "keepdims=True)\n"),
         ("layer_norm: scale lost", "weighted @ w_average, dy_", "weighted @ average, dy_"),
         ("layer_norm: the mean moves, forgotten", "dx_ -= across", "pass"),
         (
@@ -633,10 +727,55 @@ FAULTS = {
             "return quant_back(dz, grads) if self.post_quant else dz",
             "return dz",
         ),
+        (
+            "coders: last convolution has no gradient",
+            "features_back(conv_back(dimages, grads), grads)",
+            "features_back(conv_back(dimages, None), grads)",
+        ),
     ],
     "tinyldm.models.vq": [
         ("vq: scale lost", "encode_back(dlatents * scale, grads)", "encode_back(dlatents, grads)"),
         ("vq: codebook forgotten", "add_grad(grads, self.weight, dcodebook)", "pass"),
+    ],
+    "tinyldm.models.discriminator": [
+        ("discriminator: first activation forgotten", "first_bend_back(dx)", "dx"),
+        (
+            "discriminator: activation forgotten",
+            "norm_back(bend_back(dx), grads)",
+            "norm_back(dx, grads)",
+        ),
+        ("discriminator: norm forgotten", "norm_back(bend_back(dx), grads)", "bend_back(dx)"),
+    ],
+    "tinyldm.training.losses": [
+        ("first stage: KL forgotten", " + kl_back(weight)", ""),
+        ("first stage: KL has weight 1", "kl_back(weight)", "kl_back(1.0)"),
+        ("first stage: codebook forgotten", " + codebook_back(1.0, grads)", ""),
+        ("first stage: adversarial part forgotten", " + logits_back(adversarial_back(), None)", ""),
+        (
+            "first stage: the discriminator moves too",
+            "error_back(grads) + logits_back(adversarial_back(), None)",
+            "error_back(grads) + logits_back(adversarial_back(), grads)",
+        ),
+        ("first stage: real pictures forgotten", "real_back(dreal, grads)", "pass"),
+        ("first stage: reconstructions forgotten", "fake_back(dfake, grads)", "pass"),
+        (
+            "first stage: real and fake swapped",
+            "dreal, dfake = hinge_back()",
+            "dfake, dreal = hinge_back()",
+        ),
+        ("perceptual: channels forgotten", "error_back(c * dloss)", "error_back(dloss)"),
+        ("perceptual: weight forgotten", "perceived_back(weight)", "perceived_back()"),
+        (
+            "perceptual: norm forgotten",
+            "norm_back(error_back(c * dloss)[0])",
+            "error_back(c * dloss)[0]",
+        ),
+        (
+            "perceptual: gradient of the target",
+            "error_back(c * dloss)[0]",
+            "error_back(c * dloss)[1]",
+        ),
+        ("perceptual: error forgotten", "error_back(grads) + perceived_back", "perceived_back"),
     ],
     "tinyldm.nn.quantize": [
         (

@@ -17,7 +17,7 @@ import strict
 from gradients import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_cases import random_params, unet_configs, unet_inputs, vae_configs
+from model_cases import numbers, random_params, unet_configs, unet_inputs, vae_configs
 from reference import assert_near
 from strategies import EVERYTHING, conv_calls, random_array
 
@@ -30,8 +30,9 @@ from tinyldm.nn import functional as F
 from tinyldm.nn.conv import ALGORITHMS, WINOGRAD, conv2d
 from tinyldm.pipeline import Pipeline
 from tinyldm.training.config import Config
+from tinyldm.training.losses import autoencoder_loss
 from tinyldm.training.parallel import gradient, value_and_grad
-from tinyldm.training.stages import Models, autoencoder_loss, denoiser_loss, train_step
+from tinyldm.training.stages import Models, denoiser_loss, stage_gradient, train_step
 from tinyldm.training.state import State, load_state, save_state
 
 
@@ -539,6 +540,40 @@ def test_a_step_of_training_never_waits(name, models):
         state.step = state_there.step = step + 1
     for part in ("params", "moments", "average"):
         near(getattr(state_there, part), getattr(state, part), tol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("first_stage", ["kl", "vq"])
+def test_a_step_with_a_discriminator_never_waits(first_stage, dtype, models):
+    config = replace(CONFIG, side=16, first_stage=first_stage, adversarial=0.5, groups=1)
+    models = Models(config, models.tokenizer)
+    params = random_params(models.vae.shapes()), random_params(models.discriminator.shapes())
+    batch = random_array(np.random.default_rng(0), (3, 16, 16, 3)), numbers("noise", 3, 8, 8, 2)
+    batch = [x.astype(dtype) for x in batch[: 2 if first_stage == "kl" else 1]]
+    both, results = [], []
+    for put in (on_device, lambda x: x):
+        network, judge = (
+            {name: put(w.astype(dtype)) for name, w in part.items()} for part in params
+        )
+        state = State(
+            config, "autoencoder", network, models.tokenizer, "", total=0, discriminator=judge
+        )
+        batch_there, numbers_there = [put(x) for x in batch], {}
+        with (
+            strict.counting() as counts,
+            stage_gradient(
+                models.first_stage_loss(), state, 1, numbers_there, processes=1
+            ) as gradient_of,
+        ):
+            results.append(train_step(state, gradient_of, batch_there, 1e-3, ema=0.99))
+        assert (counts.synchronisations, counts.uploads) == (0, 0)
+        results[-1] = (*results[-1], numbers_there)
+        assert {w.dtype.name for w in state.discriminator.values()} == {dtype}
+        both.append(state)
+    tol = 1e-8 if dtype == "float64" else 1e-3
+    near(results[0], results[1], tol)
+    for part in ("params", "discriminator", "discriminator_moments"):
+        near(getattr(both[0], part), getattr(both[1], part), tol)
 
 
 @pytest.mark.parametrize("name", RUNS)

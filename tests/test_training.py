@@ -759,7 +759,7 @@ def test_rebuild_exports_the_last_state_of_an_unfinished_run(tmp_path, monkeypat
 
 def spoil(monkeypatch, number, change):
     """Change loss and gradients of the `number`-th step of a run."""
-    gradient, calls = loop.gradient, []
+    gradient, calls = loop.stage_gradient, []
 
     @contextlib.contextmanager
     def spoilt_gradient(*args):
@@ -772,7 +772,7 @@ def spoil(monkeypatch, number, change):
 
             yield spoilt
 
-    monkeypatch.setattr(loop, "gradient", spoilt_gradient)
+    monkeypatch.setattr(loop, "stage_gradient", spoilt_gradient)
 
 
 def assert_finite(state):

@@ -34,6 +34,7 @@ CHOICES = {  # option of train → what it may be, the first by default
 }
 OF_TRAIN = (  # options of train that demo does without
     *("data", "size", "grey", "flip", "skip_bad", *CHOICES, "noise_offset"),
+    "adversarial",
     *("minutes", "accumulate", "checkpointing", "overfit"),
 )
 EXPERIMENTS = {  # name → what it is about, for --help
@@ -241,6 +242,8 @@ def _add_training(command):
     text = "of a noise that is the same all over a channel (default: 0)"
     add("noise-offset", text, type=number(0, 1), metavar="X")
     choice(add, "decay", "of the learning rate")
+    text = "of a discriminator that sharpens the first stage in its second half (default: 0)"
+    add("adversarial", text, type=number(0, 1000), metavar="WEIGHT")
 
     add = group("time and memory")
     text = "of training (default: the preset's); with --resume, from now on"

@@ -97,15 +97,25 @@ class Autoencoder(Layer):
 
     def decode(self, params: Params, z: Array) -> tuple[Array, Backward]:
         """Latents (n, h/f, w/f, latent_channels) → pictures (n, h, w, out_channels)."""
-        if self.post_quant:
-            z, quant_back = self.post_quant(params, z)
-        images, decoder_back = self.decoder(params, z)
+        h, features_back = self.decode_features(params, z)
+        images, conv_back = self.decoder.conv_out(params, h)
 
         def backward(dimages, grads):
-            dz = decoder_back(dimages, grads)
-            return quant_back(dz, grads) if self.post_quant else dz
+            return features_back(conv_back(dimages, grads), grads)
 
         return images, backward
+
+    def decode_features(self, params: Params, z: Array) -> tuple[Array, Backward]:
+        """`decode` without its last convolution: → features (n, h, w, c) that it is applied to."""
+        if self.post_quant:
+            z, quant_back = self.post_quant(params, z)
+        h, decoder_back = self.decoder(params, z)
+
+        def backward(dh, grads):
+            dz = decoder_back(dh, grads)
+            return quant_back(dz, grads) if self.post_quant else dz
+
+        return h, backward
 
 
 class Encoder(Layer):
@@ -133,7 +143,7 @@ class Encoder(Layer):
 
 
 class Decoder(Layer):
-    """Latents (n, h, w, latent_channels) → pictures (n, f·h, f·w, out_channels)."""
+    """Latents (n, h, w, latent_channels) → features (n, f·h, f·w, c), for `conv_out`."""
 
     def __init__(self, name: str, c: SimpleNamespace):
         widths = list(c.block_out_channels)[::-1]
@@ -152,7 +162,7 @@ class Decoder(Layer):
         self.conv_out = Conv2d(f"{name}.conv_out", widths[-1], c.out_channels)
 
     def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
-        return _chain([self.conv_in, *self.stages, self.norm_out, self.conv_out], params, x)
+        return _chain([self.conv_in, *self.stages, self.norm_out], params, x)
 
 
 class _TimelessResnet(ResnetBlock):

@@ -32,15 +32,15 @@ class VQModel(coders.Autoencoder):
         super().__init__(c, c.latent_channels, d, d)
         self.quantize = Codebook("quantize.embedding", c.num_vq_embeddings, d)
 
-    def decode(self, params: Params, z: Array) -> tuple[Array, Backward]:
-        """Latents at the autoencoder's own scale, quantised and decoded → pictures."""
+    def decode_features(self, params: Params, z: Array) -> tuple[Array, Backward]:
+        """Latents at the autoencoder's own scale, quantised and decoded → features."""
         z, quantize_back = self.quantize(params, z)
-        images, decode_back = super().decode(params, z)
+        h, features_back = super().decode_features(params, z)
 
-        def backward(dimages, grads):
-            return quantize_back(decode_back(dimages, grads), grads)
+        def backward(dh, grads):
+            return quantize_back(features_back(dh, grads), grads)
 
-        return images, backward
+        return h, backward
 
     def to_latents(
         self, params: Params, images: Array, noise: Array | None = None

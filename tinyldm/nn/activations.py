@@ -49,6 +49,25 @@ def silu(x: Array) -> tuple[Array, Backward]:
 
 
 @differentiable
+def leaky_relu(x: Array, slope: float = 0.2) -> tuple[Array, Backward]:
+    """y = x where x > 0, elsewhere slope · x (Maas et al. 2013); the slope at 0 is `slope`."""
+    xp = array_module(x)
+    y = xp.empty(x.shape, x.dtype)
+
+    def bend(x_, from_, to_):
+        to_[...] = xp.where(x_.real > 0, from_, slope * from_)
+
+    each_piece(bend, as_rows(x), as_rows(x), as_rows(y))
+
+    def backward(dy):
+        dx = xp.empty(x.shape, x.dtype)
+        each_piece(bend, as_rows(x), as_rows(dy), as_rows(dx))
+        return dx
+
+    return y, backward
+
+
+@differentiable
 def quick_gelu(x: Array) -> tuple[Array, Backward]:
     """y = x σ(1.702 x), CLIP's approximation of GELU (Hendrycks & Gimpel 2016, section 2)."""
     xp = array_module(x)

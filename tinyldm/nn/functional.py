@@ -203,5 +203,34 @@ def kl_to_standard_normal(mean: Array, logvar: Array) -> tuple[Array, Backward]:
     return 0.5 * (mean * mean + variance - 1 - logvar).sum() / n, backward
 
 
+@differentiable
+def hinge(real: Array, fake: Array) -> tuple[Array, Backward]:
+    """½ mean max(0, 1 − real) + ½ mean max(0, 1 + fake), of a discriminator's logits (n, ...).
+
+    It wants logits above 1 for real pictures and below −1 for others, and no more than that (Lim &
+    Ye 2017, "Geometric GAN"; Miyato et al. 2018, eq. 16). The slope at both ends is taken as 0.
+    """
+    real_short = (1 - real) * (real.real < 1)
+    fake_over = (1 + fake) * (fake.real > -1)
+
+    def backward(dloss=1.0):
+        dreal = (real.real < 1).astype(real.dtype) * (-0.5 * dloss / real.size)
+        dfake = (fake.real > -1).astype(fake.dtype) * (0.5 * dloss / fake.size)
+        return dreal, dfake
+
+    return 0.5 * (real_short.mean() + fake_over.mean()), backward
+
+
+@differentiable
+def weighted_mean(x: Array, weight: Array | float) -> tuple[Array, Backward]:
+    """Mean of weight · x, for x (n, ...) and a weight, one or (n,), which has no gradient."""
+    weights = weight if isinstance(weight, float) else _per_sample(weight, x)
+
+    def backward(dloss=1.0):
+        return array_module(x).zeros_like(x) + weights * (dloss / x.size)
+
+    return (weights * x).mean(), backward
+
+
 def _per_sample(weight, x):
     return weight.reshape(-1, *[1] * (x.ndim - 1))

@@ -159,6 +159,26 @@ def _group_means(xp, c, groups, dtype):
 
 
 @differentiable
+def unit_norm(x: Array, eps: float = 1e-10) -> tuple[Array, Backward]:
+    """x (..., d) divided by its length, plus eps, along the last axis; where all is 0, slope 0.
+
+    So maps of features are compared by their direction alone (Zhang et al. 2018, section 3).
+    """
+    xp = array_module(x)
+    length = xp.sqrt((x * x).sum(axis=-1, keepdims=True))
+    scale = 1 / (length + eps)
+    y = x * scale
+
+    def backward(dy):
+        # d length = x · dx / length
+        along = (dy * y).sum(axis=-1, keepdims=True) * scale
+        dx = scale * dy - x * (along / xp.where(length == 0, 1, length))
+        return xp.where(length == 0, 0, dx)
+
+    return y, backward
+
+
+@differentiable
 def layer_norm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Backward]:
     """Normalise the last axis, scale, shift; x (..., d), w and b (d,) (Ba et al. 2016, eq. 3)."""
     xp = array_module(x)

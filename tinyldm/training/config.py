@@ -11,6 +11,7 @@ from tinyldm.tasks import TASKS, channels_beside
 from tinyldm.training.optim import DECAYS
 
 STAGES = ("autoencoder", "denoiser")
+DISCRIMINATED = 16  # pixels of a side, at least, for the discriminator's convolutions
 CONDITIONS = ("text", "class-token", "class-time", "none")
 FIRST_STAGES = {"kl": "AutoencoderKL", "vq": "VQModel", "none": "IdentityFirstStage"}
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -62,6 +63,9 @@ class Config:
     first_stage: str = "kl"  # or "vq" with a codebook, or "none" for diffusion in pixels
     codes: int = 256  # of the codebook
     kl_weight: float = 1e-4  # of the mean KL a latent number, beside the mean squared error
+    perceptual: float = 0.0  # weight of the perceptual loss, on a network given in Python
+    adversarial: float = 0.0  # weight of the discriminator of stage 1, beside the adaptive one
+    adversarial_start: float = 0.5  # share of the stage's steps after which it begins
     task: str = "generation"  # or what the U-Net sees beside the noisy latents, see `tasks`
     condition: str = "text"  # or the class of a picture, as a token or beside its time, or "none"
     caption_dropout: float = 0.1  # share of captions left out, so that guidance has a "without"
@@ -96,6 +100,12 @@ class Config:
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}: {unknown(getattr(self, name), known)}")
         Schedule(self.scheduler_config())  # raises where the prediction does not go with it
+        least = min(self.sides)
+        if self.adversarial and (self.first_stage == "none" or least < DISCRIMINATED):
+            raise ConfigError(
+                f"adversarial: expected an autoencoder (kl or vq) of {DISCRIMINATED} pixels or "
+                f"more, found first_stage {self.first_stage} of {least} pixels"
+            )
         factor = self.factor * 2 ** (len(self.unet_widths) - 1)
         for side in self.sides:
             if side < factor or side % factor:

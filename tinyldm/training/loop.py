@@ -13,11 +13,11 @@ from tqdm import tqdm
 from tinyldm.files import replacing
 from tinyldm.training import snapshots
 from tinyldm.training.config import STAGES, Stage
+from tinyldm.training.losses import Adversarial
 from tinyldm.training.optim import learning_rate
-from tinyldm.training.parallel import accumulated, gradient
-from tinyldm.training.rehearsal import duration
+from tinyldm.training.rehearsal import duration, mean_seconds
 from tinyldm.training.signals import Interruptible, Stopped
-from tinyldm.training.stages import train_step
+from tinyldm.training.stages import stage_gradient, train_step
 from tinyldm.training.state import State, save_state
 
 SAVE_EVERY = 45.0  # seconds between states
@@ -33,7 +33,7 @@ def fit(
     run: Path,
     state: State,
     stage: Stage,
-    loss_fn: Callable,
+    loss_fn: Callable | Adversarial,
     batch_at: Callable[[int], tuple],
     stop: Interruptible,
     report: Callable[[], tuple[dict, str]],
@@ -57,12 +57,12 @@ def fit(
         total=state.total, initial=state.step, desc=state.stage, unit="step", disable=None,
         smoothing=0.05, dynamic_ncols=True,
     )  # fmt: skip
+    beside = {}  # numbers of the last step
     with (
-        gradient(loss_fn, state.params) as at_once,
+        stage_gradient(loss_fn, state, stage.parts, beside) as gradient_of,
         bar,
         open(metrics_file, "a", 1, "utf-8") as metrics,
     ):
-        gradient_of = accumulated(at_once, stage.parts)
 
         def log(numbers):
             line = {"stage": state.stage, "step": state.step} | numbers
@@ -77,17 +77,23 @@ def fit(
             after_step()
             bar.update()
             if state.step % LOG_EVERY == 0 or state.step == state.total or stop.number:
-                numbers = {"loss": _finite(loss, state), "norm": _finite(norm, state)}
+                numbers = {"loss": loss, "norm": norm} | beside
+                numbers = {name: _finite(number, state) for name, number in numbers.items()}
                 log({"rate": rate} | numbers)
                 bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
             step_times.append(time.monotonic() - started)
             if state.total is None and len(step_times) >= CALIBRATION[1]:
                 step_seconds = float(np.median(step_times[CALIBRATION[0] :]))
+                if state.discriminator:
+                    later = _seconds_later(state, gradient_of, batch_at(state.step))
+                    step_seconds = mean_seconds(state.config, step_seconds, later)
+                    beside.clear()
                 state.total = max(state.step + 1, begun + int(stage.seconds / step_seconds))
                 bar.total = state.total
                 bar.refresh()
             if stop.number or time.monotonic() - saved > SAVE_EVERY or state.step == state.total:
-                _finite(loss, state), _finite(norm, state)
+                for number in (loss, norm, *beside.values()):
+                    _finite(number, state)
                 save_state(run, state)
                 saved = time.monotonic()
             if stop.number:
@@ -99,6 +105,18 @@ def fit(
                 with bar.external_write_mode():
                     say(_progress(state, _finite(loss, state), step_times) + text)
                 reported = time.monotonic()
+
+
+def _seconds_later(state, gradient_of, batch):
+    """Of a step with the discriminator: its gradients, which are most of it, and go unused."""
+    state.total = 0  # so that it has begun
+    times = []
+    for _ in range(5):
+        started = time.monotonic()
+        gradient_of(batch)
+        times.append(time.monotonic() - started)
+    state.total = None
+    return float(np.median(times))
 
 
 def _progress(state, loss, step_times):

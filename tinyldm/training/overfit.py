@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from tinyldm.backend import to_device
+from tinyldm.config import ConfigError
 from tinyldm.training.config import Config
 from tinyldm.training.optim import learning_rate
 from tinyldm.training.parallel import gradient
@@ -22,7 +23,14 @@ ENOUGH = 0.2  # of the first loss
 
 
 def overfit(config: Config, device: str, say: Say) -> dict[str, tuple[float, float]]:
-    """{stage: (first loss, last loss)}, each after 300 steps on the same eight pictures."""
+    """{stage: (first loss, last loss)}, each after 300 steps on the same eight pictures.
+
+    ConfigError with a discriminator.
+    """
+    if config.adversarial:
+        raise ConfigError(
+            "adversarial: two networks contend, and no loss need fall; leave it out for --overfit"
+        )
     stages = ("autoencoder", "denoiser")
     shorter = {name: replace(getattr(config, name), batch=BATCH, ema=0.9) for name in stages}
     config = replace(config, pictures=BATCH, held_out=0.0, caption_dropout=0.0, **shorter)

@@ -1,7 +1,7 @@
 """The gradient of a batch, on all cores."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from tinyldm.backend import Array, cores, map_threads, on_host
@@ -38,35 +38,50 @@ def gradient(loss_fn: Callable, params: Flat, processes: int | None = None) -> I
     `available`), else to threads. The result is the same to the last bit. Other processes see what
     becomes of `params`, if they are shared, and nothing else that changes in the meantime.
     """
+    with gradients([loss_fn], params, {}, processes) as (gradient_of,):
+        yield gradient_of
+
+
+@contextlib.contextmanager
+def gradients(
+    loss_fns: Sequence[Callable],
+    params: Flat,
+    others: dict[str, Array],
+    processes: int | None = None,
+) -> Iterator[list[Gradient]]:
+    """`gradient` of several functions, which the same processes work on, one after the other.
+
+    Each is given `params` and `others`, a `Flat` or nothing, in one dict. Gradients under other
+    names than theirs are to be small: they come back through a pipe.
+    """
     keep_freed_memory()
+    named = params | others if others else params
     on_cpu = on_host(params.flat)
     processes = processes or (available() if on_cpu and params.shared else 1)
     if processes == 1:
-        yield partial(value_and_grad, loss_fn, params)
+        yield [partial(value_and_grad, loss_fn, named) for loss_fn in loss_fns]
         return
-    theirs = [Flat(params, shared=True) for _ in range(processes - 1)]
+    theirs = [Flat(named, shared=True) for _ in range(processes - 1)]
 
-    def work(i, share):
-        loss, grads = _weighted(loss_fn, params, *share)
+    def work(i, share, which):
+        loss, grads = _weighted(loss_fns[which], named, *share)
         if i == 0:
             return loss, grads
-        for name, dw in grads.items():
-            theirs[i - 1][name][...] = dw
-        return loss, list(grads)
+        for name in grads.keys() & named.keys():
+            theirs[i - 1][name][...] = grads[name]
+            grads[name] = None
+        return loss, grads
 
     with team(work, processes) as call:
 
-        def value_and_grad_of(batch):
-            first, *others = call(list(enumerate(_cut(batch, processes))))
-            return _sum(
-                [first]
-                + [
-                    (loss, {name: theirs[i][name] for name in names})
-                    for i, (loss, names) in enumerate(others)
-                ]
-            )
+        def value_and_grad_of(which, batch):
+            shares = enumerate(_cut(batch, processes))
+            results = call([(i, share, which) for i, share in shares])
+            for room, (_, grads) in zip(theirs, results[1:], strict=False):
+                grads |= {name: room[name] for name in grads.keys() & room.keys()}
+            return _sum(results)
 
-        yield value_and_grad_of
+        yield [partial(value_and_grad_of, which) for which in range(len(loss_fns))]
 
 
 def accumulated(gradient_of: Gradient, parts: int) -> Gradient:

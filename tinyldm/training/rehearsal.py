@@ -17,8 +17,14 @@ from tinyldm.tasks import channels_beside, sees_all
 from tinyldm.team import available
 from tinyldm.training.config import STAGES, Config
 from tinyldm.training.latents import AT_ONCE
-from tinyldm.training.parallel import accumulated, gradient, value_and_grad
-from tinyldm.training.stages import Models, denoiser_loss, train_step
+from tinyldm.training.losses import Features
+from tinyldm.training.stages import (
+    Models,
+    denoiser_loss,
+    new_discriminator,
+    stage_gradient,
+    train_step,
+)
 from tinyldm.training.state import State
 
 CALLS = 8  # of a step; more would tell no more
@@ -67,15 +73,22 @@ class Rehearsal:
             )
 
 
-def rehearse(config: Config, pictures: int, device: str = "cpu", seconds: float = 2.0) -> Rehearsal:
+def rehearse(
+    config: Config,
+    pictures: int,
+    device: str = "cpu",
+    features: Features | None = None,
+    seconds: float = 2.0,
+) -> Rehearsal:
     """Measure what a run of `config` takes on this machine.
 
     pictures: how many are trained on. They are in memory already, as when a run begins.
+    features: the network of a perceptual loss, where the config has one.
     seconds: to spend at the most; a step of each stage is made even where it takes longer.
     Memory is that of the host, on a GPU too. DeviceError where the device is not there.
     """
     free, held = free_memory(), held_memory()
-    models = Models(config, _some_tokenizer(config))
+    models = Models(config, _some_tokenizer(config), features)
     step_seconds, states, peaks = {}, [], []
     makers = dict(zip(STAGES, (_autoencoder, _denoiser), strict=True))
     for name in models.stages:
@@ -83,14 +96,20 @@ def rehearse(config: Config, pictures: int, device: str = "cpu", seconds: float 
         with _traced() as traced:
             state, loss_fn, batch = make(models, np.random.default_rng(0), device)
             # Parameters, and the gradients of other processes, lie where tracing does not see them.
-            states.append(traced()[0] + state.params.flat.nbytes * cores())
-        parts = getattr(config, name).parts
-        threads = accumulated(partial(value_and_grad, loss_fn, state.params), parts)
-        _, peak = _measure(partial(_step, state, threads, batch), 0, device)
+            trained = sum(w.nbytes for w in (state.params | state.discriminator).values())
+            states.append(traced()[0] + trained * cores())
+        stage = getattr(config, name)
+        state.total = 0  # so that a discriminator has begun
+        with stage_gradient(loss_fn, state, stage.parts, {}, processes=1) as threads:
+            _, peak = _measure(partial(_step, state, threads, batch), 0, device)
         peaks.append(peak)
-        with gradient(loss_fn, state.params) as in_training:
-            step = partial(_step, state, accumulated(in_training, parts), batch)
+        with stage_gradient(loss_fn, state, stage.parts, {}) as in_training:
+            step = partial(_step, state, in_training, batch)
             step_seconds[name], _ = _measure(step, seconds / 2, device)
+            if state.discriminator:
+                state.total = None
+                before, _ = _measure(step, seconds / 2, device)
+                step_seconds[name] = mean_seconds(config, before, step_seconds[name])
         del state, loss_fn, batch, threads, in_training, step
     encoding, encoded = _encoding(models, pictures, device, seconds / 10)
     if config.task == "inpainting":  # what is seen of a picture is encoded in each step
@@ -108,6 +127,11 @@ def rehearse(config: Config, pictures: int, device: str = "cpu", seconds: float 
     memory += others * (max(states) + max(peaks))
     steps = {name: _steps(getattr(config, name), step_seconds[name]) for name in step_seconds}
     return Rehearsal(step_seconds, steps, encoding, int(memory), held, free)
+
+
+def mean_seconds(config: Config, before: float, after: float) -> float:
+    """Of a step of stage 1, from those before and after its discriminator has begun."""
+    return config.adversarial_start * before + (1 - config.adversarial_start) * after
 
 
 def _some_tokenizer(config):
@@ -128,7 +152,8 @@ def _autoencoder(models, rng, device):
     pictures = _normal(rng, n, *config.sides, config.picture_channels)
     batch = pictures, _normal(rng, n, *config.latent_shape)
     batch = batch[:1] if config.first_stage == "vq" else batch
-    return _work(models, models.vae.init(rng), models.first_stage_loss(), batch, device)
+    params = models.vae.init(rng), new_discriminator(models)
+    return _work(models, params, models.first_stage_loss(), batch, device)
 
 
 def _denoiser(models, rng, device):
@@ -141,12 +166,13 @@ def _denoiser(models, rng, device):
     t = rng.integers(0, len(models.schedule), n)
     beside = channels_beside(config.task, c)
     seen = [to_device(_normal(rng, n, h, w, beside), device)] if beside else []
-    params = models.init_denoiser(rng)
+    params = models.init_denoiser(rng), {}
     return _work(models, params, denoiser_loss(models), (z, noise, ids), device, t, *seen)
 
 
 def _work(models, params, loss_fn, batch, device, *others):
-    state = State(models.config, "", to_device(params, device), models.tokenizer, "")
+    params, discriminator = (to_device(named, device) for named in params)
+    state = State(models.config, "", params, models.tokenizer, "", discriminator=discriminator)
     return state, loss_fn, (*(to_device(x, device) for x in batch), *others)
 
 

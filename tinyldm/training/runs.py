@@ -22,6 +22,7 @@ from tinyldm.training import codebook, snapshots
 from tinyldm.training.config import STAGES, Config
 from tinyldm.training.latents import all_gaussians, seen_beside
 from tinyldm.training.loop import fit
+from tinyldm.training.losses import Features
 from tinyldm.training.preparation import (
     Say,
     describe,
@@ -34,7 +35,7 @@ from tinyldm.training.preparation import (
 from tinyldm.training.presets import changed, with_length
 from tinyldm.training.rehearsal import rehearse
 from tinyldm.training.signals import Interruptible, Stopped
-from tinyldm.training.stages import Models, denoiser_loss
+from tinyldm.training.stages import Models, denoiser_loss, new_discriminator
 from tinyldm.training.state import State, load_state, save_state
 
 
@@ -44,10 +45,12 @@ def train(
     device: str = "cpu",
     overwrite: bool = False,
     say: Say = print,
+    features: Features | None = None,
 ) -> Pipeline:
     """Train a new run from nothing; → the finished Pipeline, which is saved in `run`.
 
-    overwrite: replace the run that is there. say: takes lines of progress.
+    overwrite: replace the run that is there. say: takes lines of progress. features: the network of
+    the perceptual loss, on the same device, where `config.perceptual` gives that a weight.
     Raises Stopped after a signal, Diverged, DataError, and FileExistsError rather than overwrite.
     """
     run = Path(run)
@@ -56,15 +59,18 @@ def train(
     training, held_out = split(data, config)
     describe(training, held_out, say)
     tokenizer, config = fit_tokenizer(config, data.captions, say)
-    rehearsal = rehearse(config, len(training), device)
+    rehearsal = rehearse(config, len(training), device, features)
     rehearsal.announce(say)
     if rehearsal.hopeless:
         raise ConfigError(f"{run}: not begun, for want of memory")
-    models = Models(config, tokenizer)
+    models = Models(config, tokenizer, features)
     params = to_device(models.vae.init(np.random.default_rng((config.seed, 0))), device)
     fingerprint = data.fingerprint()
     if params:
-        state = State(config, STAGES[0], params, tokenizer, fingerprint)
+        discriminator = to_device(new_discriminator(models), device)
+        state = State(
+            config, STAGES[0], params, tokenizer, fingerprint, discriminator=discriminator
+        )
     else:  # nothing of the first stage is learnt
         state = second_stage(config, models, params, training, fingerprint, 0, device, say)
     if overwrite:
@@ -83,12 +89,14 @@ def resume(
     device: str = "cpu",
     minutes: float | None = None,
     say: Say = print,
+    features: Features | None = None,
     **settings: object,
 ) -> Pipeline:
     """Go on with a run as if it had never stopped; → the finished Pipeline.
 
     minutes: train this long from now on, instead of what was left. settings: others that may change
-    (see `presets.changed`). DataError if the pictures or captions are no longer the same.
+    (see `presets.changed`). features: the network that the run began with, if it had one.
+    DataError if the pictures or captions are no longer the same.
     """
     run = Path(run)
     state = load_state(run, device)
@@ -102,7 +110,7 @@ def resume(
             f"{state.config.data}: the {len(data):,} pictures and captions are no longer those "
             f"that {run} was begun with; bring them back, or begin a new run"
         )
-    models = Models(state.config, state.tokenizer)
+    models = Models(state.config, state.tokenizer, features)
     training, held_out = split(data, state.config)
     say(f"going on with {state.stage}, step {state.step}")
     return Run(run, state, models, training, held_out, device, say).finish()

@@ -1,33 +1,56 @@
 """What is trained: the networks of a run, the loss of each stage, one step of the optimizer."""
 
-import math
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
+import numpy as np
 from numpy.random import Generator
 
 from tinyldm.backend import Array, array_module
 from tinyldm.checkpoints import make
+from tinyldm.config import ConfigError
 from tinyldm.diffusion.objective import WEIGHTINGS, diffusion_loss
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.models import AutoencoderKL, ClassNames, Tokenizer, VQModel
-from tinyldm.models.autoencoder import kl_loss, sample_gaussian, split_moments
-from tinyldm.nn import functional as F
+from tinyldm.models.autoencoder import split_moments
+from tinyldm.models.discriminator import PatchDiscriminator
 from tinyldm.nn import no_grad
 from tinyldm.nn.protocol import Params
 from tinyldm.pixels import from_uint8, in_channels
 from tinyldm.training.config import STAGES, Config
+from tinyldm.training.losses import (
+    OF_ADVERSARIAL,
+    OF_ERROR,
+    Adversarial,
+    Features,
+    autoencoder_loss,
+    discriminator_loss,
+    squared_error,
+    vq_loss,
+    with_discriminator,
+    with_perception,
+)
 from tinyldm.training.optim import adamw, clip_factor, global_norm
-from tinyldm.training.parallel import Gradient
+from tinyldm.training.parallel import Gradient, accumulated, gradients
 from tinyldm.training.state import State
 
 MAX_NORM = 1.0  # of the gradient
+MAX_WEIGHT = 1e4  # of the discriminator
 
 
 class Models:
-    """The networks of a run, without parameters."""
+    """The networks of a run, without parameters.
 
-    def __init__(self, config: Config, tokenizer: Tokenizer | ClassNames):
-        self.config, self.tokenizer = config, tokenizer
+    features: the network of a perceptual loss, for a config that has one.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer | ClassNames,
+        features: Features | None = None,
+    ):
+        self.config, self.tokenizer, self.features = config, tokenizer, features
         configs = config.configs(tokenizer)
         self.schedule = Schedule(configs.pop("scheduler"))
         networks = {name: make(name, of_network) for name, of_network in configs.items()}
@@ -36,6 +59,10 @@ class Models:
         if config.checkpointing:
             for network in (self.unet, self.vae) if self.vae.shapes() else (self.unet,):
                 network.recompute()
+        self.discriminator = None
+        if config.adversarial:
+            sizes = config.picture_channels, config.vae_widths[0], config.groups
+            self.discriminator = PatchDiscriminator("discriminator", *sizes)
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -50,11 +77,34 @@ class Models:
         """uint8 (n, h, w, 3) → what the first stage takes: float32 in −1…1, grey if it is."""
         return in_channels(from_uint8(images), self.config.picture_channels)
 
-    def first_stage_loss(self) -> Callable:
-        """Of a batch of pictures and, for a KL autoencoder, of noise like their latents."""
-        if isinstance(self.vae, VQModel):
-            return vq_loss(self.vae)
-        return autoencoder_loss(self.vae, self.config.kl_weight)
+    def first_stage_loss(self) -> Callable | Adversarial:
+        """Of a batch of pictures and, for a KL autoencoder, of noise like their latents.
+
+        Raises ConfigError for a perceptual weight without a network, or a network without one.
+        """
+        config, vae, criterion = self.config, self.vae, squared_error
+        if bool(config.perceptual) != bool(self.features):
+            found = "none" if self.features is None else "one, and a weight of 0"
+            raise ConfigError(
+                f"perceptual: expected a weight in the config and a network of features (train and "
+                f"resume take it as features=…), found a weight of {config.perceptual:g} and "
+                f"{found}"
+            )
+        if self.features:
+            criterion = with_perception(criterion, self.features, config.perceptual)
+
+        def loss(criterion):
+            if isinstance(vae, VQModel):
+                return vq_loss(vae, criterion)
+            return autoencoder_loss(vae, config.kl_weight, criterion)
+
+        if self.discriminator is None:
+            return loss(criterion)
+        return Adversarial(
+            plain=loss(criterion),
+            generator=loss(with_discriminator(criterion, self.discriminator)),
+            discriminator=discriminator_loss(vae, criterion, self.discriminator),
+        )
 
     def gaussians(self, params: Params, images: Array) -> tuple[Array, Array | None]:
         """Mean and standard deviation of the latents of pictures in −1…1, at their own scale.
@@ -66,45 +116,6 @@ class Models:
                 return self.vae.to_latents(params, images)[0], None
             mean, logvar, _ = split_moments(self.vae.encode(params, images)[0])
             return mean, array_module(mean).exp(0.5 * logvar)
-
-
-def autoencoder_loss(vae: AutoencoderKL, kl_weight: float) -> Callable:
-    """Mean squared error of the reconstruction + kl_weight · mean KL of a latent number."""
-
-    def loss_fn(params, images, noise):
-        moments, encode_back = vae.encode(params, images)
-        z, sample_back = sample_gaussian(moments, noise)
-        reconstruction, decode_back = vae.decode(params, z)
-        error, error_back = F.mse(reconstruction, images)
-        kl, kl_back = kl_loss(moments)
-        weight = kl_weight / math.prod(z.shape[1:])
-
-        def backward(grads):
-            dimages, _ = error_back()
-            dmoments = sample_back(decode_back(dimages, grads)) + kl_back(weight)
-            encode_back(dmoments, grads)
-
-        return error + weight * kl, backward
-
-    return loss_fn
-
-
-def vq_loss(vae: VQModel) -> Callable:
-    """Mean squared error of the reconstruction + codebook and commitment loss."""
-
-    def loss_fn(params, images):
-        z, encode_back = vae.encode(params, images)
-        codebook, codebook_back = vae.quantize.loss(params, z)
-        reconstruction, decode_back = vae.decode(params, z)
-        error, error_back = F.mse(reconstruction, images)
-
-        def backward(grads):
-            dimages, _ = error_back()
-            encode_back(decode_back(dimages, grads) + codebook_back(1.0, grads), grads)
-
-        return error + codebook, backward
-
-    return loss_fn
 
 
 def denoiser_loss(models: Models) -> Callable:
@@ -138,17 +149,90 @@ def denoiser_loss(models: Models) -> Callable:
     return loss_fn
 
 
+def new_discriminator(models: Models) -> Params:
+    """Fresh parameters of the discriminator, on the host; none where there is none."""
+    if models.discriminator is None:
+        return {}
+    return models.discriminator.init(np.random.default_rng((models.config.seed, 7)))
+
+
+@contextlib.contextmanager
+def stage_gradient(
+    loss_fn: Callable | Adversarial,
+    state: State,
+    parts: int,
+    numbers: dict[str, Array],
+    processes: int | None = None,
+) -> Iterator[Gradient]:
+    """The gradient of a stage's loss for many steps: yields batch → (loss, gradients).
+
+    parts: of a batch, one after the other. numbers: is given what else is known of a step, for its
+    log. processes: see `parallel.gradient`.
+    """
+    losses = [loss_fn]
+    if isinstance(loss_fn, Adversarial):
+        losses = [loss_fn.plain, loss_fn.generator, loss_fn.discriminator]
+    with gradients(losses, state.params, state.discriminator, processes) as at_once:
+        first, *others = (accumulated(gradient_of, parts) for gradient_of in at_once)
+        yield _alternating(state, numbers, first, *others) if others else first
+
+
+def _alternating(state, numbers, plain, generator, discriminator):
+    """The autoencoder's gradient with the discriminator frozen, and the other way round.
+
+    Both are taken before either network moves, so the reconstructions that are judged are those
+    that were to deceive. The discriminator's gradient is clipped here, on its own.
+    """
+
+    def gradient_of(batch):
+        if not discriminates(state):
+            return plain(batch)
+        judged, grads = discriminator(batch)
+        weight = adaptive_weight(grads.pop(OF_ERROR), grads.pop(OF_ADVERSARIAL))
+        norm = global_norm(grads)
+        factor = clip_factor(norm, MAX_NORM)
+        xp = array_module(weight)
+        weights = xp.ones(len(batch[0]), weight.dtype) * (state.config.adversarial * weight)
+        loss, of_autoencoder = generator((*batch, weights))
+        numbers.update(discriminator=judged, discriminator_norm=norm, adaptive_weight=weight)
+        return loss, of_autoencoder | {name: factor * dw for name, dw in grads.items()}
+
+    return gradient_of
+
+
+def discriminates(state: State) -> bool:
+    """Whether the discriminator counts in this step; never before the stage's length is known."""
+    return state.total is not None and state.step >= state.config.adversarial_start * state.total
+
+
+def adaptive_weight(of_error: Array, of_adversarial: Array) -> Array:
+    """|∇ error| / (|∇ adversarial| + 1e-4), at most 1e4: both pull equally at the last kernel.
+
+    The gradients are those of the decoder's last kernel (Esser et al. 2021, eq. 7; Rombach et al.
+    2022, appendix G). A constant to the loss: nothing is differentiated through it.
+    """
+    ratio = global_norm({"": of_error}) / (global_norm({"": of_adversarial}) + 1e-4)
+    return array_module(ratio).minimum(ratio, MAX_WEIGHT)
+
+
 def train_step(
     state: State, gradient: Gradient, batch: tuple[Array, ...], rate: float, ema: float
 ) -> tuple[Array, Array]:
     """One step of the optimizer on one batch → loss and norm of the gradient, on the device.
 
-    gradient: `gradient(batch) → (loss, gradients)` at the state's parameters.
+    gradient: `gradient(batch) → (loss, gradients)` at the state's parameters. Where it has those of
+    a discriminator too, that makes a step of its own optimizer.
     """
     loss, grads = gradient(batch)
+    of_discriminator = {n: grads.pop(n) for n in state.discriminator if n in grads}
     norm = global_norm(grads)
     adamw(
         state.params, grads, state.moments, state.average, state.step, rate,
         scale=clip_factor(norm, MAX_NORM), ema=ema,
     )  # fmt: skip
+    if of_discriminator:
+        adamw(  # its average would be of no use: it stays the same as the parameters
+            state.discriminator, of_discriminator, state.discriminator_moments,
+            state.discriminator, state.step, rate,
+        )  # fmt: skip
     return loss, norm

@@ -16,10 +16,16 @@ from tinyldm.models.weights import WeightsError, load_metadata, load_weights, sa
 from tinyldm.training.config import STAGES, Config
 from tinyldm.training.optim import Flat, adam_state
 
+GROUPS = ("params", "m", "v", "average", "first_stage")  # of the arrays in a file
+GROUPS += ("discriminator", "discriminator_m", "discriminator_v")  # where there is one
+
 
 @dataclass
 class State:
-    """Where a run stands. `params` are what the present stage trains; `first_stage` is finished."""
+    """Where a run stands. `params` are what the present stage trains; `first_stage` is finished.
+
+    `discriminator` is trained beside them, where stage 1 has one.
+    """
 
     config: Config
     stage: str
@@ -29,6 +35,8 @@ class State:
     moments: dict = None  # of Adam
     average: dict = None  # moving average of params
     first_stage: dict = field(default_factory=dict)
+    discriminator: dict = field(default_factory=dict)
+    discriminator_moments: dict = field(default_factory=dict)
     step: int = 0  # done in this stage
     total: int | None = None  # steps of this stage, once it is known
     done_before: int = 0  # steps of the stages before
@@ -37,16 +45,24 @@ class State:
     def __post_init__(self):
         self.params = Flat(self.params, shared=True)
         self.average = Flat(self.average or self.params)
-        self.moments = (
-            {moment: Flat(named) for moment, named in self.moments.items()}
-            if self.moments
-            else adam_state(self.params)
-        )
+        self.moments = _moments(self.params, self.moments)
+        if self.discriminator:
+            self.discriminator = Flat(self.discriminator, shared=True)
+            self.discriminator_moments = _moments(self.discriminator, self.discriminator_moments)
+        else:
+            self.discriminator_moments = {}
 
     @property
     def finished(self) -> bool:
         """Whether the last stage has made all its steps."""
         return self.stage == STAGES[-1] and self.step == self.total
+
+
+def _moments(params, found):
+    """Those that were found, or those of the start."""
+    if not found:
+        return adam_state(params)
+    return {moment: Flat(named) for moment, named in found.items()}
 
 
 def save_state(run: str | Path, state: State) -> Path:
@@ -58,7 +74,9 @@ def save_state(run: str | Path, state: State) -> Path:
         "v": state.moments["v"],
         "average": state.average,
         "first_stage": state.first_stage,
+        "discriminator": state.discriminator,
     }
+    groups |= {f"discriminator_{m}": named for m, named in state.discriminator_moments.items()}
     arrays = {
         f"{group}/{name}": to_device(array, "cpu")
         for group, named in groups.items()
@@ -122,7 +140,7 @@ def load_state(run: str | Path, device: str = "cpu") -> State:
     """The newest state of a run. FileNotFoundError if it has none, WeightsError if damaged."""
     notes = load_notes(run)
     file = _newest(run)
-    groups = {"params": {}, "m": {}, "v": {}, "average": {}, "first_stage": {}}
+    groups = {name: {} for name in GROUPS}
     try:
         for path, array in load_weights(file).items():
             group, name = path.split("/", 1)
@@ -132,6 +150,8 @@ def load_state(run: str | Path, device: str = "cpu") -> State:
             moments={"m": groups["m"], "v": groups["v"]},
             average=groups["average"],
             first_stage=groups["first_stage"],
+            discriminator=groups["discriminator"],
+            discriminator_moments={m: groups[f"discriminator_{m}"] for m in ("m", "v")},
             **notes,
         )
     except WeightsError as error:

@@ -1,0 +1,211 @@
+"""What the first stage learns from (Rombach et al. 2022, section 3.1 and appendix G).
+
+A loss is `loss_fn(params, *batch) → (loss, backward(grads))`. Within it, a criterion says how far
+reconstructions (n, h, w, 3) are from their pictures, as a layer does: `criterion(params,
+reconstruction, images) → (error, backward(grads) → dreconstruction)`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tinyldm.backend import Array
+from tinyldm.models import AutoencoderKL, VQModel
+from tinyldm.models.autoencoder import kl_loss, sample_gaussian
+from tinyldm.models.discriminator import PatchDiscriminator
+from tinyldm.nn import Grads, no_grad
+from tinyldm.nn import functional as F
+from tinyldm.nn.norms import unit_norm
+from tinyldm.nn.protocol import Backward, Params, add_grad
+
+# images (n, h, w, 3) → a list of maps (n, h', w', c), and backward(their gradients) → dimages
+Features = Callable[[Array], tuple[list[Array], Backward]]
+
+
+def squared_error(
+    params: Params, reconstruction: Array, images: Array
+) -> tuple[Array, Callable[[Params], Array]]:
+    """The criterion of every first stage: the mean squared error."""
+    error, error_back = F.mse(reconstruction, images)
+
+    def backward(grads):
+        dreconstruction, _ = error_back()
+        return dreconstruction
+
+    return error, backward
+
+
+def autoencoder_loss(
+    vae: AutoencoderKL, kl_weight: float, criterion: Callable = squared_error
+) -> Callable:
+    """Error of the reconstruction + kl_weight · mean KL of a latent number.
+
+    What a batch has beside pictures and noise is for the criterion.
+    """
+
+    def loss_fn(params, images, noise, *more):
+        moments, encode_back = vae.encode(params, images)
+        z, sample_back = sample_gaussian(moments, noise)
+        reconstruction, decode_back = vae.decode(params, z)
+        error, error_back = criterion(params, reconstruction, images, *more)
+        kl, kl_back = kl_loss(moments)
+        weight = kl_weight / math.prod(z.shape[1:])
+
+        def backward(grads):
+            dimages = error_back(grads)
+            dmoments = sample_back(decode_back(dimages, grads)) + kl_back(weight)
+            encode_back(dmoments, grads)
+
+        return error + weight * kl, backward
+
+    return loss_fn
+
+
+def vq_loss(vae: VQModel, criterion: Callable = squared_error) -> Callable:
+    """Error of the reconstruction + codebook and commitment loss.
+
+    What a batch has beside pictures is for the criterion.
+    """
+
+    def loss_fn(params, images, *more):
+        z, encode_back = vae.encode(params, images)
+        codebook, codebook_back = vae.quantize.loss(params, z)
+        reconstruction, decode_back = vae.decode(params, z)
+        error, error_back = criterion(params, reconstruction, images, *more)
+
+        def backward(grads):
+            dimages = error_back(grads)
+            encode_back(decode_back(dimages, grads) + codebook_back(1.0, grads), grads)
+
+        return error + codebook, backward
+
+    return loss_fn
+
+
+# -------------------------------------------------------------------------------------- perceptual
+
+
+def perceptual_loss(features: Features) -> Callable[[Array, Array], tuple[Array, Backward]]:
+    """How far apart pictures are to a network: `distance(reconstruction, images)`.
+
+    Its maps, each position's channels brought to length 1, are compared by squared difference:
+    summed over channels, mean over positions and pictures, summed over maps. That is LPIPS (Zhang
+    et al. 2018, eq. 1) without the weights learnt for each channel. backward(dloss = 1) gives the
+    gradient of the reconstruction alone.
+    """
+
+    def distance(reconstruction, images):
+        with no_grad():
+            wanted = [unit_norm(h)[0] for h in features(images)[0]]
+        maps, features_back = features(reconstruction)
+        loss, backs = 0.0, []
+        for h, target in zip(maps, wanted, strict=True):
+            direction, norm_back = unit_norm(h)
+            error, error_back = F.mse(direction, target)
+            loss = loss + h.shape[-1] * error
+            backs.append((h.shape[-1], error_back, norm_back))
+
+        def backward(dloss=1.0):
+            return features_back(
+                [norm_back(error_back(c * dloss)[0]) for c, error_back, norm_back in backs]
+            )
+
+        return loss, backward
+
+    return distance
+
+
+def with_perception(criterion: Callable, features: Features, weight: float) -> Callable:
+    """The criterion + weight · perceptual loss."""
+    distance = perceptual_loss(features)
+
+    def both(params, reconstruction, images):
+        error, error_back = criterion(params, reconstruction, images)
+        perceived, perceived_back = distance(reconstruction, images)
+
+        def backward(grads):
+            return error_back(grads) + perceived_back(weight)
+
+        return error + weight * perceived, backward
+
+    return both
+
+
+# ------------------------------------------------------------------------------------- adversarial
+
+# Names of gradients of the decoder's last kernel, by which the adaptive weight is found.
+OF_ERROR, OF_ADVERSARIAL = "last kernel: of the error", "last kernel: of the adversarial part"
+
+
+@dataclass(frozen=True)
+class Adversarial:
+    """The losses of a first stage with a discriminator, whose parameters are in the same dict."""
+
+    plain: Callable  # of the autoencoder, until the discriminator has begun
+    generator: Callable  # of the autoencoder, the discriminator frozen; see `with_discriminator`
+    discriminator: Callable  # its own, the autoencoder frozen; see `discriminator_loss`
+
+
+def with_discriminator(criterion: Callable, discriminator: PatchDiscriminator) -> Callable:
+    """The criterion − weight · mean logit of the reconstructions: they are to look real.
+
+    The criterion takes the weight (n,), equal for all of a batch, after the pictures. The
+    discriminator gets no gradient.
+    """
+
+    def both(params, reconstruction, images, weight):
+        error, error_back = criterion(params, reconstruction, images)
+        logits, logits_back = discriminator(params, reconstruction)
+        adversarial, adversarial_back = F.weighted_mean(logits, -weight)
+
+        def backward(grads):
+            return error_back(grads) + logits_back(adversarial_back(), None)
+
+        return error + adversarial, backward
+
+    return both
+
+
+def discriminator_loss(
+    vae: AutoencoderKL | VQModel, criterion: Callable, discriminator: PatchDiscriminator
+) -> Callable:
+    """The discriminator's hinge loss on pictures and their reconstructions.
+
+    The reconstructions pass no gradient on to the autoencoder. Beside its parameters' gradients,
+    backward(grads) gives those by which the autoencoder's next step is weighed: of the decoder's
+    last kernel, of the criterion (OF_ERROR) and of −mean logit (OF_ADVERSARIAL). Both are means
+    over the batch, like all gradients, and so the same however the batch is split.
+    """
+    last = vae.decoder.conv_out
+
+    def loss_fn(params, images, *noise):
+        with no_grad():
+            z, _ = vae.encode(params, images)
+            if noise:
+                z, _ = sample_gaussian(z, *noise)
+            features, _ = vae.decode_features(params, z)
+        reconstruction, error_last_back = last(params, features)
+        _, adversarial_last_back = last(params, features)
+        _, error_back = criterion(params, reconstruction, images)
+        logits, logits_back = discriminator(params, reconstruction)
+        _, adversarial_back = F.weighted_mean(logits, -1.0)
+        real, real_back = discriminator(params, images)
+        fake, fake_back = discriminator(params, reconstruction)
+        loss, hinge_back = F.hinge(real, fake)
+
+        def of_last(last_back, dreconstruction):
+            grads = Grads([last.weight])
+            last_back(dreconstruction, grads)
+            return grads[last.weight]
+
+        def backward(grads):
+            dadversarial = logits_back(adversarial_back(), None)
+            add_grad(grads, OF_ERROR, of_last(error_last_back, error_back(None)))
+            add_grad(grads, OF_ADVERSARIAL, of_last(adversarial_last_back, dadversarial))
+            dreal, dfake = hinge_back()
+            real_back(dreal, grads)
+            fake_back(dfake, grads)
+
+        return loss, backward
+
+    return loss_fn
