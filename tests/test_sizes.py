@@ -99,3 +99,16 @@ def test_sizes_in_a_config():
 def test_memory_and_time_of_a_run_that_is_not_square():
     config = dataclasses.replace(CONFIG, side=(8, 32), data="folder", grey=True)
     assert rehearse(config, 10, seconds=0).seconds > 0
+
+
+@pytest.mark.parametrize("first_stage", ["kl", "vq"])
+def test_sixteen_pixels_a_side_for_each_latent(first_stage, tmp_path, monkeypatch):
+    without_pictures(monkeypatch)
+    widths, channels = (4, 4, 8, 8, 8), 6
+    config = dataclasses.replace(
+        CONFIG, side=32, vae_widths=widths, latent_channels=channels, first_stage=first_stage
+    )
+    pipeline = runs.train(tmp_path / "run", config, say=silent)
+    assert pipeline.vae.factor == config.factor == 16 and config.latent_shape == (2, 2, 6)
+    (picture,) = pipeline("a large red circle on blue at the left")
+    assert picture.size == (32, 32)
