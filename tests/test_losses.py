@@ -343,6 +343,8 @@ def test_seconds_count_both_kinds_of_steps(monkeypatch):
 
 @pytest.mark.parametrize("change", [{"first_stage": "none"}, {"side": 8}])
 def test_where_there_can_be_no_discriminator(change):
+    with pytest.raises(ConfigError, match="adversarial_start: expected 0…1, found 2"):
+        Config(adversarial=0.5, adversarial_start=2)
     with pytest.raises(ConfigError, match="adversarial: expected an autoencoder .* 16 pixels"):
         dataclasses.replace(ADVERSARIAL, **change)
 

@@ -100,6 +100,8 @@ class Config:
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}: {unknown(getattr(self, name), known)}")
         Schedule(self.scheduler_config())  # raises where the prediction does not go with it
+        if not 0 <= self.adversarial_start <= 1:
+            raise ConfigError(f"adversarial_start: expected 0…1, found {self.adversarial_start}")
         least = min(self.sides)
         if self.adversarial and (self.first_stage == "none" or least < DISCRIMINATED):
             raise ConfigError(
