@@ -23,6 +23,7 @@ from tinyldm.nn import no_grad
 from tinyldm.nn.activations import silu
 from tinyldm.nn.conv import conv2d
 from tinyldm.training import loop, losses, overfit, parallel, presets, rehearsal, runs, stages
+from tinyldm.training.config import Config
 from tinyldm.training.losses import (
     OF_ADVERSARIAL,
     OF_ERROR,
@@ -34,7 +35,6 @@ from tinyldm.training.losses import (
     with_discriminator,
     with_perception,
 )
-from tinyldm.training.presets import Config
 from tinyldm.training.signals import Stopped
 from tinyldm.training.state import State, load_state, state_files
 
