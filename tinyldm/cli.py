@@ -149,7 +149,7 @@ def parser() -> Parser:
         "--adversarial",
         type=_number(0, 1000),
         metavar="WEIGHT",
-        help="of a discriminator that sharpens the first stage in its second half (default: 0)",
+        help="of a discriminator in the second half of the first stage (default: 0, none)",
     )
     presets = "; ".join(f"{name}: {text}" for name, text in PRESETS.items())
     train.add_argument(
