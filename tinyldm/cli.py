@@ -242,7 +242,7 @@ def _add_training(command):
     text = "of a noise that is the same all over a channel (default: 0)"
     add("noise-offset", text, type=number(0, 1), metavar="X")
     choice(add, "decay", "of the learning rate")
-    text = "of a discriminator that sharpens the first stage in its second half (default: 0)"
+    text = "of a discriminator in the second half of stage 1 (default: 0)"
     add("adversarial", text, type=number(0, 1000), metavar="WEIGHT")
 
     add = group("time and memory")
