@@ -82,9 +82,24 @@ def test_gradients_of_the_loss_with_classes(kind):
     check(of_loss(denoiser_loss(models), z, noise, labels, t), (), params)
 
 
-def test_the_u_net_of_classes_attends_to_nothing():
+def test_the_u_net_of_classes_attends_to_itself():
     unet = UNet(CONFIGS["class-time"].unet_config(4))
-    assert not any("attentions" in name or "add_embedding" in name for name in unet.shapes())
+    shapes = unet.shapes()
+    assert not any("add_embedding" in name for name in shapes)
+    assert shapes["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"] == (8, 8)
+    params = unet.init(np.random.default_rng(0))
+    x, t, labels = np.zeros((2, 4, 4, 4), np.float32), np.array([1, 2]), np.array([0, 3])
+    y, _ = unet(params, x, t, None, labels)
+    assert y.shape == x.shape
+    with pytest.raises(ValueError, match="context was given, but each level attends to itself"):
+        unet(params, x, t, np.zeros((2, 1, 8), np.float32), labels)
+    with pytest.raises(ValueError, match="needs labels"):
+        unet(params, x, t)
+    config = CONFIGS["class-time"].unet_config(4)
+    with pytest.raises(ConfigError, match="cross_attention_dim = .* is not implemented"):
+        UNet(config | {"cross_attention_dim": [9]})
+    with pytest.raises(ConfigError, match="addition_embed_type needs one"):
+        UNet(config | {"addition_embed_type": "text"})
     token = UNet(CONFIGS["class-token"].unet_config(4))
     assert any("attn2" in name for name in token.shapes())
     assert not any("class_embedding" in name or "add_emb" in name for name in token.shapes())

@@ -89,11 +89,19 @@ class UNet(Layer):
         self.config = c = read_config("unet config", config, DEFAULTS, FIXED)
         widths = list(c.block_out_channels)
         levels = len(widths)
+        if isinstance(c.cross_attention_dim, (list, tuple)):
+            c.cross_attention_dim = list(c.cross_attention_dim)
+            if c.cross_attention_dim != widths:
+                raise ConfigError(
+                    f"unet config: cross_attention_dim = {c.cross_attention_dim} is not implemented, "
+                    f"only one number, or {widths}, the widths of levels that attend to themselves"
+                )
 
         def levelwise(key):
             return per_block("unet config", key, getattr(c, key), levels)
 
         heads, layers = levelwise("attention_head_dim"), levelwise("layers_per_block")
+        d_context = levelwise("cross_attention_dim")
         depths = levelwise("transformer_layers_per_block")
         down_types, up_types = levelwise("down_block_types"), levelwise("up_block_types")
         for key, kinds, known in (
@@ -104,7 +112,7 @@ class UNet(Layer):
             for kind in kinds:
                 read_config("unet config", {key: kind}, {}, {key: list(known)})
         for key, numbers in (
-            ("cross_attention_dim", [c.cross_attention_dim]),
+            ("cross_attention_dim", d_context),
             ("transformer_layers_per_block", depths),
         ):
             if not all(isinstance(number, int) for number in numbers):
@@ -119,7 +127,7 @@ class UNet(Layer):
 
         def transformer(name, i, level):
             return SpatialTransformer(
-                f"{name}.attentions.{i}", widths[level], heads[level], c.cross_attention_dim,
+                f"{name}.attentions.{i}", widths[level], heads[level], d_context[level],
                 c.norm_num_groups, depths[level], c.use_linear_projection,
             )  # fmt: skip
 
@@ -128,6 +136,8 @@ class UNet(Layer):
         self.class_embedding = (
             Embedding("class_embedding", c.num_class_embeds, d_time) if c.num_class_embeds else None
         )
+        if c.addition_embed_type and isinstance(c.cross_attention_dim, list):
+            raise ConfigError("unet config: addition_embed_type needs one cross_attention_dim")
         if c.addition_embed_type not in (None, "text"):
             raise ConfigError(
                 f"unet config: addition_embed_type = {c.addition_embed_type!r} is not implemented, "
@@ -188,7 +198,9 @@ class UNet(Layer):
         )  # fmt: skip
         stages = [s for block in [*self.down_blocks, *self.up_blocks] for s in block.stages]
         attends = any(s.attention for s in stages + self.mid_stages)
-        self.needs_context = attends or self.add_embedding is not None
+        # Without a context each position attends to the others once more, as in diffusers.
+        to_itself = c.cross_attention_dim == widths
+        self.needs_context = (attends and not to_itself) or self.add_embedding is not None
 
     def recompute(self) -> None:
         """From now on keep no activations inside a stage: less memory, one more forward pass."""
@@ -206,7 +218,8 @@ class UNet(Layer):
     ) -> tuple[Array, Backward]:
         """x (n, h, w, c) noisy latents, t (n,) time steps, context (n, l, d), labels (n,) classes.
 
-        Where many calls have the same context, it may be a FixedContext, under `no_grad`.
+        Where many calls have the same context, it may be a FixedContext, under `no_grad`. Where
+        cross_attention_dim lists the widths of the levels there is none: they attend to themselves.
         backward(dy, grads) → (dx, dcontext); dcontext is None without context. Raises ValueError
         for an input that is missing, superfluous or misshapen.
         """
@@ -282,6 +295,8 @@ class UNet(Layer):
         if self.needs_context and context is None:
             raise ValueError("unet: this model attends to text and needs context (n, l, d)")
         d = c.cross_attention_dim
+        if context is not None and isinstance(d, list):
+            raise ValueError("unet: context was given, but each level attends to itself")
         if context is not None and (context.ndim != 3 or context.shape[::2] != (n, d)):
             raise ValueError(f"unet: expected context ({n}, l, {d}), found {context.shape}")
         if (labels is None) == bool(self.class_embedding):

@@ -197,32 +197,34 @@ class Config:
         }
 
     def unet_config(self, classes: int | None = None) -> dict:
-        """diffusers' UNet2DConditionModel. Where classes come with the time, nothing attends."""
-        by_time = self.condition == "class-time"
-        attention = [attends and not by_time for attends in self.unet_attention]
-        if by_time:
-            condition = {"mid_block_type": "UNetMidBlock2D", "num_class_embeds": classes}
-        elif self.has_classes:
-            condition = {}
-        else:
-            heads = self.heads
-            condition = {"addition_embed_type": "text", "addition_embed_type_num_heads": heads}
+        """diffusers' UNet2DConditionModel.
+
+        Where a class comes with the time, there is no context: positions attend to one another.
+        """
+        condition = {"cross_attention_dim": self.text_width}
+        if self.condition == "class-time":
+            dims = list(self.unet_widths)
+            condition = {"cross_attention_dim": dims, "num_class_embeds": classes}
+        elif not self.has_classes:
+            text = {"addition_embed_type": "text", "addition_embed_type_num_heads": self.heads}
+            condition |= text
         h, w, _ = self.latent_shape
         return condition | {
             "sample_size": h if h == w else [h, w],
             "in_channels": self.channels + channels_beside(self.task, self.channels),
             "out_channels": self.channels,
             "down_block_types": [
-                "CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attention
+                "CrossAttnDownBlock2D" if attends else "DownBlock2D"
+                for attends in self.unet_attention
             ],
             "up_block_types": [
-                "CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in attention[::-1]
+                "CrossAttnUpBlock2D" if attends else "UpBlock2D"
+                for attends in reversed(self.unet_attention)
             ],
             "block_out_channels": list(self.unet_widths),
             "layers_per_block": self.unet_layers,
             "attention_head_dim": self.heads,
             "norm_num_groups": self.groups,
-            "cross_attention_dim": self.text_width,
         }
 
     def text_config(self, tokenizer: Tokenizer) -> dict:
