@@ -93,8 +93,9 @@ class UNet(Layer):
             c.cross_attention_dim = list(c.cross_attention_dim)
             if c.cross_attention_dim != widths:
                 raise ConfigError(
-                    f"unet config: cross_attention_dim = {c.cross_attention_dim} is not implemented, "
-                    f"only one number, or {widths}, the widths of levels that attend to themselves"
+                    f"unet config: cross_attention_dim = {c.cross_attention_dim} is not "
+                    f"implemented, only one number, or {widths}, with which levels attend to "
+                    "themselves"
                 )
 
         def levelwise(key):
