@@ -235,6 +235,10 @@ def kl_to_standard_normal(mean, logvar):
     return total / mean.shape[0]
 
 
+def cross_entropy(logits, labels):
+    return mean(-math.log(softmax(list(row))[k]) for row, k in zip(logits, labels, strict=True))
+
+
 def mean(values):
     values = list(values)
     return sum(values) / len(values)

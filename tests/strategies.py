@@ -203,6 +203,14 @@ def kl_calls(draw):
     return Call(F.kl_to_standard_normal, shapes, draw(seeds), batched=("mean", "logvar"))
 
 
+@st.composite
+def cross_entropy_calls(draw):
+    n, k, seed = draw(st.integers(1, 4)), draw(sizes), draw(seeds)
+    labels = np.random.default_rng(seed).integers(0, k, n)
+    shapes, batched = {"logits": (n, k)}, ("logits", "labels")
+    return Call(F.cross_entropy, shapes, seed, {"labels": labels}, batched)
+
+
 def leading_axes(most=3):
     """The axes before the last one, the batch first."""
     return st.lists(st.integers(1, 4), min_size=1, max_size=most).map(tuple)
@@ -235,6 +243,7 @@ LOSSES = {
     "mse": mse_calls(),
     "l1": l1_calls(),
     "kl_to_standard_normal": kl_calls(),
+    "cross_entropy": cross_entropy_calls(),
     "codebook_loss": codebook_loss_calls(),
 }
 FUNCTIONS = {

@@ -74,6 +74,11 @@ def losses(module):
     check(lambda x, target: module.mse(x, target, weight), [x, target])
 
 
+def cross_entropy(module):
+    labels = np.array([0, 2, 1, 2])
+    check(lambda logits: module.cross_entropy(logits, labels), arrays((4, 3)))
+
+
 def convolutions(module):
     for algorithm, kernel, stride, padding in [
         ("pointwise", 1, 1, 0),
@@ -298,6 +303,7 @@ CHECKS = {
     "mse": losses,
     "l1": function("l1", (3, 4), (3, 4)),
     "kl": function("kl_to_standard_normal", (3, 4), (3, 4)),
+    "cross_entropy": cross_entropy,
     "conv2d": convolutions,
     "winograd": winograd,
     "attention": attentions,
@@ -383,6 +389,9 @@ FAULTS = {
         ),
         ("l1: mean over the wrong size", "sign * (dloss / x.size)", "sign * (dloss / len(x))"),
         ("l1: dloss lost", "sign * (dloss / x.size)", "sign * (1 / x.size)"),
+        ("cross_entropy: the right class forgotten", "dlogits[right] -= 1", "pass"),
+        ("cross_entropy: denominator lost", "dlogits = powers / total", "dlogits = 1 * powers"),
+        ("cross_entropy: 1/n lost", "dlogits * (dloss / n)", "dlogits * dloss"),
         ("kl: 1/n lost", "return mean * (dloss / n)", "return mean * dloss"),
         ("kl: term lost", "(variance - 1) * (0.5", "variance * (0.5"),
     ],

@@ -203,5 +203,31 @@ def kl_to_standard_normal(mean: Array, logvar: Array) -> tuple[Array, Backward]:
     return 0.5 * (mean * mean + variance - 1 - logvar).sum() / n, backward
 
 
+@differentiable
+def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Backward]:
+    """Mean of −log softmax(logits)[label], for logits (n, k) and whole numbers labels (n,).
+
+    Its backward pass returns dlogits alone. Raises ValueError for a label outside 0…k − 1, on the
+    CPU only.
+    """
+    xp = array_module(logits)
+    n, k = logits.shape
+    if on_host(labels) and labels.size and not 0 <= labels.min() <= labels.max() < k:
+        raise ValueError(
+            f"cross_entropy: expected labels 0…{k - 1}, found {labels.min()}…{labels.max()}"
+        )
+    right = xp.arange(n), labels
+    shifted = logits - logits.real.max(axis=1, keepdims=True)  # so that no exponential overflows
+    powers = xp.exp(shifted)
+    total = powers.sum(axis=1, keepdims=True)
+
+    def backward(dloss=1.0):
+        dlogits = powers / total
+        dlogits[right] -= 1
+        return dlogits * (dloss / n)
+
+    return (xp.log(total[:, 0]) - shifted[right]).mean(), backward
+
+
 def _per_sample(weight, x):
     return weight.reshape(-1, *[1] * (x.ndim - 1))
