@@ -117,6 +117,14 @@ def upsample_nearest(x, size=None):
     return y
 
 
+def spatial_mean(x):
+    n, h, w, c = x.shape
+    y = np.zeros((n, c))
+    for sample, row, column, k in np.ndindex(x.shape):
+        y[sample, k] += x[sample, row, column, k] / (h * w)
+    return y
+
+
 # -------------------------------------------------------------------------------------- activations
 
 

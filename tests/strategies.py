@@ -137,6 +137,12 @@ def upsample_calls(draw):
 
 
 @st.composite
+def spatial_mean_calls(draw):
+    x = draw(batches), draw(sizes), draw(sizes), draw(sizes)
+    return Call(F.spatial_mean, {"x": x}, draw(seeds))
+
+
+@st.composite
 def concatenate_calls(draw):
     x = (*draw(leading_axes(most=3)), draw(sizes))
     axis = draw(st.integers(1 - len(x), len(x) - 1).filter(lambda axis: axis != 0))
@@ -257,6 +263,7 @@ FUNCTIONS = {
     "offset": offset_calls(),
     "layer_norm": layer_norm_calls(),
     "upsample_nearest": upsample_calls(),
+    "spatial_mean": spatial_mean_calls(),
     "concatenate": concatenate_calls(),
     "conv2d": conv_calls(),
     "attention": attention_calls(),

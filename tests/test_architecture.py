@@ -19,7 +19,7 @@ ORDER = """
     nn.winograd nn.conv nn.attention nn.layers nn.gradcheck
     models.weights models.tokenizer models.tiles
     models.context models.blocks models.levels models.unet models.coders models.autoencoder
-    models.vq models.identity models.text_encoder
+    models.vq models.identity models.text_encoder models.classifier
     models models.original
     diffusion diffusion.schedule diffusion.objective diffusion.noise diffusion.solvers
     diffusion.samplers

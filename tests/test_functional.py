@@ -64,6 +64,7 @@ NATURAL = [
     Call(layer_norm, {"x": (2, 256, 64), "w": (64,), "b": (64,)}, 8, {"eps": 1e-5}),
     Call(F.upsample_nearest, {"x": (2, 8, 8, 64)}, 9, {"size": (15, 16)}),
     Call(F.concatenate, {"x": (2, 8, 8, 64), "y": (2, 8, 8, 32)}, 10),
+    Call(F.spatial_mean, {"x": (2, 8, 8, 64)}, 20),
     Call(F.mse, {"x": (2, 16, 16, 4), "target": (2, 16, 16, 4)}, 11),
     Call(F.l1, {"x": (2, 16, 16, 4), "target": (2, 16, 16, 4)}, 12),
     Call(F.kl_to_standard_normal, {"mean": (2, 16, 16, 4), "logvar": (2, 16, 16, 4)}, 13),

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from gradients import check
+from gradients import check, joined
 from strategies import random_array, random_params
 
 from tinyldm.models import AutoencoderKL
@@ -257,6 +257,9 @@ def text_encoder(module):
     check(model, np.array([[1, 3, 1], [0, 5, 2]]), random_params(model))
 
 
+CLASSIFIER = {"widths": [4, 4], "norm_num_groups": 2, "classes": {"a": "xy", "b": "xyz"}}
+
+
 def used(layer, *parts):
     return {name: w for name, w in random_params(layer).items() if name.startswith(parts)}
 
@@ -265,6 +268,14 @@ def coders(module):
     auto = module.Autoencoder(AutoencoderKL(VAE).config, 2, 2, 2)
     check(auto.encode, arrays((1, 4, 4, 3)), used(auto, "encoder.", "quant_conv."))
     check(auto.decode, arrays((1, 2, 2, 2)), used(auto, "decoder.", "post_quant_conv."))
+
+
+def classifier(module):
+    """With the features of two levels, of which one is used for the logits, too."""
+    model = module.Classifier(CLASSIFIER)
+    check(joined(model), arrays((2, 6, 5, 3)), random_params(model))
+    params = used(model, "conv_in.", "blocks.")
+    check(joined(model.features), arrays((2, 6, 5, 3)), params)
 
 
 def vq(module):
@@ -299,6 +310,7 @@ CHECKS = {
     "offset": function("offset", (2, 3, 3), (4, 3)),
     "layer_norm": function("layer_norm", (6, 5), (5,), (5,), eps=1e-2),
     "upsample": function("upsample_nearest", (2, 2, 3, 2), size=(3, 5)),
+    "spatial_mean": function("spatial_mean", (2, 3, 4, 2)),
     "concatenate": function("concatenate", (2, 3), (2, 3)),
     "mse": losses,
     "l1": function("l1", (3, 4), (3, 4)),
@@ -332,6 +344,7 @@ CHECKS = {
     "gaussians": gaussians,
     "text encoder": text_encoder,
     "coders": coders,
+    "classifier": classifier,
     "vq": vq,
     "codebook_loss": codebook_loss,
     "straight_through": straight_through,
@@ -378,6 +391,7 @@ FAULTS = {
             "whole[:, :out_h, :out_w] = dy",
             "whole[:, -out_h:, -out_w:] = dy",
         ),
+        ("spatial_mean: a sum", "(1 / (shape[1] * shape[2]))", "1"),
         ("concatenate: swapped", "dx, dy = xp.split", "dy, dx = xp.split"),
         ("mse: factor", "(dloss * (2 / x.size))", "(dloss * (1 / x.size))"),
         ("mse: mean over the wrong size", "(dloss * (2 / x.size))", "(dloss * (2 / len(x)))"),
@@ -642,6 +656,19 @@ FAULTS = {
             "return quant_back(dz, grads) if self.post_quant else dz",
             "return dz",
         ),
+    ],
+    "tinyldm.models.classifier": [
+        (
+            "classifier: of the last attribute only",
+            "dpooled = plus(dpooled, head_back(dy, grads))",
+            "dpooled = head_back(dy, grads)",
+        ),
+        (
+            "classifier: of the coarsest level only",
+            "dh = plus(dh, dy)",
+            "dh = dy if dh is None else dh",
+        ),
+        ("classifier: block forgotten", "dh = resnet_back(dh, grads)", "pass"),
     ],
     "tinyldm.models.vq": [
         ("vq: scale lost", "encode_back(dlatents * scale, grads)", "encode_back(dlatents, grads)"),

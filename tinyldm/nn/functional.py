@@ -116,6 +116,19 @@ def upsample_nearest(x: Array, size: tuple[int, int] | None = None) -> tuple[Arr
 
 
 @differentiable
+def spatial_mean(x: Array) -> tuple[Array, Backward]:
+    """The mean over all positions: x (n, h, w, c) → (n, c)."""
+    shape = x.shape
+
+    def backward(dy):
+        dx = array_module(dy).empty(shape, dy.dtype)
+        dx[...] = dy[:, None, None, :] * (1 / (shape[1] * shape[2]))
+        return dx
+
+    return x.mean(axis=(1, 2)), backward
+
+
+@differentiable
 def concatenate(x: Array, y: Array, axis: int = -1) -> tuple[Array, Backward]:
     """Join two arrays along `axis`, as the U-Net joins a skip to its features."""
     xp = array_module(x)
