@@ -30,7 +30,7 @@ ORDER = """
     evaluation.pictures
     training training.optim training.parallel training.presets training.signals training.state
     training.stages training.codebook training.rehearsal training.snapshots
-    training.preparation training.loop training.runs training.overfit
+    training.preparation training.classifier training.loop training.runs training.overfit
     experiments experiments.latent_vs_pixel
     painting commands doctor cli __main__
 """.split()

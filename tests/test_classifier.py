@@ -48,19 +48,26 @@ def test_features_that_no_gradient_comes_from():
     check(middle, x, {name: p for name, p in params.items() if name.startswith(names)})
 
 
-@pytest.mark.parametrize("stride, sides", [(1, [11, 5, 2]), (2, [5, 2, 1])])
+@pytest.mark.parametrize("stride, sides", [(1, [19, 9, 4, 2]), (2, [9, 4, 2, 1])])
 def test_shapes_of_the_features(stride, sides):
     model = Classifier({"classes": CLASSES, "stride": stride})
-    params, x = model.init(np.random.default_rng(0)), np.zeros((2, 11, 11, 3), "float32")
+    params, x = model.init(np.random.default_rng(0)), np.zeros((2, 19, 19, 3), "float32")
     with no_grad():
         maps, _ = model.features(params, x)
         pooled, _ = model.pooled(params, x)
         logits, _ = model(params, x)
-    shapes = [(2, side, side, width) for side, width in zip(sides, (16, 32, 64), strict=True)]
+    shapes = [(2, side, side, width) for side, width in zip(sides, (16, 32, 64, 64), strict=True)]
     assert [y.shape for y in maps] == shapes
     assert pooled.shape == (2, 64)
     assert [y.shape for y in logits] == [(2, 2), (2, 3)]
     assert {y.dtype.name for y in (*maps, pooled, *logits)} == {"float32"}
+
+
+def test_pictures_that_are_too_small():
+    model = Classifier({"classes": CLASSES, "stride": 2})
+    params = model.init(np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r"at least 16×16, found \(1, 16, 15, 3\)"):
+        model(params, np.zeros((1, 16, 15, 3), "float32"))
 
 
 @pytest.mark.parametrize("config", [{}, {"classes": {"colour": []}}])

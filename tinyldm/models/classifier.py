@@ -14,9 +14,9 @@ from tinyldm.nn.protocol import Backward, Params
 
 DEFAULTS = {
     "in_channels": 3,
-    "widths": [16, 32, 64],  # channels of each level; the sides halve from one to the next
+    "widths": [16, 32, 64, 64],  # channels of each level; the sides halve from one to the next
     "norm_num_groups": 8,
-    "stride": 1,  # of the first convolution: 2 halves the sides before anything else
+    "stride": 1,  # of the first convolution, as in AlexNet: large pictures become small at once
     "classes": {},  # {attribute: the words that it can take}
 }
 EPS = 1e-6  # of every group norm
@@ -26,8 +26,8 @@ HALVING = (0, 1, 0, 1)  # padding with which a stride of 2 turns h into h // 2, 
 class Classifier(Layer):
     """Pictures (n, h, w, in_channels) → for each attribute logits (n, number of its words).
 
-    Of any size that is at least 1 pixel at the last level: 4 for three levels. ConfigError for a
-    config without classes.
+    A side of h pixels has h // stride at the first level, and at the last 1 or more: ValueError
+    for smaller pictures, ConfigError for a config without classes.
     """
 
     def __init__(self, config: dict):
@@ -35,8 +35,8 @@ class Classifier(Layer):
         if not c.classes or not all(c.classes.values()):
             raise ConfigError("classifier config: expected words for each of its classes")
         groups, before = c.norm_num_groups, c.widths[0]
-        padding = 1 if c.stride == 1 else HALVING
-        self.conv_in = Conv2d("conv_in", c.in_channels, before, stride=c.stride, padding=padding)
+        self.least = c.stride * 2 ** (len(c.widths) - 1)
+        self.conv_in = Conv2d("conv_in", c.in_channels, before, c.stride + 2, c.stride, padding=1)
         self.resnets, self.downsamplers = [], []
         for level, width in enumerate(c.widths):
             if level:
@@ -52,6 +52,11 @@ class Classifier(Layer):
 
         backward(dys, grads) → dx takes the gradient of each, or None where there is none.
         """
+        if x.ndim != 4 or min(x.shape[1:3]) < self.least:
+            raise ValueError(
+                "classifier: expected pictures (n, h, w, c) of at least "
+                f"{self.least}×{self.least}, found {x.shape}"
+            )
         h, in_back = self.conv_in(params, x)
         maps, backs = [], []
         for level, resnet in enumerate(self.resnets):
