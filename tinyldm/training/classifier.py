@@ -219,7 +219,7 @@ def load_classifier(file: str | Path, device: str = "cpu") -> Judge:
         match({name: w.shape for name, w in params.items()}, shapes, file)
     except WeightsError as error:
         raise WeightsError(f"{error}; {_MENDED}") from None
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise WeightsError(
             f"{file}: not a classifier, or of another version: {error}; {_MENDED}"
         ) from None
