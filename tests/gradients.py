@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from tinyldm.backend import array_module
 from tinyldm.nn.gradcheck import check_gradients
 
 counts = Counter()  # of "checks" and of the "tensors" in them; conftest.py prints it
@@ -29,3 +30,21 @@ def of_loss(loss_fn, *batch):
         return loss, backward
 
     return f
+
+
+def joined(f):
+    """A layer that returns a list of arrays, as one that returns a single array for the check."""
+
+    def call(params, *inputs):
+        ys, backward = f(params, *inputs)
+        ends = [0]
+        for y in ys:
+            ends.append(ends[-1] + y.size)
+
+        def back(dy, grads):
+            parts = zip(ys, ends, ends[1:], strict=False)
+            return backward([dy[a:b].reshape(y.shape) for y, a, b in parts], grads)
+
+        return array_module(ys[0]).concatenate([y.reshape(-1) for y in ys]), back
+
+    return call

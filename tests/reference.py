@@ -117,6 +117,14 @@ def upsample_nearest(x, size=None):
     return y
 
 
+def spatial_mean(x):
+    n, h, w, c = x.shape
+    y = np.zeros((n, c))
+    for sample, row, column, k in np.ndindex(x.shape):
+        y[sample, k] += x[sample, row, column, k] / (h * w)
+    return y
+
+
 # -------------------------------------------------------------------------------------- activations
 
 
@@ -264,6 +272,10 @@ def perceptual_loss(maps, wanted):
 def weighted_mean(x, weight):
     weight = np.broadcast_to(weight, len(x))
     return mean(weight[at[0]] * x[at] for at in np.ndindex(x.shape))
+
+
+def cross_entropy(logits, labels):
+    return mean(-math.log(softmax(list(row))[k]) for row, k in zip(logits, labels, strict=True))
 
 
 def mean(values):

@@ -144,6 +144,12 @@ def upsample_calls(draw):
 
 
 @st.composite
+def spatial_mean_calls(draw):
+    x = draw(batches), draw(sizes), draw(sizes), draw(sizes)
+    return Call(F.spatial_mean, {"x": x}, draw(seeds))
+
+
+@st.composite
 def concatenate_calls(draw):
     x = (*draw(leading_axes(most=3)), draw(sizes))
     axis = draw(st.integers(1 - len(x), len(x) - 1).filter(lambda axis: axis != 0))
@@ -230,6 +236,14 @@ def weighted_mean_calls(draw):
     )
 
 
+@st.composite
+def cross_entropy_calls(draw):
+    n, k, seed = draw(st.integers(1, 4)), draw(sizes), draw(seeds)
+    labels = np.random.default_rng(seed).integers(0, k, n)
+    shapes, batched = {"logits": (n, k)}, ("logits", "labels")
+    return Call(F.cross_entropy, shapes, seed, {"labels": labels}, batched)
+
+
 def leading_axes(most=3):
     """The axes before the last one, the batch first."""
     return st.lists(st.integers(1, 4), min_size=1, max_size=most).map(tuple)
@@ -264,6 +278,7 @@ LOSSES = {
     "kl_to_standard_normal": kl_calls(),
     "hinge": hinge_calls(),
     "weighted_mean": weighted_mean_calls(),
+    "cross_entropy": cross_entropy_calls(),
     "codebook_loss": codebook_loss_calls(),
 }
 FUNCTIONS = {
@@ -279,6 +294,7 @@ FUNCTIONS = {
     "layer_norm": layer_norm_calls(),
     "unit_norm": unit_norm_calls(),
     "upsample_nearest": upsample_calls(),
+    "spatial_mean": spatial_mean_calls(),
     "concatenate": concatenate_calls(),
     "conv2d": conv_calls(),
     "attention": attention_calls(),

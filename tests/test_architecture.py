@@ -20,6 +20,7 @@ ORDER = """
     models.weights models.tokenizer models.tiles
     models.context models.blocks models.levels models.unet models.coders models.autoencoder
     models.vq models.identity models.discriminator models.text_encoder models.classes
+    models.classifier
     models models.original
     diffusion diffusion.schedule diffusion.objective diffusion.noise diffusion.solvers
     diffusion.samplers
@@ -32,7 +33,7 @@ ORDER = """
     training.state
     training.losses training.stages training.latents training.codebook training.rehearsal
     training.snapshots
-    training.preparation training.loop training.runs training.overfit
+    training.preparation training.classifier training.loop training.runs training.overfit
     experiments experiments.scoring experiments.trained experiments.guidance
     experiments.latent_vs_pixel experiments.samplers experiments.schedules
     painting commands doctor arguments cli __main__

@@ -25,7 +25,7 @@ from tinyldm.diffusion.objective import WEIGHTINGS
 from tinyldm.diffusion.schedule import PREDICTIONS
 from tinyldm.pipeline import Pipeline
 from tinyldm.tasks import TASKS
-from tinyldm.training import config, loop, presets, runs
+from tinyldm.training import classifier, config, loop, presets, runs
 from tinyldm.training.config import Stage
 from tinyldm.training.optim import DECAYS
 from tinyldm.training.state import load_state
@@ -583,6 +583,28 @@ def test_eval(call, copy):
         assert picture.height > 2 * 90
     again = call("eval", copy, "--captions", 6, "--steps", 1, "--guidance", 1)
     assert again.out == result.out
+
+
+def test_eval_with_a_classifier(call, copy, monkeypatch):
+    monkeypatch.setattr(classifier, "FEWEST", 1)
+    command = ["eval", copy, "--captions", 6, "--steps", 1, "--guidance", 1]
+    learning = "a classifier learns what the captions say: size, colour, shape, background, pos"
+    result = call(*command, "--classifier-seconds", 0.1)
+    assert result.code == 0 and learning in result.err
+    found = json.loads((copy / "eval.json").read_text())
+    accuracy = found["features"].pop("accuracy")
+    assert found["features"] == {"kind": "classifier"} and 0 <= accuracy <= 1
+    row = f"features of a classifier          right on {100 * accuracy:.1f} % of held-out"
+    assert row in result.out
+
+    again = call(*command, "--classifier-seconds", 0.1)
+    assert (again.code, again.out) == (0, result.out) and learning not in again.err
+    latents = call(*command, "--classifier-seconds", 0)
+    found = json.loads((copy / "eval.json").read_text())
+    assert latents.code == 0 and found["features"] == {"kind": "latents"}
+    assert latents.out != result.out and "latents" in latents.out
+    # a run goes on past that file, too
+    assert load_state(copy).finished and call(*TRAIN, copy, "--resume").code == 0
 
 
 def test_eval_of_a_run_of_one_picture(call, small, tmp_path):

@@ -66,9 +66,11 @@ NATURAL = [
     Call(unit_norm, {"x": (2, 16, 16, 64)}, 20),
     Call(F.upsample_nearest, {"x": (2, 8, 8, 64)}, 9, {"size": (15, 16)}),
     Call(F.concatenate, {"x": (2, 8, 8, 64), "y": (2, 8, 8, 32)}, 10),
+    Call(F.spatial_mean, {"x": (2, 8, 8, 64)}, 20),
     Call(F.mse, {"x": (2, 16, 16, 4), "target": (2, 16, 16, 4)}, 11),
     Call(F.l1, {"x": (2, 16, 16, 4), "target": (2, 16, 16, 4)}, 12),
     Call(F.kl_to_standard_normal, {"mean": (2, 16, 16, 4), "logvar": (2, 16, 16, 4)}, 13),
+    Call(F.cross_entropy, {"logits": (64, 10)}, 19, {"labels": np.arange(64) % 10}),
     Call(conv2d, {"x": (2, 16, 16, 32), "w": (3, 3, 32, 48), "b": (48,)}, 14),
     Call(conv2d, {"x": (2, 16, 16, 32), "w": (3, 3, 32, 48)}, 15, {"stride": 2}),
     Call(conv2d, {"x": (2, 16, 16, 32), "w": (1, 1, 32, 48)}, 16, {"padding": 0}),
@@ -212,3 +214,19 @@ def test_kl_is_zero_at_the_standard_normal_alone(seed):
     kl, backward = F.kl_to_standard_normal(0 * mean, 0 * logvar)
     assert kl == 0
     assert not np.any(backward())
+
+
+def test_cross_entropy_of_equal_and_of_enormous_logits():
+    labels = np.array([0, 3, 1])
+    loss, backward = F.cross_entropy(np.full((3, 4), 7.0), labels)
+    assert_near(loss, np.log(4))
+    assert_near(backward(), (0.25 - np.eye(4)[labels]) / 3)
+    sure = 1e4 * np.eye(4, dtype="float32")[labels]
+    assert F.cross_entropy(sure, labels)[0] == 0
+    assert_near(F.cross_entropy(-sure, labels)[0], 1e4 + np.log(3), tol=1e-7)
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_cross_entropy_of_a_class_that_is_not_there(label):
+    with pytest.raises(ValueError, match=f"^cross_entropy: expected labels 0…3, found .*{label}"):
+        F.cross_entropy(np.zeros((2, 4)), np.array([2, label]))

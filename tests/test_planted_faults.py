@@ -14,7 +14,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from gradients import check
+from gradients import check, joined
 from strategies import random_array, random_params
 
 from tinyldm.models import AutoencoderKL, VQModel
@@ -77,6 +77,11 @@ def losses(module):
 def weighted_mean(module):
     x, weight = arrays((3, 4), (3,))
     check(lambda x: module.weighted_mean(x, weight), [x])
+
+
+def cross_entropy(module):
+    labels = np.array([0, 2, 1, 2])
+    check(lambda logits: module.cross_entropy(logits, labels), arrays((4, 3)))
 
 
 def convolutions(module):
@@ -257,6 +262,9 @@ def text_encoder(module):
     check(model, np.array([[1, 3, 1], [0, 5, 2]]), random_params(model))
 
 
+CLASSIFIER = {"widths": [4, 4], "norm_num_groups": 2, "classes": {"a": "xy", "b": "xyz"}}
+
+
 def used(layer, *parts):
     return {name: w for name, w in random_params(layer).items() if name.startswith(parts)}
 
@@ -265,6 +273,14 @@ def coders(module):
     auto = module.Autoencoder(AutoencoderKL(VAE).config, 2, 2, 2)
     check(auto.encode, arrays((1, 4, 4, 3)), used(auto, "encoder.", "quant_conv."))
     check(auto.decode, arrays((1, 2, 2, 2)), used(auto, "decoder.", "post_quant_conv."))
+
+
+def classifier(module):
+    """With the features of two levels, of which one is used for the logits, too."""
+    model = module.Classifier(CLASSIFIER)
+    check(joined(model), arrays((2, 6, 5, 3)), random_params(model))
+    params = used(model, "conv_in.", "blocks.")
+    check(joined(model.features), arrays((2, 6, 5, 3)), params)
 
 
 def vq(module):
@@ -357,12 +373,14 @@ CHECKS = {
     "layer_norm": function("layer_norm", (6, 5), (5,), (5,), eps=1e-2),
     "unit_norm": function("unit_norm", (6, 5), eps=1e-2),
     "upsample": function("upsample_nearest", (2, 2, 3, 2), size=(3, 5)),
+    "spatial_mean": function("spatial_mean", (2, 3, 4, 2)),
     "concatenate": function("concatenate", (2, 3), (2, 3)),
     "mse": losses,
     "l1": function("l1", (3, 4), (3, 4)),
     "hinge": function("hinge", (4, 5), (4, 5)),
     "weighted_mean": weighted_mean,
     "kl": function("kl_to_standard_normal", (3, 4), (3, 4)),
+    "cross_entropy": cross_entropy,
     "conv2d": convolutions,
     "winograd": winograd,
     "attention": attentions,
@@ -391,6 +409,7 @@ CHECKS = {
     "gaussians": gaussians,
     "text encoder": text_encoder,
     "coders": coders,
+    "classifier": classifier,
     "vq": vq,
     "discriminator": discriminator,
     "first stage": first_stage_losses,
@@ -446,6 +465,7 @@ FAULTS = {
             "whole[:, :out_h, :out_w] = dy",
             "whole[:, -out_h:, -out_w:] = dy",
         ),
+        ("spatial_mean: a sum", "(1 / (shape[1] * shape[2]))", "1"),
         ("concatenate: swapped", "dx, dy = xp.split", "dy, dx = xp.split"),
         ("mse: factor", "(dloss * (2 / x.size))", "(dloss * (1 / x.size))"),
         ("mse: mean over the wrong size", "(dloss * (2 / x.size))", "(dloss * (2 / len(x)))"),
@@ -470,6 +490,9 @@ FAULTS = {
         ),
         ("weighted_mean: weights lost", "+ weights * (dloss / x.size)", "+ dloss / x.size"),
         ("weighted_mean: size lost", "weights * (dloss / x.size)", "weights * dloss"),
+        ("cross_entropy: the right class forgotten", "dlogits[right] -= 1", "pass"),
+        ("cross_entropy: denominator lost", "dlogits = powers / total", "dlogits = 1 * powers"),
+        ("cross_entropy: 1/n lost", "dlogits * (dloss / n)", "dlogits * dloss"),
         ("kl: 1/n lost", "return mean * (dloss / n)", "return mean * dloss"),
         ("kl: term lost", "(variance - 1) * (0.5", "variance * (0.5"),
     ],
@@ -732,6 +755,19 @@ FAULTS = {
             "features_back(conv_back(dimages, grads), grads)",
             "features_back(conv_back(dimages, None), grads)",
         ),
+    ],
+    "tinyldm.models.classifier": [
+        (
+            "classifier: of the last attribute only",
+            "dpooled = plus(dpooled, head_back(dy, grads))",
+            "dpooled = head_back(dy, grads)",
+        ),
+        (
+            "classifier: of the coarsest level only",
+            "dh = plus(dh, dy)",
+            "dh = dy if dh is None else dh",
+        ),
+        ("classifier: block forgotten", "dh = resnet_back(dh, grads)", "pass"),
     ],
     "tinyldm.models.vq": [
         ("vq: scale lost", "encode_back(dlatents * scale, grads)", "encode_back(dlatents, grads)"),

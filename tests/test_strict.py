@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import strict
-from gradients import check
+from gradients import check, joined
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_cases import numbers, random_params, unet_configs, unet_inputs, vae_configs
@@ -25,6 +25,7 @@ import tinyldm
 from tinyldm import backend
 from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet
 from tinyldm.models.autoencoder import kl_loss, sample_gaussian
+from tinyldm.models.classifier import Classifier
 from tinyldm.nn import activations, no_grad, norms, quantize, recompute
 from tinyldm.nn import functional as F
 from tinyldm.nn.conv import ALGORITHMS, WINOGRAD, conv2d
@@ -432,6 +433,12 @@ def test_autoencoder(config):
     same_network_on_the_device(vae.to_latents, params, [pictures, noise])
     same_network_on_the_device(vae.from_latents, params, [z])
     same_network_on_the_device(partial(recompute, vae.decode), params, [z])
+
+
+def test_classifier():
+    model = Classifier({"norm_num_groups": 4, "classes": {"a": "xy", "b": "xyz"}})
+    pictures = random_array(np.random.default_rng(0), (2, 9, 8, 3))
+    same_network_on_the_device(joined(model), random_params(model.shapes()), [pictures])
 
 
 @pytest.mark.parametrize("far", [1, 40])  # where the log-variance is clamped, too

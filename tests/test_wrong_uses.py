@@ -205,6 +205,11 @@ MISTAKES = [
     ("sample --again {pictures}/0.png", None, "0.png: expected a PNG painted by `tinyldm sample`"),
     ("sample {run} --again {picture}", painted_elsewhere, "painted with weights .* these are"),
     ("eval {run} --captions 3", None, "--captions: expected a whole number 4…100000, found '3'"),
+    (
+        "eval {run} --classifier-seconds -1",
+        None,
+        "--classifier-seconds: expected a number 0…100000, found '-1'",
+    ),
     # folders and pictures
     (
         f"{TRAIN} --data {{missing}}",
@@ -259,6 +264,11 @@ MISTAKES = [
     ),
     ("sample {file} caption", None, "file"),
     ("eval {pictures}", None, "holds no run"),
+    (
+        "eval {run} --captions 4",
+        replace("training/classifier.safetensors", b"{}"),
+        "cut off; remove it, and `tinyldm eval` trains another",
+    ),
     (TRAIN, add_folder("samples"), "holds no run, but something else in samples"),
     (f"{TRAIN} --overwrite", add_folder("training"), "holds no run, but something else in train"),
     ("train --preset tiny --out {run}", without_training, "holds a run already"),

@@ -165,6 +165,10 @@ def parser() -> Parser:
     evaluate.add_argument(
         "--captions", type=whole(4, 100_000), default=500, help="to paint (default: 500)"
     )
+    evaluate.add_argument(
+        "--classifier-seconds", type=number(0, 100_000), default=30.0, metavar="S",
+        help="to train what compares pictures; 0: compare latents (default: 30)",
+    )  # fmt: skip
     _add_sampling(evaluate)
     _add_device(evaluate)
 

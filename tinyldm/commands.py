@@ -20,6 +20,7 @@ from tinyldm.files import replacing
 from tinyldm.models.tokenizer import CaptionCut
 from tinyldm.painting import say, whole_run
 from tinyldm.pipeline import Pipeline
+from tinyldm.training.classifier import SECONDS, classifier_of
 from tinyldm.training.config import Config
 from tinyldm.training.loop import Diverged
 from tinyldm.training.overfit import overfit, report
@@ -68,6 +69,7 @@ def run_demo(options: Namespace) -> None:
     run_train(options)
     say("scoring: 200 captions are painted and read back by rule")
     options.run, options.captions, options.steps, options.guidance = options.out, 200, None, None
+    options.classifier_seconds = SECONDS
     run_eval(options)
     samples = Path(options.out) / "samples"
     say(
@@ -94,12 +96,18 @@ def run_eval(options: Namespace) -> None:
             f"{run} was trained on; bring them back, or name their folder with --data"
         )
     training, held_out = split(data, config)
+    judge = classifier_of(
+        run, training, held_out, notes["data"], options.classifier_seconds, config.seed,
+        options.device, say,
+    )  # fmt: skip
     shapes = config.data == "shapes" and config.condition != "none" and not config.grey
     with warnings.catch_warnings(action="ignore", category=CaptionCut):
         result, pictures = evaluate(
             pipeline, training, held_out, options.captions, options.steps, options.guidance,
-            prompts_of(config) if shapes else None,
+            prompts_of(config) if shapes else None, judge and judge.features,
         )  # fmt: skip
+    if judge:
+        result["features"] = {"kind": "classifier", "accuracy": judge.notes.accuracy}
     with replacing(run / "eval.json") as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     pair = np.concatenate([pictures["samples"], pictures["nearest"]])

@@ -1,6 +1,7 @@
 """How good is a model, in numbers, each beside the number that it should be compared with."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
@@ -29,7 +30,9 @@ DRAWS = 4  # of noise, for each picture whose likelihood is estimated
 BANDS = 5  # of noise levels, from the least to the most
 FEWEST_FOR_COPIES = 19  # held-out pictures, to know what the nearest 5 % of them are
 NEIGHBOURS = 3  # among which a picture counts as real
-FEATURES = 4  # positions along each side of the latents that features are averaged over
+CELLS = 4  # positions along each side of the latents that features are averaged over
+
+Features = Callable[[np.ndarray], np.ndarray]  # of uint8 pictures (n, h, w, 3): float64 (n, d)
 
 
 def loss_by_noise(pipeline: Pipeline, data: Dataset, bands: int = BANDS) -> list[float]:
@@ -80,12 +83,15 @@ def evaluate(
     steps: int | None = None,
     guidance: float | None = None,
     shapes: Callable[[str], str] | None = None,
+    features: Features | None = None,
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """Score a model against the pictures it was trained on and those it never saw.
 
     count: pictures to paint. shapes: read attributes back by rule, of text half of them of held-out
     pairs; it turns a caption into what the model paints from. A model with a task is given what it
-    needs of held-out pictures, and is compared with them.
+    needs of held-out pictures, and is compared with them. features: what Fréchet and kernel
+    distance, precision and recall are measured in, which the caller then notes as
+    result["features"]; by default `latent_features`.
     Returns what eval.json holds, and the pictures nearest to training ones beside those:
     {"samples", "nearest": uint8 (n, h, w, 3)}.
     """
@@ -117,7 +123,10 @@ def evaluate(
             painted = _score_shapes(pipeline, painted_of, count, shapes, result)
         else:
             painted = painted_of([true.captions[i % len(true)] for i in range(count)])
-    return result, _compare(pipeline, painted, training, held_out, result)
+    if features is None:
+        features = partial(latent_features, pipeline)
+        result["features"] = {"kind": "latents"}
+    return result, _compare(features, painted, training, held_out, result)
 
 
 def _score_shapes(pipeline, painted_of, count, prompt_of, result):
@@ -166,23 +175,23 @@ def _paint(pipeline, prompts, scene, bar, **options) -> np.ndarray:
     return np.concatenate(painted)
 
 
-def _compare(pipeline, painted, training, held_out, result):
+def _compare(features, painted, training, held_out, result):
     """How the painted pictures lie among the true ones; → pictures beside their nearest."""
     at, distance = nearest(painted, training.images)
     result["nearest"] = {"painted": float(np.median(distance))}
     n = min(len(painted), len(held_out)) if len(held_out) > 1 else len(painted)
-    features = features_of(pipeline, painted[:n])  # equally many, to compare like with like
+    made = features(painted[:n])  # equally many, to compare like with like
     some = training.pick(np.linspace(0, len(training) - 1, min(len(training), 2048)).astype(int))
-    real = features_of(pipeline, some.images)
+    real = features(some.images)
     if len(some) > 1:  # one picture has no spread
-        result["frechet"] = {"painted": frechet_distance(features, real)}
-        result["kernel"] = {"painted": kernel_distance(features, real)}
-    if len(features) > NEIGHBOURS and len(some) > NEIGHBOURS:
-        precision, recall = precision_recall(features, real, NEIGHBOURS)
+        result["frechet"] = {"painted": frechet_distance(made, real)}
+        result["kernel"] = {"painted": kernel_distance(made, real)}
+    if len(made) > NEIGHBOURS and len(some) > NEIGHBOURS:
+        precision, recall = precision_recall(made, real, NEIGHBOURS)
         result["precision"], result["recall"] = {"painted": precision}, {"painted": recall}
     if len(held_out) > 1:
         _, real_distance = nearest(held_out.images, training.images)
-        unseen = features_of(pipeline, held_out.images[:n])
+        unseen = features(held_out.images[:n])
         result["nearest"]["held_out"] = float(np.median(real_distance))
         if len(held_out) >= FEWEST_FOR_COPIES:
             result["nearest"]["copied"] = copied(distance, real_distance)
@@ -195,11 +204,11 @@ def _compare(pipeline, painted, training, held_out, result):
     return {"samples": painted[closest], "nearest": training.images[at[closest]]}
 
 
-def features_of(pipeline: Pipeline, pictures: np.ndarray) -> np.ndarray:
+def latent_features(pipeline: Pipeline, pictures: np.ndarray) -> np.ndarray:
     """Features (n, d) of pictures: the first stage's latents, averaged over a coarse grid."""
     latents = to_device(pipeline.encode(pictures), "cpu")
     n, h, w, c = latents.shape
-    rows, columns = (np.array_split(np.arange(side), min(side, FEATURES)) for side in (h, w))
+    rows, columns = (np.array_split(np.arange(side), min(side, CELLS)) for side in (h, w))
     cells = [latents[:, r][:, :, q].mean(axis=(1, 2)) for r in rows for q in columns]
     return np.concatenate(cells, axis=1).astype(np.float64)
 
@@ -241,8 +250,10 @@ def table(result: dict) -> str:
         bits += f" (held-out {result['bits']['held_out']:.3f})"
     meaning = "at most, to write down a number of the latents (of the pixels, if f = 1)"
     lines.append(_row("bits per number", bits, meaning))
+    if "frechet" in result:
+        lines.append(_compared_by(result["features"]))
     meanings = {
-        "frechet": ("Fréchet distance", "of painted to training pictures, in latents; 0 is alike"),
+        "frechet": ("Fréchet distance", "of painted to training pictures; 0 is alike"),
         "kernel": ("kernel distance", "the same without assuming Gaussians; about 0 is alike"),
         "precision": ("precision", "share of the painted that lie among training pictures"),
         "recall": ("recall", "share of training pictures that lie among the painted"),
@@ -274,6 +285,13 @@ def _rows_of_task(task):
     psnrs = f"{task['psnr']:.1f} dB (given {task['psnr_given']:.1f} dB)"
     ssims = f"{task['ssim']:.3f} (given {task['ssim_given']:.3f})"
     return [_row(f"{name}, PSNR", psnrs, meaning), _row(f"{name}, SSIM", ssims, "")]
+
+
+def _compared_by(features):
+    if features["kind"] == "latents":
+        return _row("pictures compared by", "latents", "averaged over a coarse grid")
+    meaning = f"right on {100 * features['accuracy']:.1f} % of held-out pictures"
+    return _row("pictures compared by", "features of a classifier", meaning)
 
 
 def _row(title, numbers, meaning):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyldm.data.shapes import Attributes, draw, make_shapes
-from tinyldm.evaluation.metrics import SEED, features_of
+from tinyldm.evaluation.metrics import SEED, latent_features
 from tinyldm.evaluation.pictures import curves, grid, save_picture
 from tinyldm.evaluation.scenes import paint
 from tinyldm.evaluation.statistics import frechet_distance, precision_recall
@@ -40,10 +40,10 @@ def run(folder: Path, out: Path, say: Say) -> list[dict]:
     pipeline = Pipeline.load(folder)
     side = pipeline.size[0]
     truth, captions = make_shapes(CAPTIONS, side, SEED)
-    features = features_of(pipeline, truth)
+    features = latent_features(pipeline, truth)
 
     def judged(pictures):
-        made = features_of(pipeline, pictures)
+        made = latent_features(pipeline, pictures)
         precision, recall = precision_recall(made, features)
         return {
             "accuracy_all": accuracy(pictures, captions),

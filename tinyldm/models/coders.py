@@ -165,10 +165,10 @@ class Decoder(Layer):
         return _chain([self.conv_in, *self.stages, self.norm_out], params, x)
 
 
-class _TimelessResnet(ResnetBlock):
+class TimelessResnet(ResnetBlock):
     """A ResNet block without time: one input, one gradient."""
 
-    def __call__(self, params, x):
+    def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
         y, resnet_back = super().__call__(params, x)
 
         def backward(dy, grads):
@@ -179,7 +179,7 @@ class _TimelessResnet(ResnetBlock):
 
 
 def _resnet(name, c_in, c_out, c):
-    return _TimelessResnet(name, c_in, c_out, c.norm_num_groups, EPS, init=zeros)
+    return TimelessResnet(name, c_in, c_out, c.norm_num_groups, EPS, init=zeros)
 
 
 def _middle(name, width, c):

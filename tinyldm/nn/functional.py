@@ -116,6 +116,19 @@ def upsample_nearest(x: Array, size: tuple[int, int] | None = None) -> tuple[Arr
 
 
 @differentiable
+def spatial_mean(x: Array) -> tuple[Array, Backward]:
+    """The mean over all positions: x (n, h, w, c) → (n, c)."""
+    shape = x.shape
+
+    def backward(dy):
+        dx = array_module(dy).empty(shape, dy.dtype)
+        dx[...] = dy[:, None, None, :] * (1 / (shape[1] * shape[2]))
+        return dx
+
+    return x.mean(axis=(1, 2)), backward
+
+
+@differentiable
 def concatenate(x: Array, y: Array, axis: int = -1) -> tuple[Array, Backward]:
     """Join two arrays along `axis`, as the U-Net joins a skip to its features."""
     xp = array_module(x)
@@ -230,6 +243,32 @@ def weighted_mean(x: Array, weight: Array | float) -> tuple[Array, Backward]:
         return array_module(x).zeros_like(x) + weights * (dloss / x.size)
 
     return (weights * x).mean(), backward
+
+
+@differentiable
+def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Backward]:
+    """Mean of −log softmax(logits)[label], for logits (n, k) and whole numbers labels (n,).
+
+    Its backward pass returns dlogits alone. Raises ValueError for a label outside 0…k − 1, on the
+    CPU only.
+    """
+    xp = array_module(logits)
+    n, k = logits.shape
+    if on_host(labels) and labels.size and not 0 <= labels.min() <= labels.max() < k:
+        raise ValueError(
+            f"cross_entropy: expected labels 0…{k - 1}, found {labels.min()}…{labels.max()}"
+        )
+    right = xp.arange(n), labels
+    shifted = logits - logits.real.max(axis=1, keepdims=True)  # so that no exponential overflows
+    powers = xp.exp(shifted)
+    total = powers.sum(axis=1, keepdims=True)
+
+    def backward(dloss=1.0):
+        dlogits = powers / total
+        dlogits[right] -= 1
+        return dlogits * (dloss / n)
+
+    return (xp.log(total[:, 0]) - shifted[right]).mean(), backward
 
 
 def _per_sample(weight, x):

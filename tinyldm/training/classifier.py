@@ -1,0 +1,229 @@
+"""A classifier of a run's own pictures, whose features compare what is painted with what is true.
+
+The field compares pictures in the features of a network that was trained on photographs (Heusel et
+al. 2017) and has to be downloaded. This one learns in seconds, from the captions of the run: the
+five attributes of the embedded shapes, or else which caption a picture has. It is kept in the run's
+folder as one file, written whole or not at all, whose header says what it was trained on.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tinyldm.backend import map_batch, to_device
+from tinyldm.data.dataset import Dataset
+from tinyldm.data.shapes import named
+from tinyldm.models.classifier import Classifier
+from tinyldm.models.weights import WeightsError, load_metadata, load_weights, match, save_weights
+from tinyldm.nn import functional as F
+from tinyldm.nn import no_grad
+from tinyldm.nn.protocol import Params
+from tinyldm.pixels import from_uint8
+from tinyldm.training.optim import (
+    Flat,
+    adam_state,
+    adamw,
+    clip_factor,
+    global_norm,
+    learning_rate,
+)
+from tinyldm.training.parallel import gradient
+from tinyldm.training.preparation import Say
+
+SECONDS = 30.0  # of training, where nothing else is asked for
+FILE = "training/classifier.safetensors"  # in the folder of the run
+FEWEST, MOST = 4, 1000  # pictures to a word, on average; words of an attribute
+SIDE = 16  # pixels, at least, that the first convolution leaves of a side that has as many
+BATCH, RATE, MAX_NORM, EMA = 128, 6e-3, 1.0, 0.99
+TICKS, WARMUP = 10_000, 300  # of the learning rate, whether it goes by steps or by seconds
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What a classifier says of itself. accuracy: the share of held-out pictures it is right on."""
+
+    config: dict
+    accuracy: float
+    seconds: float  # of training
+    data: str  # fingerprint of the pictures and captions
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A trained classifier."""
+
+    notes: Notes
+    params: Params
+    device: str
+
+    def features(self, pictures: np.ndarray) -> np.ndarray:
+        """uint8 (n, side, side, 3) → float64 (n, d), on the host."""
+        model = Classifier(self.notes.config)
+        pooled = _pooled(model, self.params, pictures, self.device)
+        return to_device(pooled, "cpu").astype(np.float64)
+
+
+def _pooled(model, params, pictures, device):
+    """The features of uint8 pictures, on the device, made in parts."""
+
+    def part(x):
+        with no_grad():
+            return model.pooled(params, from_uint8(x))[0]
+
+    return map_batch(part, to_device(pictures, device))
+
+
+def classifier_of(
+    run: Path,
+    training: Dataset,
+    held_out: Dataset,
+    data: str,
+    seconds: float,
+    seed: int = 0,
+    device: str = "cpu",
+    say: Say = print,
+) -> Judge | None:
+    """The run's classifier: the one in its folder, or else one that is trained now and saved there.
+
+    data: fingerprint of the pictures and captions. One that has seen others, or was trained for
+    less than `seconds`, is replaced. None where the captions say too little, or for 0 seconds.
+    WeightsError for a file that is damaged.
+    """
+    if not seconds:
+        return None
+    file = run / FILE
+    if file.exists():
+        judge = load_classifier(file, device)
+        if judge.notes.data == data and judge.notes.seconds >= seconds:
+            return judge
+    judge = fit_classifier(
+        training, held_out, seconds, seed=seed, device=device, data=data, say=say
+    )
+    if judge:
+        save_classifier(file, judge)
+    return judge
+
+
+# ------------------------------------------------------------------------------------- its training
+
+
+def fit_classifier(
+    training: Dataset,
+    held_out: Dataset,
+    seconds: float = SECONDS,
+    steps: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    data: str = "",
+    say: Say = print,
+) -> Judge | None:
+    """Train for so many seconds, or exactly `steps`: then equal seeds give equal weights.
+
+    None where the captions tell nothing apart or too much, or no picture is left to try it on.
+    """
+    n = len(training)
+    said = attributes_of([*training.captions, *held_out.captions])
+    words = {name: sorted(set(column[:n])) for name, column in said.items()}
+    words = {name: seen for name, seen in words.items() if len(seen) > 1}
+    if not words or not len(held_out) or max(map(len, words.values())) > min(MOST, n // FEWEST):
+        say("no classifier: the captions are all equal, or have too few pictures each")
+        return None
+    labels = np.array([_indices(said[name], seen) for name, seen in words.items()]).T
+    halvings = max(0, int(math.log2(training.images.shape[1] / SIDE)))
+    config = {"classes": words, "stride": 2**halvings}
+    say(f"a classifier learns what the captions say: {', '.join(words)}")
+    model = Classifier(config)
+    fresh = to_device(model.init(np.random.default_rng((seed, 6))), device)
+    params = Flat(fresh, shared=True)
+    moments, average = adam_state(params), params.copy()
+    begun, step, done = time.monotonic(), 0, 0.0
+    with gradient(classifier_loss(model), params) as gradient_of:
+        while done < 1:
+            chosen = np.random.default_rng((seed, 6, step)).integers(0, n, BATCH)
+            batch = training.images[chosen], labels[chosen]
+            _, grads = gradient_of(tuple(to_device(x, device) for x in batch))
+            rate = learning_rate(int(done * TICKS), TICKS, RATE, WARMUP)
+            scale = clip_factor(global_norm(grads), MAX_NORM)
+            adamw(params, grads, moments, average, step, rate, scale, ema=EMA)
+            step += 1
+            done = step / steps if steps else (time.monotonic() - begun) / seconds
+    trained = {name: w.copy() for name, w in average.items()}
+    accuracy = _accuracy(model, trained, held_out.images, labels[n:], device)
+    say(f"it is right on {accuracy:.1%} of {len(held_out)} held-out pictures ({step} steps)")
+    return Judge(Notes(config, accuracy, 0.0 if steps else seconds, data), trained, device)
+
+
+def attributes_of(captions: Sequence[str]) -> dict[str, list[str]]:
+    """{attribute: its word in each caption}: those that the embedded shapes have there, or all."""
+    try:
+        said = [named(caption) for caption in captions]
+    except ValueError:
+        return {"caption": list(captions)}
+    return {name: [one[name] for one in said] for name in said[0]}
+
+
+def _indices(column, words):
+    """Where each word of the column stands among the words, −1 for one that training never saw."""
+    at = {word: i for i, word in enumerate(words)}
+    return [at.get(word, -1) for word in column]
+
+
+def classifier_loss(model: Classifier) -> Callable:
+    """Cross entropy, summed over the attributes, of uint8 pictures and labels (n, attributes)."""
+
+    def loss_fn(params, pictures, labels):
+        logits, model_back = model(params, from_uint8(pictures))
+        losses, backs = zip(
+            *(F.cross_entropy(y, labels[:, i]) for i, y in enumerate(logits)), strict=True
+        )
+
+        def backward(grads):
+            model_back([loss_back() for loss_back in backs], grads)
+
+        return sum(losses), backward
+
+    return loss_fn
+
+
+def _accuracy(model, params, pictures, labels, device):
+    """The share of pictures on which every attribute is right."""
+    pooled = _pooled(model, params, pictures, device)
+    right = np.ones(len(pictures), bool)
+    for head, column in zip(model.heads, labels.T, strict=True):
+        with no_grad():
+            logits, _ = head(params, pooled)
+        right &= to_device(logits, "cpu").argmax(axis=1) == column
+    return float(right.mean())
+
+
+# ----------------------------------------------------------------------------------------- its file
+
+
+def save_classifier(file: str | Path, judge: Judge) -> None:
+    """Write it whole or not at all."""
+    notes = {"tinyldm": json.dumps(asdict(judge.notes))}
+    save_weights(file, to_device(judge.params, "cpu"), notes)
+
+
+def load_classifier(file: str | Path, device: str = "cpu") -> Judge:
+    """The inverse of `save_classifier`. WeightsError for a file that is damaged or another's."""
+    try:
+        notes = Notes(**json.loads(load_metadata(file)["tinyldm"]))
+        params = load_weights(file)
+        shapes = Classifier(notes.config).shapes()
+        match({name: w.shape for name, w in params.items()}, shapes, file)
+    except WeightsError as error:
+        raise WeightsError(f"{error}; {_MENDED}") from None
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise WeightsError(
+            f"{file}: not a classifier, or of another version: {error}; {_MENDED}"
+        ) from None
+    return Judge(notes, to_device(params, device), device)
+
+
+_MENDED = "remove it, and `tinyldm eval` trains another"
