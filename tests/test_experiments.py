@@ -20,6 +20,7 @@ from tinyldm.training.state import state_files
 STAGE = Stage(batch=4, rate=1e-3, warmup=2, ema=0.9, steps=1)
 KEYS = {
     "f", "seconds", "steps", "train_images_per_s", "sample_images_per_s", "accuracy_all", "psnr",
+    "kernel_distance",
 }  # fmt: skip
 SMALL = {
     "side": 16, "pictures": 300, "autoencoder": STAGE, "denoiser": STAGE, "unet_widths": (8,),
@@ -64,6 +65,7 @@ def small(monkeypatch):
     monkeypatch.setattr(latent_vs_pixel, "WIDTHS", (4, 4, 8, 8))
     monkeypatch.setattr(latent_vs_pixel, "CAPTIONS", (9, 9))
     monkeypatch.setattr(latent_vs_pixel, "LONG_ENOUGH", 0.0)
+    monkeypatch.setattr(latent_vs_pixel, "JUDGE_SECONDS", 0.2)
     monkeypatch.setattr(rehearsal, "_steps", lambda stage, seconds: 4)
 
 
