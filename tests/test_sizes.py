@@ -12,7 +12,7 @@ from tinyldm.data.folder import load_folder
 from tinyldm.models import UNet
 from tinyldm.pipeline import Pipeline
 from tinyldm.pixels import fitted, from_uint8, in_channels, to_uint8
-from tinyldm.training import runs
+from tinyldm.training import presets, runs
 from tinyldm.training.config import Config
 from tinyldm.training.preparation import load_data
 from tinyldm.training.presets import changed, make_config
@@ -102,13 +102,26 @@ def test_memory_and_time_of_a_run_that_is_not_square():
 
 
 @pytest.mark.parametrize("first_stage", ["kl", "vq"])
-def test_sixteen_pixels_a_side_for_each_latent(first_stage, tmp_path, monkeypatch):
+def test_sixteen_pixels_a_side_for_each_latent(first_stage, tmp_path, monkeypatch, call):
     without_pictures(monkeypatch)
-    widths, channels = (4, 4, 8, 8, 8), 6
-    config = dataclasses.replace(
-        CONFIG, side=32, vae_widths=widths, latent_channels=channels, first_stage=first_stage
-    )
-    pipeline = runs.train(tmp_path / "run", config, say=silent)
-    assert pipeline.vae.factor == config.factor == 16 and config.latent_shape == (2, 2, 6)
+    monkeypatch.setitem(presets.PRESETS, "tiny", dataclasses.replace(CONFIG, side=32))
+    run = tmp_path / "run"
+    options = ["--preset", "tiny", "--first-stage", first_stage, "--factor", 16, "--channels", 6]
+    assert call("train", "--out", run, *options).code == 0
+    config, pipeline = load_state(run).config, Pipeline.load(run)
+    assert config.vae_widths == (4, 8, 8, 8, 8) and config.latent_shape == (2, 2, 6)
+    assert pipeline.vae.factor == config.factor == 16
     (picture,) = pipeline("a large red circle on blue at the left")
     assert picture.size == (32, 32)
+
+
+def test_factors():
+    for factor in (1, 2, 4, 8):
+        config = make_config("demo", factor=factor, channels=7)
+        assert config.factor == factor and config.channels == 7
+        assert config.vae_widths == (32, 64, 64, 64)[: factor.bit_length()]
+    with pytest.raises(ConfigError, match="multiple of 64 .* found 32"):
+        make_config("demo", factor=16)
+    with pytest.raises(ConfigError, match="factor: first stage none has 1 only"):
+        make_config("demo", factor=4, first_stage="none")
+    assert make_config("demo", factor=1, first_stage="none").factor == 1

@@ -32,9 +32,10 @@ CHOICES = {  # option of train → what it may be, the first by default
     "weighting": ("simple", "min-snr", "variational"),
     "decay": ("cosine", "linear", "constant"),
 }
+FACTORS = ("1", "2", "4", "8", "16")
 OF_TRAIN = (  # options of train that demo does without
     *("data", "size", "grey", "flip", "skip_bad", *CHOICES, "noise_offset"),
-    "adversarial",
+    *("factor", "channels", "adversarial"),
     *("minutes", "accumulate", "checkpointing", "overfit"),
 )
 EXPERIMENTS = {  # name → what it is about, for --help
@@ -236,6 +237,10 @@ def _add_training(command):
     text = f"{presets} (default: the smallest for --size, else demo)"
     add("preset", text, type=one_of(PRESETS))
     choice(add, "first_stage", "a Gaussian, a codebook, or diffusion in pixels")
+    text = "pixels of a side for each latent, 1, 2, 4, 8 or 16 (default: the preset's)"
+    add("factor", text, type=lambda text: int(one_of(FACTORS)(text)), metavar="F")
+    text = "of the latents (default: the preset's)"
+    add("channels", text, type=whole(1, 64), metavar="C")
     choice(add, "task", "what the U-Net sees beside the noise")
     choice(add, "condition", "what says what to paint")
 

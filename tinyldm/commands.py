@@ -44,14 +44,15 @@ def run_train(options: Namespace) -> None:
     names = ("preset", "size", "minutes", *(field.name for field in fields(Config)))
     settings = {name: getattr(options, name, None) for name in names}
     settings = {name: value for name, value in settings.items() if value is not None}
-    of_stages = {name: getattr(options, name) for name in ("accumulate", "decay")}
+    of_a_new_run = ("factor", "channels", "accumulate", "decay")
+    of_a_new_run = {name: getattr(options, name) for name in of_a_new_run}
     if options.resume:
-        for name, value in of_stages.items():
+        for name, value in of_a_new_run.items():
             if value is not None:
                 options.parser.error(f"--{name}: the run goes on as it began; leave it out")
         resume(options.out, options.device, say=say, **settings)
     else:
-        config = make_config(**settings, **of_stages)
+        config = make_config(**settings, **of_a_new_run)
         if options.overfit:
             if not report(overfit(config, options.device, say), say):
                 raise Diverged("the self-test has failed: on a single batch the loss does not fall")

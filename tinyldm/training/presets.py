@@ -56,6 +56,8 @@ def make_config(
     preset: str | None = None,
     size: int | tuple[int, int] | None = None,
     minutes: float | None = None,
+    factor: int | None = None,
+    channels: int | None = None,
     accumulate: int | None = None,
     decay: str | None = None,
     **others: object,
@@ -64,8 +66,9 @@ def make_config(
 
     preset: by default the smallest for pictures of `size`. size: pixels, of a square or (height,
     width), by default the preset's. minutes: of training, shared between the stages as the preset
-    does. accumulate: parts of each batch, one after the other. decay: of the learning rate. others:
-    any field of Config.
+    does. factor: pixels of a side for each latent, a power of two; channels: of the latents.
+    accumulate: parts of each batch, one after the other. decay: of the learning rate. others: any
+    field of Config.
     ConfigError for an unknown preset, or a size that does not divide.
     """
     if preset is None:
@@ -75,17 +78,29 @@ def make_config(
         preset = fitting[0] if fitting else by_side[-1][1]
     if preset not in PRESETS:
         raise ConfigError(f"preset: {unknown(preset, PRESETS)}")
-    config = replace(PRESETS[preset], **others)
+    if factor is not None:
+        others["vae_widths"] = _widths(PRESETS[preset].vae_widths, factor)
+    if channels is not None:
+        others["latent_channels"] = channels
     if size is not None:
         if max(both_sides(size)) > LARGEST:
             raise ConfigError(
                 f"size: expected at most {LARGEST} pixels, found {max(both_sides(size))}"
             )
-        config = replace(config, side=_one_if_equal(size))
+        others["side"] = _one_if_equal(size)
+    config = replace(PRESETS[preset], **others)
+    if factor not in (None, config.factor):
+        raise ConfigError(f"factor: first stage {config.first_stage} has {config.factor} only")
     given = {"parts": accumulate, "decay": decay}
     given = {name: value for name, value in given.items() if value is not None}
     config = replace(config, **{name: replace(getattr(config, name), **given) for name in STAGES})
     return config if minutes is None else with_length(config, 60 * minutes)
+
+
+def _widths(widths, factor):
+    """Of the levels of an autoencoder: as many as halve a side to 1/factor, the last repeated."""
+    levels = factor.bit_length()
+    return (*widths, *[widths[-1]] * levels)[:levels]
 
 
 def _one_if_equal(size):
