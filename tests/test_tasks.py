@@ -236,7 +236,7 @@ def test_a_task_with_each_first_stage_and_condition(tmp_path, monkeypatch):
         runs.train(run, dataclasses.replace(CONFIG, **changes), say=silent)
         pipeline = Pipeline.load(run)
         assert pipeline.task == changes["task"]
-        prompt = {"none": ""}.get(changes["condition"], "green square")
+        prompt = {"none": ""}.get(changes["condition"], "square")
         (picture,) = pipeline(prompt, image=Image.new("RGB", (16, 16), "red"), size=16)
         assert picture.size == (16, 16)
 

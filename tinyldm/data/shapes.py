@@ -90,11 +90,6 @@ class Attributes:
         )
 
     @property
-    def pair(self) -> str:
-        """Such as "red circle", the name of a class."""
-        return f"{self.colour} {self.shape}"
-
-    @property
     def on_map(self) -> "Attributes":
         """What its layout shows: the same shape at the same place, in the colour of its kind."""
         return replace(self, colour=ON_MAPS[self.shape], background="black")
@@ -106,11 +101,8 @@ class Attributes:
 
 
 def named(prompt: str) -> dict[str, str]:
-    """{attribute: word} that a caption says, or the name of a class. ValueError for others."""
-    match prompt.split(" "):
-        case [colour, shape] if colour in COLOURS and shape in SHAPES:
-            return {"colour": colour, "shape": shape}
-    return asdict(Attributes.parse(prompt))
+    """{attribute: word} that a caption says, or a class: a shape. ValueError for other texts."""
+    return {"shape": prompt} if prompt in SHAPES else asdict(Attributes.parse(prompt))
 
 
 def combinations(held_out: bool = False) -> list[Attributes]:

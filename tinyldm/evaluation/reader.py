@@ -113,8 +113,8 @@ def box_around(image: np.ndarray, margin: int) -> np.ndarray:
 def score(images: Sequence[np.ndarray], prompts: Sequence[str]) -> dict[str, float]:
     """The fraction of pictures that show what was asked for: {attribute: 0 … 1, "all": 0 … 1}.
 
-    prompts: captions, or names of classes, which say colour and shape alone. ValueError for one
-    that is none of ours, for unequal numbers, or for no picture at all.
+    prompts: captions, or classes, which say the shape alone. ValueError for one that is none of
+    ours, for unequal numbers, or for no picture at all.
     """
     if len(images) != len(prompts) or len(images) == 0:
         raise ValueError(f"need a caption per picture, got {len(images)} and {len(prompts)}")

@@ -54,7 +54,7 @@ def prompts_of(config: Config) -> Callable[[str], str]:
     if config.condition == "none":
         return lambda caption: ""
     if config.has_classes and config.data == "shapes":
-        return lambda caption: Attributes.parse(caption).pair
+        return lambda caption: Attributes.parse(caption).shape
     return lambda caption: caption
 
 
