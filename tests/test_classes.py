@@ -131,7 +131,9 @@ def test_a_run_leaves_a_model_that_paints_classes(kind, trained):
     entries = (run / "training" / "metrics.jsonl").read_text().splitlines()
     right = [e["right"] for e in map(json.loads, entries) if "right" in e]
     assert right and all(set(r) == {"shape", "all"} for r in right)
-    with pytest.raises(ValueError, match="knows classes only: .*did you mean 'circle'"):
+    with pytest.raises(
+        ValueError, match=r"class of the model \(circle, square, triangle\).*did you mean 'circle'"
+    ):
         pipeline("circles")
 
 

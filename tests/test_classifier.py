@@ -17,6 +17,7 @@ from tinyldm.evaluation.statistics import frechet_distance, kernel_distance, pre
 from tinyldm.models.classifier import Classifier
 from tinyldm.models.weights import WeightsError, load_metadata, load_weights, save_weights
 from tinyldm.nn import no_grad
+from tinyldm.pixels import from_uint8
 from tinyldm.training import classifier
 from tinyldm.training.classifier import (
     FILE,
@@ -27,6 +28,7 @@ from tinyldm.training.classifier import (
     load_classifier,
     save_classifier,
 )
+from tinyldm.training.losses import perceptual_loss
 
 CLASSES = {"colour": ["blue", "red"], "shape": ["circle", "square", "triangle"]}
 
@@ -240,8 +242,8 @@ def test_a_classifier_is_used_again_where_it_fits(shapes, tmp_path, monkeypatch)
 
 def test_training_ends_after_its_seconds(shapes):
     said = []
-    made = fit_classifier(shapes.training, shapes.held_out, 0.01, say=said.append)
-    assert made.notes.seconds == 0.01 and said[-1].endswith("held-out pictures (1 steps)")
+    made = fit_classifier(shapes.training, shapes.held_out, 1e-6, say=said.append)
+    assert made.notes.seconds == 1e-6 and said[-1].endswith("held-out pictures (1 steps)")
 
 
 def cut_off(file):
@@ -278,3 +280,37 @@ def test_a_damaged_file_gets_one_line(judge, tmp_path, spoil, message):
     line = str(caught.value)
     assert line.startswith(f"{tmp_path / 'a'}: ") and "\n" not in line
     assert line.endswith("; remove it, and `tinyldm eval` trains another")
+
+
+def test_oblong_and_tiny_pictures():
+    """The shorter side decides how much the first convolution reduces; of 4 pixels none does."""
+    rng = np.random.default_rng(0)
+    for sides, fits in (((128, 32), True), ((16, 9), True), ((4, 32), False)):
+        images = rng.integers(0, 256, (12, *sides, 3), np.uint8)
+        data = Dataset(images, ["a", "b"] * 6, [""] * 12)
+        said = []
+        judge = fit_classifier(data, data.pick([0, 1]), steps=1, say=said.append)
+        assert bool(judge) == fits and said
+        if judge:
+            assert judge.features(images[:3]).shape[0] == 3
+
+
+def test_captions_and_classes_of_shapes_mixed():
+    assert attributes_of(["circle", "a large red square on blue at the top"]) == {
+        "shape": ["circle", "square"]
+    }
+
+
+def test_a_network_for_a_perceptual_loss():
+    """Its maps, of pictures in −1…1, with the gradient of the pictures alone."""
+    images, captions = make_shapes(24, 16, 0)
+    data = Dataset(images, [Attributes.parse(caption).shape for caption in captions], captions)
+    judge = fit_classifier(data, data.pick([0, 1]), steps=1, say=lambda line: None)
+    distance = perceptual_loss(judge.maps)
+    x, y = from_uint8(images[:2]), from_uint8(images[2:4])
+    loss, backward = distance(x, y)
+    dx = backward()
+    assert loss > 0 and dx.shape == x.shape and np.isfinite(dx).all()
+    assert float(distance(y, y)[0]) == 0
+    closer, _ = distance(x - np.float32(0.01 / np.linalg.norm(dx)) * dx, y)
+    assert closer < loss

@@ -19,7 +19,6 @@ from tinyldm.models import (
     UNet,
     VQModel,
 )
-from tinyldm.models.classes import FILE as CLASSES
 from tinyldm.models.original import load_original, load_original_vae
 from tinyldm.models.weights import load_component, save_weights
 from tinyldm.nn.layers import Layer
@@ -37,6 +36,7 @@ OTHERS = {  # folder → {`_class_name` of its config: (library that has the cla
     },
     "text_encoder": {"ClassEmbedder": ("tinyldm.models", ClassEmbedder)},
 }
+CLASS_NAMES = ["tinyldm.models", "ClassNames"]  # in model_index.json, in place of a tokenizer
 NONE = [None, None]  # in model_index.json, of a component that the model does without
 OWN_PIPELINE = "TinyLDMPipeline"  # in the folder of a model that no pipeline of diffusers fits
 PIPELINES = (  # of diffusers, whose folders hold these components and no other that matters
@@ -87,8 +87,8 @@ def _load_folder(folder, with_vae):
     for name in COMPONENTS:
         if index.get(name) != NONE and (name != "vae" or with_vae):
             configs[name], params[name] = _load_component(folder / name, name)
-    names = folder / "tokenizer"
-    tokenizer = ClassNames.load(names) if (names / CLASSES).exists() else Tokenizer.load(names)
+    kind = ClassNames if index.get("tokenizer") == CLASS_NAMES else Tokenizer
+    tokenizer = kind.load(folder / "tokenizer")
     return configs, params, tokenizer, index.get("_tinyldm") or {}
 
 
@@ -151,7 +151,7 @@ def save_folder(
         "tokenizer": ["transformers", "CLIPTokenizer"],
     }
     if isinstance(tokenizer, ClassNames):
-        index["tokenizer"] = ["tinyldm.models", "ClassNames"]
+        index["tokenizer"] = CLASS_NAMES
     for name, ((library, usual), _, file) in COMPONENTS.items():
         if name not in configs:
             index[name] = NONE

@@ -17,6 +17,7 @@ from tinyldm.evaluation.metrics import evaluate, table
 from tinyldm.evaluation.pictures import grid, save_picture
 from tinyldm.experiments.trained import trained_run
 from tinyldm.files import replacing
+from tinyldm.models import ClassNames
 from tinyldm.models.tokenizer import CaptionCut
 from tinyldm.painting import say, whole_run
 from tinyldm.pipeline import Pipeline
@@ -50,17 +51,17 @@ def run_train(options: Namespace) -> None:
         for name, value in of_a_new_run.items():
             if value is not None:
                 options.parser.error(f"--{name}: the run goes on as it began; leave it out")
-        resume(options.out, options.device, say=say, **settings)
+        pipeline = resume(options.out, options.device, say=say, **settings)
     else:
         config = make_config(**settings, **of_a_new_run)
         if options.overfit:
             if not report(overfit(config, options.device, say), say):
                 raise Diverged("the self-test has failed: on a single batch the loss does not fall")
             return
-        train(options.out, config, options.device, options.overwrite, say=say)
+        pipeline = train(options.out, config, options.device, options.overwrite, say=say)
     say(
         f"trained in {duration(time.monotonic() - started)}; paint with: tinyldm sample "
-        f'{options.out} "…" -o picture.png'
+        f"{options.out} {_what_to_say(pipeline)} -o picture.png"
     )
     print(options.out)
 
@@ -101,11 +102,10 @@ def run_eval(options: Namespace) -> None:
         run, training, held_out, notes["data"], options.classifier_seconds, config.seed,
         options.device, say,
     )  # fmt: skip
-    shapes = config.data == "shapes" and config.condition != "none" and not config.grey
     with warnings.catch_warnings(action="ignore", category=CaptionCut):
         result, pictures = evaluate(
             pipeline, training, held_out, options.captions, options.steps, options.guidance,
-            prompts_of(config) if shapes else None, judge and judge.features,
+            prompts_of(config) if data.readable else None, judge and judge.features,
         )  # fmt: skip
     if judge:
         result["features"] = {"kind": "classifier", "accuracy": judge.notes.accuracy}
@@ -133,6 +133,13 @@ def run_experiment(options: Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     module.run(subject, out, say)
     print((out / "table.md").read_text(encoding="utf-8"), end="")
+
+
+def _what_to_say(pipeline):
+    """To have it paint: such as a prompt, or an image."""
+    prompt = pipeline.tokenizer.names[0] if isinstance(pipeline.tokenizer, ClassNames) else "…"
+    given = {"generation": "", "inpainting": " --image FILE --mask FILE"}
+    return f'"{prompt}"' + given.get(pipeline.task, " --image FILE")
 
 
 def _say_device(options):

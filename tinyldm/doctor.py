@@ -215,9 +215,8 @@ def demonstration(device: str) -> Finding:
         return {}, []  # is one of the problems already
     except Exception as error:  # a GPU without headers to compile with, or without free memory …
         return {}, [f"the demo cannot be rehearsed on {device}: {type(error).__name__}: {error}"]
-    pictures = (
-        2 * config.pictures * 3 * math.prod(config.sides)
-    )  # all, and those that are trained on
+    # All, and those that are trained on.
+    pictures = 2 * config.pictures * 3 * math.prod(config.sides)
     steps, wanted = (
         " + ".join(f"{number:,}" for number in numbers.values())
         for numbers in (demo.steps, DEMO_STEPS)

@@ -18,7 +18,7 @@ from tinyldm.evaluation.pictures import (
     save_picture,
 )
 from tinyldm.pipeline import Pipeline
-from tinyldm.scene import Scene
+from tinyldm.scene import Scene, strength_of
 from tinyldm.training.runs import rebuild
 from tinyldm.training.state import load_notes, state_files
 
@@ -91,7 +91,10 @@ def _from_prompt(options):
     if mask:
         mask.open()  # complains early too
     pipeline = Pipeline.load(whole_run(options.run), options.device, options.vae)
-    strength, size = pipeline.beginning(picture, mask is not None, options.strength, options.size)
+    strength = strength_of(pipeline.task, picture is not None, mask is not None, options.strength)
+    size = options.size
+    if picture and size is None:
+        size = pipeline.size_like(picture.height, picture.width)
     recipe = pipeline.recipe(
         [options.prompt] * (options.n or 1),
         options.negative or "",

@@ -24,12 +24,13 @@ from tinyldm.nn import no_grad
 from tinyldm.pixels import both_sides, from_uint8, in_channels, similar_size, to_uint8
 from tinyldm.predictor import predictor
 from tinyldm.recipe import Recipe
-from tinyldm.scene import Images, Scene, each, enter, seeing
-from tinyldm.tasks import sees_all, task_of, times_larger
+from tinyldm.scene import Images, Scene, each, enter, seeing, strength_of
+from tinyldm.tasks import task_of, times_larger
 
 DEFAULTS = {"steps": 50, "guidance": 7.5}  # Stable Diffusion's own
 POSITIONS_AT_ONCE = 2**14  # of latents, on a core: more would need more memory, and be no faster
 SAMPLES_AT_ONCE = 64
+LARGEST = 1024  # pixels of a side that an upscaled picture may have unasked
 
 
 class Pipeline:
@@ -128,7 +129,9 @@ class Pipeline:
         first = None
         if image is not None:
             first, *_ = each("image", image, 1 if isinstance(prompt, str) else len(prompt))
-        strength, size = self.beginning(first, mask is not None, strength, size)
+        strength = strength_of(self.task, first is not None, mask is not None, strength)
+        if first and size is None:
+            size = self.size_like(first.height, first.width)
         self.check_tile(tile)
         recipe = self.recipe(
             prompt, negative_prompt, steps, guidance, sampler, seed, size, strength=strength,
@@ -139,34 +142,6 @@ class Pipeline:
             if callback:
                 callback(i, x, x0)
         return [Image.fromarray(picture) for picture in self.decode(x, tile)]
-
-    def beginning(
-        self,
-        image: Image.Image | None,
-        masked: bool,
-        strength: float | None,
-        size: int | tuple[int, int] | None,
-    ) -> tuple[float | None, int | tuple[int, int] | None]:
-        """→ strength and size of a call with this image, or this as the first of several.
-
-        ValueError where the model's task wants one, or leaves no place for the mask or strength.
-        """
-        if image is None:
-            if masked or strength is not None:
-                raise ValueError("mask and strength: expected an image with them")
-            if sees_all(self.task):
-                raise ValueError(f"image: expected one: what this model does is {self.task}")
-            return None, size
-        if sees_all(self.task):
-            if masked or strength is not None:
-                raise ValueError(
-                    f"mask and strength: not for {self.task}, which sees all of the image"
-                )
-        elif strength is None:
-            strength = 1.0 if masked else 0.8
-        if size is None:
-            size = self.size_like(image.height, image.width)
-        return strength, size
 
     def recipe(
         self,
@@ -328,12 +303,21 @@ class Pipeline:
     def size_like(self, height: int, width: int) -> tuple[int, int]:
         """The same for a picture of these proportions, in steps that the U-Net halves evenly.
 
-        Of a model of upscaling it is the size that the small picture becomes.
+        Of a model of upscaling it is the size that the small picture becomes: ValueError above 1024
+        pixels of a side.
         """
-        multiple = self.vae.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        times = times_larger(self.task)
-        like = self.size if times == 1 else (times * height, times * width)
-        return similar_size((height, width), like, math.lcm(multiple, times))
+        times, factor = times_larger(self.task), self.vae.factor
+        if times > 1:
+            like, multiple = (times * height, times * width), math.lcm(factor, times)
+        else:
+            like, multiple = self.size, factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        size = similar_size((height, width), like, multiple)
+        if times > 1 and max(size) > LARGEST:
+            raise ValueError(
+                f"image: {height}×{width} pixels would become {size[0]}×{size[1]}; give a smaller "
+                "one, or say --size"
+            )
+        return size
 
     def _sides(self, size):
         sides = both_sides(self.size if size is None else size)

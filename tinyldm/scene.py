@@ -66,22 +66,17 @@ class Scene:
         """
         if task != "inpainting":
             return to_latents(from_uint8(self.pictures))
-        seen = to_latents(from_uint8(self.pictures) * ~self.hidden[..., None])
+        seen = to_latents(self.rest())
         xp = array_module(seen)
         return xp.concatenate([xp.asarray(self.hidden_latents(factor)), seen], axis=-1)
 
-    def hidden_latents(self, factor: int) -> np.ndarray:
-        """float32 (n, h, w, 1): 1 where a latent is hidden; the nearest pixel's, as in diffusers.
+    def rest(self) -> np.ndarray:
+        """Its pixels in −1…1, 0 where they are hidden."""
+        return from_uint8(self.pictures) * ~self.hidden[..., None]
 
-        ValueError where there is no such in one of the pictures.
-        """
-        latents = self.hidden[:, ::factor, ::factor, None]
-        if not latents.any(axis=(1, 2, 3)).all():
-            raise ValueError(
-                f"mask: expected white areas of {factor} pixels or more, the size of a latent, "
-                "where to paint anew; found none"
-            )
-        return latents.astype(np.float32)
+    def hidden_latents(self, factor: int) -> np.ndarray:
+        """float32 (n, h, w, 1): 1 where a latent is hidden, by its nearest pixel (as diffusers)."""
+        return self.hidden[:, ::factor, ::factor, None].astype(np.float32)
 
 
 def each(name: str, images: Images, n: int) -> list[Image.Image]:
@@ -93,6 +88,24 @@ def each(name: str, images: Images, n: int) -> list[Image.Image]:
             f"{name}: expected a PIL image, or {n} for {n} prompts, found {len(images)} {kinds}"
         )
     return images
+
+
+def strength_of(task: str, image: bool, mask: bool, strength: float | None) -> float | None:
+    """The strength of a call that has an image and a mask or has not.
+
+    ValueError where the task wants an image, or leaves no place for a mask or strength.
+    """
+    if sees_all(task):
+        if not image:
+            raise ValueError(f"image: expected one: what this model does is {task}")
+        if mask or strength is not None:
+            raise ValueError(f"mask and strength: not for {task}, which sees all of the image")
+        return None
+    if not image:
+        if mask or strength is not None:
+            raise ValueError("mask and strength: expected an image with them")
+        return None
+    return strength if strength is not None else 1.0 if mask else 0.8
 
 
 @dataclass(frozen=True)
@@ -134,7 +147,13 @@ def enter(
     masked = scene.hidden is not None
     if not masked:
         scene = Scene(scene.pictures, np.ones(scene.pictures.shape[:3], bool))
-    anew = xp.asarray(scene.hidden_latents(factor))
+    anew = scene.hidden_latents(factor)
+    if not anew.any(axis=(1, 2, 3)).all():
+        raise ValueError(
+            f"mask: expected white areas of {factor} pixels or more, the size of a latent, where "
+            "to paint anew; found none"
+        )
+    anew = xp.asarray(anew)
     begin = recipe.steps - recipe.steps_taken
     alphas_bar = alphas_bar[begin:].tolist()
     sketched = recipe.strength is not None and (begin > 0 or not masked)

@@ -16,10 +16,11 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Pictures, uint8 (n, side, side, 3), their captions, and names by which to speak of them.
+    """Pictures, uint8 (n, height, width, 3), their captions, and names by which to speak of them.
 
     remarks: what a person should know of them. skipped: files left out, and why. A line each.
-    maps: what says where things are, for layout: pictures like them, or none.
+    maps: what says where things are, for layout: pictures like them, or none. readable: these are
+    the embedded shapes, and what a prompt asks for can be read back from a picture by rule.
     """
 
     images: np.ndarray
@@ -28,6 +29,7 @@ class Dataset:
     remarks: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     maps: np.ndarray | None = None
+    readable: bool = False
 
     def __len__(self) -> int:
         return len(self.images)

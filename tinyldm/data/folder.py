@@ -54,7 +54,7 @@ def load_folder(
         try:
             picture = open_picture(file, max(height, width))
             enlarged = picture.height < height or picture.width < width
-            layout = load_picture(_map_of(file), size) if maps else None
+            layout = _map_of(file, picture, size) if maps else None
             return fitted(picture, size), layout, enlarged, *_caption(file, folder, listed)
         except DataError as error:
             return error
@@ -120,11 +120,18 @@ def open_picture(file: Path, side: int) -> Image.Image:
     raise DataError(f"{file}: {reason}")
 
 
-def _map_of(file):
+def _map_of(file, picture, size):
     found = sorted(file.parent.glob(f"{glob.escape(file.stem)}{MAP}.*"))
+    found = [layout for layout in found if layout.suffix.lower() in FORMATS]
     if not found:
         raise DataError(f"{file}: has no map; expected {file.stem}{MAP}{file.suffix} beside it")
-    return found[0]
+    layout = open_picture(found[0], max(both_sides(size)))
+    if abs(layout.width * picture.height - layout.height * picture.width) > max(picture.size):
+        raise DataError(
+            f"{found[0]}: expected the proportions of its picture, {picture.height}×"
+            f"{picture.width}, found {layout.height}×{layout.width}"
+        )
+    return fitted(layout, size)
 
 
 def _count(kinds):

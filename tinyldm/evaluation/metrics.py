@@ -32,7 +32,7 @@ FEWEST_FOR_COPIES = 19  # held-out pictures, to know what the nearest 5 % of the
 NEIGHBOURS = 3  # among which a picture counts as real
 CELLS = 4  # positions along each side of the latents that features are averaged over
 
-Features = Callable[[np.ndarray], np.ndarray]  # of uint8 pictures (n, h, w, 3): float64 (n, d)
+Describe = Callable[[np.ndarray], np.ndarray]  # of uint8 pictures (n, h, w, 3): float64 (n, d)
 
 
 def loss_by_noise(pipeline: Pipeline, data: Dataset, bands: int = BANDS) -> list[float]:
@@ -83,7 +83,7 @@ def evaluate(
     steps: int | None = None,
     guidance: float | None = None,
     shapes: Callable[[str], str] | None = None,
-    features: Features | None = None,
+    features: Describe | None = None,
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """Score a model against the pictures it was trained on and those it never saw.
 
@@ -150,7 +150,7 @@ def _score_shapes(pipeline, painted_of, count, prompt_of, result):
 
 def _score_task(pipeline, painted_of, count, true, shapes, result):
     """What a model makes of what its task gives it of true pictures."""
-    truth = true.pick(range(min(count, len(true))))
+    truth = true.pick([i % len(true) for i in range(count)])
     scene = given(pipeline.task, truth, shapes is not None)
     painted = painted_of(truth.captions, scene)
     result["task"] = {"name": pipeline.task} | compare(scene, painted, truth.images)
@@ -183,7 +183,7 @@ def _compare(features, painted, training, held_out, result):
     made = features(painted[:n])  # equally many, to compare like with like
     some = training.pick(np.linspace(0, len(training) - 1, min(len(training), 2048)).astype(int))
     real = features(some.images)
-    if len(some) > 1:  # one picture has no spread
+    if min(len(made), len(some)) > 1:  # one picture has no spread
         result["frechet"] = {"painted": frechet_distance(made, real)}
         result["kernel"] = {"painted": kernel_distance(made, real)}
     if len(made) > NEIGHBOURS and len(some) > NEIGHBOURS:

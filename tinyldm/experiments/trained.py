@@ -25,6 +25,8 @@ def trained_run(run: str | Path | None, seconds: float, out: Path, say: Say) -> 
     if found != ("shapes", "text", "generation", False):
         raise DataError(
             f"{run}: expected a run trained on shapes, whose captions are read back by rule, "
-            f"found one on {config.data} ({config.condition}, {config.task})"
+            f"found one on {config.data} ({config.condition}, {config.task}"
+            + ", grey" * config.grey
+            + ")"
         )
     return Path(run)

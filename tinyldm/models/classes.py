@@ -12,13 +12,14 @@ from typing import Self
 import numpy as np
 
 from tinyldm.backend import Array
-from tinyldm.config import read_config, unknown
+from tinyldm.config import meant, read_config
 from tinyldm.files import read_json, write_json
 from tinyldm.nn.layers import Embedding, Layer
 from tinyldm.nn.protocol import Backward, Params
 
 DEFAULTS = {"num_classes": 1001, "hidden_size": 512}  # as for ImageNet, and none of them
 FILE = "classes.json"
+MOST_NAMED = 12  # classes, in a message
 
 
 class ClassNames:
@@ -44,8 +45,10 @@ class ClassNames:
         texts = [texts] if isinstance(texts, str) else texts
         for text in texts:
             if text not in self._ids:
+                some = ", ".join(self.names[:MOST_NAMED]) + ", …" * (len(self) > MOST_NAMED + 1)
                 raise ValueError(
-                    f"prompt: the model knows classes only: {unknown(text, self.names)}"
+                    f"prompt: expected a class of the model ({some}), or nothing, found {text!r}"
+                    + meant(text, self.names)
                 )
         return np.array([self._ids[text] for text in texts], np.int64)
 

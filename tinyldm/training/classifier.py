@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyldm.backend import map_batch, to_device
+from tinyldm.backend import Array, map_batch, to_device
 from tinyldm.data.dataset import Dataset
-from tinyldm.data.shapes import named
+from tinyldm.data.shapes import ATTRIBUTES, named
 from tinyldm.models.classifier import Classifier
 from tinyldm.models.weights import WeightsError, load_metadata, load_weights, match, save_weights
 from tinyldm.nn import functional as F
 from tinyldm.nn import no_grad
-from tinyldm.nn.protocol import Params
+from tinyldm.nn.protocol import Backward, Params
 from tinyldm.pixels import from_uint8
 from tinyldm.training.optim import (
     Flat,
@@ -38,6 +38,7 @@ from tinyldm.training.preparation import Say
 SECONDS = 30.0  # of training, where nothing else is asked for
 FILE = "training/classifier.safetensors"  # in the folder of the run
 FEWEST, MOST = 4, 1000  # pictures to a word, on average; words of an attribute
+LEAST = 8  # pixels of a side, that the levels halve
 SIDE = 16  # pixels, at least, that the first convolution leaves of a side that has as many
 BATCH, RATE, MAX_NORM, EMA = 128, 6e-3, 1.0, 0.99
 TICKS, WARMUP = 10_000, 300  # of the learning rate, whether it goes by steps or by seconds
@@ -62,10 +63,18 @@ class Judge:
     device: str
 
     def features(self, pictures: np.ndarray) -> np.ndarray:
-        """uint8 (n, side, side, 3) → float64 (n, d), on the host."""
+        """uint8 (n, height, width, 3) → float64 (n, d), on the host."""
         model = Classifier(self.notes.config)
         pooled = _pooled(model, self.params, pictures, self.device)
         return to_device(pooled, "cpu").astype(np.float64)
+
+    def maps(self, images: Array) -> tuple[list[Array], Backward]:
+        """Its features of pictures (n, height, width, 3) in −1…1: a network for a perceptual loss.
+
+        backward(the gradients of the maps) → dimages.
+        """
+        maps, maps_back = Classifier(self.notes.config).features(self.params, images)
+        return maps, lambda dmaps: maps_back(dmaps, None)
 
 
 def _pooled(model, params, pictures, device):
@@ -130,11 +139,15 @@ def fit_classifier(
     said = attributes_of([*training.captions, *held_out.captions])
     words = {name: sorted(set(column[:n])) for name, column in said.items()}
     words = {name: seen for name, seen in words.items() if len(seen) > 1}
+    if min(training.images.shape[1:3]) < LEAST:
+        say(f"no classifier: the pictures are smaller than {LEAST} pixels")
+        return None
     if not words or not len(held_out) or max(map(len, words.values())) > min(MOST, n // FEWEST):
         say("no classifier: the captions are all equal, or have too few pictures each")
         return None
     labels = np.array([_indices(said[name], seen) for name, seen in words.items()]).T
-    halvings = max(0, int(math.log2(training.images.shape[1] / SIDE)))
+    side = min(training.images.shape[1:3])
+    halvings = max(0, int(math.log2(side / SIDE)))
     config = {"classes": words, "stride": 2**halvings}
     say(f"a classifier learns what the captions say: {', '.join(words)}")
     model = Classifier(config)
@@ -164,7 +177,9 @@ def attributes_of(captions: Sequence[str]) -> dict[str, list[str]]:
         said = [named(caption) for caption in captions]
     except ValueError:
         return {"caption": list(captions)}
-    return {name: [one[name] for one in said] for name in said[0]}
+    return {
+        name: [one[name] for one in said] for name in ATTRIBUTES if all(name in w for w in said)
+    }
 
 
 def _indices(column, words):

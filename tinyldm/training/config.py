@@ -1,5 +1,6 @@
 """What a run is made of: everything that it depends on, and the configs of its networks."""
 
+import math
 from dataclasses import dataclass, field
 
 from tinyldm.config import ConfigError, unknown
@@ -7,7 +8,7 @@ from tinyldm.diffusion.objective import WEIGHTINGS
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.models import ClassNames, Tokenizer
 from tinyldm.pixels import both_sides
-from tinyldm.tasks import TASKS, channels_beside
+from tinyldm.tasks import TASKS, channels_beside, times_larger
 from tinyldm.training.optim import DECAYS
 
 STAGES = ("autoencoder", "denoiser")
@@ -109,6 +110,7 @@ class Config:
                 f"more, found first_stage {self.first_stage} of {least} pixels"
             )
         factor = self.factor * 2 ** (len(self.unet_widths) - 1)
+        factor = math.lcm(factor, times_larger(self.task))
         for side in self.sides:
             if side < factor or side % factor:
                 below = max(1, side // factor) * factor

@@ -32,32 +32,40 @@ def all_gaussians(
     return np.split(both, 2, axis=-1)
 
 
-def seen_beside(
+def shown(
     state: State, models: Models, data: Dataset, device: str
 ) -> Callable[[np.ndarray, np.random.Generator], tuple[Array, ...]]:
-    """`seen(chosen, rng)` → what the task has the U-Net see of these pictures, if anything.
+    """`of(chosen, rng)` → what a batch holds of these pictures for the task, if anything.
 
-    A small picture or a map becomes latents here, once for all. What a hidden part leaves of a
-    picture is encoded anew in every batch, as the mask is another.
+    A small picture or a map becomes latents here, once for all. Of inpainting it is the mask, which
+    is another in every batch, and the pixels that it leaves: see `beside`.
     """
-    task, first_stage = state.config.task, state.first_stage
-    scale = np.float32(state.scaling_factor)
+    task = state.config.task
 
-    def to_latents(pixels):
-        def part(x):
-            x = in_channels(x, state.config.picture_channels)
-            return models.gaussians(first_stage, x)[0] * scale
-
-        return map_batch(part, to_device(pixels, device))
-
-    def rest_and_mask(chosen, rng):
+    def mask_and_rest(chosen, rng):
         scene = Scene.example(task, data.images[chosen], None, rng)
-        return (scene.beside(task, to_latents, models.vae.factor),)
+        rest = in_channels(scene.rest(), state.config.picture_channels)
+        return to_device(scene.hidden_latents(models.vae.factor), device), to_device(rest, device)
 
     if task == "inpainting":
-        return rest_and_mask
+        return mask_and_rest
     if not sees_all(task):
         return lambda chosen, rng: ()
     scene = Scene.example(task, data.images, data.maps, None)
-    latents = all_gaussians(models, first_stage, scene.pictures, device)[0] * scale
+    latents = all_gaussians(models, state.first_stage, scene.pictures, device)[0]
+    latents *= np.float32(state.scaling_factor)
     return lambda chosen, rng: (to_device(latents[chosen], device),)
+
+
+def beside(state: State, models: Models) -> Callable[..., Array]:
+    """Of what is `shown` for a task: what the U-Net sees beside its latents.
+
+    It is a part of the loss, so that all cores share the work for what is encoded in every step.
+    """
+    scale = np.float32(state.scaling_factor)
+
+    def of_mask_and_rest(mask, rest):
+        seen, _ = models.gaussians(state.first_stage, rest)
+        return array_module(seen).concatenate([mask, seen * scale], axis=-1)
+
+    return of_mask_and_rest if state.config.task == "inpainting" else lambda latents: latents

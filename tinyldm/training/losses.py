@@ -1,7 +1,7 @@
 """What the first stage learns from (Rombach et al. 2022, section 3.1 and appendix G).
 
 A loss is `loss_fn(params, *batch) → (loss, backward(grads))`. Within it, a criterion says how far
-reconstructions (n, h, w, 3) are from their pictures, as a layer does: `criterion(params,
+reconstructions (n, h, w, c) are from their pictures, as a layer does: `criterion(params,
 reconstruction, images) → (error, backward(grads) → dreconstruction)`.
 """
 
@@ -116,15 +116,20 @@ def perceptual_loss(features: Features) -> Callable[[Array, Array], tuple[Array,
 
 
 def with_perception(criterion: Callable, features: Features, weight: float) -> Callable:
-    """The criterion + weight · perceptual loss."""
+    """The criterion + weight · perceptual loss, whose network sees three channels of grey ones."""
     distance = perceptual_loss(features)
+
+    def in_colour(pictures):
+        return pictures.repeat(3, axis=-1) if pictures.shape[-1] == 1 else pictures
 
     def both(params, reconstruction, images):
         error, error_back = criterion(params, reconstruction, images)
-        perceived, perceived_back = distance(reconstruction, images)
+        perceived, perceived_back = distance(in_colour(reconstruction), in_colour(images))
 
         def backward(grads):
-            return error_back(grads) + perceived_back(weight)
+            d = perceived_back(weight)
+            grey = reconstruction.shape[-1] == 1
+            return error_back(grads) + (d.sum(axis=-1, keepdims=True) if grey else d)
 
         return error + weight * perceived, backward
 

@@ -11,6 +11,7 @@ import numpy as np
 from tinyldm.backend import to_device
 from tinyldm.config import ConfigError
 from tinyldm.training.config import Config
+from tinyldm.training.latents import beside
 from tinyldm.training.optim import learning_rate
 from tinyldm.training.parallel import gradient
 from tinyldm.training.preparation import Say, fit_tokenizer, load_data
@@ -35,8 +36,8 @@ def overfit(config: Config, device: str, say: Say) -> dict[str, tuple[float, flo
     shorter = {name: replace(getattr(config, name), batch=BATCH, ema=0.9) for name in stages}
     config = replace(config, pictures=BATCH, held_out=0.0, caption_dropout=0.0, **shorter)
     data = load_data(config)
-    data = data.pick(range(min(BATCH, len(data))))
     tokenizer, config = fit_tokenizer(config, data.captions, say)
+    data = data.pick(np.linspace(0, len(data) - 1, min(BATCH, len(data))).astype(int))
     models = Models(config, tokenizer)
     params = to_device(models.vae.init(np.random.default_rng((config.seed, 0))), device)
     losses = {}
@@ -47,7 +48,8 @@ def overfit(config: Config, device: str, say: Say) -> dict[str, tuple[float, flo
         params = dict(state.params)
     state = second_stage(config, models, params, data, "", 0, device, say)
     batch_at, _ = Run("", state, models, data, data, device, say).latent_batches()
-    losses["denoiser"] = _learn(state, denoiser_loss(models), batch_at(0))
+    loss_fn = denoiser_loss(models, beside(state, models))
+    losses["denoiser"] = _learn(state, loss_fn, batch_at(0))
     return losses
 
 

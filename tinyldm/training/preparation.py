@@ -33,7 +33,8 @@ def load_data(config: Config) -> Dataset:
         images, captions = make_shapes(*drawn)
         names = [f"shape {i}" for i in range(len(images))]
         layouts = make_shapes(*drawn, maps=True)[0] if maps else None
-        data = Dataset(images, captions, names, maps=layouts)
+        readable = config.condition != "none" and not config.grey
+        data = Dataset(images, captions, names, maps=layouts, readable=readable)
     elif (arrays := find_arrays(Path(config.data))) and not holds_pictures(Path(config.data)):
         if maps:
             raise DataError(

@@ -89,8 +89,12 @@ def make_config(
             )
         others["side"] = _one_if_equal(size)
     config = replace(PRESETS[preset], **others)
-    if factor not in (None, config.factor):
-        raise ConfigError(f"factor: first stage {config.first_stage} has {config.factor} only")
+    for name, wanted in (("factor", factor), ("channels", channels)):
+        if wanted not in (None, getattr(config, name)):
+            raise ConfigError(
+                f"{name}: expected {getattr(config, name)}, as there is with first stage "
+                f"{config.first_stage}, found {wanted}"
+            )
     given = {"parts": accumulate, "decay": decay}
     given = {name: value for name, value in given.items() if value is not None}
     config = replace(config, **{name: replace(getattr(config, name), **given) for name in STAGES})
@@ -134,7 +138,7 @@ def changed(config: Config, **settings: object) -> Config:
         if given.pop(name) != began[name]:
             raise ConfigError(
                 f"--{name.replace('_', '-')} {settings[name]}: the run began with {began[name]}, "
-                "which stays; what may change on --resume: --minutes, --keep, --device, and --data "
-                "if the same pictures have moved"
+                "which stays; what may change on --resume: --minutes, --keep, --device, "
+                "--skip-bad, --checkpointing, and --data if the same pictures have moved"
             )
     return replace(config, **given)

@@ -13,10 +13,10 @@ import numpy as np
 from tinyldm.backend import cores, map_batch, to_device
 from tinyldm.machine import free_memory, held_memory
 from tinyldm.models import ClassNames, Tokenizer
-from tinyldm.tasks import channels_beside, sees_all
+from tinyldm.tasks import sees_all
 from tinyldm.team import available
 from tinyldm.training.config import STAGES, Config
-from tinyldm.training.latents import AT_ONCE
+from tinyldm.training.latents import AT_ONCE, beside
 from tinyldm.training.losses import Features
 from tinyldm.training.stages import (
     Models,
@@ -69,7 +69,7 @@ class Rehearsal:
         if not self.fits:
             say(
                 "  that is more than is free: close other programs, or take fewer pictures, a "
-                "smaller --size or a smaller --preset"
+                "smaller --size or --preset, --accumulate or --checkpointing"
             )
 
 
@@ -112,8 +112,6 @@ def rehearse(
                 step_seconds[name] = mean_seconds(config, before, step_seconds[name])
         del state, loss_fn, batch, threads, in_training, step
     encoding, encoded = _encoding(models, pictures, device, seconds / 10)
-    if config.task == "inpainting":  # what is seen of a picture is encoded in each step
-        step_seconds["denoiser"] += encoding * config.denoiser.batch / pictures
     copies = 1 + sees_all(config.task)  # of every picture that become latents
     encoding *= copies
     latents = 4 * pictures * math.prod(config.latent_shape) * copies
@@ -164,10 +162,15 @@ def _denoiser(models, rng, device):
     z, noise = _normal(rng, 2, n, h, w, c)
     ids = rng.integers(0, len(models.tokenizer), models.tokenizer([""] * n).shape)
     t = rng.integers(0, len(models.schedule), n)
-    beside = channels_beside(config.task, c)
-    seen = [to_device(_normal(rng, n, h, w, beside), device)] if beside else []
     params = models.init_denoiser(rng), {}
-    return _work(models, params, denoiser_loss(models), (z, noise, ids), device, t, *seen)
+    first_stage = to_device(models.vae.init(rng), device)
+    pixels = _normal(rng, n, *config.sides, config.picture_channels)
+    shown = {"generation": (), "inpainting": (noise[..., :1], pixels)}.get(config.task, (noise,))
+    shown = (to_device(x, device) for x in shown)
+    made = _work(models, params, None, (z, noise, ids), device, t, *shown)
+    state = made[0]
+    state.first_stage = first_stage
+    return state, denoiser_loss(models, beside(state, models)), made[2]
 
 
 def _work(models, params, loss_fn, batch, device, *others):

@@ -20,7 +20,7 @@ from tinyldm.pipeline import Pipeline
 from tinyldm.tasks import sees_all
 from tinyldm.training import codebook, snapshots
 from tinyldm.training.config import STAGES, Config
-from tinyldm.training.latents import all_gaussians, seen_beside
+from tinyldm.training.latents import all_gaussians, beside, shown
 from tinyldm.training.loop import fit
 from tinyldm.training.losses import Features
 from tinyldm.training.preparation import (
@@ -203,9 +203,9 @@ class Run:
     def fit_denoiser(self, stop: Interruptible) -> None:
         """Stage 2: every picture becomes latents (h, w, c) once, and noise is removed from them."""
         self.say(
-            "stage 2 of 2: the U-Net learns to remove noise from latents, guided by the caption; "
-            "its loss goes flat early, and that is normal: most of it is noise that nobody could "
-            "predict. Look at samples/, and at the loss at high noise"
+            "stage 2 of 2: the U-Net learns to remove noise from latents, guided by what it is "
+            "given; its loss goes flat early, and that is normal: most of it is noise that nobody "
+            "could predict. Look at samples/, and at the loss at high noise"
         )
         state = self.state
         config = state.config
@@ -217,7 +217,7 @@ class Run:
                 self.folder, self.export(), self.training, self.held_out, state.step
             )
 
-        loss_fn = denoiser_loss(self.models)
+        loss_fn = denoiser_loss(self.models, beside(state, self.models))
         try:
             fit(self.folder, state, config.denoiser, loss_fn, batch_at, stop, report, self.say)
         except Stopped:
@@ -234,7 +234,7 @@ class Run:
         mean, std = all_gaussians(models, state.first_stage, self.training.images, self.device)
         scale = np.float32(state.scaling_factor)
         ids, no_caption = models.tokenizer(self.training.captions), models.tokenizer("")
-        seen_of = seen_beside(state, models, self.training, self.device)
+        shown_of = shown(state, models, self.training, self.device)
 
         def batch_at(step):
             rng = np.random.default_rng((config.seed, 4, step))
@@ -252,7 +252,7 @@ class Run:
             dropped = dropped.reshape(-1, *[1] * (ids.ndim - 1))
             tokens = np.where(dropped, no_caption, ids[chosen])
             batch = (self.xp.asarray(x) for x in (z * scale, normal[1], tokens))
-            return *batch, t, *seen_of(chosen, rng)
+            return *batch, t, *shown_of(chosen, rng)
 
         return batch_at, mean[0] * scale
 

@@ -21,7 +21,7 @@ from tinyldm.evaluation.pictures import (
 from tinyldm.evaluation.reader import score
 from tinyldm.evaluation.scenes import as_shown, given, paint
 from tinyldm.evaluation.statistics import psnr
-from tinyldm.models import AutoencoderKL, ClassNames, VQModel
+from tinyldm.models import AutoencoderKL, VQModel
 from tinyldm.models.autoencoder import kl_loss, split_moments
 from tinyldm.nn import no_grad
 from tinyldm.nn.quantize import perplexity
@@ -136,11 +136,11 @@ def denoiser(
         text += " ".join(f"{loss:.3f}" for loss in bands)
     file = run / "samples" / f"step-{step:06d}.png"
     if pipeline.task == "generation":
-        prompts = prompts_for(training.captions)
+        prompts = prompts_for(training)
         pictures = paint_samples(pipeline, prompts, file)
     else:
         prompts, pictures = paint_scenes(pipeline, held_out if len(held_out) else training, file)
-    if are_shapes(prompts) and pipeline.vae.config.in_channels == 3:
+    if training.readable:
         right = score(pictures, prompts)
         numbers["right"] = right
         counts = ", ".join(f"{name} {round(len(prompts) * x)}" for name, x in right.items())
@@ -155,15 +155,15 @@ def finished(run: Path, pipeline: Pipeline, training: Dataset, held_out: Dataset
     """
     folder = run / "samples"
     if pipeline.task == "generation":
-        prompts, scene = prompts_for(training.captions), None
+        prompts, scene = prompts_for(training), None
         paint_samples(pipeline, prompts, folder / "samples.png")
         sweep_guidance(pipeline, prompts[:6], folder / "guidance.png")
-        if are_shapes(prompts) and not isinstance(pipeline.tokenizer, ClassNames):
+        if _has_captions_of_shapes(training):
             change_words(pipeline, folder / "words.png")
     else:
         data = held_out if len(held_out) else training
         prompts, _ = paint_scenes(pipeline, data, folder / "samples.png")
-        scene = given(pipeline.task, data.pick(range(len(prompts))), are_shapes(prompts)).pick(FEW)
+        scene = given(pipeline.task, data.pick(range(len(prompts))), data.readable).pick(FEW)
     reverse_process(pipeline, prompts[FEW], scene, folder)
     draw_losses(run)
 
@@ -199,7 +199,7 @@ def paint_scenes(pipeline: Pipeline, data: Dataset, file: Path) -> tuple[list[st
     """
     some = data.pick(range(min(SCENES, len(data))))
     prompts = list(some.captions)
-    scene = given(pipeline.task, some, are_shapes(prompts))
+    scene = given(pipeline.task, some, some.readable)
     painted = paint(pipeline, prompts, scene)
     rows = np.concatenate([as_shown(scene), painted, some.images])
     save_picture(file, grid(rows, columns=len(some), labels=["given", "painted", "picture"]))
@@ -223,10 +223,10 @@ def change_words(pipeline: Pipeline, file: Path) -> None:
     save_picture(file, grid(pictures, ONE_WORD_CHANGED, columns=len(pictures)))
 
 
-def prompts_for(captions: list[str]) -> list[str]:
+def prompts_for(training: Dataset) -> list[str]:
     """Eighteen captions to paint: the first different ones, and for shapes also unseen pairs."""
-    prompts = list(dict.fromkeys(captions))[:18]
-    if not are_shapes(prompts) or "position" not in named(prompts[0]):
+    prompts = list(dict.fromkeys(training.captions))[:18]
+    if not _has_captions_of_shapes(training):
         return (prompts * 18)[:18] if len(prompts) < 6 else prompts
     unseen = [
         "a large red triangle on white at the center",
@@ -239,12 +239,9 @@ def prompts_for(captions: list[str]) -> list[str]:
     return prompts[:12] + unseen
 
 
-def are_shapes(prompts: list[str]) -> bool:
-    """Whether these are captions or classes of shapes, which can be read back by rule."""
-    try:
-        return all(named(prompt) for prompt in prompts)
-    except ValueError:
-        return False
+def _has_captions_of_shapes(training):
+    """Not only their classes."""
+    return training.readable and len(named(training.captions[0])) > 1
 
 
 def draw_losses(run: Path, window: int = 20) -> None:

@@ -1,6 +1,7 @@
 """What is trained: the networks of a run, the loss of each stage, one step of the optimizer."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -118,23 +119,23 @@ class Models:
             return mean, array_module(mean).exp(0.5 * logvar)
 
 
-def denoiser_loss(models: Models) -> Callable:
+def denoiser_loss(models: Models, beside: Callable[..., Array] | None = None) -> Callable:
     """The diffusion loss of U-Net and text encoder, whose parameters share one dict.
 
-    ids: token ids (n, l), or classes (n,). beside: what the U-Net sees beside the latents, if its
-    task gives it something.
+    ids: token ids (n, l), or classes (n,). beside: what the U-Net sees beside the latents, made of
+    what else a batch holds for its task; None where that is nothing.
     """
     weighting = WEIGHTINGS[models.config.weighting]
 
-    def loss_fn(params, z, noise, ids, t, beside=None):
+    def loss_fn(params, z, noise, ids, t, *shown):
+        seen = [beside(*shown)] if shown else []
         condition = {"labels": ids}
         if models.text:
             context, text_back = models.text(params, ids)
             condition = {"context": context}
 
         def predict(x, t):
-            if beside is not None:
-                x = array_module(x).concatenate([x, beside], axis=-1)
+            x = array_module(x).concatenate([x, *seen], axis=-1)
             prediction, unet_back = models.unet(params, x, t, **condition)
 
             def backward(dprediction, grads):
@@ -231,8 +232,9 @@ def train_step(
         scale=clip_factor(norm, MAX_NORM), ema=ema,
     )  # fmt: skip
     if of_discriminator:
+        begun = math.ceil(state.config.adversarial_start * state.total)
         adamw(  # its average would be of no use: it stays the same as the parameters
             state.discriminator, of_discriminator, state.discriminator_moments,
-            state.discriminator, state.step, rate,
+            state.discriminator, max(0, state.step - begun), rate,
         )  # fmt: skip
     return loss, norm
