@@ -18,19 +18,23 @@ from gradients import check, joined
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_cases import numbers, random_params, unet_configs, unet_inputs, vae_configs
+from PIL import Image
 from reference import assert_near
 from strategies import EVERYTHING, conv_calls, random_array
 
 import tinyldm
 from tinyldm import backend
-from tinyldm.models import AutoencoderKL, TextEncoder, Tokenizer, UNet
+from tinyldm.data.dataset import Dataset
+from tinyldm.models import AutoencoderKL, ClassNames, TextEncoder, Tokenizer, UNet
 from tinyldm.models.autoencoder import kl_loss, sample_gaussian
 from tinyldm.models.classifier import Classifier
 from tinyldm.nn import activations, no_grad, norms, quantize, recompute
 from tinyldm.nn import functional as F
 from tinyldm.nn.conv import ALGORITHMS, WINOGRAD, conv2d
 from tinyldm.pipeline import Pipeline
+from tinyldm.scene import Scene
 from tinyldm.training.config import Config
+from tinyldm.training.latents import beside, shown
 from tinyldm.training.losses import autoencoder_loss
 from tinyldm.training.parallel import gradient, value_and_grad
 from tinyldm.training.stages import Models, denoiser_loss, stage_gradient, train_step
@@ -642,6 +646,58 @@ def test_sampling_keeps_float32(sampler, models):
     recipe = painter.recipe(CAPTIONS[:2], steps=3, guidance=2.0, sampler=sampler)
     for x, x0 in painter.denoise(recipe):
         assert x.dtype == x0.dtype == "float32"
+
+
+TASKS = {  # what a run is made with, and what its pipeline is given beside a prompt
+    "inpainting": {"task": "inpainting"},
+    "upscaling": {"task": "upscaling-2"},
+    "layout, classes as tokens": {"task": "layout", "condition": "class-token"},
+    "inpainting, classes beside the time": {"task": "inpainting", "condition": "class-time"},
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks_and_classes_never_wait(name, monkeypatch):
+    """From the first latents to a step of training, and on to what the model paints."""
+    monkeypatch.setattr(backend, "_cupy", lambda device: strict)
+    config = replace(CONFIG, **TASKS[name])
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+    captions = ["circle", "square"] * 3
+    data = Dataset(images, captions, captions, maps=images[::-1])
+    classes = config.has_classes
+    tokenizer = ClassNames(captions[:2]) if classes else Tokenizer.train(captions, 560, 16)
+    models = Models(config, tokenizer)
+    params = random_params(models.unet.shapes() | (models.text.shapes() if models.text else {}))
+    vae = random_params(models.vae.shapes())
+    found = []
+    for to, device in ((on_device, "cuda"), (lambda x: x, "cpu")):
+        state = State(
+            config, "denoiser", to(params), tokenizer, "", first_stage=to(vae), scaling_factor=0.7
+        )
+        shown_of = shown(state, models, data, device)
+        rng, chosen = np.random.default_rng(1), np.array([4, 0, 3])
+        z, noise = to([rng.normal(size=(3, 4, 4, 2)) for _ in range(2)])
+        ids, t = to(tokenizer([captions[i] for i in chosen])), np.array([5, 400, 900])
+        batch = z, noise, ids, t, *shown_of(chosen, rng)
+        loss_fn = denoiser_loss(models, beside(state, models))
+        with strict.counting() as counts, gradient(loss_fn, state.params) as gradient_of:
+            result = train_step(state, gradient_of, batch, 1e-3, ema=0.99)
+        assert counts.synchronisations == 0
+        configs = config.configs(tokenizer)
+        networks = {"unet": models.unet, "vae": models.vae, "text_encoder": models.text}
+        trained = {**state.params, **state.first_stage}
+        weights = {
+            part: {w: trained[w] for w in networks[part].shapes()}
+            for part in ("unet", "vae", "text_encoder")
+            if part in configs
+        }
+        painter = Pipeline(configs, weights, tokenizer, {"task": config.task})
+        image = Image.fromarray(images[0])
+        mask = image.point(lambda level: 255 * (level > 99)) if "inpainting" in name else None
+        recipe = painter.recipe("circle", steps=2, guidance=2.0)
+        scene = Scene.of(image, mask, recipe, painter.task)
+        found.append((result, list(painter.denoise(recipe, None, scene))))
+    near(found[0], found[1], tol=1e-4)
 
 
 def test_latents_and_pictures_of_the_user(models):
