@@ -40,7 +40,7 @@ FILE = "training/classifier.safetensors"  # in the folder of the run
 FEWEST, MOST = 4, 1000  # pictures to a word, on average; words of an attribute
 LEAST = 8  # pixels of a side, that the levels halve
 SIDE = 16  # pixels, at least, that the first convolution leaves of a side that has as many
-BATCH, RATE, MAX_NORM, EMA = 128, 6e-3, 1.0, 0.99
+BATCH, RATE, MAX_NORM, EMA = 64, 3e-3, 1.0, 0.99
 TICKS, WARMUP = 10_000, 300  # of the learning rate, whether it goes by steps or by seconds
 
 
