@@ -1,5 +1,6 @@
 """How thoroughly Hypothesis searches, and the count of gradients that were really checked."""
 
+import gc
 import os
 from types import SimpleNamespace
 
@@ -33,6 +34,12 @@ def call(capfd):
         return SimpleNamespace(code=code, **capfd.readouterr()._asdict())
 
     return run
+
+
+def pytest_collection_finish(session):
+    """What is loaded by now stays: to look through it for garbage again and again takes time."""
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 50)
 
 
 def pytest_terminal_summary(terminalreporter):

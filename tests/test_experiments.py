@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -66,7 +67,9 @@ def small(monkeypatch):
     monkeypatch.setattr(latent_vs_pixel, "CAPTIONS", (9, 9))
     monkeypatch.setattr(latent_vs_pixel, "LONG_ENOUGH", 0.0)
     monkeypatch.setattr(latent_vs_pixel, "JUDGE_SECONDS", 0.2)
-    monkeypatch.setattr(rehearsal, "_steps", lambda stage, seconds: 4)
+    steps = SimpleNamespace(steps={"autoencoder": 4, "denoiser": 4})
+    for module in (latent_vs_pixel, schedules):
+        monkeypatch.setattr(module, "rehearse", lambda *args: steps)
 
 
 def test_latent_vs_pixel(small, experiment, tmp_path):

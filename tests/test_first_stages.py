@@ -186,8 +186,8 @@ def test_what_does_not_learn_is_told(call, monkeypatch):
     """Here every gradient has the wrong sign."""
     real = overfit.denoiser_loss
 
-    def wrong(models):
-        loss_fn = real(models)
+    def wrong(*args):
+        loss_fn = real(*args)
 
         def loss_of(*args):
             loss, backward = loss_fn(*args)

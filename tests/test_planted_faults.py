@@ -811,7 +811,7 @@ FAULTS = {
             "error_back(c * dloss)[0]",
             "error_back(c * dloss)[1]",
         ),
-        ("perceptual: error forgotten", "error_back(grads) + perceived_back", "perceived_back"),
+        ("perceptual: error forgotten", "return error_back(grads) + (", "return ("),
     ],
     "tinyldm.nn.quantize": [
         (
