@@ -1,5 +1,6 @@
 """The classifier whose features judge pictures: gradients, sizes, training, and its file."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from gradients import check, joined
 from hypothesis import given
 from hypothesis import strategies as st
 from model_cases import numbers, random_params
+from test_training import CONFIG, without_pictures
 
 from tinyldm.config import ConfigError
 from tinyldm.data.dataset import Dataset
@@ -29,6 +31,8 @@ from tinyldm.training.classifier import (
     save_classifier,
 )
 from tinyldm.training.losses import perceptual_loss
+from tinyldm.training.preparation import load_data, split
+from tinyldm.training.runs import train
 
 CLASSES = {"colour": ["blue", "red"], "shape": ["circle", "square", "triangle"]}
 
@@ -314,3 +318,18 @@ def test_a_network_for_a_perceptual_loss():
     assert float(distance(y, y)[0]) == 0
     closer, _ = distance(x - np.float32(0.01 / np.linalg.norm(dx)) * dx, y)
     assert closer < loss
+
+
+def test_a_run_with_a_perceptual_loss_on_it(tmp_path, monkeypatch):
+    """As the README shows it: the first stage learns from the run's own classifier, too."""
+    without_pictures(monkeypatch)
+    config = dataclasses.replace(CONFIG, pictures=64, condition="class-token", perceptual=0.1)
+    training, held_out = split(load_data(config), config)
+    judge = fit_classifier(training, held_out, steps=1, say=lambda line: None)
+    pipelines = [
+        train(tmp_path / str(weight), dataclasses.replace(config, perceptual=weight), "cpu", False,
+              lambda line: None, features)
+        for weight, features in ((0.1, judge.maps), (0.0, None))
+    ]  # fmt: skip
+    one, other = (pipeline.params["vae"] for pipeline in pipelines)
+    assert any((one[name] != other[name]).any() for name in one)
