@@ -72,7 +72,8 @@ def run(folder: Path, out: Path, say: Say) -> list[dict]:
     save_picture(
         out / "samples.png", grid(np.concatenate(sheet), columns=len(sheet[0]), labels=names)
     )
-    save_picture(out / "guidance.png", curves(lines(report.rows), "shares against guidance", False))
+    title = "how far from true pictures, against guidance"
+    save_picture(out / "guidance.png", curves(lines(report.rows), title, logarithmic=False))
     return report.rows
 
 
@@ -84,11 +85,16 @@ def drawn_again(captions: list[str], side: int) -> np.ndarray:
 
 
 def lines(rows: list[dict]) -> dict[str, tuple]:
-    """Obedience, variety and burnt pixels against guidance."""
-    plain = [row for row in rows if row["rescale"] == 0]
-    x = [row["guidance"] for row in plain]
-    keys = ("accuracy_all", "precision", "recall", "saturated")
-    series = {COLUMNS[key][0]: (x, [row[key] for row in plain]) for key in keys}
-    rescaled = [row for row in rows if row["rescale"]]
-    burnt = [row["saturated"] for row in rescaled]
-    return series | {"the same, rescaled": ([row["guidance"] for row in rescaled], burnt)}
+    """The Fréchet distance against guidance, beside that of true pictures."""
+
+    def of(chosen):
+        return [row["guidance"] for row in chosen], [row["frechet"] for row in chosen]
+
+    true, *painted = rows
+    plain = [row for row in painted if row["rescale"] == 0]
+    ends = [plain[0]["guidance"], plain[-1]["guidance"]]
+    return {
+        "painted": of(plain),
+        "rescaled": of([row for row in painted if row["rescale"]]),
+        "true pictures": (ends, [true["frechet"]] * 2),
+    }
