@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from model_cases import numbers, random_params
 from PIL import Image
 from small_model import CONFIG as SMALL
-from test_training import CONFIG, STEPS, assert_goes_on_alike, silent, without_pictures
+from test_training import (
+    CONFIG,
+    STEPS,
+    assert_goes_on_alike,
+    silent,
+    without_pictures,
+    without_rehearsal,
+)
 
 from tinyldm import commands
 from tinyldm.config import ConfigError
@@ -179,7 +186,9 @@ def trained(tmp_path_factory):
     def train(task):
         if task not in found:
             run = tmp_path_factory.mktemp("tasks") / task
-            found[task] = run, runs.train(run, CONFIGS[task], say=silent)
+            with pytest.MonkeyPatch.context() as patch:
+                without_rehearsal(patch)
+                found[task] = run, runs.train(run, CONFIGS[task], say=silent)
         return found[task]
 
     return train

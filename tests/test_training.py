@@ -81,6 +81,11 @@ def without_pictures(monkeypatch):
     for name in ("data", "first_stage", "finished"):
         monkeypatch.setattr(snapshots, name, lambda *args: None)
     monkeypatch.setattr(snapshots, "SHARES", ())
+    without_rehearsal(monkeypatch)
+
+
+def without_rehearsal(monkeypatch):
+    """Nothing is said of time and memory, which takes longer to measure than these runs take."""
     monkeypatch.setattr(
         runs, "rehearse", lambda *args: SimpleNamespace(announce=lambda say: None, hopeless=False)
     )

@@ -135,7 +135,8 @@ def denoiser_loss(models: Models, beside: Callable[..., Array] | None = None) ->
             condition = {"context": context}
 
         def predict(x, t):
-            x = array_module(x).concatenate([x, *seen], axis=-1)
+            if seen:
+                x = array_module(x).concatenate([x, *seen], axis=-1)
             prediction, unet_back = models.unet(params, x, t, **condition)
 
             def backward(dprediction, grads):
