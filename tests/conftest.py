@@ -14,7 +14,7 @@ from tinyldm import cli
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("dev", max_examples=10, **COMMON)
 # The same examples on every run, and with a failure what it takes to repeat it elsewhere.
-settings.register_profile("ci", max_examples=20, derandomize=True, print_blob=True, **COMMON)
+settings.register_profile("ci", max_examples=25, derandomize=True, print_blob=True, **COMMON)
 # Others every time.
 settings.register_profile("nightly", max_examples=500, derandomize=False, print_blob=True, **COMMON)
 # The option --hypothesis-profile, read later than this, has the last word.

@@ -18,7 +18,7 @@ from tinyldm.training.presets import PRESETS
 from tinyldm.training.runs import train
 from tinyldm.training.state import state_files
 
-STOPS = {"dev": 3, "ci": 4, "nightly": 60}[settings.get_current_profile_name()]
+STOPS = {"dev": 3, "ci": 6, "nightly": 60}[settings.get_current_profile_name()]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 
 
