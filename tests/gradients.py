@@ -4,6 +4,7 @@ from collections import Counter
 
 from tinyldm.backend import array_module
 from tinyldm.nn.gradcheck import check_gradients
+from tinyldm.training.losses import OF_ADVERSARIAL, OF_ERROR
 
 counts = Counter()  # of "checks" and of the "tensors" in them; conftest.py prints it
 
@@ -16,20 +17,26 @@ def check(f, inputs, params=None, **options):
     counts["checks"] += 1
 
 
-def of_loss(loss_fn, *batch):
-    """The loss of a batch, whose backward pass takes `grads` alone, as a function to check."""
+def check_loss(loss_fn, params, frozen, batch):
+    """The gradients of `params` that a loss of training gives; of `frozen` there must be none.
 
-    def f(params):
-        loss, loss_back = loss_fn(params, *batch)
+    Its backward pass takes `grads` alone, and may leave numbers there that are no parameter's.
+    """
+
+    def call(moved):
+        loss, loss_back = loss_fn(frozen | moved, *batch)
 
         def backward(dloss, grads):
             found = {}
             loss_back(found)
+            for name in (OF_ERROR, OF_ADVERSARIAL):
+                found.pop(name, None)
             grads |= {name: dloss * dw for name, dw in found.items()}
+            return ()
 
         return loss, backward
 
-    return f
+    check(call, (), params)
 
 
 def joined(f):

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from gradients import check, of_loss
+from gradients import check, check_loss
 from model_cases import numbers, random_params
 from test_training import CONFIG, STEPS, assert_goes_on_alike, silent
 
@@ -78,7 +78,7 @@ def test_gradients_of_the_loss_with_classes(kind):
     assert params[name].shape[0] == 4
     z, noise = numbers("z", 2, 4, 4, 4), numbers("noise", 2, 4, 4, 4)
     labels, t = np.array([0, 3]), np.array([10, 800])
-    check(of_loss(denoiser_loss(models), z, noise, labels, t), (), params)
+    check_loss(denoiser_loss(models), params, {}, (z, noise, labels, t))
 
 
 def test_the_u_net_of_classes_attends_to_itself():

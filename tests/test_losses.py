@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import reference
-from gradients import check
+from gradients import check, check_loss
 from model_cases import numbers, random_params
 from reference import assert_near
 from test_training import CONFIG, STAGE, STEPS, at_step, silent, without_pictures
@@ -74,24 +74,6 @@ def first(request):
         loss = partial(autoencoder_loss, kl_weight=0.1)
     params = random_params(vae.shapes())
     return SimpleNamespace(vae=vae, params=params, batch=batch, loss=partial(loss, vae))
-
-
-def check_loss(loss_fn, params, frozen, batch):
-    """The gradients of `params`; of `frozen` there must be none."""
-
-    def call(moved):
-        loss, backward = loss_fn(frozen | moved, *batch)
-
-        def scaled(dloss, grads):
-            found = {}
-            backward(found)
-            for name in (OF_ERROR, OF_ADVERSARIAL):
-                found.pop(name, None)
-            grads |= {name: dloss * dw for name, dw in found.items()}
-
-        return loss, lambda dloss, grads: scaled(dloss, grads) or ()
-
-    check(call, (), params)
 
 
 # -------------------------------------------------------------------------------------- perceptual

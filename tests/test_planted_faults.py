@@ -14,7 +14,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from gradients import check, joined
+from gradients import check, check_loss, joined
 from strategies import random_array, random_params
 
 from tinyldm.models import AutoencoderKL, VQModel
@@ -306,23 +306,6 @@ def discriminator(module):
     check(model, arrays((1, 16, 16, 2)), random_params(model))
 
 
-def gradients_of(loss_fn, params, frozen, batch):
-    """Check a loss of training; its backward pass takes no dloss, so that is multiplied here."""
-
-    def call(moved):
-        loss, backward = loss_fn(frozen | moved, *batch)
-
-        def scaled(dloss, grads):
-            found = {}
-            backward(found)
-            grads |= {name: dloss * dw for name, dw in found.items() if "last kernel" not in name}
-            return ()
-
-        return loss, scaled
-
-    check(call, (), params)
-
-
 def first_stage_losses(module):
     """The Gaussian one's with a discriminator, that one's own, and the codebook's."""
     vae, judge = AutoencoderKL(VAE), Conv2d("judge", 3, 1)
@@ -330,11 +313,11 @@ def first_stage_losses(module):
     images, noise, weight = arrays((1, 4, 4, 3), (1, 2, 2, 2), (1,))
     criterion = module.with_discriminator(module.squared_error, judge)
     loss_fn = module.autoencoder_loss(vae, 0.1, criterion)
-    gradients_of(loss_fn, params, frozen, (images, noise, weight))
+    check_loss(loss_fn, params, frozen, (images, noise, weight))
     judging = module.discriminator_loss(vae, module.squared_error, judge)
-    gradients_of(judging, frozen, params, (images, noise))
+    check_loss(judging, frozen, params, (images, noise))
     vq = VQModel({key: x for key, x in VAE.items() if key != "shift_factor"})
-    gradients_of(module.vq_loss(vq), random_params(vq), {}, (images,))
+    check_loss(module.vq_loss(vq), random_params(vq), {}, (images,))
 
 
 def perceptual(module):

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from gradients import check, of_loss
+from gradients import check_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_cases import numbers, random_params
@@ -175,7 +175,7 @@ def test_gradients_of_the_loss(task):
     seen, t = numbers("seen", 2, 4, 4, beside), np.array([10, 800])
     ids = tokenizer(["a cat", ""])
     loss_fn = denoiser_loss(models, lambda shown: shown)
-    check(of_loss(loss_fn, z, noise, ids, t, seen), (), params)
+    check_loss(loss_fn, params, {}, (z, noise, ids, t, seen))
 
 
 @pytest.fixture(scope="module")

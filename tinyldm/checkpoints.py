@@ -55,8 +55,8 @@ def load_checkpoint(
 
     → configs {"unet", "vae", "text_encoder", "scheduler": …}, float32 params of the first three,
     the tokenizer, and what else the folder says of sampling. A model whose U-Net knows classes by
-    itself has no text_encoder. vae: an autoencoder to take instead, a
-    folder or a file. FileNotFoundError, ConfigError or WeightsError say in one line what is wrong.
+    itself has no text_encoder. vae: an autoencoder to take instead, a folder or a file.
+    FileNotFoundError, ConfigError or WeightsError say in one line what is wrong.
     """
     path = Path(path)
     for each in (path, *([Path(vae)] if vae is not None else [])):
@@ -144,9 +144,9 @@ def save_folder(
         "_class_name": _pipeline_class(configs, tokenizer),
         "_diffusers_version": DIFFUSERS_VERSION,
         "_tinyldm": defaults,
-        "feature_extractor": [None, None],
+        "feature_extractor": NONE,
         "requires_safety_checker": False,
-        "safety_checker": [None, None],
+        "safety_checker": NONE,
         "scheduler": ["diffusers", scheduler],
         "tokenizer": ["transformers", "CLIPTokenizer"],
     }
