@@ -39,6 +39,7 @@ def call(capfd):
 def pytest_collection_finish(session):
     """What is loaded by now stays: to look through it for garbage again and again takes time."""
     gc.freeze()
+    gc.set_threshold(50_000, 50, 50)
 
 
 def pytest_terminal_summary(terminalreporter):
