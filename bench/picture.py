@@ -13,10 +13,11 @@ import numpy as np
 from bench.compare import Rows, Run, check, milliseconds, ratio_columns, relative
 from bench.measure import Elsewhere, Step, interleaved
 from bench.nets import random_params
-from tinyldm.checkpoints import COMPONENTS, save_folder
+from tinyldm.checkpoints.components import COMPONENTS
+from tinyldm.checkpoints.diffusers_folder import save_folder
+from tinyldm.checkpoints.single_file import VERSIONS
 from tinyldm.models import Tokenizer
-from tinyldm.models.original import VERSIONS
-from tinyldm.pipeline import Pipeline
+from tinyldm.sampling.pipeline import Pipeline
 
 STEPS, GUIDANCE, PROMPT = 20, 7.5, "a photograph of an astronaut riding a horse"
 SMALL = {  # for --tiny

@@ -11,7 +11,7 @@ from bench.nets import NetworkCase, Params, picture_difference, random_params
 from tinyldm.backend import Array, array_module, to_device
 from tinyldm.diffusion.samplers import ddim, guided
 from tinyldm.models import UNet
-from tinyldm.pipeline import Pipeline
+from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training.config import Config
 from tinyldm.training.presets import PRESETS
 

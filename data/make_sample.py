@@ -11,7 +11,7 @@ from PIL import Image
 
 from tinyldm.data.shapes import make_shapes
 from tinyldm.evaluation.reader import box_around
-from tinyldm.tasks import reduced
+from tinyldm.sampling.tasks import reduced
 
 folder = Path(__file__).parent / "shapes"
 folder.mkdir(exist_ok=True)

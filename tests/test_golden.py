@@ -5,9 +5,9 @@ tests/golden/make_golden.py made them. tests/parity compares everything, these a
 
 from pathlib import Path
 
+import golden_cases as cases
 import numpy as np
 import pytest
-from golden import cases
 from model_cases import numbers, random_params, unet_inputs, whole_numbers
 
 from tinyldm.models import AutoencoderKL, TextEncoder, UNet

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from original_layout import narrow, random_model, to_original
 from PIL import Image
-from test_training import CONFIG, without_pictures
+from small_run import CONFIG, without_pictures
 
 from tinyldm import cli
-from tinyldm.models import Tokenizer, original
-from tinyldm.models.weights import save_weights
-from tinyldm.pipeline import Pipeline
+from tinyldm.checkpoints import single_file as original
+from tinyldm.checkpoints.safetensors import save_weights
+from tinyldm.models import Tokenizer
+from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training import presets
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +75,7 @@ def test_a_command(place, monkeypatch, capfd, command):
     configs, pad = narrow(1)
     monkeypatch.setattr(original, "VERSIONS", {64: (configs, pad)})
     monkeypatch.setattr(original, "LARGE_SIDE", 8)
-    monkeypatch.setattr("tinyldm.pipeline.DEFAULTS", {"steps": 5, "guidance": 7.5})
+    monkeypatch.setattr("tinyldm.sampling.pipeline.DEFAULTS", {"steps": 5, "guidance": 7.5})
     program, *arguments = command
     assert program == ".venv/bin/tinyldm"
     if "--size" in command:  # 64 pixels are to this model what 512 are to the real one

@@ -31,8 +31,8 @@ from tinyldm.models.classifier import Classifier
 from tinyldm.nn import activations, no_grad, norms, quantize, recompute
 from tinyldm.nn import functional as F
 from tinyldm.nn.conv import ALGORITHMS, WINOGRAD, conv2d
-from tinyldm.pipeline import Pipeline
-from tinyldm.scene import Scene
+from tinyldm.sampling.init_image import Scene
+from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training.config import Config
 from tinyldm.training.latents import beside, shown
 from tinyldm.training.losses import autoencoder_loss

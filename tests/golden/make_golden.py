@@ -1,4 +1,4 @@
-"""Make golden.npz: what torch, diffusers and transformers compute for the models of cases.py.
+"""Make golden.npz: what torch, diffusers and transformers compute for golden_cases.py.
 
     python tests/golden/make_golden.py        (needs the packages of tinyldm[parity])
 
@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "parity"), str(TESTS.parent)]
+sys.path[:0] = [str(TESTS / "support"), str(TESTS.parent)]
 
+import golden_cases as cases  # noqa: E402
 import peers  # noqa: E402
-from golden import cases  # noqa: E402
 from model_cases import numbers, random_params, unet_inputs, whole_numbers  # noqa: E402
 
 from tinyldm.models import AutoencoderKL, TextEncoder, UNet  # noqa: E402

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from parity_run import CONFIG, PROMPTS, STEPS, trained_and_moved
 from PIL import Image
-from test_pipeline_parity import CONFIG, PROMPTS, STEPS, trained_and_moved
 
 from tinyldm.data.shapes import make_shapes
 from tinyldm.evaluation.reader import box_around
-from tinyldm.pipeline import Pipeline
+from tinyldm.sampling.pipeline import Pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 KINDS = {

@@ -5,46 +5,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from parity_run import CONFIG, PROMPTS, STEPS, trained_and_moved
 
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.models import Tokenizer
-from tinyldm.pipeline import Pipeline
-from tinyldm.training.config import Config, Stage
-from tinyldm.training.runs import train
+from tinyldm.sampling.pipeline import Pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
-STAGE = Stage(batch=4, rate=1e-3, warmup=2, ema=0.9, steps=3)
-CONFIG = Config(
-    side=16,
-    pictures=64,
-    autoencoder=STAGE,
-    denoiser=STAGE,
-    vae_widths=(4, 8),
-    unet_widths=(8, 16),
-    unet_attention=(False, True),
-    groups=4,
-    heads=2,
-    text_width=8,
-    text_layers=2,
-    steps=2,
-)
-PROMPTS = ["a large red circle on blue at the left", "a small white triangle on black at the top"]
 NEGATIVE = "a large green square"
-STEPS = 8
 torch.set_num_threads(1)  # the models are too small to share out
-
-
-def trained_and_moved(run, config):
-    """A short run, all of its weights then moved: none is zero, nor one."""
-    pipeline = train(run, config, say=lambda line: None)
-    rng = np.random.default_rng(0)
-    for params in pipeline.params.values():
-        for name, w in params.items():
-            spread = 0.3 * (w.size / w.shape[-1]) ** -0.5 if w.ndim > 1 else 0.2
-            params[name] = w + rng.normal(0, spread, w.shape).astype(np.float32)
-    pipeline.save(run)
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from model_cases import numbers, random_params, whole_numbers
 from original_layout import MODELS, narrow, random_model, to_original
 from safetensors.torch import load_file
 
-from tinyldm.models import original
-from tinyldm.models.original import load_original
-from tinyldm.models.weights import WeightsError, load_weights, save_weights
+from tinyldm.checkpoints import single_file as original
+from tinyldm.checkpoints.safetensors import WeightsError, load_weights, save_weights
+from tinyldm.checkpoints.single_file import load_original
 from tinyldm.nn import no_grad
 
 ARCHITECTURES = {"1.5": (1, 4), "1.5 inpainting": (1, 9), "2.1": (2, 4), "2 inpainting": (2, 9)}

@@ -17,8 +17,8 @@ from original_layout import random_model
 from PIL import Image, ImageDraw
 
 from tinyldm.models import Tokenizer
-from tinyldm.pipeline import Pipeline
-from tinyldm.scene import Scene
+from tinyldm.sampling.init_image import Scene
+from tinyldm.sampling.pipeline import Pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 

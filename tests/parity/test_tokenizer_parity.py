@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from tinyldm.models.tokenizer import END, START, Tokenizer
+from tinyldm.data.tokenizer import END, START, Tokenizer
 
 CAPTIONS = [
     "a photo of two cats, it's 1990!",

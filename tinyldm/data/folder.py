@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from tinyldm.backend import map_threads
 from tinyldm.data.dataset import DataError, Dataset
-from tinyldm.pixels import as_rgb, both_sides, fitted
+from tinyldm.data.images import as_rgb, both_sides, fitted
 
 FORMATS = {  # suffix of a file → a format that is read, whichever of these suffixes it has
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF",

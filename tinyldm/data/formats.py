@@ -16,7 +16,7 @@ from PIL import Image
 
 from tinyldm.backend import map_threads
 from tinyldm.data.dataset import DataError, Dataset
-from tinyldm.pixels import both_sides, fitted
+from tinyldm.data.images import both_sides, fitted
 
 CIFAR_SIDE, CIFAR_RECORD = 32, 1 + 3 * 32 * 32  # a label, then red, green and blue
 CIFAR_NAMES = "batches.meta.txt"

@@ -22,7 +22,7 @@ from tinyldm.evaluation.statistics import (
     ssim,
 )
 from tinyldm.models import ClassNames, IdentityFirstStage
-from tinyldm.pipeline import Pipeline
+from tinyldm.sampling.pipeline import Pipeline
 
 SEED = 20_260_101  # of pictures, captions and noise for scoring: none of them is in a training set
 BATCH = 50

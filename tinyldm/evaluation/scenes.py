@@ -7,8 +7,8 @@ from tinyldm.data.dataset import Dataset
 from tinyldm.data.shapes import LANCZOS_REACH
 from tinyldm.evaluation.reader import box_around
 from tinyldm.evaluation.statistics import psnr, ssim
-from tinyldm.pipeline import Pipeline
-from tinyldm.scene import Scene
+from tinyldm.sampling.init_image import Scene
+from tinyldm.sampling.pipeline import Pipeline
 
 SEED = 20_260_102  # of the hidden parts
 AROUND = LANCZOS_REACH + 1  # pixels around a shape, so that none that it changed is seen

@@ -17,7 +17,7 @@ from tinyldm.evaluation.pictures import curves, grid, save_picture
 from tinyldm.evaluation.scenes import paint
 from tinyldm.evaluation.statistics import frechet_distance, precision_recall
 from tinyldm.experiments.scoring import Report, accuracy
-from tinyldm.pipeline import Pipeline
+from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training.preparation import Say
 from tinyldm.training.signals import Interruptible
 

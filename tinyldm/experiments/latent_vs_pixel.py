@@ -22,13 +22,13 @@ from tinyldm.evaluation.statistics import kernel_distance, psnr
 from tinyldm.experiments.scoring import accuracy
 from tinyldm.files import replacing, write_json
 from tinyldm.models import Tokenizer
-from tinyldm.pipeline import Pipeline
+from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training.classifier import fit_classifier
 from tinyldm.training.config import Config, Stage
+from tinyldm.training.estimate import rehearse
 from tinyldm.training.loop import fit
 from tinyldm.training.preparation import load_data
-from tinyldm.training.rehearsal import rehearse
-from tinyldm.training.runs import Run, export, second_stage
+from tinyldm.training.run import Run, export, second_stage
 from tinyldm.training.signals import Interruptible
 from tinyldm.training.stages import Models, denoiser_loss
 from tinyldm.training.state import State

@@ -21,7 +21,7 @@ from tinyldm.evaluation.metrics import SEED
 from tinyldm.evaluation.pictures import curves, grid, save_picture
 from tinyldm.evaluation.scenes import paint
 from tinyldm.experiments.scoring import Report, accuracy
-from tinyldm.pipeline import SAMPLES_AT_ONCE, Pipeline
+from tinyldm.sampling.pipeline import SAMPLES_AT_ONCE, Pipeline
 from tinyldm.training.preparation import Say
 from tinyldm.training.signals import Interruptible
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from tinyldm.data.dataset import DataError
 from tinyldm.training.preparation import Say
 from tinyldm.training.presets import PRESETS, with_length
-from tinyldm.training.runs import train
+from tinyldm.training.run import train
 from tinyldm.training.state import load_notes, state_files
 
 

@@ -1,10 +1,11 @@
-"""The networks of Stable Diffusion, and the files they live in."""
+"""The networks of Stable Diffusion, and the tokenizer that feeds its text encoder."""
 
+from tinyldm.data.class_names import ClassNames
+from tinyldm.data.tokenizer import Tokenizer
 from tinyldm.models.autoencoder import AutoencoderKL
-from tinyldm.models.classes import ClassEmbedder, ClassNames
+from tinyldm.models.class_embedder import ClassEmbedder
 from tinyldm.models.identity import IdentityFirstStage
 from tinyldm.models.text_encoder import TextEncoder
-from tinyldm.models.tokenizer import Tokenizer
 from tinyldm.models.unet import UNet
 from tinyldm.models.vq import VQModel
 

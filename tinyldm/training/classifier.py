@@ -16,14 +16,20 @@ from pathlib import Path
 import numpy as np
 
 from tinyldm.backend import Array, map_batch, to_device
+from tinyldm.checkpoints.safetensors import (
+    WeightsError,
+    load_metadata,
+    load_weights,
+    match,
+    save_weights,
+)
 from tinyldm.data.dataset import Dataset
+from tinyldm.data.images import from_uint8
 from tinyldm.data.shapes import ATTRIBUTES, named
 from tinyldm.models.classifier import Classifier
-from tinyldm.models.weights import WeightsError, load_metadata, load_weights, match, save_weights
 from tinyldm.nn import functional as F
 from tinyldm.nn import no_grad
 from tinyldm.nn.protocol import Backward, Params
-from tinyldm.pixels import from_uint8
 from tinyldm.training.optim import (
     Flat,
     adam_state,

@@ -3,12 +3,13 @@
 import math
 from dataclasses import dataclass, field
 
+from tinyldm.checkpoints.components import DIFFUSERS_VERSION
 from tinyldm.config import ConfigError, unknown
-from tinyldm.diffusion.objective import WEIGHTINGS
+from tinyldm.data.images import both_sides
+from tinyldm.diffusion.loss import WEIGHTINGS
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.models import ClassNames, Tokenizer
-from tinyldm.pixels import both_sides
-from tinyldm.tasks import TASKS, channels_beside, times_larger
+from tinyldm.sampling.tasks import TASKS, channels_beside, times_larger
 from tinyldm.training.optim import DECAYS
 
 STAGES = ("autoencoder", "denoiser")
@@ -250,7 +251,7 @@ class Config:
         """diffusers' DDIMScheduler."""
         return {
             "_class_name": "DDIMScheduler",
-            "_diffusers_version": "0.32.0",
+            "_diffusers_version": DIFFUSERS_VERSION,
             "num_train_timesteps": 1000,
             "prediction_type": self.prediction,
             "clip_sample": False,

@@ -6,10 +6,10 @@ import numpy as np
 
 from tinyldm.backend import Array, array_module, map_batch, to_device
 from tinyldm.data.dataset import Dataset
+from tinyldm.data.images import in_channels
 from tinyldm.nn.protocol import Params
-from tinyldm.pixels import in_channels
-from tinyldm.scene import Scene
-from tinyldm.tasks import sees_all
+from tinyldm.sampling.init_image import Scene
+from tinyldm.sampling.tasks import sees_all
 from tinyldm.training.stages import Models
 from tinyldm.training.state import State
 

@@ -15,7 +15,7 @@ from tinyldm.training.latents import beside
 from tinyldm.training.optim import learning_rate
 from tinyldm.training.parallel import gradient
 from tinyldm.training.preparation import Say, fit_tokenizer, load_data
-from tinyldm.training.runs import Run, second_stage
+from tinyldm.training.run import Run, second_stage
 from tinyldm.training.stages import Models, denoiser_loss, train_step
 from tinyldm.training.state import State
 

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tinyldm.checkpoints import COMPONENTS
+from tinyldm.checkpoints.components import COMPONENTS
 from tinyldm.config import ConfigError
 from tinyldm.data.dataset import DataError, Dataset
 from tinyldm.data.folder import holds_pictures, load_folder
 from tinyldm.data.formats import find_arrays, load_arrays
+from tinyldm.data.images import from_uint8, in_channels, to_uint8
 from tinyldm.data.shapes import Attributes, make_shapes
+from tinyldm.data.tokenizer import CaptionCut, Tokenizer
 from tinyldm.models import ClassNames
-from tinyldm.models.tokenizer import CaptionCut, Tokenizer
-from tinyldm.pixels import from_uint8, in_channels, to_uint8
 from tinyldm.training.config import Config
 from tinyldm.training.state import state_files
 

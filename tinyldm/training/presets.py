@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tinyldm.config import ConfigError, unknown
-from tinyldm.pixels import both_sides
+from tinyldm.data.images import both_sides
 from tinyldm.training.config import (
     DEMO_AUTOENCODER,
     DEMO_DENOISER,

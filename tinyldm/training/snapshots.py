@@ -8,6 +8,7 @@ import numpy as np
 
 from tinyldm.backend import Array, array_module, map_batch, to_device
 from tinyldm.data.dataset import Dataset
+from tinyldm.data.images import from_uint8, in_channels, to_uint8
 from tinyldm.data.shapes import named
 from tinyldm.evaluation.metrics import loss_by_noise
 from tinyldm.evaluation.pictures import (
@@ -25,9 +26,8 @@ from tinyldm.models import AutoencoderKL, VQModel
 from tinyldm.models.autoencoder import kl_loss, split_moments
 from tinyldm.nn import no_grad
 from tinyldm.nn.quantize import perplexity
-from tinyldm.pipeline import Pipeline
-from tinyldm.pixels import from_uint8, in_channels, to_uint8
-from tinyldm.scene import Scene
+from tinyldm.sampling.init_image import Scene
+from tinyldm.sampling.pipeline import Pipeline
 
 SHARES = (0.1, 0.3, 0.6, 1.0)  # of a stage after which it reports
 EVERY = 600.0  # seconds, at the latest

@@ -8,16 +8,16 @@ import numpy as np
 from numpy.random import Generator
 
 from tinyldm.backend import Array, array_module
-from tinyldm.checkpoints import make
+from tinyldm.checkpoints.components import make
 from tinyldm.config import ConfigError
-from tinyldm.diffusion.objective import WEIGHTINGS, diffusion_loss
+from tinyldm.data.images import from_uint8, in_channels
+from tinyldm.diffusion.loss import WEIGHTINGS, diffusion_loss
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.models import AutoencoderKL, ClassNames, Tokenizer, VQModel
 from tinyldm.models.autoencoder import split_moments
 from tinyldm.models.discriminator import PatchDiscriminator
 from tinyldm.nn import no_grad
 from tinyldm.nn.protocol import Params
-from tinyldm.pixels import from_uint8, in_channels
 from tinyldm.training.config import STAGES, Config
 from tinyldm.training.losses import (
     OF_ADVERSARIAL,

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tinyldm.backend import to_device
+from tinyldm.checkpoints.safetensors import WeightsError, load_metadata, load_weights, save_weights
 from tinyldm.models import ClassNames, Tokenizer
-from tinyldm.models.weights import WeightsError, load_metadata, load_weights, save_weights
 from tinyldm.training.config import STAGES, Config
 from tinyldm.training.optim import Flat, adam_state
 

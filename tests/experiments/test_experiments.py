@@ -1,0 +1,256 @@
+"""The experiments run to their end, at a size that shows nothing, and write what they promise."""
+
+import dataclasses
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tinyldm.checkpoints.safetensors import load_metadata, load_weights, save_weights
+from tinyldm.diffusion.samplers import RANDOM
+from tinyldm.experiments import guidance, latent_vs_pixel, samplers, schedules, scoring, trained
+from tinyldm.training import estimate as rehearsal
+from tinyldm.training import presets, snapshots
+from tinyldm.training import run as runs
+from tinyldm.training.config import Stage
+from tinyldm.training.signals import Interruptible, Stopped
+from tinyldm.training.state import state_files
+
+STAGE = Stage(batch=4, rate=1e-3, warmup=2, ema=0.9, steps=1)
+KEYS = {
+    "f", "seconds", "steps", "train_images_per_s", "sample_images_per_s", "accuracy_all", "psnr",
+    "kernel_distance",
+}  # fmt: skip
+SMALL = {
+    "side": 16, "pictures": 300, "autoencoder": STAGE, "denoiser": STAGE, "unet_widths": (8,),
+    "unet_attention": (True,), "groups": 4, "heads": 2, "text_width": 8, "steps": 2,
+}  # fmt: skip
+TINY = dataclasses.replace(presets.PRESETS["tiny"], **SMALL | {"pictures": 30}, vae_widths=(4, 8))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run trained on shapes, as little as can be."""
+    run = tmp_path_factory.mktemp("experiments") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("data", "first_stage", "finished"):
+            patch.setattr(snapshots, name, lambda *args: None)
+        runs.train(run, TINY, say=lambda line: None)
+    return run
+
+
+@pytest.fixture
+def experiment(call, tmp_path):
+    """`experiment(*arguments, pictures=names) → its rows`: they are those of its table, too."""
+
+    def run(*arguments, pictures):
+        out = tmp_path / "out"
+        result = call("experiment", *arguments, "--out", out)
+        assert result.code == 0, result.err
+        rows = json.loads((out / "results.json").read_text())
+        assert result.out == (out / "table.md").read_text()
+        assert len(result.out.splitlines()) == 2 + len(rows)
+        for name in pictures:
+            with Image.open(out / name) as picture:
+                assert min(picture.size) > 100
+        return rows
+
+    return run
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(latent_vs_pixel, "BASE", dataclasses.replace(latent_vs_pixel.BASE, **SMALL))
+    monkeypatch.setattr(latent_vs_pixel, "WIDTHS", (4, 4, 8, 8))
+    monkeypatch.setattr(latent_vs_pixel, "CAPTIONS", (9, 9))
+    monkeypatch.setattr(latent_vs_pixel, "LONG_ENOUGH", 0.0)
+    monkeypatch.setattr(latent_vs_pixel, "JUDGE_SECONDS", 0.2)
+    steps = SimpleNamespace(steps={"autoencoder": 4, "denoiser": 4})
+    for module in (latent_vs_pixel, schedules):
+        monkeypatch.setattr(module, "rehearse", lambda *args: steps)
+
+
+def test_latent_vs_pixel(small, experiment, tmp_path):
+    rows = experiment("latent-vs-pixel", "--seconds", 1, pictures=("quality.png", "samples.png"))
+    assert [row["f"] for row in rows] == [1, 2, 4, 8]
+    for row in rows:
+        assert row.keys() >= KEYS and all(math.isfinite(row[key]) for key in KEYS)
+        assert row["steps"] == 4 and row["seconds"] > 0
+        assert math.isclose(row["train_images_per_s"], 4 * 4 / row["seconds"])
+        assert row["sample_images_per_s"] > 0 and 0 <= row["accuracy_all"] <= 1
+    assert rows[0]["psnr"] == 100 and all(row["psnr"] < 100 for row in rows[1:])
+    assert rows[0]["first_stage_seconds"] == 0 < rows[1]["first_stage_seconds"]
+    for row in rows[1:]:
+        assert row["equal_steps"]["steps"] == rows[0]["steps"]
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| 1 | 4 | " in table and "(1.0×)" in table
+
+
+def test_guidance(folder, experiment, monkeypatch):
+    for name, value in {"CAPTIONS": 8, "GUIDANCE": (1, 2, 8), "RESCALED": (8,)}.items():
+        monkeypatch.setattr(guidance, name, value)
+    rows = experiment("guidance", "--run", folder, pictures=("guidance.png", "samples.png"))
+    settings = [(row["guidance"], row["rescale"]) for row in rows]
+    assert settings == [(None, None), (1, 0), (2, 0), (8, 0), (8, 0.7)]
+    for row in rows:
+        assert row.keys() == {*guidance.COLUMNS, "guidance", "rescale"}
+        assert all(0 <= row[key] <= 1 for key in ("accuracy_all", "precision", "recall"))
+        assert 0 <= row["saturated"] <= 1 and 0 <= row["frechet"] < math.inf
+    assert len({row["frechet"] for row in rows}) == len(rows)
+
+
+def test_true_pictures_are_drawn_again():
+    _, captions = guidance.make_shapes(20, 16, guidance.SEED)
+    first, second = (guidance.drawn_again(captions, 16) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    truth, _ = guidance.make_shapes(20, 16, guidance.SEED)
+    assert (first != truth).any(axis=(1, 2, 3)).all()
+    # At 16 pixels the reader takes some small shapes for others.
+    assert scoring.score(first, captions)["background"] == 1
+
+
+def test_samplers(folder, experiment, monkeypatch):
+    some = ("ddpm", "ddim", "pndm", "heun")
+    small = {"CAPTIONS": 3, "STEPS": (3, 5), "REFERENCE": 5, "SAMPLERS": some}
+    for name, value in small.items():
+        monkeypatch.setattr(samplers, name, value)
+    pictures = "accuracy.png", "distance.png", "samples.png"
+    rows = experiment("samplers", "--run", folder, pictures=pictures)
+    assert [(row["sampler"], row["steps"]) for row in rows] == [
+        (sampler, steps) for sampler in some for steps in (3, 5)
+    ]
+    for row in rows:
+        assert row.keys() == samplers.COLUMNS.keys()
+        assert row["seconds"] > 0 and 0 <= row["accuracy_all"] <= 1
+        assert (row["distance"] is None) == (row["sampler"] in RANDOM)
+        steps = row["steps"]
+        predictions = {
+            "heun": 2 * steps - 1,
+            "pndm": steps + 1 if steps < 4 else steps + 9,  # three Runge-Kutta steps of four
+        }.get(row["sampler"], steps)
+        assert row["network_calls"] == 2 * predictions  # without the caption, and with it
+    distance = {(row["sampler"], row["steps"]): row["distance"] for row in rows}
+    assert distance["ddim", 5] == 0 < distance["ddim", 3]
+
+
+def test_without_guidance_a_prediction_is_one_call(folder):
+    pipeline = samplers.Counting.load(folder)
+    pipeline(["a", "b", "c"], steps=4, guidance=1)
+    assert pipeline.seen == 3 * 4
+
+
+def test_schedules(experiment, monkeypatch, tmp_path, call):
+    trials = [
+        ("zero_snr", "v_prediction", "simple"), ("linear", "epsilon", "min-snr"),
+        ("cosine", "sample", "simple"),
+    ]  # fmt: skip
+    for name, value in {"BASE": TINY, "CAPTIONS": 9, "TRIALS": trials}.items():
+        monkeypatch.setattr(schedules, name, value)
+    monkeypatch.setattr(rehearsal, "_steps", lambda stage, seconds: 2)
+    names = "signal-to-noise.png", "samples.png"
+    rows = experiment("schedules", "--seconds", 1, pictures=names)
+    assert [(row["schedule"], row["prediction"], row["weighting"]) for row in rows] == trials
+    for row in rows:
+        assert row.keys() == schedules.COLUMNS.keys()
+        assert row["steps"] == 2 and row["seconds"] > 0
+        assert 0 <= row["accuracy_seen"] <= 1 and 0 <= row["accuracy_held_out"] <= 1
+    # Each is a run of its own, on the same first stage.
+    folders = [tmp_path / "out" / "-".join(trial) for trial in trials]
+    first, *others = (load_weights(state_files(one)[-1]) for one in folders)
+    for other in others:
+        assert first.keys() == other.keys()
+        for name in first:
+            equal = np.array_equal(first[name], other[name])
+            assert equal or not name.startswith("first_stage/")
+    scheduler = json.loads((folders[0] / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["rescale_betas_zero_snr"] and scheduler["timestep_spacing"] == "trailing"
+    painted = call("sample", folders[0], "a small red circle", "-o", tmp_path / "picture.png")
+    assert painted.code == 0, painted.err
+
+
+def test_every_trial_is_a_config():
+    names = ("schedule", "prediction", "weighting")
+    assert len(set(schedules.TRIALS)) == len(schedules.TRIALS) == 12
+    for trial in schedules.TRIALS:
+        dataclasses.replace(schedules.BASE, **dict(zip(names, trial, strict=True)))
+
+
+def test_without_a_run_the_demo_is_trained(folder, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(trained, "train", lambda run, config, say: asked.append((run, config)))
+    monkeypatch.setattr(trained, "load_notes", lambda run: {"config": TINY})
+    assert trained.trained_run(None, 100, tmp_path, print) == tmp_path / "run"
+    ((run, config),) = asked
+    assert run == tmp_path / "run" and config.preset == "demo"
+    assert config.autoencoder.seconds + config.denoiser.seconds == pytest.approx(100)
+    with pytest.raises(FileExistsError, match="holds a run already; take it with --run"):
+        trained.trained_run(None, 100, folder.parent, print)
+    assert len(asked) == 1
+
+
+def test_a_report_is_whole_after_every_row(tmp_path):
+    stop = Interruptible()
+    report = scoring.Report(tmp_path, {"a": ("first", "d"), "b": ("second", ".0%")}, stop)
+    report.add({"a": 1, "b": 0.5, "c": "not shown"})
+    assert json.loads((tmp_path / "results.json").read_text()) == report.rows
+    stop.number = 15
+    with pytest.raises(Stopped):
+        report.add({"a": 2, "b": None})
+    assert json.loads((tmp_path / "results.json").read_text()) == report.rows
+    table = "| first | second |\n| --- | --- |\n| 1 | 50% |\n| 2 | – |\n"
+    assert (tmp_path / "table.md").read_text() == table
+
+
+def test_mistakes(call, tmp_path):
+    result = call("experiment", "latent-vs-pixels", "--out", tmp_path)
+    assert result.code == 2 and "found 'latent-vs-pixels'" in result.err
+    assert call("experiment", "latent-vs-pixel").code == 2
+    (tmp_path / "file").write_text("in the way")
+    result = call("experiment", "latent-vs-pixel", "--out", tmp_path / "file")
+    assert result.code == 2 and "expected a folder, or nothing, found a file" in result.err
+
+
+def not_of_shapes(run):
+    """As if it had been trained on a folder of pictures."""
+    file = state_files(run)[-1]
+    notes = json.loads(load_metadata(file)["tinyldm"])
+    notes["config"]["data"] = "pictures"
+    save_weights(file, load_weights(file), {"tinyldm": json.dumps(notes)})
+
+
+@pytest.mark.parametrize("name", ["guidance", "samplers", "schedules"])
+def test_runs_that_it_cannot_look_at(name, folder, call, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    not_of_shapes(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    told = {
+        "run": "expected a run trained on shapes, whose captions are read back by rule, found one "
+        "on pictures",
+        "empty": "holds no run",
+        "missing": "holds no run",
+    }
+    for run, line in told.items():
+        result = call("experiment", name, "--run", tmp_path / run, "--out", tmp_path / "out")
+        line = "--run: schedules trains its own; leave it out" if name == "schedules" else line
+        assert result.code == 2 and line in result.err and result.err.count("\n") == 1
+        assert result.out == "" and not (tmp_path / "out").exists()
+
+
+def test_a_clock_runs_when_it_is_told_to(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(latent_vs_pixel.time, "monotonic", lambda: now[0])
+    clock = latent_vs_pixel.Clock()
+    assert clock.read() == 0
+    clock.go()
+    now[0] += 3
+    assert clock.read() == 3
+    clock.stop()
+    now[0] += 50
+    assert clock.read() == 3
+    clock.go()
+    now[0] += 2
+    assert clock.read() == 5

@@ -1,0 +1,573 @@
+"""Text to picture with a small random model: what decides the bytes, and the folder it lives in."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_model import PROMPTS, STEPS, make_pipeline, paint, start_noise
+
+from tinyldm import cli
+from tinyldm.checkpoints.components import COMPONENTS
+from tinyldm.checkpoints.safetensors import WeightsError, load_weights, save_weights
+from tinyldm.config import ConfigError
+from tinyldm.data.images import from_uint8, to_uint8
+from tinyldm.diffusion.samplers import SCHEDULERS
+from tinyldm.sampling import denoiser as predictor
+from tinyldm.sampling import pipeline as module
+from tinyldm.sampling.metadata import fingerprint
+from tinyldm.sampling.pipeline import Pipeline
+
+COMPONENT_FILES = [  # in the order of writing; the index is the last
+    *(f"{name}/{file}" for name, (_, _, weights) in COMPONENTS.items()
+      for file in ("config.json", weights)),
+    "scheduler/scheduler_config.json",
+    "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
+    "tokenizer/tokenizer_config.json",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def pipe():
+    return make_pipeline()
+
+
+@pytest.fixture
+def folder(pipe, tmp_path):
+    pipe.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def assert_close(found, expected):
+    """At most one level in less than 1 % of the values, which is what rounding may do."""
+    levels = abs(found.astype(int) - expected)
+    assert levels.max() <= 1 and (levels > 0).mean() < 0.01
+
+
+def one_line(caught):
+    text = str(caught.value)
+    assert text and "\n" not in text
+    return text
+
+
+def test_the_command_line_knows_the_samplers():
+    """Before it has loaded anything that is slow to load."""
+    assert cli.SAMPLERS == tuple(module.SAMPLERS)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_folder_is_painted_from_by_the_scheduler_that_it_names(pipe, folder, name):
+    file = folder / "scheduler" / "scheduler_config.json"
+    settings = json.loads(file.read_text()) | {"_class_name": name}
+    file.write_text(json.dumps(settings))
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["_tinyldm"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    loaded = Pipeline.load(folder)
+    assert loaded.defaults["sampler"] == SCHEDULERS[name]
+    expected = paint(pipe, PROMPTS[:1], sampler=SCHEDULERS[name], steps=3, guidance=2)
+    np.testing.assert_array_equal(paint(loaded, PROMPTS[:1], steps=3, guidance=2), expected)
+
+
+def test_the_stochastic_solver_is_told_by_its_algorithm(pipe):
+    configs = pipe.configs | {
+        "scheduler": pipe.configs["scheduler"]
+        | {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}
+    }
+    assert Pipeline(configs, pipe.params, pipe.tokenizer).defaults["sampler"] == "dpm++2m_sde"
+
+
+# ------------------------------------------------------------------------------- noise and batches
+
+
+def test_a_prompt_gives_a_list_of_pictures(pipe):
+    (picture,) = pipe(PROMPTS[0])
+    assert isinstance(picture, Image.Image)
+    assert (picture.mode, picture.size) == ("RGB", (16, 16))
+    assert np.asarray(picture).std() > 10
+    pictures = pipe(PROMPTS)
+    assert isinstance(pictures, list) and len(pictures) == len(PROMPTS)
+    assert pipe(tuple(PROMPTS[:1])) == [picture] == pipe(PROMPTS[:1])
+
+
+@pytest.mark.parametrize("sampler", module.SAMPLERS)
+def test_the_same_call_gives_the_same_bytes(pipe, sampler):
+    options = {"sampler": sampler, "seed": 5}
+    one, other = (paint(pipe, PROMPTS[:3], **options) for _ in range(2))
+    np.testing.assert_array_equal(one, other)
+    assert (one != paint(pipe, PROMPTS[:3], sampler=sampler, seed=6)).mean() > 0.5
+
+
+@pytest.mark.parametrize("sampler", module.SAMPLERS)
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_a_picture_does_not_depend_on_its_company(pipe, sampler, n):
+    alone = paint(pipe, PROMPTS[:n], sampler=sampler, seed=3)
+    together = paint(pipe, PROMPTS, sampler=sampler, seed=3)
+    assert_close(alone, together[:n])
+    assert len({picture.tobytes() for picture in together}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("processes", ["", "1", "2", "3"])
+@pytest.mark.parametrize("n, at_once", [(1, 64), (2, 64), (7, 1), (7, 2), (7, 64)])
+def test_steps_with_a_fixed_context_predict_what_single_calls_do(
+    pipe, monkeypatch, processes, n, at_once
+):
+    monkeypatch.setenv("TINYLDM_PROCESSES", processes)
+    context = pipe.embed([PROMPTS[i % 5] for i in range(n)])
+    with pipe.predictor(context, at_once) as predict:
+        for t in (900, 3):
+            x = start_noise(n, seed=t)
+            np.testing.assert_allclose(predict(x, t), pipe.predict(x, t, context), atol=1e-5)
+
+
+def test_what_depends_on_the_context_alone_is_made_once(pipe, monkeypatch):
+    """Then other weights there change nothing, and elsewhere they do."""
+    monkeypatch.setenv("TINYLDM_PROCESSES", "1")
+    params = dict(pipe.params["unet"])
+    monkeypatch.setitem(pipe.params, "unet", params)
+    x = start_noise(2)
+    with pipe.predictor(pipe.embed(PROMPTS[:2])) as predict:
+        before = predict(x, 5)
+        once = [n for n in params if "attn2.to_k" in n or "attn2.to_v" in n or "add_emb" in n]
+        assert len(once) > 10
+        for name in once:
+            params[name] = params[name] + 1
+        np.testing.assert_array_equal(predict(x, 5), before)
+        for name in ("conv_in.weight", "mid_block.attentions.0.proj_in.weight", "conv_out.bias"):
+            params[name] = params[name] + 0.1
+            after = predict(x, 5)
+            assert not np.array_equal(after, before), name
+            before = after
+
+
+@pytest.mark.parametrize("sampler", module.SAMPLERS)
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_start_noise_is_that_of_seed_and_index(pipe, monkeypatch, sampler, n):
+    """To the bit, for any batch: seen where the sampler is called."""
+    seen = []
+
+    def spy(predict, schedule, x, steps, **options):
+        seen.append(x.copy())
+        return iter([(x, x)])
+
+    monkeypatch.setitem(module.SAMPLERS, sampler, spy)
+    list(pipe.denoise(pipe.recipe(PROMPTS[:n], seed=9, sampler=sampler)))
+    assert seen[0].dtype == np.float32
+    np.testing.assert_array_equal(seen[0], start_noise(n, 9))
+
+
+@pytest.mark.parametrize("sampler", module.SAMPLERS)
+def test_given_latents_replace_the_start_noise_and_nothing_else(pipe, sampler):
+    """Noise on the way is not that of the start again: the stream goes on behind it."""
+    usual = paint(pipe, PROMPTS[:2], sampler=sampler, seed=4)
+    latents = start_noise(2, 4)
+    before = latents.copy()
+    np.testing.assert_array_equal(
+        paint(pipe, PROMPTS[:2], sampler=sampler, seed=4, latents=latents), usual
+    )
+    np.testing.assert_array_equal(latents, before)
+    as_float64 = paint(
+        pipe, PROMPTS[:2], sampler=sampler, seed=4, latents=latents.astype(np.float64)
+    )
+    np.testing.assert_array_equal(as_float64, usual)
+    other = paint(pipe, PROMPTS[:2], sampler=sampler, seed=4, latents=-latents)
+    assert (other != usual).mean() > 0.5
+
+
+# ---------------------------------------------------------------------------- prompts and guidance
+
+
+def test_negative_prompts(pipe):
+    usual = paint(pipe, PROMPTS[:2])
+    np.testing.assert_array_equal(paint(pipe, PROMPTS[:2], negative_prompt=""), usual)
+    for_all = paint(pipe, PROMPTS[:2], negative_prompt="a blue square")
+    each = paint(pipe, PROMPTS[:2], negative_prompt=["a blue square"] * 2)
+    np.testing.assert_array_equal(for_all, each)
+    mixed = paint(pipe, PROMPTS[:2], negative_prompt=["", "a blue square"])
+    np.testing.assert_array_equal(mixed[0], usual[0])
+    np.testing.assert_array_equal(mixed[1], for_all[1])
+    assert (for_all[0] != usual[0]).any()
+
+
+def test_leading_away_from_the_prompt_itself_is_no_guidance(pipe):
+    """without + g (with − without), where both are the same prediction."""
+    plain = paint(pipe, PROMPTS[:2], guidance=1)
+    same = paint(pipe, PROMPTS[:2], negative_prompt=PROMPTS[:2], guidance=5.0)
+    assert_close(same, plain)
+
+
+def test_guidance_zero_is_the_negative_prompt(pipe):
+    found = paint(pipe, PROMPTS[0], negative_prompt=PROMPTS[1], guidance=0)
+    assert_close(found, paint(pipe, PROMPTS[1], guidance=1))
+
+
+@pytest.mark.parametrize(("guidance", "contexts"), [(1, 2), (1.0, 2), (1.5, 4), (0, 4), (-1, 4)])
+def test_without_guidance_nothing_is_computed_for_it(pipe, monkeypatch, guidance, contexts):
+    """At guidance 1 neither U-Net nor text encoder sees the null context; else both halves run."""
+    seen, texts = [], []
+    unet, embed = pipe.unet, pipe.embed
+    monkeypatch.setattr(predictor, "available", lambda: 1)  # else others would see them
+    monkeypatch.setattr(predictor, "cores", lambda: 1)
+
+    def spy(params, x, t, context):
+        seen.append((x, context))
+        return unet(params, x, t, context)
+
+    monkeypatch.setattr(pipe, "unet", spy)
+    monkeypatch.setattr(pipe.unet, "config", unet.config, raising=False)
+    monkeypatch.setattr(pipe, "embed", lambda t: texts.append(list(t)) or embed(t))
+    paint(pipe, PROMPTS[:2], guidance=guidance)
+    assert [len(x) for x, _ in seen] == [contexts] * STEPS
+    assert texts == [PROMPTS[:2]] + ([["", ""]] if contexts == 4 else [])
+    for _, context in seen:
+        np.testing.assert_array_equal(context.array[-2:], embed(PROMPTS[:2]))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative"),
+    [([], ""), ((), ""), ("a", []), ("a", ["b", "c"]), (["a", "b"], ["c"]), (["a"], ())],
+)
+def test_numbers_of_prompts_that_do_not_fit(pipe, prompt, negative):
+    with pytest.raises(ValueError, match="prompt: expected") as caught:
+        pipe(prompt, negative_prompt=negative)
+    one_line(caught)
+
+
+# ------------------------------------------------------------------- steps, sampler, size, latents
+
+
+def test_defaults_are_those_of_the_folder(pipe, folder, monkeypatch):
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_tinyldm"] == {"steps": STEPS, "guidance": 2.0, "sampler": "ddim"}
+    index["_tinyldm"] = {"steps": 2, "guidance": 1.5, "sampler": "ddpm"}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    loaded = Pipeline.load(folder)
+    assert loaded.defaults == index["_tinyldm"]
+    np.testing.assert_array_equal(
+        paint(loaded, PROMPTS[:2]),
+        paint(pipe, PROMPTS[:2], steps=2, guidance=1.5, sampler="ddpm"),
+    )
+    # Each of them can be given, also as what would be the default elsewhere.
+    np.testing.assert_array_equal(
+        paint(loaded, PROMPTS[:2], steps=STEPS, guidance=2.0, sampler="ddim"),
+        paint(pipe, PROMPTS[:2]),
+    )
+
+
+def test_defaults_of_a_folder_that_says_nothing_are_those_of_stable_diffusion(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["_tinyldm"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert Pipeline.load(folder).defaults == {"steps": 50, "guidance": 7.5, "sampler": "ddim"}
+
+
+def test_the_scheduler_of_the_folder_is_the_default_sampler(pipe):
+    scheduler = pipe.configs["scheduler"] | {"_class_name": "DDPMScheduler"}
+    other = Pipeline(pipe.configs | {"scheduler": scheduler}, pipe.params, pipe.tokenizer)
+    assert other.defaults["sampler"] == "ddpm"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_steps_are_the_yields_of_denoise(pipe, steps):
+    path = list(pipe.denoise(pipe.recipe(PROMPTS[:2], steps=steps, guidance=1)))
+    assert len(path) == steps
+    for x, x0 in path:
+        assert x.shape == x0.shape == (2, 8, 8, 4)
+        assert x.dtype == x0.dtype == np.float32
+    np.testing.assert_array_equal(
+        pipe.decode(path[-1][0]), paint(pipe, PROMPTS[:2], steps=steps, guidance=1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "height", "width"), [(8, 8, 8), ((8, 20), 8, 20), ([24, 10], 24, 10), ((2, 2), 2, 2)]
+)
+def test_sizes(pipe, size, height, width):
+    pictures = paint(pipe, PROMPTS[:2], size=size)
+    assert pictures.shape == (2, height, width, 3)
+    latents = start_noise(2, 0, (height // 2, width // 2, 4))
+    np.testing.assert_array_equal(pictures, paint(pipe, PROMPTS[:2], size=size, latents=latents))
+
+
+def test_the_size_trained_on(pipe):
+    assert pipe.size == (16, 16)
+    np.testing.assert_array_equal(paint(pipe, PROMPTS[0]), paint(pipe, PROMPTS[0], size=16))
+    configs = pipe.configs | {"unet": pipe.configs["unet"] | {"sample_size": [4, 6]}}
+    assert Pipeline(configs, pipe.params, pipe.tokenizer).size == (8, 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"sampler": "dimm"}, "sampler: expected ddpm, ddim, .*found 'dimm'; did you mean 'ddim'?"),
+        ({"size": 15}, "size: expected .*multiples of 2, found 15"),
+        ({"size": (16, 9)}, "size: expected .*multiples of 2, found .*16.*9"),
+        ({"size": 0}, "size: expected .*found 0"),
+        ({"size": -2}, "size: expected .*found -2"),
+        ({"steps": 0}, "steps: expected 1…1000, found 0"),
+        ({"steps": -1}, "steps: expected 1…1000, found -1"),
+        ({"steps": 1001}, "steps: expected 1…1000, found 1001"),
+        ({"latents": np.zeros((1, 8, 8, 3))}, r"latents: expected \(1, 8, 8, 4\), found"),
+        ({"latents": np.zeros((2, 8, 8, 4))}, r"latents: expected \(1, 8, 8, 4\), found"),
+        ({"latents": np.zeros((8, 8, 4))}, r"latents: expected \(1, 8, 8, 4\), found"),
+        ({"latents": np.zeros((1, 8, 8, 4)), "size": 8}, r"latents: expected \(1, 4, 4, 4\)"),
+        ({"size": (16, 16, 3)}, "size: expected .*found"),
+        ({"size": (16,)}, "size: expected .*found"),
+        ({"guidance": float("nan")}, "guidance: "),
+        ({"guidance": float("inf")}, "guidance: "),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_what_is_asked_wrongly(pipe, options, says):
+    with pytest.raises(ValueError, match=f"^{says}") as caught:
+        pipe(PROMPTS[0], **options)
+    one_line(caught)
+
+
+# ------------------------------------------------------------------------------- decode and encode
+
+
+def test_levels_and_numbers():
+    levels = np.arange(256, dtype=np.uint8)
+    x = from_uint8(levels)
+    assert (x.dtype, x.min(), x.max()) == (np.float32, -1, 1)
+    np.testing.assert_array_equal(to_uint8(x), levels)
+    # Rounded to the nearest level, and clipped whatever the size.
+    half = 0.5 / 127.5
+    x = np.array([-1 + 0.9 * half, -1 + 1.1 * half, 1 - 0.9 * half, 1 - 1.1 * half, -7, 7, 1e30])
+    np.testing.assert_array_equal(to_uint8(x), [0, 1, 255, 254, 0, 255, 255])
+    assert to_uint8(x).dtype == np.uint8
+
+
+def test_decode_and_encode(pipe):
+    latents = 3 * start_noise(3, 2)
+    pictures = pipe.decode(latents)
+    assert (pictures.shape, pictures.dtype) == ((3, 16, 16, 3), np.uint8)
+    assert pictures.min() < 100 and pictures.max() > 150
+    z = pipe.encode(pictures)
+    assert (z.shape, z.dtype) == (latents.shape, np.float32)
+    mean = pipe.vae.encode(pipe.params["vae"], from_uint8(pictures))[0][..., :4]
+    np.testing.assert_allclose(z, mean * 0.8, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="multiples of 2, found 15×16"):
+        pipe.encode(pictures[:, 1:])
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_no_picture_of_weights_that_are_not_finite(pipe, component, value):
+    params = {name: dict(named) for name, named in pipe.params.items()}
+    name = {"unet": "conv_in.bias", "vae": "decoder.conv_in.bias",
+            "text_encoder": "text_model.final_layer_norm.bias"}[component]  # fmt: skip
+    params[component][name] = np.full_like(params[component][name], value)
+    broken = Pipeline(pipe.configs, params, pipe.tokenizer, pipe.defaults)
+    with pytest.raises(ValueError, match="not finite: the weights have diverged") as caught:
+        broken(PROMPTS[0])
+    one_line(caught)
+
+
+# -------------------------------------------------------------------------------------- the folder
+
+
+def test_saved_and_loaded_it_paints_the_same_bytes(pipe, folder):
+    loaded = Pipeline.load(str(folder))
+    for component, params in pipe.params.items():
+        assert loaded.params[component].keys() == params.keys()
+        for name, w in params.items():
+            assert loaded.params[component][name].dtype == np.float32
+            np.testing.assert_array_equal(loaded.params[component][name], w)
+    np.testing.assert_array_equal(paint(loaded, PROMPTS), paint(pipe, PROMPTS))
+    assert loaded.tokenizer.vocab == pipe.tokenizer.vocab
+    assert loaded.defaults == pipe.defaults
+
+
+def test_the_folder_holds_what_diffusers_expects(pipe, folder):
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert files == {*COMPONENT_FILES, "model_index.json"}
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    assert index["safety_checker"] == index["feature_extractor"] == [None, None]
+    for name, ((library, kind), _, _) in COMPONENTS.items():
+        assert index[name] == [library, kind]
+        config = json.loads((folder / name / "config.json").read_text())
+        assert config["_class_name"] == kind
+        assert pipe.configs[name].items() <= config.items()
+        assert {k for k in config if k not in pipe.configs[name]} <= {
+            "_class_name", "_diffusers_version"
+        }  # fmt: skip
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    assert index["scheduler"] == ["diffusers", scheduler["_class_name"]]
+    assert scheduler == pipe.configs["scheduler"]
+
+
+def test_saving_what_was_loaded_writes_the_same_bytes(folder, tmp_path):
+    Pipeline.load(folder).save(tmp_path / "again")
+    for file in [*COMPONENT_FILES, "model_index.json"]:
+        assert (folder / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
+
+
+def test_a_scheduler_config_without_a_class_name(pipe, tmp_path):
+    scheduler = {k: v for k, v in pipe.configs["scheduler"].items() if k != "_class_name"}
+    bare = Pipeline(pipe.configs | {"scheduler": scheduler}, pipe.params, pipe.tokenizer)
+    assert bare.defaults["sampler"] == "ddim"
+    bare.save(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_before(monkeypatch, number):
+    """Let os.replace, by which every file appears, fail the `number`-th time it is called."""
+    replace, calls = os.replace, []
+
+    def failing(source, target):
+        calls.append(target)
+        if len(calls) == number:
+            raise Crash
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    return calls
+
+
+@pytest.mark.parametrize("number", range(1, len(COMPONENT_FILES) + 2))
+def test_the_index_is_written_last(pipe, folder, monkeypatch, number):
+    """A second save over a whole folder that fails before any of its files leaves no index."""
+    calls = crash_before(monkeypatch, number)
+    with pytest.raises(Crash):
+        pipe.save(folder)
+    assert not (folder / "model_index.json").exists()
+    with pytest.raises(FileNotFoundError, match="model_index.json: missing"):
+        Pipeline.load(folder)
+    expected = [folder / file for file in [*COMPONENT_FILES, "model_index.json"]]
+    assert calls == expected[:number]
+
+    monkeypatch.undo()
+    pipe.save(folder)
+    np.testing.assert_array_equal(paint(Pipeline.load(folder), PROMPTS[0]), paint(pipe, PROMPTS[0]))
+
+
+def test_a_save_that_fails_leaves_no_scraps(pipe, folder, monkeypatch):
+    crash_before(monkeypatch, 2)
+    with pytest.raises(Crash):
+        pipe.save(folder)
+    assert list(folder.rglob(".*")) == []
+
+
+@pytest.mark.parametrize("missing", ["folder", "model_index.json", *COMPONENT_FILES[:-1]])
+def test_what_is_missing_is_named(folder, missing):
+    if missing == "folder":
+        with pytest.raises(FileNotFoundError, match="no-such-folder: no such file or folder"):
+            Pipeline.load(folder.parent / "no-such-folder")
+        return
+    (folder / missing).unlink()
+    with pytest.raises(FileNotFoundError) as caught:
+        Pipeline.load(folder)
+    text = one_line(caught)
+    assert str((folder / missing).parent) in text
+    assert (folder / missing).name in text or "no weights" in text
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in [*COMPONENT_FILES, "model_index.json"] if f.endswith(".json")]
+)
+@pytest.mark.parametrize("content", [b"{", b"", b"[1]", b"\xff\xfe{}", b"null"])
+def test_damaged_json_is_named(folder, file, content):
+    (folder / file).write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        Pipeline.load(folder)
+    text = one_line(caught)
+    assert str((folder / file).parent) in text and (folder / file).name in text
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_damaged_weights_are_named(folder, name):
+    file = folder / name / COMPONENTS[name][2]
+    data = file.read_bytes()
+    for cut in (0, 7, 100, len(data) - 1):
+        file.write_bytes(data[:cut])
+        with pytest.raises(WeightsError) as caught:
+            Pipeline.load(folder)
+        assert one_line(caught).startswith(f"{file}: ")
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_weights_that_do_not_fit_are_listed(folder, name):
+    file = folder / name / COMPONENTS[name][2]
+    params = load_weights(file)
+    first, second, *_ = sorted(params)
+    short = params.pop(second).reshape(-1)[:-1]
+    save_weights(file, {**params, second + "x": short, first: short})
+    with pytest.raises(WeightsError) as caught:
+        Pipeline.load(folder)
+    text = one_line(caught)
+    assert str(folder / name) in text
+    assert f"missing (1): {second};" in text
+    assert f"unexpected (1): {second}x;" in text
+    assert f"misshapen (1): {first}: expected" in text
+
+
+def test_a_config_that_is_not_implemented_is_named(folder):
+    file = folder / "unet" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"class_embed_type": "timestep"}))
+    with pytest.raises(ConfigError, match="unet config: class_embed_type = 'timestep'") as caught:
+        Pipeline.load(folder)
+    one_line(caught)
+
+
+def test_a_damaged_list_of_shards_is_named(folder):
+    (folder / "unet" / COMPONENTS["unet"][2]).unlink()
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    for content in ("{", "{}", "[]"):
+        index.write_text(content)
+        with pytest.raises(ValueError) as caught:
+            Pipeline.load(folder)
+        assert index.name in one_line(caught)
+
+
+def test_the_fingerprint_sees_weights_configs_and_tokenizer(folder):
+    pipe = Pipeline.load(folder)
+    expected = fingerprint(pipe)
+    assert fingerprint(Pipeline.load(folder)) == expected and len(expected) == 16
+    name = min(pipe.params["vae"])
+    pipe.params["vae"][name].reshape(-1)[-1] += 1
+    assert fingerprint(pipe) != expected
+    pipe = Pipeline.load(folder)
+    pipe.configs["scheduler"] = pipe.configs["scheduler"] | {"steps_offset": 0}
+    assert fingerprint(pipe) != expected
+    pipe = Pipeline.load(folder)
+    pipe.tokenizer.max_length -= 1
+    assert fingerprint(pipe) != expected
+
+
+# ------------------------------------------------------------------------------- folders of others
+
+
+def test_latents_are_not_clipped_where_the_scheduler_says_nothing(pipe):
+    """Schedulers that never clip do not write the key, and ddim would clip by default."""
+    silent = {k: v for k, v in pipe.configs["scheduler"].items() if k != "clip_sample"}
+    other = Pipeline(pipe.configs | {"scheduler": silent}, pipe.params, pipe.tokenizer)
+    for sampler in ("ddim", "ddpm"):
+        options = {"sampler": sampler, "steps": 4, "guidance": 2.0}
+        np.testing.assert_array_equal(
+            paint(other, PROMPTS[:1], **options), paint(pipe, PROMPTS[:1], **options)
+        )
+    clips = Pipeline(
+        pipe.configs | {"scheduler": silent | {"clip_sample": True}}, pipe.params, pipe.tokenizer
+    )
+    options = {"sampler": "ddim", "steps": 4, "guidance": 2.0}
+    assert (paint(clips, PROMPTS[:1], **options) != paint(pipe, PROMPTS[:1], **options)).any()
+
+
+def test_a_scheduler_that_is_not_implemented_is_named_with_the_way_out(pipe):
+    scheduler = pipe.configs["scheduler"] | {"_class_name": "UniPCMultistepScheduler"}
+    other = Pipeline(pipe.configs | {"scheduler": scheduler}, pipe.params, pipe.tokenizer)
+    with pytest.raises(ValueError, match="the model names a UniPCMultistepScheduler.*--sampler"):
+        other(PROMPTS[0], steps=2)
+    assert len(other(PROMPTS[0], steps=2, sampler="euler")) == 1

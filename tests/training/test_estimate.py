@@ -1,0 +1,226 @@
+"""What a run will take: the shapes that are rehearsed, and what is made of the measurements."""
+
+import dataclasses
+import tracemalloc
+
+import numpy as np
+import pytest
+import strict
+
+from tinyldm import backend
+from tinyldm.backend import DeviceError
+from tinyldm.models import Tokenizer
+from tinyldm.nn import no_grad
+from tinyldm.training import estimate as rehearsal
+from tinyldm.training.config import Config, Stage
+from tinyldm.training.estimate import Rehearsal, duration, gigabytes, rehearse
+from tinyldm.training.stages import Models
+
+STAGE = Stage(batch=4, rate=1e-3, warmup=2, ema=0.9, steps=6)
+CONFIG = Config(
+    side=16,
+    autoencoder=STAGE,
+    denoiser=dataclasses.replace(STAGE, batch=6, steps=7),
+    vae_widths=(4, 8),
+    unet_widths=(8, 16),
+    unet_attention=(False, True),
+    heads=2,
+    groups=4,
+    text_width=8,
+)
+
+
+@pytest.fixture
+def no_timing(monkeypatch):
+    """One call of everything, which takes a second of a made-up clock."""
+    monkeypatch.setattr(rehearsal, "_timed", lambda function: (function(), 1.0)[1])
+
+
+def test_seconds_are_those_of_the_steps_and_of_encoding(no_timing, monkeypatch):
+    monkeypatch.setattr(rehearsal, "cores", lambda: 2)  # eight pictures each are encoded
+    found = rehearse(CONFIG, 160)
+    assert found.steps == {"autoencoder": 6, "denoiser": 7}
+    assert found.step_seconds == {"autoencoder": 1, "denoiser": 1}
+    assert found.encoding == 10
+    assert found.seconds == 6 + 7 + 10
+
+
+def test_steps_fill_the_seconds_of_a_stage(no_timing):
+    timed = dataclasses.replace(STAGE, steps=None, seconds=12.5)
+    short = dataclasses.replace(STAGE, steps=None, seconds=0.1)
+    config = dataclasses.replace(CONFIG, autoencoder=timed, denoiser=short)
+    assert rehearse(config, 16).steps == {"autoencoder": 12, "denoiser": 1}
+
+
+def test_a_real_rehearsal():
+    found = rehearse(CONFIG, 64, seconds=0.1)
+    assert all(seconds > 0 for seconds in found.step_seconds.values()) and found.encoding > 0
+    assert found.memory > found.held
+    assert not tracemalloc.is_tracing()
+
+
+def test_what_is_rehearsed_has_the_shapes_of_a_run(no_timing, monkeypatch):
+    batches = []
+    step = rehearsal.train_step
+
+    def record(state, gradient, batch, **others):
+        batches.append([(x.shape, x.dtype.kind) for x in batch])
+        return step(state, gradient, batch, **others)
+
+    monkeypatch.setattr(rehearsal, "train_step", record)
+    rehearse(CONFIG, 64)
+    latents = ((6, 8, 8, 4), "f")
+    autoencoder = [((4, 16, 16, 3), "f"), ((4, 8, 8, 4), "f")]
+    denoiser = [latents, latents, ((6, 16), "i"), ((6,), "i")]
+    # Once for the memory, once for the time.
+    assert batches == [autoencoder, autoencoder, denoiser, denoiser]
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def extra(config, pictures=16):
+    found = rehearse(config, pictures)
+    return found.memory - found.held
+
+
+def test_memory_holds_the_state_and_the_activations(no_timing):
+    """Of the larger stage at least: parameters, two moments, average, gradient."""
+    models = Models(CONFIG, Tokenizer.train([""]))
+    params = models.unet.init(np.random.default_rng(0))
+    state = 5 * sum(w.nbytes for w in params.values())
+    assert state < extra(CONFIG) < 30e6
+    large = dataclasses.replace(CONFIG, denoiser=dataclasses.replace(STAGE, batch=128))
+    one_activation = 4 * (128 - 6) * 8 * 8 * 8
+    assert extra(large) - extra(CONFIG) > 10 * one_activation
+
+
+def test_latents_of_every_picture_count_four_times(no_timing, monkeypatch):
+    """While they are made: moments, which are two, their clipped copy, and the result."""
+    monkeypatch.setattr(rehearsal, "_encoding", lambda *args: (0.0, 0))
+    for module in (rehearsal, backend):  # one thread: what several hold at a time is by chance
+        monkeypatch.setattr(module, "cores", lambda: 1)
+    extra(CONFIG)  # now it has its scratch memory
+    latents = 4 * 8 * 8 * 4
+    assert extra(CONFIG, 101_000) - extra(CONFIG, 1000) == pytest.approx(4e5 * latents, rel=1e-3)
+
+
+def test_encoding_takes_as_much_as_all_threads_together(monkeypatch):
+    """Within 40 %, from a measurement on eight pictures a thread."""
+    for module in (rehearsal, backend):
+        monkeypatch.setattr(module, "cores", lambda: 1)
+    models = Models(dataclasses.replace(CONFIG, side=64), Tokenizer.train([""]))
+    _, found = rehearsal._encoding(models, 10_000, "cpu", 0)
+    params = models.vae.init(np.random.default_rng(0))
+    images = np.zeros((rehearsal.AT_ONCE, 64, 64, 3), np.float32)
+
+    def encode():
+        with no_grad():
+            models.vae.encode(params, images)
+
+    _, true = rehearsal._measure(encode, 0, "cpu")
+    assert true < found < 1.4 * true
+
+
+def test_who_traces_already_goes_on_tracing(no_timing):
+    tracemalloc.start()
+    try:
+        rehearse(CONFIG, 16)
+        assert tracemalloc.is_tracing()
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_peak_is_counted_from_where_it_began():
+    tracemalloc.start()
+    try:
+        kept = np.ones(1_000_000)
+        _, peak = rehearsal._measure(lambda: np.ones(2_000_000), 0, "cpu")
+    finally:
+        tracemalloc.stop()
+    assert peak == pytest.approx(2 * kept.nbytes, rel=0.01)
+
+
+# -------------------------------------------------------------------------------------------- time
+
+
+@pytest.mark.parametrize(
+    "device, seconds, times, expected",
+    [
+        ("cpu", 10, [4, 1, 2, 3, 9], 2),  # the next would not fit
+        ("cpu", 1, [5, 1], 5),  # not even a second one does
+        ("cuda", 1, [50, 3, 9], 3),  # there the first says nothing
+        ("cpu", 1e9, [7, *[1] * 99], 1),
+    ],
+)
+def test_which_times_count(monkeypatch, device, seconds, times, expected):
+    clock = iter(times)
+    monkeypatch.setattr(rehearsal, "_timed", lambda function: next(clock))
+    assert rehearsal._measure(None, seconds, device)[0] == expected
+    assert len(list(clock)) >= len(times) - rehearsal.CALLS
+
+
+def test_on_a_gpu(no_timing, monkeypatch):
+    """On a double of CuPy, which accepts nothing that a GPU would not."""
+
+    def to_device(x, device):
+        if isinstance(x, dict):
+            return {name: to_device(value, device) for name, value in x.items()}
+        return strict.asarray(x)
+
+    monkeypatch.setitem(backend.SPECIAL_FUNCTIONS, "strict", "strict")
+    monkeypatch.setattr(rehearsal, "to_device", to_device)
+    found = rehearse(CONFIG, 16, device="cuda")
+    assert found.step_seconds == {"autoencoder": 1, "denoiser": 1}
+
+
+def test_without_the_device_it_says_so():
+    with pytest.raises(DeviceError, match="expected"):
+        rehearse(CONFIG, 16, device="abacus")
+
+
+# ------------------------------------------------------------------------------------ what it says
+
+
+FOUND = Rehearsal(
+    step_seconds={"autoencoder": 0.1, "denoiser": 0.15},
+    steps={"autoencoder": 600, "denoiser": 1400},
+    encoding=20.0,
+    memory=900_000_000,
+    held=200_000_000,
+    free=6_200_000_000,
+)
+
+
+def said(found):
+    lines = []
+    found.announce(lines.append)
+    return lines
+
+
+def test_what_a_person_is_told():
+    assert said(FOUND) == [
+        "600 + 1,400 steps will take about 4 min 50 s, beside the pictures painted on the way, and "
+        "0.9 GB of memory (6.2 GB are free)"
+    ]
+    unknown = dataclasses.replace(FOUND, free=None)
+    assert said(unknown)[0].endswith("0.9 GB of memory") and len(said(unknown)) == 1
+
+
+def test_too_little_memory_is_said_with_what_to_do():
+    assert len(said(dataclasses.replace(FOUND, free=700_000_000))) == 1  # 0.2 GB are held already
+    line, advice = said(dataclasses.replace(FOUND, free=699_999_999))
+    assert "(0.7 GB are free)" in line
+    assert "more than is free" in advice and "--size" in advice
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (260, "4 min 20 s"), (7500, "2 h 5 min")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_sizes():
+    assert gigabytes(849_000_000) == "0.8 GB"

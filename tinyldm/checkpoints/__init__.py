@@ -1,0 +1,1 @@
+"""Models on disk: safetensors files, folders of diffusers, single files of the original."""

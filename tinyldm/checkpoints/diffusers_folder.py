@@ -1,0 +1,168 @@
+"""A model as a folder of diffusers' layout, which diffusers loads as it is.
+
+The folder holds `model_index.json` and a sub-folder for each component, whether tinyldm trained the
+model or somebody else did.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from numpy.typing import DTypeLike
+
+from tinyldm.backend import to_device
+from tinyldm.checkpoints.components import (
+    CLASS_NAMES,
+    COMPONENTS,
+    DIFFUSERS_VERSION,
+    NONE,
+    OTHERS,
+    OWN_PIPELINE,
+    PIPELINES,
+    make,
+    pipeline_class,
+)
+from tinyldm.checkpoints.safetensors import (
+    PICKLED,
+    PICKLES,
+    WeightsError,
+    match,
+    reshaped,
+    save_weights,
+    tensors,
+)
+from tinyldm.config import ConfigError
+from tinyldm.data.class_names import ClassNames
+from tinyldm.data.tokenizer import Tokenizer
+from tinyldm.files import read_json, write_json
+from tinyldm.nn.protocol import Params
+
+# How the names of published files have changed: an old one → that of today.
+OLD_NAMES = [
+    (re.compile(r"(attentions\.\d+)\.query\."), r"\1.to_q."),
+    (re.compile(r"(attentions\.\d+)\.key\."), r"\1.to_k."),
+    (re.compile(r"(attentions\.\d+)\.value\."), r"\1.to_v."),
+    (re.compile(r"(attentions\.\d+)\.proj_attn\."), r"\1.to_out.0."),
+    (re.compile(r"^"), "text_model."),
+]
+
+
+def load_folder(
+    folder: Path, with_vae: bool = True
+) -> tuple[dict[str, dict], dict[str, Params], Tokenizer | ClassNames, dict]:
+    """Read configs, float32 params, tokenizer and sampling defaults; see `load_checkpoint`.
+
+    Without `with_vae` the autoencoder is left out.
+    """
+    index = read_json(folder / "model_index.json")
+    kind = index.get("_class_name", PIPELINES[0])
+    if kind not in (*PIPELINES, OWN_PIPELINE):
+        raise ConfigError(
+            f"{folder / 'model_index.json'}: a {kind} is not implemented, only Stable Diffusion 1 "
+            f"and 2: {', '.join(PIPELINES)}"
+        )
+    configs = {"scheduler": read_json(folder / "scheduler" / "scheduler_config.json")}
+    params = {}
+    for name in COMPONENTS:
+        if index.get(name) != NONE and (name != "vae" or with_vae):
+            configs[name], params[name] = load_with_config(folder / name, name)
+    kind = ClassNames if index.get("tokenizer") == CLASS_NAMES else Tokenizer
+    tokenizer = kind.load(folder / "tokenizer")
+    return configs, params, tokenizer, index.get("_tinyldm") or {}
+
+
+def load_with_config(folder: Path, name: str) -> tuple[dict, Params]:
+    """Read the config and the weights of the component `name` from its own folder."""
+    config = read_json(folder / "config.json")
+    return config, load_component(folder, make(name, config).shapes())
+
+
+def save_folder(
+    folder: str | Path,
+    configs: dict[str, dict],
+    params: dict[str, Params],
+    tokenizer: Tokenizer | ClassNames,
+    defaults: dict,
+    scheduler: str,
+) -> None:
+    """Write the folder; `model_index.json` comes last, so a folder that has it is whole.
+
+    scheduler: diffusers' class.
+    """
+    folder = Path(folder)
+    (folder / "model_index.json").unlink(missing_ok=True)
+    index = {
+        "_class_name": pipeline_class(configs, tokenizer),
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "_tinyldm": defaults,
+        "feature_extractor": NONE,
+        "requires_safety_checker": False,
+        "safety_checker": NONE,
+        "scheduler": ["diffusers", scheduler],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+    }
+    if isinstance(tokenizer, ClassNames):
+        index["tokenizer"] = CLASS_NAMES
+    for name, ((library, usual), _, file) in COMPONENTS.items():
+        if name not in configs:
+            index[name] = NONE
+            continue
+        kind = configs[name].get("_class_name", usual)
+        library, _ = OTHERS.get(name, {}).get(kind, (library, None))
+        index[name] = [library, kind]
+        note = {"_class_name": kind, "_diffusers_version": DIFFUSERS_VERSION}
+        write_json(folder / name / "config.json", note | configs[name])
+        weights = to_device(params[name], "cpu")
+        save_weights(folder / name / file, weights, {"format": "pt"})
+    write_json(folder / "scheduler" / "scheduler_config.json", configs["scheduler"])
+    tokenizer.save(folder / "tokenizer")
+    write_json(folder / "model_index.json", index)
+
+
+def load_component(
+    folder: str | Path, shapes: dict[str, tuple[int, ...]], dtype: DTypeLike = "float32"
+) -> Params:
+    """The weights of one component of a diffusers folder, checked against the model's `shapes`.
+
+    One file, or several with an index; names may be those of older or newer versions. Raises
+    FileNotFoundError or WeightsError.
+    """
+    folder = Path(folder)
+    params = {}
+    for file in _weight_files(folder):
+        for name, x in tensors(file, dtype):
+            if not name.endswith(".position_ids"):
+                name = _current_name(name, shapes)
+                params[name] = reshaped(x, shapes.get(name))
+    match({name: x.shape for name, x in params.items()}, shapes, folder)
+    return params
+
+
+def _current_name(name, shapes):
+    if name not in shapes:
+        for old, new in OLD_NAMES:
+            renamed = old.sub(new, name)
+            if renamed in shapes:
+                return renamed
+    return name
+
+
+def _weight_files(folder):
+    for stem in ("diffusion_pytorch_model", "model"):
+        for variant in ("", ".fp16"):
+            file = folder / f"{stem}{variant}.safetensors"
+            if file.exists():
+                return [file]
+            index = folder / f"{stem}.safetensors.index{variant}.json"
+            if index.exists():
+                try:
+                    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                    return [folder / name for name in sorted(set(names))]
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                    raise WeightsError(f"{index}: not an index of weights: {error!r}") from None
+    for file in sorted(folder.glob("*")):
+        if file.suffix in PICKLES:
+            raise WeightsError(f"{file}: {PICKLED}")
+    raise FileNotFoundError(
+        f"{folder}: no weights; expected diffusion_pytorch_model.safetensors or model.safetensors"
+    )

@@ -1,0 +1,335 @@
+"""Text → latents → picture, from noise alone or from a picture that is there already."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from numbers import Integral
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tinyldm.backend import Array, array_module, map_batch, to_device
+from tinyldm.checkpoints.checkpoint import load_checkpoint
+from tinyldm.checkpoints.components import make
+from tinyldm.checkpoints.diffusers_folder import save_folder
+from tinyldm.config import ConfigError
+from tinyldm.data.images import both_sides, from_uint8, in_channels, similar_size, to_uint8
+from tinyldm.diffusion.samplers import RANDOM, SAMPLERS, guided, levels, sampler_of, timesteps
+from tinyldm.diffusion.schedule import Schedule
+from tinyldm.diffusion.solvers import Predict
+from tinyldm.machine import keep_freed_memory
+from tinyldm.models import ClassNames, Tokenizer
+from tinyldm.nn import no_grad
+from tinyldm.sampling import noise
+from tinyldm.sampling.denoiser import predictor
+from tinyldm.sampling.init_image import Images, Scene, each, enter, seeing, strength_of
+from tinyldm.sampling.params import Recipe
+from tinyldm.sampling.tasks import task_of, times_larger
+from tinyldm.sampling.tiling import in_parts
+
+DEFAULTS = {"steps": 50, "guidance": 7.5}  # Stable Diffusion's own
+POSITIONS_AT_ONCE = 2**14  # of latents, on a core: more would need more memory, and be no faster
+SAMPLES_AT_ONCE = 64
+LARGEST = 1024  # pixels of a side that an upscaled picture may have unasked
+
+
+class Pipeline:
+    """Paints pictures from captions, or of classes.
+
+    configs: {"unet", "vae", "text_encoder", "scheduler": the contents of its config file}.
+    params: {"unet", "vae", "text_encoder": {name: array}}, all on one device.
+    defaults: any of steps, guidance and sampler; what a call uses where it says nothing. And task,
+    where the number of channels does not say it.
+
+    There is no text_encoder where the U-Net has an embedding of classes itself.
+    """
+
+    def __init__(
+        self,
+        configs: dict[str, dict],
+        params: dict[str, dict[str, Array]],
+        tokenizer: Tokenizer | ClassNames,
+        defaults: dict | None = None,
+    ):
+        keep_freed_memory()
+        self.configs, self.params, self.tokenizer = configs, params, tokenizer
+        self.unet, self.vae, self.text_encoder = (
+            make(name, configs[name]) if name in configs else None
+            for name in ("unet", "vae", "text_encoder")
+        )
+        if (self.text_encoder is None) != bool(self.unet.class_embedding):
+            raise ConfigError(
+                "unet config: expected num_class_embeds without a text_encoder, or none with it"
+            )
+        # Schedulers that never clip do not write the key; others do, and latents are not pixels.
+        self.schedule = Schedule({"clip_sample": False} | configs["scheduler"])
+        self.scheduler_class = configs["scheduler"].get("_class_name", "DDIMScheduler")
+        self.defaults = DEFAULTS | {"sampler": sampler_of(configs["scheduler"])}
+        self.defaults |= defaults or {}
+        channels, latents = self.unet.config.in_channels, self.vae.latent_channels
+        self.task = task_of(channels, latents, self.defaults.get("task"))
+        self.xp = array_module(next(iter(params["unet"].values())))
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, device: str = "cpu", vae: str | Path | None = None
+    ) -> "Pipeline":
+        """Read a folder that tinyldm trained, or Stable Diffusion as a folder or in one file.
+
+        device: "cpu", or "cuda" for CuPy. Weights become float32. vae: a folder or a file of an
+        autoencoder to take instead.
+        """
+        return cls(*load_checkpoint(folder, device, vae))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the folder; `model_index.json` comes last, so a folder that has it is whole."""
+        parts = self.configs, self.params, self.tokenizer
+        save_folder(folder, *parts, self.defaults, self.scheduler_class)
+
+    def __call__(
+        self,
+        prompt: str | list[str],
+        *,
+        negative_prompt: str | list[str] = "",
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        seed: int = 0,
+        size: int | tuple[int, int] | None = None,
+        latents: Array | None = None,
+        image: Images | None = None,
+        mask: Images | None = None,
+        strength: float | None = None,
+        rescale: float = 0.0,
+        variation: float | None = None,
+        variation_seed: int = 0,
+        tile: int | None = None,
+        callback: Callable[[int, Array, Array], None] | None = None,
+    ) -> list[Image.Image]:
+        """Paint one picture a prompt: str or list of str → list of PIL images.
+
+        negative_prompt: what guidance leads away from, one for all or one a prompt.
+        steps, guidance (1 is none), sampler: None is the folder's default.
+        seed: picture i starts from the noise of (seed, i), whatever the batch and the device.
+        size: pixels, one number or (height, width); None is the size trained on or, with an image,
+        its proportions.
+        latents: (n, h, w, c) unit normal noise to start from instead.
+        image: PIL, one for all or one a prompt, to begin with. strength: which share of the steps
+        is then gone, 0.8 by default; at 1 little more than the colours is left of it. For a model
+        of upscaling it is the small picture, for one of layout the map.
+        mask: PIL; where it is white the image is painted anew, all the rest stays. strength: 1.
+        rescale: 0…1, see `guided`.
+        variation: 0…1; every picture starts from the noise of (seed, 0), moved so far towards
+        another, which (variation_seed, i) decides.
+        tile: pixels, the side of the tiles in which to decode; 0 never, None where it is large.
+        callback: called with (i, x, x0) after the i-th step, both (n, h, w, c): the latents so far,
+        and where they lead. What it raises ends the work.
+        ValueError where one of them is not what is expected.
+        """
+        first = None
+        if image is not None:
+            first, *_ = each("image", image, 1 if isinstance(prompt, str) else len(prompt))
+        strength = strength_of(self.task, first is not None, mask is not None, strength)
+        if first and size is None:
+            size = self.size_like(first.height, first.width)
+        self.check_tile(tile)
+        recipe = self.recipe(
+            prompt, negative_prompt, steps, guidance, sampler, seed, size, strength=strength,
+            rescale=rescale, variation=variation, variation_seed=variation_seed,
+        )  # fmt: skip
+        scene = None if image is None else Scene.of(image, mask, recipe, self.task)
+        for i, (x, x0) in enumerate(self.denoise(recipe, latents, scene, tile)):
+            if callback:
+                callback(i, x, x0)
+        return [Image.fromarray(picture) for picture in self.decode(x, tile)]
+
+    def recipe(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] = "",
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        seed: int = 0,
+        size: int | tuple[int, int] | None = None,
+        **others: float | None,
+    ) -> Recipe:
+        """The arguments of a call, checked, with the folder's defaults filled in.
+
+        others: strength, rescale, variation and variation_seed.
+        """
+        prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+        negatives = (negative_prompt,) * len(prompts)
+        if not isinstance(negative_prompt, str):
+            negatives = tuple(negative_prompt)
+        steps = self.defaults["steps"] if steps is None else steps
+        timesteps(self.schedule, steps)  # raises where there are not so many
+        guidance = self.defaults["guidance"] if guidance is None else guidance
+        sampler = sampler or self.defaults["sampler"]
+        if sampler == self.scheduler_class:
+            raise ValueError(
+                f"sampler: the model names a {sampler}, which is not implemented; choose another "
+                f"(--sampler): {', '.join(SAMPLERS)}"
+            )
+        height, width = self._sides(size)
+        return Recipe(prompts, negatives, steps, guidance, sampler, seed, height, width, **others)
+
+    def denoise(
+        self,
+        recipe: Recipe,
+        latents: Array | None = None,
+        scene: Scene | None = None,
+        tile: int | None = None,
+    ) -> Iterator[tuple[Array, Array]]:
+        """The reverse process, as a generator of (x, x0): latents so far, and where they lead.
+
+        Both are (n, h, w, c). latents: unit normal noise to start from instead of the recipe's.
+        scene: pictures to begin with, where the recipe has a strength; tile: see `encode`.
+        """
+        n, f = len(recipe.prompts), self.vae.factor
+        h, w = recipe.height // f, recipe.width // f
+        sides = h, w, self.vae.latent_channels
+        streams = noise.streams(recipe.seed, n)
+        if recipe.variation is not None:  # all of them begin, and go on, as the first
+            streams = [noise.streams(recipe.seed, 1)[0] for _ in range(n)]
+
+        def fresh():
+            return self.xp.asarray(noise.draw(streams, sides))
+
+        x = fresh()  # in any case: DDPM's later noise is the same with latents of your own
+        if recipe.variation is not None:
+            ways = noise.draw(noise.variation_streams(recipe.variation_seed, n), sides)
+            first = to_device(x, "cpu")
+            x = self.xp.asarray(noise.slerp(first, ways, recipe.variation))
+        if latents is not None:
+            if latents.shape != x.shape:
+                raise ValueError(f"latents: expected {x.shape}, found {latents.shape}")
+            x = self.xp.asarray(latents, dtype=np.float32)
+        alphas_bar = levels(recipe.sampler, self.schedule, recipe.steps)
+        to_latents = partial(self.to_latents, tile=tile)
+        entry = enter(recipe, scene, x, alphas_bar, to_latents, f, self.task)
+        options = entry.options | ({"noise": fresh} if recipe.sampler in RANDOM else {})
+        context = self.embed(recipe.prompts)
+        if recipe.guidance != 1:
+            context = self.xp.concatenate([self.embed(recipe.negatives), context])
+        with self.predictor(context, max(1, POSITIONS_AT_ONCE // (h * w))) as predict:
+            if entry.beside is not None:
+                predict = seeing(predict, entry.beside)
+            if recipe.guidance != 1:
+                predict = guided(predict, recipe.guidance, recipe.rescale)
+            sampler = SAMPLERS[recipe.sampler]
+            yield from sampler(predict, self.schedule, entry.x, recipe.steps, **options)
+
+    def predict(
+        self, x: Array, t: int | np.ndarray, condition: Array, beside: Array | None = None
+    ) -> Array:
+        """The U-Net's prediction at latents x (n, h, w, c) for a condition (n, …) of `embed`.
+
+        t: the time step, one for all or (n,) on the host. beside: (n, h, w, …), of a task.
+        """
+        t = self.xp.asarray(t) if np.ndim(t) else self.xp.full(len(x), int(t))
+        if beside is not None:
+            x = self.xp.concatenate([x, beside], axis=-1)
+        return map_batch(self._unet, x, t, condition)
+
+    def _unet(self, x, t, condition):
+        named = "context" if self.text_encoder else "labels"
+        with no_grad():
+            return self.unet(self.params["unet"], x, t, **{named: condition})[0]
+
+    def predictor(
+        self, condition: Array, at_once: int = SAMPLES_AT_ONCE
+    ) -> AbstractContextManager[Predict]:
+        """`predict` for many steps with the same condition (n, …): yields (x, t) → prediction.
+
+        What depends on a text alone is made at the first step. at_once: samples on a core.
+        """
+        return predictor(self._unet, condition, at_once, is_text=self.text_encoder is not None)
+
+    def embed(self, texts: Sequence[str]) -> Array:
+        """Texts → what the U-Net takes of them: hidden states (n, l, d), or labels (n,)."""
+        ids = self.xp.asarray(self.tokenizer(texts))
+        if self.text_encoder is None:
+            return ids
+        with no_grad():
+            return self.text_encoder(self.params["text_encoder"], ids)[0]
+
+    def decode(self, latents: Array, tile: int | None = None) -> np.ndarray:
+        """Latents (n, h, w, c) → pictures, uint8 (n, height, width, 3) on the host.
+
+        tile: pixels, the side of the tiles in which to do it, for less memory; 0 never, None where
+        the pictures are large.
+        """
+
+        def part(x):
+            with no_grad():
+                return self.vae.from_latents(self.params["vae"], x)[0]
+
+        self.check_tile(tile)
+        pictures = in_parts(part, latents, latents.shape[1:3], self.vae.factor, tile)
+        return to_uint8(to_device(pictures, "cpu"))
+
+    def check_tile(self, tile: int | None) -> None:
+        """ValueError for tiles that are too small to be of use."""
+        least = 8 * self.vae.factor
+        if tile is not None and 0 != tile < least:
+            raise ValueError(f"tile: expected 0, for none, or {least} pixels or more, found {tile}")
+
+    def encode(self, pictures: np.ndarray, tile: int | None = None) -> Array:
+        """Pictures, uint8 (n, height, width, 3) → the means of their latents (n, h, w, c).
+
+        tile: as for `decode`.
+        """
+        return self.to_latents(from_uint8(pictures), tile)
+
+    def to_latents(self, pixels: np.ndarray, tile: int | None = None) -> Array:
+        """The same for pixels in −1…1."""
+        pixels = in_channels(pixels, self.vae.config.in_channels)
+
+        def part(x):
+            with no_grad():
+                return self.vae.to_latents(self.params["vae"], x)[0]
+
+        self.check_tile(tile)
+        grid = tuple(side // self.vae.factor for side in pixels.shape[1:3])
+        return in_parts(part, self.xp.asarray(pixels), grid, self.vae.factor, tile)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the model was trained on."""
+        h, w = both_sides(self.unet.config.sample_size or 64)
+        return h * self.vae.factor, w * self.vae.factor
+
+    def size_like(self, height: int, width: int) -> tuple[int, int]:
+        """The same for a picture of these proportions, in steps that the U-Net halves evenly.
+
+        Of a model of upscaling it is the size that the small picture becomes: ValueError above 1024
+        pixels of a side.
+        """
+        times, factor = times_larger(self.task), self.vae.factor
+        if times > 1:
+            like, multiple = (times * height, times * width), math.lcm(factor, times)
+        else:
+            like, multiple = self.size, factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        size = similar_size((height, width), like, multiple)
+        if times > 1 and max(size) > LARGEST:
+            raise ValueError(
+                f"image: {height}×{width} pixels would become {size[0]}×{size[1]}; give a smaller "
+                "one, or say --size"
+            )
+        return size
+
+    def _sides(self, size):
+        sides = both_sides(self.size if size is None else size)
+        factor = math.lcm(self.vae.factor, times_larger(self.task))
+        if len(sides) != 2 or not all(
+            isinstance(side, Integral) and side >= 1 and side % factor == 0 for side in sides
+        ):
+            found = "×".join(map(str, sides))
+            near = "×".join(str(max(1, round(side / factor)) * factor) for side in sides)
+            raise ValueError(
+                f"size: expected multiples of {factor}, found {found}; the nearest is {near}"
+            )
+        return sides

@@ -1,0 +1,253 @@
+"""What a run will take, measured before it starts: real steps on random data, timed and weighed."""
+
+import contextlib
+import math
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from tinyldm.backend import cores, map_batch, to_device
+from tinyldm.machine import free_memory, held_memory
+from tinyldm.models import ClassNames, Tokenizer
+from tinyldm.sampling.tasks import sees_all
+from tinyldm.team import available
+from tinyldm.training.config import STAGES, Config
+from tinyldm.training.latents import AT_ONCE, beside
+from tinyldm.training.losses import Features
+from tinyldm.training.stages import (
+    Models,
+    denoiser_loss,
+    new_discriminator,
+    stage_gradient,
+    train_step,
+)
+from tinyldm.training.state import State
+
+CALLS = 8  # of a step; more would tell no more
+CAPTION = "a large red circle on blue at the left"  # any will do
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a run will take. What differs by stage is {"autoencoder": …, "denoiser": …}."""
+
+    step_seconds: dict[str, float]
+    steps: dict[str, int]
+    encoding: float  # seconds between the stages, in which every picture becomes latents
+    memory: int  # bytes, the most that its processes will hold
+    held: int  # of them, what it held before
+    free: int | None  # bytes that it could take beside those; None if unknown
+
+    @property
+    def seconds(self) -> float:
+        """Of training, without the pictures that are painted on the way."""
+        steps = sum(seconds * self.steps[stage] for stage, seconds in self.step_seconds.items())
+        return steps + self.encoding
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory suffices, as far as it is known."""
+        return self.free is None or self.memory - self.held <= self.free
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether it cannot suffice, even if the estimate is half as much again too high."""
+        return self.free is not None and self.memory - self.held > 1.5 * self.free
+
+    def announce(self, say: Callable[[str], None]) -> None:
+        """Tell a person: a line, and one with what to do if the memory does not suffice."""
+        steps = " + ".join(f"{steps:,}" for steps in self.steps.values())
+        free = "" if self.free is None else f" ({gigabytes(self.free)} are free)"
+        say(
+            f"{steps} steps will take about {duration(self.seconds)}, beside the pictures painted "
+            f"on the way, and {gigabytes(self.memory)} of memory{free}"
+        )
+        if not self.fits:
+            say(
+                "  that is more than is free: close other programs, or take fewer pictures, a "
+                "smaller --size or --preset, --accumulate or --checkpointing"
+            )
+
+
+def rehearse(
+    config: Config,
+    pictures: int,
+    device: str = "cpu",
+    features: Features | None = None,
+    seconds: float = 2.0,
+) -> Rehearsal:
+    """Measure what a run of `config` takes on this machine.
+
+    pictures: how many are trained on. They are in memory already, as when a run begins.
+    features: the network of a perceptual loss, where the config has one.
+    seconds: to spend at the most; a step of each stage is made even where it takes longer.
+    Memory is that of the host, on a GPU too. DeviceError where the device is not there.
+    """
+    free, held = free_memory(), held_memory()
+    models = Models(config, _some_tokenizer(config), features)
+    step_seconds, states, peaks = {}, [], []
+    makers = dict(zip(STAGES, (_autoencoder, _denoiser), strict=True))
+    for name in models.stages:
+        make = makers[name]
+        with _traced() as traced:
+            state, loss_fn, batch = make(models, np.random.default_rng(0), device)
+            # Parameters, and the gradients of other processes, lie where tracing does not see them.
+            trained = sum(w.nbytes for w in (state.params | state.discriminator).values())
+            states.append(traced()[0] + trained * cores())
+        stage = getattr(config, name)
+        state.total = 0  # so that a discriminator has begun
+        with stage_gradient(loss_fn, state, stage.parts, {}, processes=1) as threads:
+            _, peak = _measure(partial(_step, state, threads, batch), 0, device)
+        peaks.append(peak)
+        with stage_gradient(loss_fn, state, stage.parts, {}) as in_training:
+            step = partial(_step, state, in_training, batch)
+            step_seconds[name], _ = _measure(step, seconds / 2, device)
+            if state.discriminator:
+                state.total = None
+                before, _ = _measure(step, seconds / 2, device)
+                step_seconds[name] = mean_seconds(config, before, step_seconds[name])
+        del state, loss_fn, batch, threads, in_training, step
+    encoding, encoded = _encoding(models, pictures, device, seconds / 10)
+    copies = 1 + sees_all(config.task)  # of every picture that become latents
+    encoding *= copies
+    latents = 4 * pictures * math.prod(config.latent_shape) * copies
+    saving = 2 * sum(states)  # copies: in the order of the file, and as the file's bytes
+    # What is freed is rarely given back to the system, so what is needed in turn adds up. Of the
+    # latents there are the mean, the standard deviation, the moments they came from, and a copy.
+    memory = held + sum(states) + max(*peaks, saving) + encoded + 4 * latents
+    # A process that shares the work keeps what it was made with and is overwritten here, and what
+    # its own work has freed.
+    others = available() - 1 if device == "cpu" else 0
+    memory += others * (max(states) + max(peaks))
+    steps = {name: _steps(getattr(config, name), step_seconds[name]) for name in step_seconds}
+    return Rehearsal(step_seconds, steps, encoding, int(memory), held, free)
+
+
+def mean_seconds(config: Config, before: float, after: float) -> float:
+    """Of a step of stage 1, from those before and after its discriminator has begun."""
+    return config.adversarial_start * before + (1 - config.adversarial_start) * after
+
+
+def _some_tokenizer(config):
+    """One of about the size that the run will have."""
+    if config.has_classes:
+        return ClassNames(["a class", "another"])
+    return Tokenizer.train([CAPTION], config.vocabulary, config.tokens)
+
+
+def _steps(stage, step_seconds):
+    return stage.steps or max(1, int(stage.seconds / step_seconds))
+
+
+def _autoencoder(models, rng, device):
+    """What a step of stage 1 is made of: state, loss, batch."""
+    config = models.config
+    n = config.autoencoder.batch
+    pictures = _normal(rng, n, *config.sides, config.picture_channels)
+    batch = pictures, _normal(rng, n, *config.latent_shape)
+    batch = batch[:1] if config.first_stage == "vq" else batch
+    params = models.vae.init(rng), new_discriminator(models)
+    return _work(models, params, models.first_stage_loss(), batch, device)
+
+
+def _denoiser(models, rng, device):
+    """What a step of stage 2 is made of: state, loss, batch."""
+    config = models.config
+    n = config.denoiser.batch
+    h, w, c = config.latent_shape
+    z, noise = _normal(rng, 2, n, h, w, c)
+    ids = rng.integers(0, len(models.tokenizer), models.tokenizer([""] * n).shape)
+    t = rng.integers(0, len(models.schedule), n)
+    params = models.init_denoiser(rng), {}
+    first_stage = to_device(models.vae.init(rng), device)
+    pixels = _normal(rng, n, *config.sides, config.picture_channels)
+    shown = {"generation": (), "inpainting": (noise[..., :1], pixels)}.get(config.task, (noise,))
+    shown = (to_device(x, device) for x in shown)
+    made = _work(models, params, None, (z, noise, ids), device, t, *shown)
+    state = made[0]
+    state.first_stage = first_stage
+    return state, denoiser_loss(models, beside(state, models)), made[2]
+
+
+def _work(models, params, loss_fn, batch, device, *others):
+    params, discriminator = (to_device(named, device) for named in params)
+    state = State(models.config, "", params, models.tokenizer, "", discriminator=discriminator)
+    return state, loss_fn, (*(to_device(x, device) for x in batch), *others)
+
+
+def _step(state, gradient_of, batch):
+    loss, _ = train_step(state, gradient_of, batch, rate=1e-4, ema=0.99)
+    float(loss)  # waits for a GPU
+
+
+def _encoding(models, pictures, device, seconds):
+    """Seconds that it takes to encode so many pictures, and bytes for those that are at once."""
+    config, rng = models.config, np.random.default_rng(0)
+    params = to_device(models.vae.init(rng), device)
+    n = min(pictures, 8 * cores())
+    images = to_device(_normal(rng, n, *config.sides, config.picture_channels), device)
+
+    def part(x):
+        return models.gaussians(params, x)[0]
+
+    def encode():
+        return float(map_batch(part, images).sum())
+
+    encode()  # each thread has its scratch memory now, which does not grow with the pictures
+    each, peak = _measure(encode, seconds, device)
+    return each * pictures / n, peak * min(pictures, AT_ONCE * cores()) / n
+
+
+def _normal(rng, *shape):
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def _measure(function, seconds, device):
+    """Call it for so long, within reason → seconds of a call, and the most bytes that one takes."""
+    least = 1 if device == "cpu" else 2  # the first is slower, on a GPU by far
+    with _traced() as traced:
+        times = [_timed(function)]
+        _, peak = traced()
+    while len(times) < least or (len(times) < CALLS and sum(times) + times[-1] < seconds):
+        times.append(_timed(function))
+    return float(np.median(times[1:] or times)), peak
+
+
+def _timed(function):
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def _traced():
+    """Yields a function → bytes allocated since the block began: (now, at the most)."""
+    ours = not tracemalloc.is_tracing()
+    if ours:
+        tracemalloc.start()
+    tracemalloc.reset_peak()
+    before, _ = tracemalloc.get_traced_memory()
+    try:
+        yield lambda: tuple(size - before for size in tracemalloc.get_traced_memory())
+    finally:
+        if ours:
+            tracemalloc.stop()
+
+
+def duration(seconds: float) -> str:
+    """Such as "45 s", "4 min 20 s", "2 h 5 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def gigabytes(size: float) -> str:
+    """Bytes, such as "0.8 GB"."""
+    return f"{size / 1e9:.1f} GB"
