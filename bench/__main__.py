@@ -23,8 +23,8 @@ from bench.compare import Run, load_peer
 from bench.measure import Limits
 from bench.report import write
 from tinyldm import __version__
-from tinyldm.backend import describe
 from tinyldm.machine import keep_freed_memory, processor
+from tinyldm.threads import describe
 
 TABLES = {
     "train": train.table,

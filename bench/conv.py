@@ -7,8 +7,8 @@ import numpy as np
 
 from bench.compare import Row, Rows, Run, ratio_columns
 from bench.function import Function, measured
-from tinyldm.backend import cores
 from tinyldm.nn.conv import algorithms_for, conv2d
+from tinyldm.threads import cores
 
 SHAPES = (  # n, c, side
     (32, 64, 32), (32, 64, 16), (32, 64, 8), (32, 128, 16), (32, 128, 8), (32, 256, 16),

@@ -10,9 +10,10 @@ import numpy as np
 
 from bench.compare import Run, check
 from bench.measure import Elsewhere, Step, entered, interleaved, leave
-from tinyldm.backend import Array, cores, map_threads
+from tinyldm.backend import Array
+from tinyldm.kernels.cpu.processes import Team, team
 from tinyldm.nn import no_grad
-from tinyldm.team import Team, team
+from tinyldm.threads import cores, map_threads
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from bench.nets import AutoencoderStep, TrainStep, UNetStep, step_difference
 from bench.report import write
 from bench.sample import SamplingStep
 from bench.train import CASES
-from tinyldm.backend import DeviceError, describe, to_device
+from tinyldm.backend import DeviceError, to_device
+from tinyldm.threads import describe
 
 DEVICE = "cuda"
 ROUNDS = 15

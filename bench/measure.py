@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyldm.backend import cores, map_threads
+from tinyldm.threads import cores, map_threads
 
 SAMPLE_SECONDS = 0.02  # a shorter function is repeated until it takes as long as this
 WARM_SECONDS = 0.05  # for which a short function is called before it is measured

@@ -10,12 +10,12 @@ from bench.compare import relative
 from bench.measure import Limits, Step
 from bench.nets import Params, random_params, unet_config
 from tinyldm.backend import to_device
+from tinyldm.kernels.cpu.flat import Flat
 from tinyldm.models import UNet
 from tinyldm.training.optim import (
     BETA1,
     BETA2,
     EPSILON,
-    Flat,
     adam_state,
     adamw,
     clip_factor,

@@ -13,17 +13,8 @@ from scipy import special
 from threadpoolctl import threadpool_info
 
 from tinyldm import backend
-from tinyldm.backend import (
-    DeviceError,
-    array_module,
-    cores,
-    describe,
-    erf,
-    map_threads,
-    on_host,
-    one_blas_thread,
-    to_device,
-)
+from tinyldm.backend import DeviceError, array_module, erf, on_host, to_device
+from tinyldm.threads import cores, describe, map_threads, one_blas_thread
 
 # ---------------------------------------------------------------------------------- arrays, devices
 

@@ -25,6 +25,7 @@ from strategies import EVERYTHING, conv_calls, random_array
 import tinyldm
 from tinyldm import backend
 from tinyldm.data.dataset import Dataset
+from tinyldm.kernels.cpu.parallel import gradient
 from tinyldm.models import AutoencoderKL, ClassNames, TextEncoder, Tokenizer, UNet
 from tinyldm.models.autoencoder import kl_loss, sample_gaussian
 from tinyldm.models.classifier import Classifier
@@ -36,9 +37,9 @@ from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training.config import Config
 from tinyldm.training.latents import beside, shown
 from tinyldm.training.losses import autoencoder_loss
-from tinyldm.training.parallel import gradient, value_and_grad
-from tinyldm.training.stages import Models, denoiser_loss, stage_gradient, train_step
+from tinyldm.training.networks import Models, denoiser_loss
 from tinyldm.training.state import State, load_state, save_state
+from tinyldm.training.step import stage_gradient, train_step, value_and_grad
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,4 +1,4 @@
-"""The array switch: NumPy on the CPU, CuPy on the GPU, and the threads of the CPU.
+"""The array switch: NumPy on the CPU, CuPy on the GPU.
 
 The device follows the data. A function that needs an array library asks the array for it,
 
@@ -8,15 +8,9 @@ so there is no global device, and one process can compare both. This is the only
 CuPy, and it does so only when an array is sent to the GPU.
 """
 
-import contextlib
-import contextvars
 import functools
 import importlib
-import os
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from types import ModuleType
 from typing import TypeVar
 
@@ -24,9 +18,6 @@ import numpy as np
 
 Array = np.ndarray  # or cupy.ndarray, which has the same methods
 Arrays = TypeVar("Arrays", bound=Array | dict)  # an array, or a dict of arrays
-
-WORKER = "tinyldm-worker"  # how the names of our threads begin, which start no others
-AVX512_CORES = ("SkylakeX", "Cooperlake", "SapphireRapids")  # as OpenBLAS calls them
 
 # Arrays of an unlisted library cannot be passed to the layers.
 SPECIAL_FUNCTIONS = {"numpy": "scipy.special", "cupy": "cupyx.scipy.special"}
@@ -89,116 +80,11 @@ def _cupy(device):
     return cupy
 
 
-# ---------------------------------------------------------------------------------------- threads
-#
-# Threads live at one level at a time. Either `map_threads` gives every core a shard of a batch and
-# the matrix products inside run on one thread each, which puts all cores on *every* operation; or
-# a single call runs and the BLAS library uses the cores inside its matrix products.
-
-
-def cores() -> int:
-    """The number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@functools.cache
-def _pool(workers):
-    return ThreadPoolExecutor(workers, thread_name_prefix=WORKER)
-
-
-@functools.cache
-def _thread_controller():
-    from threadpoolctl import ThreadpoolController
-
-    return ThreadpoolController()
-
-
-@functools.cache
-def has_small_products() -> bool:
-    """Whether BLAS multiplies small matrices without copying them first (OpenBLAS on AVX-512)."""
-    return any(
-        pool["internal_api"] == "openblas" and pool.get("architecture") in AVX512_CORES
-        for pool in _thread_controller().info()
-    )
-
-
-_held = []  # an entry for each `with one_blas_thread()` that is under way
-
-
-@contextlib.contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """Hold the BLAS library to one thread for the length of a `with` block: the cores are taken."""
-    with _thread_controller().limit(limits=1, user_api="blas"):
-        _held.append(None)
-        try:
-            yield
-        finally:
-            _held.pop()
-
-
-def free_cores() -> int:
-    """How many cores an operation may use: all of them, or 1 where others share the work."""
-    return 1 if _held else cores()
-
-
-def only_thread() -> bool:
-    """Whether no thread but this one runs, those aside that wait for `map_threads` or for tqdm."""
-    mine = threading.current_thread()
-    others = (t for t in threading.enumerate() if t is not mine)
-    idle = (t.name.startswith(WORKER) or type(t).__name__ == "TMonitor" for t in others)
-    return not mine.name.startswith(WORKER) and all(idle)
-
-
-def map_threads(function: Callable, items: Iterable, workers: int | None = None) -> list:
-    """`[function(item) for item in items]`, on all cores, with one BLAS thread each.
-
-    The state of `no_grad` is that of the caller. The order of the results is that of the items. The
-    first item that fails raises its exception, once all threads have ended.
-    """
-    items = list(items)
-    workers = min(workers or free_cores(), len(items))
-    if workers <= 1 or _held:  # never two levels
-        return [function(item) for item in items]
-    with one_blas_thread():
-        futures = [
-            _pool(workers).submit(contextvars.copy_context().run, function, item) for item in items
-        ]
-        wait(futures)  # all of them, also where one has failed, before the limit is lifted
-        return [future.result() for future in futures]
-
-
-def map_batch(function: Callable[..., Array], *arrays: Array, size: int = 64) -> Array:
-    """`function(*arrays)` of a whole batch, in parts of at most `size` on all cores.
-
-    The arrays are cut along their first axis and the results joined along theirs. On a GPU the
-    parts follow one another.
-    """
-    n = len(arrays[0])
-    host = on_host(arrays[0])
-    count = max(-(-n // size), min(free_cores(), n) if host else 1)
-    bounds = [n * i // count for i in range(count + 1)]
-
-    def part(i):
-        return function(*(array[bounds[i] : bounds[i + 1]] for array in arrays))
-
-    parts = map_threads(part, range(count)) if host else [part(i) for i in range(count)]
-    return parts[0] if count == 1 else array_module(parts[0]).concatenate(parts)
-
-
-def describe(device: str = "cpu") -> str:
-    """One line that says what will do the arithmetic: library, BLAS and its core, threads.
-
-    Raises DeviceError where `device` is not there.
-    """
-    if device != "cpu":
-        cupy = _cupy(device)
-        name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
-        return f"CuPy {cupy.__version__} on {name}"
-    blas = [pool for pool in _thread_controller().info() if pool["user_api"] == "blas"]
-    libraries = " + ".join(
-        dict.fromkeys(f"{p['internal_api']} {p['version']} ({p.get('architecture')})" for p in blas)
-    )
-    return f"NumPy {np.__version__}, {libraries or 'unknown BLAS'}, {cores()} threads"
+def describe_gpu() -> str:
+    """Return one line with CuPy's version and the GPU that it uses. Raises DeviceError."""
+    cupy = _cupy("cuda")
+    name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
+    return f"CuPy {cupy.__version__} on {name}"
 
 
 def gpus() -> list[str]:

@@ -120,7 +120,7 @@ def test_an_animation(call, run, files, kind, n):
 )
 def test_which_steps_a_film_shows(tmp_path, every, steps, shown):
     film = Film(tmp_path / "film.png", every)
-    assert sum(film.wants(i, steps) for i in range(1, steps + 1)) == shown
+    assert sum(film.wants_grad(i, steps) for i in range(1, steps + 1)) == shown
 
 
 def test_the_pictures_of_a_strip_are_not_huge(tmp_path):

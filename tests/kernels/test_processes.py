@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from linear_problem import assert_same, loss_fn, problem
 from threadpoolctl import threadpool_info
 
-from tinyldm import team as team_module
-from tinyldm.backend import cores, free_cores, map_threads
+from tinyldm.kernels.cpu import processes as team_module
+from tinyldm.kernels.cpu.flat import Flat
+from tinyldm.kernels.cpu.parallel import gradient
+from tinyldm.kernels.cpu.processes import TeamError, available, shared, team
 from tinyldm.nn import no_grad
 from tinyldm.nn.activations import silu
-from tinyldm.team import TeamError, available, shared, team
-from tinyldm.training.optim import Flat
-from tinyldm.training.parallel import gradient, value_and_grad
+from tinyldm.threads import cores, free_cores, map_threads
+from tinyldm.training.step import value_and_grad
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads do the work")
 
@@ -141,7 +142,7 @@ def test_nothing_stays_when_the_block_is_left_in_the_middle_of_work():
 def test_the_others_end_when_the_first_process_is_killed():
     code = (
         "import os, time\n"
-        "from tinyldm.team import team\n"
+        "from tinyldm.kernels.cpu.processes import team\n"
         "with team(os.getpid, 2) as call:\n"
         "    print(call([(), ()])[1], flush=True)\n"
         "    time.sleep(60)\n"

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tinyldm.nn.windows import cut, windows
+from tinyldm.kernels.windows import cut, windows
 
 sizes = st.integers(1, 7)
 

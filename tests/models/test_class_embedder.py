@@ -16,8 +16,8 @@ from tinyldm.evaluation.metrics import evaluate, table
 from tinyldm.models import ClassEmbedder, ClassNames, UNet
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training import run as runs
+from tinyldm.training.networks import Models, denoiser_loss
 from tinyldm.training.preparation import fit_tokenizer, load_data
-from tinyldm.training.stages import Models, denoiser_loss
 
 CONFIGS = {
     kind: dataclasses.replace(CONFIG, condition=kind) for kind in ("class-token", "class-time")

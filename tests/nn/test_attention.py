@@ -1,20 +1,15 @@
-"""Attention: equal to its loops for blocks of any size, and true to the laws of the softmax."""
+"""Attention: true to the laws of the softmax."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import reference
-from gradients import check
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import assert_near
 from strategies import attention_calls, random_array, seeds, sizes
 
-from tinyldm.nn import attention as module
 from tinyldm.nn.attention import attention
-
-block_sizes = st.sampled_from([1, 7, 40, 10**6])  # of a matrix of scores
 
 
 def with_options(call, **options):
@@ -25,37 +20,6 @@ def run(call, *arrays):
     """y, and dq, dk, dv of a dy that depends on the seed alone."""
     y, backward = call(*arrays)
     return y, *backward(random_array(np.random.default_rng(call.seed + 1), y.shape))
-
-
-# ------------------------------------------------------------------------------------------- blocks
-
-
-@given(attention_calls(), block_sizes)
-def test_equals_its_loop_reference_in_blocks_of_any_size(call, block):
-    inputs = call.arrays()
-    y, _ = with_options(call, block=block)(*inputs)
-    assert_near(y, reference.attention(*inputs, **call.options))
-
-
-@given(attention_calls(), block_sizes)
-def test_gradients_in_blocks_of_any_size(call, block):
-    check(with_options(call, block=block), call.arrays(), tol=1e-12)
-
-
-@given(attention_calls(), block_sizes)
-def test_the_size_of_the_blocks_moves_only_the_rounding(call, block):
-    whole = run(call, *call.arrays())
-    blocked = run(with_options(call, block=block), *call.arrays())
-    for z, expected in zip(blocked, whole, strict=True):
-        assert_near(z, expected, tol=1e-14)
-
-
-def test_by_default_a_block_is_what_fits_the_cache(monkeypatch):
-    rng = np.random.default_rng(0)
-    q, k, v = (random_array(rng, (2, 5, 4)) for _ in range(3))
-    expected, _ = attention(q, k, v, 2, block=7)
-    monkeypatch.setattr(module, "BLOCK_SCORES", 7)
-    assert np.array_equal(attention(q, k, v, 2)[0], expected)
 
 
 # ------------------------------------------------------------------------------------------ softmax

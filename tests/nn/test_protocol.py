@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from reference import assert_near
 from strategies import EVERYTHING, FUNCTIONS, LAYOUTS, random_array, random_params, seeds
 
-from tinyldm.backend import map_threads
 from tinyldm.nn import Grads, no_grad, recompute
 from tinyldm.nn import functional as F
 from tinyldm.nn.activations import silu
 from tinyldm.nn.layers import Conv2d, GroupNorm, Layer, Linear
-from tinyldm.nn.protocol import add_grad, differentiable, wants
+from tinyldm.nn.protocol import add_grad, differentiable, wants_grad
+from tinyldm.threads import map_threads
 
 every_function = pytest.mark.parametrize("name", EVERYTHING)
 
@@ -332,10 +332,10 @@ def test_only_the_gradients_asked_for(seed, only):
 
 
 def test_wants_and_add_grad():
-    assert not wants(None, "a")
-    assert wants({}, "a") and wants({}, "a", None)
+    assert not wants_grad(None, "a")
+    assert wants_grad({}, "a") and wants_grad({}, "a", None)
     some = Grads(only=["a"])
-    assert wants(some, "a") and wants(some, "b", "a") and not wants(some, "b", None)
+    assert wants_grad(some, "a") and wants_grad(some, "b", "a") and not wants_grad(some, "b", None)
     for grads, expected in [(None, None), ({}, {"a": 3, "b": 4}), (some, {"a": 3})]:
         for name, dw in [("a", 1), ("b", 4), ("a", 2)]:
             add_grad(grads, name, np.array([dw]))

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tinyldm.training.optim import Flat, adam_state, adamw, clip_factor, global_norm, learning_rate
+from tinyldm.kernels.cpu.flat import Flat
+from tinyldm.training.optim import adam_state, adamw, clip_factor, global_norm, learning_rate
 
 SHAPES = {"matrix": (4, 5), "kernel": (3, 3, 2, 4), "bias": (6,), "scale": (1,)}
 # What torch adds to a norm before it divides by it, so as to never divide by zero. Ours is 1e-12,

@@ -45,8 +45,8 @@ from tinyldm.sampling.tasks import (
 from tinyldm.training import overfit
 from tinyldm.training import run as runs
 from tinyldm.training.latents import beside
+from tinyldm.training.networks import Models, denoiser_loss
 from tinyldm.training.preparation import load_data
-from tinyldm.training.stages import Models, denoiser_loss
 from tinyldm.training.state import load_state
 
 CONFIGS = {task: dataclasses.replace(CONFIG, task=task) for task in TASKS[1:]}

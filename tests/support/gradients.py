@@ -4,7 +4,7 @@ from collections import Counter
 
 from tinyldm.backend import array_module
 from tinyldm.testing import check_gradients
-from tinyldm.training.losses import OF_ADVERSARIAL, OF_ERROR
+from tinyldm.training.adversarial import OF_ADVERSARIAL, OF_ERROR
 
 counts = Counter()  # of "checks" and of the "tensors" in them; conftest.py prints it
 

@@ -117,11 +117,11 @@ def upsample_nearest(x, size=None):
     return y
 
 
-def spatial_mean(x):
-    n, h, w, c = x.shape
-    y = np.zeros((n, c))
-    for sample, row, column, k in np.ndindex(x.shape):
-        y[sample, k] += x[sample, row, column, k] / (h * w)
+def mean(x, axes):
+    shape = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
+    y = np.zeros(shape)
+    for at in np.ndindex(x.shape):
+        y[tuple(0 if axis in axes else i for axis, i in enumerate(at))] += x[at] * y.size / x.size
     return y
 
 
@@ -170,7 +170,7 @@ def normalised(values, eps):
     return [(value - mean) / math.sqrt(variance + eps) for value in values]
 
 
-def group_norm(x, w, b, groups, eps, silu=False):
+def group_norm(x, w, b, groups, eps):
     y = np.zeros(x.shape)
     size = x.shape[-1] // groups
     for n in range(x.shape[0]):
@@ -179,9 +179,12 @@ def group_norm(x, w, b, groups, eps, silu=False):
             places = [(*p, c) for p in np.ndindex(x.shape[1:-1]) for c in channels]
             values = normalised([x[n, *place] for place in places], eps)
             for place, value in zip(places, values, strict=True):
-                z = value * w[place[-1]] + b[place[-1]]
-                y[n, *place] = z / (1 + math.exp(-z)) if silu else z
+                y[n, *place] = value * w[place[-1]] + b[place[-1]]
     return y
+
+
+def group_norm_silu(x, w, b, groups, eps):
+    return silu(group_norm(x, w, b, groups, eps))
 
 
 def layer_norm(x, w, b, eps):
@@ -239,14 +242,10 @@ def time_embedding(t, d, flip_sin_to_cos=True, freq_shift=0, max_period=10_000):
 
 
 def mse(x, target, weight=None):
-    return mean(
+    return average(
         (1 if weight is None else weight[at[0]]) * (x[at] - target[at]) ** 2
         for at in np.ndindex(x.shape)
     )
-
-
-def l1(x, target):
-    return mean(abs(x[at] - target[at]) for at in np.ndindex(x.shape))
 
 
 def kl_to_standard_normal(mean, logvar):
@@ -257,8 +256,8 @@ def kl_to_standard_normal(mean, logvar):
 
 
 def hinge(real, fake):
-    short = mean(max(0, 1 - real[at]) for at in np.ndindex(real.shape))
-    over = mean(max(0, 1 + fake[at]) for at in np.ndindex(fake.shape))
+    short = average(max(0, 1 - real[at]) for at in np.ndindex(real.shape))
+    over = average(max(0, 1 + fake[at]) for at in np.ndindex(fake.shape))
     return (short + over) / 2
 
 
@@ -271,14 +270,14 @@ def perceptual_loss(maps, wanted):
 
 def weighted_mean(x, weight):
     weight = np.broadcast_to(weight, len(x))
-    return mean(weight[at[0]] * x[at] for at in np.ndindex(x.shape))
+    return average(weight[at[0]] * x[at] for at in np.ndindex(x.shape))
 
 
 def cross_entropy(logits, labels):
-    return mean(-math.log(softmax(list(row))[k]) for row, k in zip(logits, labels, strict=True))
+    return average(-math.log(softmax(list(row))[k]) for row, k in zip(logits, labels, strict=True))
 
 
-def mean(values):
+def average(values):
     values = list(values)
     return sum(values) / len(values)
 
@@ -314,4 +313,4 @@ def straight_through(z, codebook):
 
 def codebook_loss(z, codebook, codes, commitment):
     squares = [(codebook[codes[at[:-1]]][at[-1]] - z[at]) ** 2 for at in np.ndindex(z.shape)]
-    return (1 + commitment) * mean(squares)
+    return (1 + commitment) * average(squares)

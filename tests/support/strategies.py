@@ -7,22 +7,22 @@ failing one is printed as a line of small whole numbers.
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 
 from tinyldm.backend import array_module
+from tinyldm.kernels import attention as attention_module
+from tinyldm.kernels import blocking, im2col, nearest_codes
+from tinyldm.kernels.cpu import winograd
 from tinyldm.nn import activations, quantize
-from tinyldm.nn import attention as attention_module
-from tinyldm.nn import conv as conv_module
 from tinyldm.nn import functional as F
-from tinyldm.nn import pieces as pieces_module
-from tinyldm.nn import winograd as winograd_module
 from tinyldm.nn.attention import attention
 from tinyldm.nn.conv import conv2d
-from tinyldm.nn.norms import group_norm, layer_norm, unit_norm
+from tinyldm.nn.norms import group_norm, group_norm_silu, layer_norm, unit_norm
+from tinyldm.nn.protocol import KERNELS
 
 seeds = st.integers(0, 2**32 - 1)
 batches = st.integers(1, 3)
@@ -103,15 +103,14 @@ epsilons = st.sampled_from([1e-5, 1e-2])
 
 
 @st.composite
-def group_norm_calls(draw, silu=None):
+def group_norm_calls(draw, function=group_norm):
     n, groups = draw(batches), draw(st.integers(1, 4))
     places = draw(st.lists(sizes, max_size=2))
     fewest = -(-SMALLEST_GROUP // math.prod(places))
     c = groups * draw(st.integers(fewest, fewest + 2))
     options = {"groups": groups, "eps": draw(epsilons)}
-    options["silu"] = draw(st.booleans()) if silu is None else silu
     shapes = {"x": (n, *places, c), "w": (c,), "b": (c,)}
-    return Call(group_norm, shapes, draw(seeds), options)
+    return Call(function, shapes, draw(seeds), options)
 
 
 @st.composite
@@ -144,9 +143,11 @@ def upsample_calls(draw):
 
 
 @st.composite
-def spatial_mean_calls(draw):
-    x = draw(batches), draw(sizes), draw(sizes), draw(sizes)
-    return Call(F.spatial_mean, {"x": x}, draw(seeds))
+def mean_calls(draw):
+    x, axes = draw(
+        st.sampled_from([((2, 3, 4, 2), (1, 2)), ((3, 4, 2), (1,)), ((1, 1, 1), (1, 2))])
+    )
+    return Call(F.mean, {"x": x}, draw(seeds), {"axes": axes})
 
 
 @st.composite
@@ -159,21 +160,19 @@ def concatenate_calls(draw):
     return Call(F.concatenate, shapes, draw(seeds), {"axis": axis}, ("x", "y"))
 
 
-# What each algorithm can do; the fastest for a shape is always one of those that can do it.
+# What a kernel of the convolution can do, where it is not everything.
 CONV_LIMITS = {
     "pointwise": {"kernels": st.just(1), "strides": st.just(1), "paddings": st.just(0)},
     "winograd4": {"kernels": st.just(3), "strides": st.just(1)},
     "winograd2": {"kernels": st.just(3), "strides": st.just(1)},
-    "gather": {"strides": st.just(1)},
-    "scatter": {},
 }
 
 
 @st.composite
-def conv_calls(draw, algorithm="scatter"):
-    """Convolutions that `algorithm` can do: the widest choice by default."""
+def conv_calls(draw, kernel=None):
+    """Convolutions of every kind, or those that a kernel can do."""
     sides = st.integers(0, 3)
-    limits = CONV_LIMITS[algorithm]
+    limits = CONV_LIMITS.get(kernel, {})
     kernels = limits.get("kernels", st.integers(1, 4))
     stride = draw(limits.get("strides", st.integers(1, 3)))
     padding = draw(limits.get("paddings", sides | st.tuples(sides, sides, sides, sides)))
@@ -201,12 +200,6 @@ def mse_calls(draw):
     weight = np.random.default_rng(seed).uniform(0.5, 2, x[0])
     options = draw(st.sampled_from([{}, {"weight": weight}]))
     return Call(F.mse, {"x": x, "target": x}, seed, options, ("x", "target", "weight"))
-
-
-@st.composite
-def l1_calls(draw):
-    x = (*draw(leading_axes()), draw(sizes))
-    return Call(F.l1, {"x": x, "target": x}, draw(seeds), batched=("x", "target"))
 
 
 @st.composite
@@ -274,7 +267,6 @@ def codebook_loss_calls(draw):
 
 LOSSES = {
     "mse": mse_calls(),
-    "l1": l1_calls(),
     "kl_to_standard_normal": kl_calls(),
     "hinge": hinge_calls(),
     "weighted_mean": weighted_mean_calls(),
@@ -290,17 +282,73 @@ FUNCTIONS = {
     "gelu": activation_calls(activations.gelu),
     "geglu": geglu_calls(),
     "group_norm": group_norm_calls(),
+    "group_norm_silu": group_norm_calls(group_norm_silu),
     "offset": offset_calls(),
     "layer_norm": layer_norm_calls(),
     "unit_norm": unit_norm_calls(),
     "upsample_nearest": upsample_calls(),
-    "spatial_mean": spatial_mean_calls(),
+    "mean": mean_calls(),
     "concatenate": concatenate_calls(),
     "conv2d": conv_calls(),
     "attention": attention_calls(),
     "straight_through": straight_through_calls(),
 }
 EVERYTHING = FUNCTIONS | LOSSES
+
+
+# One call of each function at the sizes of a small U-Net.
+NATURAL = [
+    Call(F.linear, {"x": (2, 64, 96), "w": (128, 96), "b": (128,)}, 0),
+    Call(F.embedding, {"table": (300, 64)}, 1, {"ids": np.arange(144).reshape(2, 72) ** 2 % 300}),
+    Call(activations.silu, {"x": (2, 16, 16, 64)}, 2),
+    Call(activations.leaky_relu, {"x": (2, 16, 16, 64)}, 19),
+    Call(activations.quick_gelu, {"x": (2, 77, 256)}, 3),
+    Call(activations.gelu, {"x": (2, 77, 256)}, 4),
+    Call(activations.geglu, {"x": (2, 256, 256)}, 5),
+    Call(
+        group_norm, {"x": (2, 16, 16, 64), "w": (64,), "b": (64,)}, 6,
+        {"groups": 16, "eps": 1e-6},
+    ),
+    Call(
+        group_norm_silu, {"x": (2, 8, 8, 128), "w": (128,), "b": (128,)}, 7,
+        {"groups": 32, "eps": 1e-5},
+    ),
+    Call(layer_norm, {"x": (2, 256, 64), "w": (64,), "b": (64,)}, 8, {"eps": 1e-5}),
+    Call(unit_norm, {"x": (2, 16, 16, 64)}, 20),
+    Call(F.upsample_nearest, {"x": (2, 8, 8, 64)}, 9, {"size": (15, 16)}),
+    Call(F.concatenate, {"x": (2, 8, 8, 64), "y": (2, 8, 8, 32)}, 10),
+    Call(F.mean, {"x": (2, 8, 8, 64)}, 20, {"axes": (1, 2)}),
+    Call(F.mse, {"x": (2, 16, 16, 4), "target": (2, 16, 16, 4)}, 11),
+    Call(F.kl_to_standard_normal, {"mean": (2, 16, 16, 4), "logvar": (2, 16, 16, 4)}, 13),
+    Call(F.cross_entropy, {"logits": (64, 10)}, 19, {"labels": np.arange(64) % 10}),
+    Call(conv2d, {"x": (2, 16, 16, 32), "w": (3, 3, 32, 48), "b": (48,)}, 14),
+    Call(conv2d, {"x": (2, 16, 16, 32), "w": (3, 3, 32, 48)}, 15, {"stride": 2}),
+    Call(conv2d, {"x": (2, 16, 16, 32), "w": (1, 1, 32, 48)}, 16, {"padding": 0}),
+    Call(attention, {"q": (2, 64, 64), "k": (2, 77, 64), "v": (2, 77, 64)}, 17, {"heads": 4}),
+    Call(
+        attention, {"q": (2, 77, 64), "k": (2, 77, 64), "v": (2, 77, 64)}, 18,
+        {"heads": 4, "causal": True},
+    ),
+]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ kernels
+
+
+def _kernel_calls(twin, kernel):
+    """Calls of a kernel itself, whether it would be chosen for them or not."""
+    name = twin.rpartition(".")[2]
+    calls = conv_calls(kernel.__name__) if name == "conv2d" else EVERYTHING[name]
+    return calls.map(lambda call: replace(call, function=kernel))
+
+
+# Every kernel of a differentiable function: {(name of its twin, its own name): calls}.
+KERNEL_CALLS = {
+    (twin, kernel.function.__name__): _kernel_calls(twin, kernel.function)
+    for twin, kernels in KERNELS.items()
+    for kernel in kernels
+    if twin.startswith("tinyldm.nn.") and not twin.endswith("nearest_codes")
+}
 
 
 # ------------------------------------------------------------------------------- pieces and layouts
@@ -311,13 +359,14 @@ piece_sizes = st.sampled_from([1, 50, 500, None])
 
 @contextlib.contextmanager
 def in_pieces(size):
-    """Cut all work into pieces of `size` elements or bytes; None leaves it as it is."""
+    """Cut all work of the kernels into pieces of `size` elements or bytes; None changes nothing."""
     limits = [
-        *((pieces_module, name) for name in ("PIECE", "WORTH_THREADS")),
-        *((conv_module, name) for name in ("BLOCK_BYTES", "WEIGHT_BLOCK_BYTES")),
-        *((winograd_module, name) for name in ("BLOCK_BYTES", "WEIGHT_BLOCK_BYTES")),
-        *((winograd_module, name) for name in ("KERNEL_BYTES", "LEAST_TILES", "LEAST_COLUMNS")),
+        *((blocking, name) for name in ("PIECE", "WORTH_THREADS")),
+        *((im2col, name) for name in ("BLOCK_BYTES", "WEIGHT_BLOCK_BYTES")),
+        *((winograd, name) for name in ("BLOCK_BYTES", "WEIGHT_BLOCK_BYTES")),
+        *((winograd, name) for name in ("KERNEL_BYTES", "LEAST_TILES", "LEAST_COLUMNS")),
         (attention_module, "BLOCK_SCORES"),
+        (nearest_codes, "BLOCK_DISTANCES"),
     ]
     with pytest.MonkeyPatch.context() as patch:
         for module, name in limits if size else ():

@@ -14,7 +14,7 @@ from tinyldm.nn import no_grad
 from tinyldm.training import estimate as rehearsal
 from tinyldm.training.config import Config, Stage
 from tinyldm.training.estimate import Rehearsal, duration, gigabytes, rehearse
-from tinyldm.training.stages import Models
+from tinyldm.training.networks import Models
 
 STAGE = Stage(batch=4, rate=1e-3, warmup=2, ema=0.9, steps=6)
 CONFIG = Config(

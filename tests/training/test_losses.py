@@ -25,16 +25,18 @@ from tinyldm.nn.conv import conv2d
 from tinyldm.training import estimate as rehearsal
 from tinyldm.training import loop, losses, overfit, parallel, presets, stages
 from tinyldm.training import run as runs
-from tinyldm.training.config import Config
-from tinyldm.training.losses import (
+from tinyldm.training.adversarial import (
     OF_ADVERSARIAL,
     OF_ERROR,
-    autoencoder_loss,
     discriminator_loss,
+    with_discriminator,
+)
+from tinyldm.training.config import Config
+from tinyldm.training.losses import (
+    autoencoder_loss,
     perceptual_loss,
     squared_error,
     vq_loss,
-    with_discriminator,
     with_perception,
 )
 from tinyldm.training.signals import Stopped

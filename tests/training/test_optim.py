@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyldm.config import ConfigError
+from tinyldm.kernels.cpu.flat import Flat
 from tinyldm.training import optim
 from tinyldm.training.config import Stage
 from tinyldm.training.optim import (
     BETA1,
     BETA2,
     EPSILON,
-    Flat,
     adam_state,
     adamw,
     clip_factor,

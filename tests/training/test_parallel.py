@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from linear_problem import assert_same, loss_fn, problem
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from tinyldm.backend import cores, map_batch, map_threads, one_blas_thread
 from tinyldm.nn import functional as F
 from tinyldm.nn import no_grad
 from tinyldm.nn.protocol import add_grad
+from tinyldm.threads import cores, map_batch, map_threads, one_blas_thread
 from tinyldm.training import parallel
-from tinyldm.training.parallel import accumulated, value_and_grad
+from tinyldm.training.step import accumulated, value_and_grad
 
 WORKERS = 2  # asked for by number, so that a machine with one core tests threads too
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from tinyldm import __version__
-from tinyldm.backend import describe
 from tinyldm.cli.sample import say, whole_run
 from tinyldm.data.dataset import DataError
 from tinyldm.data.tokenizer import CaptionCut
@@ -21,6 +20,7 @@ from tinyldm.experiments.trained import trained_run
 from tinyldm.files import replacing
 from tinyldm.models import ClassNames
 from tinyldm.sampling.pipeline import Pipeline
+from tinyldm.threads import describe
 from tinyldm.training.classifier import SECONDS, classifier_of
 from tinyldm.training.config import Config
 from tinyldm.training.estimate import duration

@@ -95,7 +95,7 @@ def versions() -> Finding:
 
 def hardware() -> Finding:
     """Processor, memory and disk, and how much of them is ours."""
-    from tinyldm.backend import cores
+    from tinyldm.threads import cores
 
     quota, free = machine.quota(), machine.free_memory()
     disk = shutil.disk_usage(".").free
@@ -138,8 +138,8 @@ def arithmetic(device: str) -> Finding:
     """What computes: the BLAS library and its threads, what is preset, and the GPU."""
     from threadpoolctl import threadpool_info
 
-    from tinyldm.backend import cores, describe
-    from tinyldm.team import PRESET, available
+    from tinyldm.kernels.cpu.processes import PRESET, available
+    from tinyldm.threads import cores, describe
 
     threads = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
     preset = {name: os.environ[name] for name in (CORE, PRESET, *THREADS) if name in os.environ}
@@ -168,7 +168,8 @@ def arithmetic(device: str) -> Finding:
 
 def graphics(device: str) -> Finding:
     """CuPy and its GPUs. Their absence is a problem only where one was meant to be used."""
-    from tinyldm.backend import DeviceError, describe, gpus
+    from tinyldm.backend import DeviceError, gpus
+    from tinyldm.threads import describe
 
     try:
         return {"GPU": describe("cuda")} | {f"GPU {i}": gpu for i, gpu in enumerate(gpus())}, []
@@ -180,7 +181,7 @@ def graphics(device: str) -> Finding:
 
 def speed(device: str) -> Finding:
     """A matrix product, and the demo in rehearsal."""
-    from tinyldm.backend import cores
+    from tinyldm.threads import cores
 
     rate = sgemm()
     facts = {"matrix products (GF/s)": round(rate, 1)}

@@ -61,7 +61,7 @@ def run_sample(options: Namespace) -> None:
         for i, (latents, x0) in enumerate(steps, 1):
             bar.update()
             last = i == recipe.steps_taken
-            if film and (last or film.wants(i, recipe.steps_taken)):
+            if film and (last or film.wants_grad(i, recipe.steps_taken)):
                 film.add(pipeline.decode(x0, origin.tile))
             if last:
                 bar.set_description("decoding")
@@ -154,7 +154,7 @@ class Film:
         self.moves = picture_format(self.file) in ANIMATIONS
         self.frames = []
 
-    def wants(self, i: int, steps: int) -> bool:
+    def wants_grad(self, i: int, steps: int) -> bool:
         """Whether the i-th of the steps, counted from 1, is shown; the last one is in any case."""
         return i % (self.every or max(1, steps // FRAMES)) == 0
 

@@ -10,9 +10,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from tinyldm.backend import map_threads
 from tinyldm.data.dataset import DataError, Dataset
 from tinyldm.data.images import as_rgb, both_sides, fitted
+from tinyldm.threads import map_threads
 
 FORMATS = {  # suffix of a file → a format that is read, whichever of these suffixes it has
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF",

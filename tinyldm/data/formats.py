@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tinyldm.backend import map_threads
 from tinyldm.data.dataset import DataError, Dataset
 from tinyldm.data.images import both_sides, fitted
+from tinyldm.threads import map_threads
 
 CIFAR_SIDE, CIFAR_RECORD = 32, 1 + 3 * 32 * 32  # a label, then red, green and blue
 CIFAR_NAMES = "batches.meta.txt"

@@ -27,10 +27,10 @@ from tinyldm.training.classifier import fit_classifier
 from tinyldm.training.config import Config, Stage
 from tinyldm.training.estimate import rehearse
 from tinyldm.training.loop import fit
+from tinyldm.training.networks import Models, denoiser_loss
 from tinyldm.training.preparation import load_data
 from tinyldm.training.run import Run, export, second_stage
 from tinyldm.training.signals import Interruptible
-from tinyldm.training.stages import Models, denoiser_loss
 from tinyldm.training.state import State
 
 FACTORS = (1, 2, 4, 8)

@@ -24,11 +24,11 @@ from tinyldm.experiments.scoring import Report, accuracy
 from tinyldm.training.config import SCHEDULES, STAGES
 from tinyldm.training.estimate import rehearse
 from tinyldm.training.loop import fit
+from tinyldm.training.networks import Models, denoiser_loss
 from tinyldm.training.preparation import Say, fit_tokenizer, load_data, remove, split
 from tinyldm.training.presets import PRESETS
 from tinyldm.training.run import Run, second_stage
 from tinyldm.training.signals import Interruptible
-from tinyldm.training.stages import Models, denoiser_loss
 from tinyldm.training.state import State, save_state
 
 BASE = PRESETS["demo"]

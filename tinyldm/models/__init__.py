@@ -1,5 +1,6 @@
 """The networks of Stable Diffusion, and the tokenizer that feeds its text encoder."""
 
+import tinyldm.kernels  # noqa: F401  (registers what makes the networks fast)
 from tinyldm.data.class_names import ClassNames
 from tinyldm.data.tokenizer import Tokenizer
 from tinyldm.models.autoencoder import AutoencoderKL

@@ -10,7 +10,6 @@ from functools import partial
 
 from tinyldm.backend import Array
 from tinyldm.config import ConfigError
-from tinyldm.models.context import FixedContext
 from tinyldm.nn import functional as F
 from tinyldm.nn.activations import geglu
 from tinyldm.nn.attention import attention
@@ -106,18 +105,13 @@ class Attention(Layer):
         self.heads, self.causal = heads, causal
 
     def __call__(
-        self, params: Params, x: Array, context: Array | FixedContext | None = None
+        self, params: Params, x: Array, context: Array | None = None
     ) -> tuple[Array, Backward]:
         is_self = context is None
-
-        def keys_and_values(source):
-            return *self.to_k(params, source), *self.to_v(params, source)
-
+        source = x if is_self else context
         q, q_back = self.to_q(params, x)
-        if isinstance(context, FixedContext):
-            k, k_back, v, v_back = context.made(self, keys_and_values)
-        else:
-            k, k_back, v, v_back = keys_and_values(x if is_self else context)
+        k, k_back = self.to_k(params, source)
+        v, v_back = self.to_v(params, source)
         h, attend_back = attention(q, k, v, self.heads, self.causal)
         y, out_back = self.to_out(params, h)
 
@@ -165,9 +159,7 @@ class TransformerBlock(Layer):
         self.norm3 = LayerNorm(f"{name}.norm3", d)
         self.ff = FeedForward(f"{name}.ff", d)
 
-    def __call__(
-        self, params: Params, x: Array, context: Array | FixedContext
-    ) -> tuple[Array, Backward]:
+    def __call__(self, params: Params, x: Array, context: Array) -> tuple[Array, Backward]:
         h, norm1_back = self.norm1(params, x)
         x1, attn1_back = self.attn1(params, h)
         x1 += x
@@ -218,9 +210,7 @@ class SpatialTransformer(Layer):
         ]
         self.proj_out = project(f"{name}.proj_out", c, c)
 
-    def __call__(
-        self, params: Params, x: Array, context: Array | FixedContext
-    ) -> tuple[Array, Backward]:
+    def __call__(self, params: Params, x: Array, context: Array) -> tuple[Array, Backward]:
         n, height, w, c = x.shape
         h, norm_back = self.norm(params, x)
         h, in_back = self.proj_in(params, h)
@@ -307,8 +297,8 @@ class AttentionPool(Layer):
         self.position = Offset(f"{name}.positional_embedding", 1, d, std=d**-0.5)
 
     def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
-        l = x.shape[1]
-        mean, position_back = self.position(params, x.mean(axis=1, keepdims=True))
+        mean, mean_back = F.mean(x, (1,))
+        mean, position_back = self.position(params, mean)
         tokens, join_back = F.concatenate(mean, x, axis=1)
         q, q_back = self.q_proj(params, mean)
         k, k_back = self.k_proj(params, tokens)
@@ -319,7 +309,7 @@ class AttentionPool(Layer):
             dq, dk, dv = attend_back(dy[:, None, :])
             dmean, dx = join_back(k_back(dk, grads) + v_back(dv, grads))
             dmean = position_back(dmean + q_back(dq, grads), grads)
-            return dx + dmean * (1 / l)
+            return dx + mean_back(dmean)
 
         return y[:, 0], backward
 
@@ -333,9 +323,7 @@ class TextTimeEmbedding(Layer):
         self.proj = Linear(f"{name}.proj", d, d_time)
         self.norm2 = LayerNorm(f"{name}.norm2", d_time)
 
-    def __call__(self, params: Params, context: Array | FixedContext) -> tuple[Array, Backward]:
-        if isinstance(context, FixedContext):
-            return context.made(self, partial(self, params))
+    def __call__(self, params: Params, context: Array) -> tuple[Array, Backward]:
         h, norm1_back = self.norm1(params, context)
         h, pool_back = self.pool(params, h)
         h, proj_back = self.proj(params, h)

@@ -82,13 +82,14 @@ class Classifier(Layer):
         """The features of the last level, normalised and averaged over positions: (n, d)."""
         maps, features_back = self.features(params, x)
         h, norm_back = self.norm_out(params, maps[-1])
-        y, mean_back = F.spatial_mean(h)
+        y, mean_back = F.mean(h, (1, 2))
         finer = [None] * (len(maps) - 1)
 
         def backward(dy, grads):
-            return features_back([*finer, norm_back(mean_back(dy), grads)], grads)
+            dh = mean_back(dy[:, None, None])
+            return features_back([*finer, norm_back(dh, grads)], grads)
 
-        return y, backward
+        return y[:, 0, 0], backward
 
     def __call__(self, params: Params, x: Array) -> tuple[list[Array], Backward]:
         pooled, pooled_back = self.pooled(params, x)

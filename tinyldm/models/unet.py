@@ -14,7 +14,6 @@ from tinyldm.models.blocks import (
     downsample,
     plus,
 )
-from tinyldm.models.context import FixedContext
 from tinyldm.models.levels import DownBlock, Stage, UpBlock, run_stages
 from tinyldm.nn import functional as F
 from tinyldm.nn.activations import silu
@@ -214,13 +213,13 @@ class UNet(Layer):
         params: Params,
         x: Array,
         t: Array,
-        context: Array | FixedContext | None = None,
+        context: Array | None = None,
         labels: Array | None = None,
     ) -> tuple[Array, Backward]:
         """x (n, h, w, c) noisy latents, t (n,) time steps, context (n, l, d), labels (n,) classes.
 
-        Where many calls have the same context, it may be a FixedContext, under `no_grad`. Where
-        cross_attention_dim lists the widths of the levels there is none: they attend to themselves.
+        Where cross_attention_dim lists the widths of the levels there is no context: the levels
+        attend to themselves.
         backward(dy, grads) → (dx, dcontext); dcontext is None without context. Raises ValueError
         for an input that is missing, superfluous or misshapen.
         """
@@ -291,8 +290,6 @@ class UNet(Layer):
         n = x.shape[0]
         if t.shape != (n,):
             raise ValueError(f"unet: expected t ({n},), found {t.shape}")
-        if isinstance(context, FixedContext):
-            context = context.array
         if self.needs_context and context is None:
             raise ValueError("unet: this model attends to text and needs context (n, l, d)")
         d = c.cross_attention_dim

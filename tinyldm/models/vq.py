@@ -9,7 +9,7 @@ from tinyldm.config import read_config
 from tinyldm.models import coders
 from tinyldm.nn import quantize
 from tinyldm.nn.layers import Initialiser, Layer, Shape, uniform_fan_in
-from tinyldm.nn.protocol import Backward, Params, add_grad, wants
+from tinyldm.nn.protocol import Backward, Params, add_grad, wants_grad
 
 DEFAULTS = coders.DEFAULTS | {
     "latent_channels": 3,
@@ -92,7 +92,7 @@ class Codebook(Layer):
         loss, loss_back = quantize.codebook_loss(z, params[self.weight], codes, commitment)
 
         def backward(dloss, grads):
-            dz, dcodebook = loss_back(dloss, weights=wants(grads, self.weight))
+            dz, dcodebook = loss_back(dloss, weights=wants_grad(grads, self.weight))
             if dcodebook is not None:
                 add_grad(grads, self.weight, dcodebook)
             return dz

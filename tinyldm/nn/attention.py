@@ -1,155 +1,56 @@
-"""Scaled dot-product attention, softmax(q kᵀ / √d) v, in blocks of queries.
+"""Scaled dot-product attention: softmax(q kᵀ / √d) v."""
 
-The matrix of scores is made a block at a time and thrown away. What is kept for the backward pass
-is the output and, per query, the logarithm of the softmax's denominator, from which a block's
-probabilities are made again: memory is linear in the number of tokens (Rabe & Staats 2021; Dao et
-al. 2022, algorithm 4).
-
-A pass over the scores costs as much as the matrix products, so on the way back those do what they
-can: one more column of q with one more row of ones in kᵀ subtracts the logarithm from each row of
-scores, and one more column of dy with one more of ones in v the mean of a row's gradients.
-"""
-
-import functools
 import math
 
-import numpy as np
-
-from tinyldm.backend import Array, array_module, on_host
-from tinyldm.nn.pieces import blocks, empty, on_free_cores, product, scratch
+from tinyldm.backend import Array, array_module
 from tinyldm.nn.protocol import Backward, differentiable
-
-BLOCK_SCORES = 2**20  # scores at a time: 4 MiB of float32
-SAFE_SCORE = 60.0  # e^±60 and a sum of thousands of them are within the range of float32
 
 
 @differentiable
 def attention(
-    q: Array, k: Array, v: Array, heads: int, causal: bool = False, block: int | None = None
+    q: Array, k: Array, v: Array, heads: int, causal: bool = False
 ) -> tuple[Array, Backward]:
     """Attend from q (n, l, d) to k (n, m, d), v (n, m, e), each split into `heads` → (n, l, e).
 
     softmax(q kᵀ / √(d / heads)) v of each head (Vaswani et al. 2017, eq. 1, section 3.2.2).
+    `causal`: token i sees tokens 0…i only.
 
-    `causal`: token i sees tokens 0…i only. `block`: scores at a time, by default what fits the
-    cache (or, on a GPU, 64 times that).
+    Backward, for each head, with probabilities p and y = p v:
+
+        dv = pᵀ dy     dp = dy vᵀ     ds = p (dp − Σ p dp)     dq = ds k / √d     dk = dsᵀ q / √d
     """
     xp = array_module(q)
-    n, l, d = q.shape
-    m, e = v.shape[1:]
-    scale = 1 / math.sqrt(d // heads)
-    block = block or (BLOCK_SCORES if on_host(q) else 64 * BLOCK_SCORES)
-    scaled = q * scale
-    queries, keys, values = (_split_heads(x, heads) for x in (scaled, k, v))
-    ones = xp.ones((m, 1), v.dtype)
-    shift = not _within(SAFE_SCORE, q, k, heads, scale)
-    y, log_sum = empty((n, l, e), q), empty((n, heads, l, 1), q)
-    y_ = _split_heads(y, heads)
-
-    def forward(ns, hs, ls):
-        (p,) = _scores(queries[ns, hs, ls], keys[ns, hs].swapaxes(2, 3))  # (…, queries, m)
-        if causal:
-            p += _hidden(xp, ls, m)
-        if shift:
-            top = p.real.max(axis=3, keepdims=True)
-            p -= top
-        xp.exp(p, out=p)
-        total = p @ ones  # a product is faster than `sum`
-        xp.divide(p @ values[ns, hs], total, out=y_[ns, hs, ls])
-        xp.log(total, out=total)
-        log_sum[ns, hs, ls] = total + top if shift else total
-
-    head_blocks, query_blocks = _score_blocks(n, heads, l, m, block)
-    work = [(ns, hs, ls) for ns, hs in head_blocks for ls in query_blocks]
-    on_free_cores(lambda item: forward(*item), work, n * heads * l * m, q)
+    scale = 1 / math.sqrt(q.shape[2] // heads)
+    q, k, v = (split_heads(x, heads) for x in (q * scale, k, v))
+    scores = q @ k.swapaxes(2, 3)  # (n, heads, l, m)
+    if causal:
+        scores += causal_mask(xp, q.shape[2], k.shape[2])
+    powers = xp.exp(scores - scores.real.max(axis=3, keepdims=True))  # so that none overflows
+    p = powers / powers.sum(axis=3, keepdims=True)
 
     def backward(dy):
-        # softmax: ds = p (dp − Σ p dp), where Σ p dp = Σ dy y
-        queries, dys = _widened(scaled, heads), _widened(dy, heads)
-        xp.negative(log_sum, out=queries[..., -1:])
-        mean = _split_heads(dy * y, heads) @ xp.ones((e // heads, 1), y.dtype)
-        xp.negative(mean, out=dys[..., -1:])
-        keys_t, values_t = (_widened(x, heads) for x in (k, v))
-        keys_t[..., -1] = values_t[..., -1] = 1
-        keys_t, values_t = (x.swapaxes(2, 3).copy() for x in (keys_t, values_t))
-        dqs, dks, dvs = (xp.zeros(x.shape, x.dtype) for x in (queries[..., :-1], keys, values))
+        dy = split_heads(dy, heads)
+        dv = p.swapaxes(2, 3) @ dy
+        dp = dy @ v.swapaxes(2, 3)
+        ds = p * (dp - (p * dp).sum(axis=3, keepdims=True))
+        dq, dk = ds @ k * scale, ds.swapaxes(2, 3) @ q
+        return join_heads(dq), join_heads(dk), join_heads(dv)
 
-        def part(heads_):
-            ns, hs = heads_
-            for ls in query_blocks:
-                p, ds = _scores(
-                    queries[ns, hs, ls], keys_t[ns, hs], dys[ns, hs, ls], values_t[ns, hs]
-                )
-                if causal:
-                    p += _hidden(xp, ls, m)
-                xp.exp(p, out=p)
-                ds *= p
-                xp.matmul(ds, keys[ns, hs], out=dqs[ns, hs, ls])
-                dks[ns, hs] += ds.swapaxes(2, 3) @ queries[ns, hs, ls, :-1]
-                dvs[ns, hs] += p.swapaxes(2, 3) @ dys[ns, hs, ls, :-1]
-
-        on_free_cores(part, head_blocks, n * heads * l * m, q)
-        dqs *= scale
-        return tuple(_join_heads(dx) for dx in (dqs, dks, dvs))
-
-    return y, backward
+    return join_heads(p @ v), backward
 
 
-def _scores(*pairs):
-    """The products a b of pairs (a, b, a, b, …), in scratch memory."""
-    shapes = [(*a.shape[:-1], b.shape[-1]) for a, b in zip(pairs[::2], pairs[1::2], strict=True)]
-    memory = scratch(pairs[0], *map(math.prod, shapes))
-    products = [part.reshape(shape) for part, shape in zip(memory, shapes, strict=True)]
-    for a, b, out in zip(pairs[::2], pairs[1::2], products, strict=True):
-        product(a, b, out)
-    return products
+def causal_mask(xp, l: int, m: int, first: int = 0) -> Array:
+    """−∞ where token i of `first`…`first + l` may not see token j, j > i, else 0; (l, m)."""
+    return xp.where(xp.arange(m) > xp.arange(first, first + l)[:, None], -math.inf, 0)
 
 
-def _score_blocks(n, heads, l, m, budget):
-    """[(samples, heads)], [queries]: any of both together have at most `budget` scores."""
-    if n * heads * l * m <= budget:
-        return [(slice(0, n), slice(0, heads))], [slice(0, l)]
-    queries = blocks(1, l, m, max(budget, 1) if l * m > budget else l * m)
-    return list(blocks(n, heads, l * m, budget)), [ls for _, ls in queries]
-
-
-def _within(limit, q, k, heads, scale):
-    """Whether no score can exceed `limit`: |q·k| ≤ |q| |k|. Not asked on a GPU: it would wait."""
-    if not on_host(q):
-        return False
-    of_heads = _head_sums(heads, q.shape[2], q.real.dtype.char)
-    longest = ((x.real * x.real @ of_heads).max(axis=1) for x in (q, k))  # (n, heads) each
-    return math.prod(longest).max() * scale**2 <= limit**2
-
-
-@functools.cache
-def _head_sums(heads, d, dtype):
-    """What to multiply (n, l, d) by for the sums over each head, (n, l, heads)."""
-    return np.repeat(np.eye(heads, dtype=dtype), d // heads, axis=0)
-
-
-def _hidden(xp, ls, m):
-    """−∞ where token i of `ls` may not see token j (l, m), else 0."""
-    return xp.where(xp.arange(m) > xp.arange(ls.start, ls.stop)[:, None], -math.inf, 0)
-
-
-def _widened(x, heads):
-    """(n, l, d) → (n, heads, l, d / heads + 1), a copy; the last column is not set."""
-    x_ = _split_heads(x, heads)
-    wide = empty((*x_.shape[:3], x_.shape[3] + 1), x)
-    wide[..., :-1] = x_
-    return wide
-
-
-def _split_heads(x, heads):
-    """(n, l, d) → (n, heads, l, d / heads), a view."""
+def split_heads(x: Array, heads: int) -> Array:
+    """Reshape (n, l, d) → (n, heads, l, d / heads), a view where x allows it."""
     n, l, d = x.shape
     return x.reshape(n, l, heads, d // heads).transpose(0, 2, 1, 3)
 
 
-def _join_heads(x):
-    """(n, heads, l, d / heads) → (n, l, d), a copy."""
+def join_heads(x: Array) -> Array:
+    """Reshape (n, heads, l, d / heads) → (n, l, d), the inverse of `split_heads`."""
     n, heads, l, d = x.shape
-    joined = empty((n, l, heads * d), x)
-    _split_heads(joined, heads)[...] = x
-    return joined
+    return x.transpose(0, 2, 1, 3).reshape(n, l, heads * d)

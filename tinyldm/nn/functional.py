@@ -14,7 +14,6 @@ buffer of a real dtype, and comparisons look at the real part.
 import math
 
 from tinyldm.backend import Array, array_module, on_host
-from tinyldm.nn.pieces import as_rows, empty, product
 from tinyldm.nn.protocol import Backward, differentiable
 
 # ------------------------------------------------------------------------------------------ linear
@@ -22,24 +21,22 @@ from tinyldm.nn.protocol import Backward, differentiable
 
 @differentiable
 def linear(x: Array, w: Array, b: Array | None = None) -> tuple[Array, Backward]:
-    """y = x wᵀ + b, for x (..., d_in), w (d_out, d_in), b (d_out,) → (..., d_out)."""
-    xp = array_module(x)
-    x2 = as_rows(x)
-    y = empty((len(x2), len(w)), x, w)
-    product(x2, w.T, y)
+    """y = x wᵀ + b, for x (..., d_in), w (d_out, d_in), b (d_out,) → (..., d_out).
+
+    dx = dy w, dw = dyᵀ x and db = Σ dy, both summed over all rows of x.
+    """
+    y = x @ w.T
     if b is not None:
-        y += b
+        y = y + b
 
     def backward(dy, weights=True):
-        dy2 = as_rows(dy)
-        dx = empty(x2.shape, dy, w)
-        product(dy2, w, dx)
-        dx = dx.reshape(x.shape)
+        dx = dy @ w
         if not weights:
             return dx, None, None
-        return dx, dy2.T @ x2, None if b is None else xp.ones(len(dy2), dy.dtype) @ dy2
+        dy_rows, x_rows = dy.reshape(-1, len(w)), x.reshape(-1, w.shape[1])
+        return dx, dy_rows.T @ x_rows, None if b is None else dy_rows.sum(axis=0)
 
-    return y.reshape(*x.shape[:-1], w.shape[0]), backward
+    return y, backward
 
 
 @differentiable
@@ -57,7 +54,8 @@ def embedding(table: Array, ids: Array) -> tuple[Array, Backward]:
 
     def backward(dy):
         dtable = xp.zeros_like(table)
-        xp.add.at(dtable, ids.reshape(-1), as_rows(dy))  # adds up where an id occurs twice
+        rows = dy.reshape(-1, table.shape[1])
+        xp.add.at(dtable, ids.reshape(-1), rows)  # adds up where an id occurs twice
         return dtable
 
     return table[ids], backward
@@ -116,16 +114,15 @@ def upsample_nearest(x: Array, size: tuple[int, int] | None = None) -> tuple[Arr
 
 
 @differentiable
-def spatial_mean(x: Array) -> tuple[Array, Backward]:
-    """The mean over all positions: x (n, h, w, c) → (n, c)."""
+def mean(x: Array, axes: tuple[int, ...]) -> tuple[Array, Backward]:
+    """Average over some axes, which stay with length 1: for (1, 2), (n, h, w, c) → (n, 1, 1, c)."""
     shape = x.shape
 
     def backward(dy):
-        dx = array_module(dy).empty(shape, dy.dtype)
-        dx[...] = dy[:, None, None, :] * (1 / (shape[1] * shape[2]))
-        return dx
+        count = math.prod(shape[axis] for axis in axes)
+        return array_module(dy).zeros(shape, dy.dtype) + dy * (1 / count)
 
-    return x.mean(axis=(1, 2)), backward
+    return x.mean(axes, keepdims=True), backward
 
 
 @differentiable
@@ -184,20 +181,6 @@ def mse(x: Array, target: Array, weight: Array | None = None) -> tuple[Array, Ba
         return dx, -dx
 
     return (scaled * difference).mean(), backward
-
-
-@differentiable
-def l1(x: Array, target: Array) -> tuple[Array, Backward]:
-    """Mean of |x − target|, both (n, ...); the slope at 0 is taken as 0."""
-    xp = array_module(x)
-    difference = x - target
-    sign = xp.sign(difference.real).astype(x.dtype)  # |z| of a complex number is not analytic
-
-    def backward(dloss=1.0):
-        dx = sign * (dloss / x.size)
-        return dx, -dx
-
-    return (sign * difference).mean(), backward
 
 
 @differentiable

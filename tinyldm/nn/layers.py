@@ -13,8 +13,8 @@ from numpy.random import Generator
 from tinyldm.backend import Array
 from tinyldm.nn import functional as F
 from tinyldm.nn.conv import Padding, conv2d
-from tinyldm.nn.norms import group_norm, layer_norm
-from tinyldm.nn.protocol import Backward, Params, add_grad, recompute, wants
+from tinyldm.nn.norms import group_norm, group_norm_silu, layer_norm
+from tinyldm.nn.protocol import Backward, Params, add_grad, recompute, wants_grad
 
 Shape = tuple[int, ...]
 Initialiser = Callable[[Generator, Shape], Array]
@@ -96,7 +96,7 @@ def named(
         return None
 
     def backward(dy, grads):
-        dx, dw, db = functional_back(dy, weights=wants(grads, weight, bias))
+        dx, dw, db = functional_back(dy, weights=wants_grad(grads, weight, bias))
         add_grad(grads, weight, dw)
         if bias is not None:
             add_grad(grads, bias, db)
@@ -152,7 +152,7 @@ class Conv2d(Layer):
 
 
 class GroupNorm(Layer):
-    """x (n, ..., c) → the same shape; with `silu`, the activation too.
+    """Normalises x (n, ..., c) by groups of channels; with `silu` the activation follows.
 
     Raises ValueError where the channels do not divide into `groups`.
     """
@@ -161,14 +161,15 @@ class GroupNorm(Layer):
         if c % groups:
             raise ValueError(f"{name}: {c} channels do not divide into {groups} groups")
         self.weight, self.bias, self.c = f"{name}.weight", f"{name}.bias", c
-        self.groups, self.eps, self.silu = groups, eps, silu
+        self.groups, self.eps = groups, eps
+        self.function = group_norm_silu if silu else group_norm
 
     def parameters(self) -> dict[str, tuple[Shape, Initialiser]]:
         return {self.weight: ((self.c,), ones), self.bias: ((self.c,), zeros)}
 
     def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
         w, b = params[self.weight], params[self.bias]
-        y, norm_back = group_norm(x, w, b, self.groups, self.eps, self.silu)
+        y, norm_back = self.function(x, w, b, self.groups, self.eps)
         return y, named(norm_back, self.weight, self.bias)
 
 
@@ -199,7 +200,7 @@ class Embedding(Layer):
         y, embedding_back = F.embedding(params[self.weight], ids)
 
         def backward(dy, grads):
-            if wants(grads, self.weight):
+            if wants_grad(grads, self.weight):
                 add_grad(grads, self.weight, embedding_back(dy))
 
         return y, backward
@@ -223,7 +224,7 @@ class Offset(Layer):
         y, offset_back = F.offset(x, params[self.name])
 
         def backward(dy, grads):
-            dx, dtable = offset_back(dy, weights=wants(grads, self.name))
+            dx, dtable = offset_back(dy, weights=wants_grad(grads, self.name))
             add_grad(grads, self.name, dtable)
             return dx
 

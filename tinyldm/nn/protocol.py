@@ -13,13 +13,18 @@ reads its parameters from one dict and adds their gradients to another, which th
 
 Nothing is remembered between calls: what the backward pass needs lives in the closure alone. It
 may be called once, and what it kept is freed as the gradient passes.
+
+Each function here is plain mathematics. `tinyldm.kernels` may register faster versions of it, which
+then run in its place where they apply.
 """
 
 import contextlib
 import contextvars
 import functools
+import math
+import os
 from collections.abc import Callable, Iterable
-from typing import Any, ParamSpec
+from typing import Any, NamedTuple, ParamSpec
 
 from tinyldm.backend import Array
 
@@ -44,17 +49,52 @@ def no_grad() -> contextlib.AbstractContextManager[None]:
     return _set_recording(False)
 
 
+def is_recording() -> bool:
+    """Return whether functions keep what their backward pass needs: not within `no_grad`."""
+    return _recording.get()
+
+
+class Kernel(NamedTuple):
+    """A faster version of a plain function, with the same arguments and results."""
+
+    function: Callable
+    cost: Callable[..., float]  # of a call with these arguments; math.inf where it does not apply
+
+
+KERNELS: dict[str, list[Kernel]] = {}  # full name of a plain function → its kernels
+PLAIN = os.environ.get("TINYLDM_KERNELS") == "plain"
+use_kernels = contextvars.ContextVar("use_kernels", default=not PLAIN)
+
+
+def replaceable(function: Callable) -> Callable:
+    """Let the cheapest kernel that applies run in place of the plain `function`."""
+    kernels = KERNELS.setdefault(f"{function.__module__}.{function.__qualname__}", [])
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        chosen, least = function, math.inf
+        if use_kernels.get():
+            for kernel in kernels:
+                cost = kernel.cost(*args, **kwargs)
+                if cost < least:
+                    chosen, least = kernel.function, cost
+        return chosen(*args, **kwargs)
+
+    return call
+
+
 def differentiable(
     function: Callable[Arguments, tuple[Array, Backward]],
 ) -> Callable[Arguments, tuple[Array, Backward]]:
     """Make `function`, which returns `(y, backward)`, obey `no_grad` and the call-once rule.
 
-    A second call of `backward` raises RuntimeError.
+    A second call of `backward` raises RuntimeError. Kernels may replace it, see `replaceable`.
     """
+    fastest = replaceable(function)
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        y, backward = function(*args, **kwargs)
+        y, backward = fastest(*args, **kwargs)
         return y, (_once(backward, function.__name__) if _recording.get() else None)
 
     return call
@@ -75,7 +115,7 @@ def _once(backward, name):
 def recompute(
     layer: Callable[..., tuple[Array, Backward]], params: Params, *inputs: Array | None
 ) -> tuple[Array, Backward]:
-    """`layer(params, *inputs)`, forgetting its activations and making them again when needed.
+    """Run `layer(params, *inputs)` without keeping activations; compute them again when needed.
 
     Trades one more forward pass for the memory of everything inside `layer` (Chen et al. 2016,
     "Training deep nets with sublinear memory cost").
@@ -91,6 +131,9 @@ def recompute(
     return y, backward
 
 
+# ---------------------------------------------------------------------------------------- gradients
+
+
 class Grads(dict):
     """A dict that accepts gradients only of the parameters named in `only`.
 
@@ -103,8 +146,8 @@ class Grads(dict):
         self.only = frozenset(only)
 
 
-def wants(grads: Params | None, *names: str) -> bool:
-    """Whether the gradient of any of the named parameters is asked for."""
+def wants_grad(grads: Params | None, *names: str) -> bool:
+    """Return whether the gradient of any of the named parameters is asked for."""
     if isinstance(grads, Grads):
         return not grads.only.isdisjoint(names)
     return grads is not None
@@ -112,7 +155,7 @@ def wants(grads: Params | None, *names: str) -> bool:
 
 def add_grad(grads: Params | None, name: str, dw: Array) -> None:
     """Add `dw`, a fresh array that `grads` may keep, to the gradient of the parameter `name`."""
-    if not wants(grads, name):
+    if not wants_grad(grads, name):
         return
     if name in grads:
         grads[name] += dw

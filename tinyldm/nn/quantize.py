@@ -8,23 +8,18 @@ derivative of `check_gradients` it is exactly that.
 
 from tinyldm.backend import Array, array_module
 from tinyldm.nn import functional as F
-from tinyldm.nn.pieces import as_rows
-from tinyldm.nn.protocol import Backward, differentiable
-
-SCORES = 2**22  # numbers: of a block of vectors, beside all of the codebook
+from tinyldm.nn.protocol import Backward, differentiable, replaceable
 
 
+@replaceable
 def nearest_codes(z: Array, codebook: Array) -> Array:
-    """The row of the codebook that is nearest to each vector, the first of equals."""
-    xp = array_module(z)
-    rows, table = as_rows(z).real, codebook.real
-    lengths = 0.5 * (table * table).sum(axis=1)
-    block = max(1, SCORES // len(table))
-    codes = [
-        xp.argmin(lengths - rows[i : i + block] @ table.T, axis=1)
-        for i in range(0, len(rows), block)
-    ]
-    return xp.concatenate(codes).reshape(z.shape[:-1])
+    """Return the row of the codebook nearest to each vector, the first of equals.
+
+    |z − e|² = |z|² − 2 z·e + |e|², of which |z|² is the same for every e.
+    """
+    vectors, table = z.real.reshape(-1, z.shape[-1]), codebook.real
+    distances = 0.5 * (table * table).sum(axis=1) - vectors @ table.T
+    return array_module(z).argmin(distances, axis=1).reshape(z.shape[:-1])
 
 
 @differentiable

@@ -5,20 +5,21 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from tinyldm.backend import Array, array_module, cores, map_threads, on_host
+from tinyldm.backend import Array, array_module, on_host
 from tinyldm.diffusion.solvers import Predict
-from tinyldm.models.context import FixedContext
-from tinyldm.team import available, team
+from tinyldm.kernels.cached import fixed
+from tinyldm.kernels.cpu.processes import available, team
+from tinyldm.threads import cores, map_threads
 
 
 @contextlib.contextmanager
 def predictor(
-    network: Callable[[Array, Array, Any], Array], condition: Array, at_once: int, is_text: bool
+    network: Callable[[Array, Array, Any], Array], condition: Array, at_once: int
 ) -> Iterator[Predict]:
     """Yields (x, t) → `network(x, t (n,), condition)`, for many steps with the same condition.
 
-    condition (n, …): of a text, the network takes it as a FixedContext. On the CPU all cores share
-    the samples, as processes where there can be any. at_once: samples on a core.
+    condition (n, …): what the network makes of it alone is computed once. On the CPU all cores
+    share the samples, as processes where there can be any. at_once: samples on a core.
     """
     n, on_cpu, xp = len(condition), on_host(condition), array_module(condition)
     processes = available() if on_cpu else 1
@@ -27,13 +28,12 @@ def predictor(
     bounds = [n * i // count for i in range(count + 1)]
     spans = [slice(*bounds[i : i + 2]) for i in range(count)]
     conditions = [condition[span] for span in spans]
-    if is_text:
-        conditions = [FixedContext(context) for context in conditions]
 
     def part(i, x, t):
         return network(x, xp.full(len(x), t), conditions[i])
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(fixed(*conditions))
         if processes > 1 and workers > 1:
             share = stack.enter_context(team(part, workers))
         elif on_cpu:

@@ -9,10 +9,11 @@ import numpy as np
 from PIL import Image
 
 from tinyldm import __version__
-from tinyldm.backend import map_threads, to_device
+from tinyldm.backend import to_device
 from tinyldm.data.folder import open_picture
 from tinyldm.sampling.params import Recipe
 from tinyldm.sampling.pipeline import Pipeline
+from tinyldm.threads import map_threads
 
 SOFTWARE = "tinyldm"
 MOST = 4096  # pictures of a batch

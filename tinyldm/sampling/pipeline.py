@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tinyldm.backend import Array, array_module, map_batch, to_device
+from tinyldm.backend import Array, array_module, to_device
 from tinyldm.checkpoints.checkpoint import load_checkpoint
 from tinyldm.checkpoints.components import make
 from tinyldm.checkpoints.diffusers_folder import save_folder
@@ -28,6 +28,7 @@ from tinyldm.sampling.init_image import Images, Scene, each, enter, seeing, stre
 from tinyldm.sampling.params import Recipe
 from tinyldm.sampling.tasks import task_of, times_larger
 from tinyldm.sampling.tiling import in_parts
+from tinyldm.threads import map_batch
 
 DEFAULTS = {"steps": 50, "guidance": 7.5}  # Stable Diffusion's own
 POSITIONS_AT_ONCE = 2**14  # of latents, on a core: more would need more memory, and be no faster
@@ -246,7 +247,7 @@ class Pipeline:
 
         What depends on a text alone is made at the first step. at_once: samples on a core.
         """
-        return predictor(self._unet, condition, at_once, is_text=self.text_encoder is not None)
+        return predictor(self._unet, condition, at_once)
 
     def embed(self, texts: Sequence[str]) -> Array:
         """Texts → what the U-Net takes of them: hidden states (n, l, d), or labels (n,)."""

@@ -8,8 +8,8 @@ smaller picture, or a map.
 import numpy as np
 from PIL import Image
 
-from tinyldm.backend import map_threads
 from tinyldm.config import ConfigError, unknown
+from tinyldm.threads import map_threads
 
 TASKS = ("generation", "inpainting", "upscaling-2", "upscaling-4", "layout")  # the first: nothing
 ALL_HIDDEN = 0.25  # share of the masks, as Stable Diffusion's model for inpainting was trained

@@ -5,7 +5,8 @@ from functools import partial
 
 import numpy as np
 
-from tinyldm.backend import Array, array_module, map_batch
+from tinyldm.backend import Array, array_module
+from tinyldm.threads import map_batch
 
 ALONE = 2**16  # pixels of a picture that goes through an autoencoder by itself, on all cores
 WHOLE, TILE = 768, 512  # pixels: a larger square than the first is worked on in tiles of the second

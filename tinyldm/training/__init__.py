@@ -1,1 +1,5 @@
 """Training both stages, and the state that survives anything."""
+
+from tinyldm.training.step import value_and_grad
+
+__all__ = ["value_and_grad"]

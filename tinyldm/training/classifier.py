@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyldm.backend import Array, map_batch, to_device
+from tinyldm.backend import Array, to_device
 from tinyldm.checkpoints.safetensors import (
     WeightsError,
     load_metadata,
@@ -26,19 +26,14 @@ from tinyldm.checkpoints.safetensors import (
 from tinyldm.data.dataset import Dataset
 from tinyldm.data.images import from_uint8
 from tinyldm.data.shapes import ATTRIBUTES, named
+from tinyldm.kernels.cpu.flat import Flat
+from tinyldm.kernels.cpu.parallel import gradient
 from tinyldm.models.classifier import Classifier
 from tinyldm.nn import functional as F
 from tinyldm.nn import no_grad
 from tinyldm.nn.protocol import Backward, Params
-from tinyldm.training.optim import (
-    Flat,
-    adam_state,
-    adamw,
-    clip_factor,
-    global_norm,
-    learning_rate,
-)
-from tinyldm.training.parallel import gradient
+from tinyldm.threads import map_batch
+from tinyldm.training.optim import adam_state, adamw, clip_factor, global_norm, learning_rate
 from tinyldm.training.preparation import Say
 
 SECONDS = 30.0  # of training, where nothing else is asked for
@@ -159,7 +154,8 @@ def fit_classifier(
     model = Classifier(config)
     fresh = to_device(model.init(np.random.default_rng((seed, 6))), device)
     params = Flat(fresh, shared=True)
-    moments, average = adam_state(params), params.copy()
+    moments = {moment: Flat(zeros) for moment, zeros in adam_state(params).items()}
+    average = params.copy()
     begun, step, done = time.monotonic(), 0, 0.0
     with gradient(classifier_loss(model), params) as gradient_of:
         while done < 1:

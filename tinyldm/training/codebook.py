@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from tinyldm.backend import array_module, map_batch, to_device
+from tinyldm.backend import array_module, to_device
 from tinyldm.models import VQModel
 from tinyldm.nn import no_grad
+from tinyldm.threads import map_batch
 from tinyldm.training.state import State
 
 EVERY = 25  # steps, in the first half of the stage

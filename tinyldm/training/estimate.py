@@ -10,22 +10,18 @@ from functools import partial
 
 import numpy as np
 
-from tinyldm.backend import cores, map_batch, to_device
+from tinyldm.backend import to_device
+from tinyldm.kernels.cpu.processes import available
 from tinyldm.machine import free_memory, held_memory
 from tinyldm.models import ClassNames, Tokenizer
 from tinyldm.sampling.tasks import sees_all
-from tinyldm.team import available
+from tinyldm.threads import cores, map_batch
 from tinyldm.training.config import STAGES, Config
 from tinyldm.training.latents import AT_ONCE, beside
 from tinyldm.training.losses import Features
-from tinyldm.training.stages import (
-    Models,
-    denoiser_loss,
-    new_discriminator,
-    stage_gradient,
-    train_step,
-)
+from tinyldm.training.networks import Models, denoiser_loss, new_discriminator
 from tinyldm.training.state import State
+from tinyldm.training.step import stage_gradient, train_step
 
 CALLS = 8  # of a step; more would tell no more
 CAPTION = "a large red circle on blue at the left"  # any will do

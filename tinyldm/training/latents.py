@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tinyldm.backend import Array, array_module, map_batch, to_device
+from tinyldm.backend import Array, array_module, to_device
 from tinyldm.data.dataset import Dataset
 from tinyldm.data.images import in_channels
 from tinyldm.nn.protocol import Params
 from tinyldm.sampling.init_image import Scene
 from tinyldm.sampling.tasks import sees_all
-from tinyldm.training.stages import Models
+from tinyldm.threads import map_batch
+from tinyldm.training.networks import Models
 from tinyldm.training.state import State
 
 AT_ONCE = 16  # pictures a thread, when all become latents between the stages

@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from tinyldm.files import replacing
 from tinyldm.training import snapshots
+from tinyldm.training.adversarial import Adversarial
 from tinyldm.training.config import STAGES, Stage
 from tinyldm.training.estimate import duration, mean_seconds
-from tinyldm.training.losses import Adversarial
 from tinyldm.training.optim import learning_rate
 from tinyldm.training.signals import Interruptible, Stopped
-from tinyldm.training.stages import stage_gradient, train_step
 from tinyldm.training.state import State, save_state
+from tinyldm.training.step import stage_gradient, train_step
 
 SAVE_EVERY = 45.0  # seconds between states
 LOG_EVERY = 10  # steps between lines of metrics, and between looks at the loss

@@ -7,16 +7,14 @@ reconstruction, images) → (error, backward(grads) → dreconstruction)`.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from tinyldm.backend import Array
 from tinyldm.models import AutoencoderKL, VQModel
 from tinyldm.models.autoencoder import kl_loss, sample_gaussian
-from tinyldm.models.discriminator import PatchDiscriminator
-from tinyldm.nn import Grads, no_grad
 from tinyldm.nn import functional as F
+from tinyldm.nn import no_grad
 from tinyldm.nn.norms import unit_norm
-from tinyldm.nn.protocol import Backward, Params, add_grad
+from tinyldm.nn.protocol import Backward, Params
 
 # images (n, h, w, 3) → a list of maps (n, h', w', c), and backward(their gradients) → dimages
 Features = Callable[[Array], tuple[list[Array], Backward]]
@@ -134,83 +132,3 @@ def with_perception(criterion: Callable, features: Features, weight: float) -> C
         return error + weight * perceived, backward
 
     return both
-
-
-# ------------------------------------------------------------------------------------- adversarial
-
-# Names of gradients of the decoder's last kernel, by which the adaptive weight is found.
-OF_ERROR, OF_ADVERSARIAL = "last kernel: of the error", "last kernel: of the adversarial part"
-
-
-@dataclass(frozen=True)
-class Adversarial:
-    """The losses of a first stage with a discriminator, whose parameters are in the same dict."""
-
-    plain: Callable  # of the autoencoder, until the discriminator has begun
-    generator: Callable  # of the autoencoder, the discriminator frozen; see `with_discriminator`
-    discriminator: Callable  # its own, the autoencoder frozen; see `discriminator_loss`
-
-
-def with_discriminator(criterion: Callable, discriminator: PatchDiscriminator) -> Callable:
-    """The criterion − weight · mean logit of the reconstructions: they are to look real.
-
-    The criterion takes the weight (n,), equal for all of a batch, after the pictures. The
-    discriminator gets no gradient.
-    """
-
-    def both(params, reconstruction, images, weight):
-        error, error_back = criterion(params, reconstruction, images)
-        logits, logits_back = discriminator(params, reconstruction)
-        adversarial, adversarial_back = F.weighted_mean(logits, -weight)
-
-        def backward(grads):
-            return error_back(grads) + logits_back(adversarial_back(), None)
-
-        return error + adversarial, backward
-
-    return both
-
-
-def discriminator_loss(
-    vae: AutoencoderKL | VQModel, criterion: Callable, discriminator: PatchDiscriminator
-) -> Callable:
-    """The discriminator's hinge loss on pictures and their reconstructions.
-
-    The reconstructions pass no gradient on to the autoencoder. Beside its parameters' gradients,
-    backward(grads) gives those by which the autoencoder's next step is weighed: of the decoder's
-    last kernel, of the criterion (OF_ERROR) and of −mean logit (OF_ADVERSARIAL). Both are means
-    over the batch, like all gradients, and so the same however the batch is split.
-    """
-    last = vae.decoder.conv_out
-
-    def loss_fn(params, images, *noise):
-        with no_grad():
-            z, _ = vae.encode(params, images)
-            if noise:
-                z, _ = sample_gaussian(z, *noise)
-            features, _ = vae.decode_features(params, z)
-        reconstruction, error_last_back = last(params, features)
-        _, adversarial_last_back = last(params, features)
-        _, error_back = criterion(params, reconstruction, images)
-        logits, logits_back = discriminator(params, reconstruction)
-        _, adversarial_back = F.weighted_mean(logits, -1.0)
-        real, real_back = discriminator(params, images)
-        fake, fake_back = discriminator(params, reconstruction)
-        loss, hinge_back = F.hinge(real, fake)
-
-        def of_last(last_back, dreconstruction):
-            grads = Grads([last.weight])
-            last_back(dreconstruction, grads)
-            return grads[last.weight]
-
-        def backward(grads):
-            dadversarial = logits_back(adversarial_back(), None)
-            add_grad(grads, OF_ERROR, of_last(error_last_back, error_back(None)))
-            add_grad(grads, OF_ADVERSARIAL, of_last(adversarial_last_back, dadversarial))
-            dreal, dfake = hinge_back()
-            real_back(dreal, grads)
-            fake_back(dfake, grads)
-
-        return loss, backward
-
-    return loss_fn

@@ -24,6 +24,7 @@ from tinyldm.training.estimate import rehearse
 from tinyldm.training.latents import all_gaussians, beside, shown
 from tinyldm.training.loop import fit
 from tinyldm.training.losses import Features
+from tinyldm.training.networks import Models, denoiser_loss, new_discriminator
 from tinyldm.training.preparation import (
     Say,
     describe,
@@ -35,7 +36,6 @@ from tinyldm.training.preparation import (
 )
 from tinyldm.training.presets import changed, with_length
 from tinyldm.training.signals import Interruptible, Stopped
-from tinyldm.training.stages import Models, denoiser_loss, new_discriminator
 from tinyldm.training.state import State, load_state, save_state
 
 

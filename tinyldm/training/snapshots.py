@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyldm.backend import Array, array_module, map_batch, to_device
+from tinyldm.backend import Array, array_module, to_device
 from tinyldm.data.dataset import Dataset
 from tinyldm.data.images import from_uint8, in_channels, to_uint8
 from tinyldm.data.shapes import named
@@ -28,6 +28,7 @@ from tinyldm.nn import no_grad
 from tinyldm.nn.quantize import perplexity
 from tinyldm.sampling.init_image import Scene
 from tinyldm.sampling.pipeline import Pipeline
+from tinyldm.threads import map_batch
 
 SHARES = (0.1, 0.3, 0.6, 1.0)  # of a stage after which it reports
 EVERY = 600.0  # seconds, at the latest

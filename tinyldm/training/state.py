@@ -12,9 +12,10 @@ from pathlib import Path
 
 from tinyldm.backend import to_device
 from tinyldm.checkpoints.safetensors import WeightsError, load_metadata, load_weights, save_weights
+from tinyldm.kernels.cpu.flat import Flat
 from tinyldm.models import ClassNames, Tokenizer
 from tinyldm.training.config import STAGES, Config
-from tinyldm.training.optim import Flat, adam_state
+from tinyldm.training.optim import adam_state
 
 GROUPS = ("params", "m", "v", "average", "first_stage")  # of the arrays in a file
 GROUPS += ("discriminator", "discriminator_m", "discriminator_v")  # where there is one
@@ -61,7 +62,7 @@ class State:
 def _moments(params, found):
     """Those that were found, or those of the start."""
     if not found:
-        return adam_state(params)
+        found = adam_state(params)
     return {moment: Flat(named) for moment, named in found.items()}
 
 

@@ -21,7 +21,8 @@ from multiprocessing.connection import Connection, Pipe
 
 import numpy as np
 
-from tinyldm.backend import WORKER, cores, one_blas_thread, only_thread
+from tinyldm.nn.protocol import use_kernels
+from tinyldm.threads import WORKER, cores, one_blas_thread, only_thread
 
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 PRESET = "TINYLDM_PROCESSES"
@@ -39,7 +40,7 @@ def available() -> int:
     there must be no other; ours, and those of BLAS, wait idle and are made anew. The environment
     variable TINYLDM_PROCESSES sets another number; ValueError where that is none.
     """
-    if sys.platform != "linux" or not only_thread():
+    if sys.platform != "linux" or not use_kernels.get() or not only_thread():
         return 1
     preset = os.environ.get(PRESET, "")
     if not preset:

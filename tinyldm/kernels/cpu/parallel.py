@@ -1,32 +1,35 @@
-"""The gradient of a batch, on all cores."""
+"""The gradient of a batch, on all cores; the twin of `training.step.value_and_grad`."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from tinyldm.backend import Array, cores, map_threads, on_host
+from tinyldm.backend import Array, on_host
+from tinyldm.kernels.cpu.flat import Flat
+from tinyldm.kernels.cpu.processes import available, team
+from tinyldm.kernels.registry import NEVER, kernel
 from tinyldm.machine import keep_freed_memory
-from tinyldm.nn.protocol import add_grad
-from tinyldm.team import available, team
-from tinyldm.training.optim import Flat
+from tinyldm.threads import free_cores, map_threads
 
 Gradient = Callable[[tuple[Array, ...]], tuple[Array, dict[str, Array]]]  # batch → loss, gradients
 
 
+def _on_cpu(loss_fn, params, batch, shards=None):
+    return 0.0 if on_host(batch[0]) else NEVER
+
+
+@kernel("training.step.value_and_grad", cost=_on_cpu)
 def value_and_grad(
     loss_fn: Callable,
     params: dict[str, Array],
     batch: tuple[Array, ...],
     shards: int | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """The mean loss of a batch and its gradients {name: array}.
+    """Cut the batch into `shards` (default: one a core), a thread each.
 
-    loss_fn: `loss_fn(params, *part) → (mean loss of the part, backward(grads))`.
-    batch: a tuple of arrays with equal first axes. It is cut into `shards` (default: the cores; one
-    on a GPU), one thread each; their results are weighted by length, so the cut matters only to
-    the rounding. ValueError for arrays of different lengths, or of none.
+    Their results are weighted by length, so the cut matters only to the rounding.
     """
-    shares = _cut(batch, shards or (cores() if on_host(batch[0]) else 1))
+    shares = cut_batch(batch, shards or (free_cores() if on_host(batch[0]) else 1))
     return _sum(map_threads(lambda share: _weighted(loss_fn, params, *share), shares))
 
 
@@ -75,7 +78,7 @@ def gradients(
     with team(work, processes) as call:
 
         def value_and_grad_of(which, batch):
-            shares = enumerate(_cut(batch, processes))
+            shares = enumerate(cut_batch(batch, processes))
             results = call([(i, share, which) for i, share in shares])
             for room, (_, grads) in zip(theirs, results[1:], strict=False):
                 grads |= {name: room[name] for name in grads.keys() & room.keys()}
@@ -84,25 +87,8 @@ def gradients(
         yield [partial(value_and_grad_of, which) for which in range(len(loss_fns))]
 
 
-def accumulated(gradient_of: Gradient, parts: int) -> Gradient:
-    """The same of a batch in so many parts, one after the other, for the memory of one of them."""
-    if parts == 1:
-        return gradient_of
-
-    def of_parts(batch):
-        loss, sums = 0.0, {}
-        for weight, part in _cut(batch, parts):
-            part_loss, grads = gradient_of(part)
-            loss = loss + weight * part_loss
-            for name, dw in grads.items():
-                add_grad(sums, name, weight * dw)  # a copy: the next part may use the same memory
-        return loss, sums
-
-    return of_parts
-
-
-def _cut(batch, count):
-    """[(weight, part of the batch)], as many as asked for but none empty."""
+def cut_batch(batch: tuple[Array, ...], count: int) -> list[tuple[float, tuple[Array, ...]]]:
+    """Cut into `count` parts (share of the batch, part), or fewer where one would be empty."""
     n = len(batch[0])
     if n == 0 or any(len(array) != n for array in batch):
         raise ValueError(

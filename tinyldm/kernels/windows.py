@@ -1,12 +1,12 @@
-"""The windows of a convolution: what each of its outputs sees of the picture."""
+"""The windows of a convolution, block by block: what each output pixel is computed from."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
 from tinyldm.backend import Array, array_module, on_host
-from tinyldm.nn.pieces import blocks as cut_blocks
-from tinyldm.nn.pieces import shares
+from tinyldm.kernels.blocking import blocks as cut_blocks
+from tinyldm.kernels.blocking import shares
 
 
 def cut(

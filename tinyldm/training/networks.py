@@ -1,8 +1,6 @@
-"""What is trained: the networks of a run, the loss of each stage, one step of the optimizer."""
+"""The networks of a run, without parameters, and the losses that its config asks for."""
 
-import contextlib
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 from numpy.random import Generator
@@ -10,33 +8,25 @@ from numpy.random import Generator
 from tinyldm.backend import Array, array_module
 from tinyldm.checkpoints.components import make
 from tinyldm.config import ConfigError
+from tinyldm.data.class_names import ClassNames
 from tinyldm.data.images import from_uint8, in_channels
+from tinyldm.data.tokenizer import Tokenizer
 from tinyldm.diffusion.loss import WEIGHTINGS, diffusion_loss
 from tinyldm.diffusion.schedule import Schedule
-from tinyldm.models import AutoencoderKL, ClassNames, Tokenizer, VQModel
+from tinyldm.models import AutoencoderKL, VQModel
 from tinyldm.models.autoencoder import split_moments
 from tinyldm.models.discriminator import PatchDiscriminator
 from tinyldm.nn import no_grad
 from tinyldm.nn.protocol import Params
+from tinyldm.training.adversarial import Adversarial, discriminator_loss, with_discriminator
 from tinyldm.training.config import STAGES, Config
 from tinyldm.training.losses import (
-    OF_ADVERSARIAL,
-    OF_ERROR,
-    Adversarial,
     Features,
     autoencoder_loss,
-    discriminator_loss,
     squared_error,
     vq_loss,
-    with_discriminator,
     with_perception,
 )
-from tinyldm.training.optim import adamw, clip_factor, global_norm
-from tinyldm.training.parallel import Gradient, accumulated, gradients
-from tinyldm.training.state import State
-
-MAX_NORM = 1.0  # of the gradient
-MAX_WEIGHT = 1e4  # of the discriminator
 
 
 class Models:
@@ -156,86 +146,3 @@ def new_discriminator(models: Models) -> Params:
     if models.discriminator is None:
         return {}
     return models.discriminator.init(np.random.default_rng((models.config.seed, 7)))
-
-
-@contextlib.contextmanager
-def stage_gradient(
-    loss_fn: Callable | Adversarial,
-    state: State,
-    parts: int,
-    numbers: dict[str, Array],
-    processes: int | None = None,
-) -> Iterator[Gradient]:
-    """The gradient of a stage's loss for many steps: yields batch → (loss, gradients).
-
-    parts: of a batch, one after the other. numbers: is given what else is known of a step, for its
-    log. processes: see `parallel.gradient`.
-    """
-    losses = [loss_fn]
-    if isinstance(loss_fn, Adversarial):
-        losses = [loss_fn.plain, loss_fn.generator, loss_fn.discriminator]
-    with gradients(losses, state.params, state.discriminator, processes) as at_once:
-        first, *others = (accumulated(gradient_of, parts) for gradient_of in at_once)
-        yield _alternating(state, numbers, first, *others) if others else first
-
-
-def _alternating(state, numbers, plain, generator, discriminator):
-    """The autoencoder's gradient with the discriminator frozen, and the other way round.
-
-    Both are taken before either network moves, so the reconstructions that are judged are those
-    that were to deceive. The discriminator's gradient is clipped here, on its own.
-    """
-
-    def gradient_of(batch):
-        if not discriminates(state):
-            return plain(batch)
-        judged, grads = discriminator(batch)
-        weight = adaptive_weight(grads.pop(OF_ERROR), grads.pop(OF_ADVERSARIAL))
-        norm = global_norm(grads)
-        factor = clip_factor(norm, MAX_NORM)
-        xp = array_module(weight)
-        weights = xp.ones(len(batch[0]), weight.dtype) * (state.config.adversarial * weight)
-        loss, of_autoencoder = generator((*batch, weights))
-        numbers.update(discriminator=judged, discriminator_norm=norm, adaptive_weight=weight)
-        return loss, of_autoencoder | {name: factor * dw for name, dw in grads.items()}
-
-    return gradient_of
-
-
-def discriminates(state: State) -> bool:
-    """Whether the discriminator counts in this step; never before the stage's length is known."""
-    return state.total is not None and state.step >= state.config.adversarial_start * state.total
-
-
-def adaptive_weight(of_error: Array, of_adversarial: Array) -> Array:
-    """|∇ error| / (|∇ adversarial| + 1e-4), at most 1e4: both pull equally at the last kernel.
-
-    The gradients are those of the decoder's last kernel (Esser et al. 2021, eq. 7; Rombach et al.
-    2022, appendix G). A constant to the loss: nothing is differentiated through it.
-    """
-    ratio = global_norm({"": of_error}) / (global_norm({"": of_adversarial}) + 1e-4)
-    return array_module(ratio).minimum(ratio, MAX_WEIGHT)
-
-
-def train_step(
-    state: State, gradient: Gradient, batch: tuple[Array, ...], rate: float, ema: float
-) -> tuple[Array, Array]:
-    """One step of the optimizer on one batch → loss and norm of the gradient, on the device.
-
-    gradient: `gradient(batch) → (loss, gradients)` at the state's parameters. Where it has those of
-    a discriminator too, that makes a step of its own optimizer.
-    """
-    loss, grads = gradient(batch)
-    of_discriminator = {n: grads.pop(n) for n in state.discriminator if n in grads}
-    norm = global_norm(grads)
-    adamw(
-        state.params, grads, state.moments, state.average, state.step, rate,
-        scale=clip_factor(norm, MAX_NORM), ema=ema,
-    )  # fmt: skip
-    if of_discriminator:
-        begun = math.ceil(state.config.adversarial_start * state.total)
-        adamw(  # its average would be of no use: it stays the same as the parameters
-            state.discriminator, of_discriminator, state.discriminator_moments,
-            state.discriminator, max(0, state.step - begun), rate,
-        )  # fmt: skip
-    return loss, norm

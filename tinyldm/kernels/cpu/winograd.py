@@ -1,4 +1,4 @@
-"""A 3×3 convolution with few multiplications, by Winograd's algorithm.
+"""A 3×3 convolution with few multiplications, by Winograd's algorithm; of `nn.conv.conv2d`.
 
 F(m×m, 3×3) of Winograd 1980, as in Lavin & Gray 2015, section 4.1. A tile is a window of
 (m + 2)×(m + 2) pixels of x, the next one m pixels on; it gives m×m outputs. With ⊙ the product
@@ -21,9 +21,16 @@ import math
 
 import numpy as np
 
-from tinyldm.backend import Array, array_module, map_threads, on_host
-from tinyldm.nn.pieces import empty, product, scratch, shares, spread
-from tinyldm.nn.windows import cut, windows
+from tinyldm.backend import Array, array_module, on_host
+from tinyldm.kernels.blocking import shares
+from tinyldm.kernels.im2col import bias_gradient, turned_kernel
+from tinyldm.kernels.matmul import product, spread
+from tinyldm.kernels.registry import NEVER, kernel
+from tinyldm.kernels.windows import cut, windows
+from tinyldm.kernels.workspace import empty, scratch
+from tinyldm.nn.conv import Padding, output_shape
+from tinyldm.nn.protocol import Backward
+from tinyldm.threads import map_threads
 
 POINTS = {2: (0, 1, -1), 4: (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)}  # ±p, ±1/p keep the rounding small
 
@@ -33,6 +40,51 @@ WEIGHT_BLOCK_BYTES = 2**20  # the same in the pass to dw, where each block adds 
 KERNEL_BYTES = 2**22  # of transformed kernels
 LEAST_TILES = 128  # in a block: products of fewer rows wait for the kernels
 LEAST_COLUMNS = 64  # of kernels: those of fewer wait for the tiles
+LEAST_CHANNELS = 32  # of input and output: with fewer the transforms take longest
+
+
+@functools.lru_cache(maxsize=4096)
+def _cost(m, x, w, stride, padding):
+    """Fits to measurements of 3×3 kernels on one core (`python -m bench conv`)."""
+    c_in, c_out = w[2:]
+    if w[:2] != (3, 3) or stride != 1 or min(c_in, c_out) < LEAST_CHANNELS:
+        return NEVER
+    n, out_h, out_w, _ = output_shape(x, w, stride, padding)
+    tiles = n * -(-out_h // m) * -(-out_w // m)
+    of_kernel = 24  # the tiles whose products take as long as the transform of the kernel
+    products = (tiles + of_kernel) * (m + 2) ** 2 * c_in * c_out
+    return products + tiles * m * m * 140 * (c_in + c_out) + 1.5e6
+
+
+def _convolution(m):
+    """The kernel with tiles of m×m outputs."""
+
+    def cost(x, w, b=None, stride=1, padding=1):
+        return _cost(m, x.shape, w.shape, stride, padding) if on_host(x) else NEVER
+
+    def convolve(
+        x: Array, w: Array, b: Array | None = None, stride: int = 1, padding: Padding = 1
+    ) -> tuple[Array, Backward]:
+        """Convolve with a 3×3 kernel at stride 1, all three passes in tiles."""
+        *outputs, padding = output_shape(x.shape, w.shape, stride, padding)
+        if x.dtype != w.dtype:  # as where a gradient check makes the weights complex, not the data
+            x = x.astype(np.result_type(x.dtype, w.dtype))
+        y = winograd(x, w, b, padding, outputs, m)
+
+        def backward(dy, weights=True):
+            dw = db = None
+            if weights:
+                dw, db = weight_gradient(x, dy, padding, m), bias_gradient(b, dy)
+            turned, around = turned_kernel(w, padding)
+            return winograd(dy, turned, None, around, x.shape[:3], m), dw, db
+
+        return y, backward
+
+    convolve.__name__ = f"winograd{m}"
+    return kernel("nn.conv.conv2d", cost=cost)(convolve)
+
+
+CONVOLUTIONS = {m: _convolution(m) for m in POINTS}
 
 
 def winograd(

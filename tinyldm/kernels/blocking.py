@@ -1,0 +1,93 @@
+"""Work cut into blocks that fit the cache of a core.
+
+A pass over a large array waits for memory. A few passes over one block of it, while that lies in
+the cache, are far cheaper than the same passes over the whole, one after the other. In training
+each core has its own share of the batch; where a single image leaves cores without work, the blocks
+of an operation are dealt out to them.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+from tinyldm.backend import Array, on_host
+from tinyldm.threads import free_cores, map_threads
+
+# Elements of one array that a memory-bound loop touches at a time: 512 KiB of float32. With fewer,
+# calls would take as long as their work; more would no longer lie in the cache.
+PIECE = 2**17
+WORTH_THREADS = 2**20  # numbers; for less, waking a thread takes too long
+
+
+def pieces(*arrays: Array) -> Iterator[tuple[Array, ...]]:
+    """Cut arrays of equal length into aligned runs of rows that fit the cache together.
+
+    On a GPU there is one piece: kernels stream, and each launch costs.
+    """
+    rows = arrays[0].shape[0]
+    size = max(1, math.prod(arrays[0].shape[1:]))
+    step = max(1, PIECE // size) if on_host(arrays[0]) else max(1, rows)
+    for start in range(0, rows, step):
+        yield tuple(array[start : start + step] for array in arrays)
+
+
+def blocks(samples: int, rows: int, row_size: int, budget: float) -> Iterator[tuple[slice, slice]]:
+    """Cut samples × rows, each row of `row_size`, into (samples, rows) slices within `budget`.
+
+    A block is a run of whole samples or, where one sample is too large, a run of its rows; it has
+    at least one row, whatever the budget.
+    """
+    whole = int(budget // (row_size * rows))
+    if whole >= 1:
+        for start in range(0, samples, whole):
+            yield slice(start, min(samples, start + whole)), slice(0, rows)
+    else:
+        some = max(1, int(budget // row_size))
+        for sample in range(samples):
+            for start in range(0, rows, some):
+                yield slice(sample, sample + 1), slice(start, min(rows, start + some))
+
+
+def runs(x: Array) -> tuple[list[slice], list[slice]]:
+    """Cut x (n, rows, d) along its first axis or, where one sample is too large, the second too.
+
+    → (samples, rows); any of both together fit the cache. On a GPU there is one of each.
+    """
+    n, rows, d = x.shape
+    if x.size <= PIECE or not on_host(x):
+        return [slice(0, n)], [slice(0, rows)]
+    samples = max(1, PIECE // (rows * d))
+    some = rows if rows * d <= PIECE else max(1, PIECE // d)
+    return (
+        [slice(i, i + samples) for i in range(0, n, samples)],
+        [slice(i, i + some) for i in range(0, rows, some)],
+    )
+
+
+def shares(work: list, size: int, like: Array) -> list[list]:
+    """Deal work on `size` numbers out to the cores that are free: a run of the list to each.
+
+    There is one run where the work is little, or on a GPU.
+    """
+    if size < WORTH_THREADS or len(work) == 1 or not on_host(like):
+        return [work]
+    count = min(len(work), free_cores())
+    return [work[len(work) * i // count : len(work) * (i + 1) // count] for i in range(count)]
+
+
+def on_free_cores(function: Callable, work: list, size: int, like: Array) -> list:
+    """`[function(item) for item in work]`, dealt out as by `shares`."""
+    if len(work) == 1:
+        return [function(work[0])]
+    dealt = shares(work, size, like)
+    if len(dealt) == 1:
+        return [function(item) for item in work]
+    parts = map_threads(lambda run: [function(item) for item in run], dealt)
+    return [result for part in parts for result in part]
+
+
+def each_piece(function: Callable, *arrays: Array) -> list:
+    """`function` of each of their `pieces`, on the cores that are free."""
+    if arrays[0].size <= PIECE:
+        return [function(*arrays)]
+    cut = list(pieces(*arrays))
+    return on_free_cores(lambda piece: function(*piece), cut, arrays[0].size, arrays[0])

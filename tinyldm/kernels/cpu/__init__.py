@@ -1,0 +1,1 @@
+"""Kernels of the CPU: blocks that fit its caches, threads and processes on all cores."""

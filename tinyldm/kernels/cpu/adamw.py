@@ -1,0 +1,90 @@
+"""The optimizer on flat buffers, in blocks that stay in the cache for all operations of a step.
+
+Twins of `training.optim.adamw` and `training.optim.global_norm`.
+"""
+
+import math
+
+import numpy as np
+
+from tinyldm.backend import Array, on_host
+from tinyldm.kernels.cpu.flat import Flat
+from tinyldm.kernels.registry import NEVER, kernel
+from tinyldm.kernels.workspace import scratch
+from tinyldm.threads import cores, map_threads
+
+BETA1, EPSILON = 0.9, 1e-8
+BETA2 = 1 - (1 - BETA1) ** 2  # 0.99, so that ((1 − β₁) g)² is (1 − β₂) g²: a pass less
+PIECE = 2**18  # elements of each buffer at a time: few calls, and most of them find it in the cache
+
+
+def _of_host_arrays(grads):
+    return 0.0 if all(map(on_host, grads.values())) else NEVER
+
+
+@kernel("training.optim.global_norm", cost=_of_host_arrays)
+def global_norm(grads: dict[str, Array]) -> Array:
+    """Share the gradients between the cores, about as many elements to each."""
+    names = sorted(grads, key=lambda name: grads[name].size)
+
+    def squares(part):
+        flat = (grads[name].reshape(-1) for name in part)
+        return sum(np.dot(g, g) for g in flat)
+
+    shares = min(len(names), cores())
+    return np.sqrt(sum(map_threads(squares, [names[i::shares] for i in range(shares)])))
+
+
+def _of_flat_buffers(params, *_, **__):
+    return 0.0 if isinstance(params, Flat) and on_host(params.flat) else NEVER
+
+
+@kernel("training.optim.adamw", cost=_of_flat_buffers)
+def adamw(
+    params: Flat,
+    grads: dict[str, Array],
+    state: dict[str, Flat],
+    average: Flat,
+    step: int,
+    lr: float,
+    scale: float | Array = 1.0,
+    decay: float = 0.01,
+    ema: float = 0.999,
+) -> None:
+    """Update one block of every buffer at a time, the blocks shared between the cores."""
+    # w −= lr m̂ / (√v̂ + ε), with what corrects m̂ and v̂ moved out of the arrays
+    correction = math.sqrt(1 - BETA2 ** (step + 1))
+    rate = lr * correction / (1 - BETA1 ** (step + 1))
+    small = EPSILON * correction
+    keep = min(ema, (2 + step) / (11 + step))
+    g_scale = scale * (1 - BETA1)
+    size = len(params.flat)
+
+    def update(start):
+        stop = min(start + PIECE, size)
+        w, m, v, e = (a.flat[start:stop] for a in (params, state["m"], state["v"], average))
+        g, other = scratch(w, stop - start, stop - start)
+        for name, inside, here in params.parts(start, stop):
+            np.multiply(grads[name].reshape(-1)[inside], g_scale, out=g[here])
+        m *= BETA1
+        m += g
+        g *= g
+        v *= BETA2
+        v += g
+        np.sqrt(v, out=g)
+        g += small
+        np.divide(m, g, out=g)
+        g *= rate
+        if start < params.decayed:
+            w[: params.decayed - start] *= 1 - lr * decay
+        w -= g
+        np.subtract(w, e, out=other)
+        other *= 1 - keep
+        e += other
+
+    def update_share(i):
+        for start in range(i * PIECE, size, shares * PIECE):
+            update(start)
+
+    shares = cores()
+    map_threads(update_share, range(shares))

@@ -1,0 +1,50 @@
+"""Weights, moments and averages in one buffer each.
+
+A network has hundreds of small arrays; one by one, most of a step of the optimizer would go into
+calls.
+"""
+
+import bisect
+
+import numpy as np
+
+from tinyldm.backend import Array, on_host
+from tinyldm.kernels.cpu import processes
+from tinyldm.kernels.workspace import empty
+
+
+class Flat(dict):
+    """{name: array} whose arrays are views of one buffer, `flat`: a copy of those it is made of.
+
+    In the buffer matrices and kernels come first, `decayed` numbers: only they are to decay.
+    `shared`: on the CPU, processes that are copied from this one read and write the same numbers.
+    """
+
+    def __init__(self, named: dict[str, Array], shared: bool = False):
+        order = sorted(named, key=lambda name: named[name].ndim <= 1)
+        sizes = [named[name].size for name in order]
+        self.order, self.starts = order, np.cumsum([0, *sizes]).tolist()
+        self.decayed = sum(named[name].size for name in order if named[name].ndim > 1)
+        self.flat = empty((self.starts[-1],), *named.values())
+        self.shared = shared and on_host(self.flat)
+        if self.shared:
+            self.flat = processes.shared(self.flat.size, self.flat.dtype)
+        spans = {name: slice(*self.starts[i : i + 2]) for i, name in enumerate(order)}
+        super().__init__({n: self.flat[spans[n]].reshape(w.shape) for n, w in named.items()})
+        for name, w in named.items():
+            self[name][...] = w
+
+    def copy(self) -> "Flat":
+        """The same numbers in another buffer."""
+        return Flat(self)
+
+    def parts(self, start: int, stop: int) -> list[tuple[str, slice, slice]]:
+        """What lies in start…stop of the buffer: (name, where in that array, where from start)."""
+        found = []
+        i = bisect.bisect_right(self.starts, start) - 1
+        while i < len(self.order) and self.starts[i] < stop:
+            begin, end = max(start, self.starts[i]), min(stop, self.starts[i + 1])
+            inside = slice(begin - self.starts[i], end - self.starts[i])
+            found.append((self.order[i], inside, slice(begin - start, end - start)))
+            i += 1
+        return found

@@ -1,0 +1,24 @@
+"""The nearest codes in blocks of vectors, on any device; of `nn.quantize.nearest_codes`."""
+
+from tinyldm.backend import Array, array_module
+from tinyldm.kernels.registry import NEVER, kernel
+
+BLOCK_DISTANCES = 2**22  # at a time: of a block of vectors from all of the codebook
+
+
+def _cost(z, codebook):
+    return 0.0 if z.size // z.shape[-1] * len(codebook) > BLOCK_DISTANCES else NEVER
+
+
+@kernel("nn.quantize.nearest_codes", cost=_cost)
+def nearest_codes(z: Array, codebook: Array) -> Array:
+    """Compare BLOCK_DISTANCES distances at a time, for less memory."""
+    xp = array_module(z)
+    vectors, table = z.real.reshape(-1, z.shape[-1]), codebook.real
+    lengths = 0.5 * (table * table).sum(axis=1)
+    block = max(1, BLOCK_DISTANCES // len(table))
+    codes = [
+        xp.argmin(lengths - vectors[i : i + block] @ table.T, axis=1)
+        for i in range(0, len(vectors), block)
+    ]
+    return xp.concatenate(codes).reshape(z.shape[:-1])

@@ -1,0 +1,44 @@
+"""How a kernel stands in for its plain twin."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from tinyldm.backend import Array, on_host
+from tinyldm.nn.protocol import KERNELS, Kernel, use_kernels
+from tinyldm.threads import sequential
+
+NEVER = float("inf")  # the cost of a call that a kernel cannot do
+
+
+def on_cpu(x: Array, *_: object, **__: object) -> float:
+    """Cost of a kernel that does every call whose first array lies on the CPU."""
+    return 0.0 if on_host(x) else NEVER
+
+
+def kernel(twin: str, cost: Callable[..., float] = on_cpu) -> Callable[[Callable], Callable]:
+    """Register the decorated function as a faster version of the plain one named `twin`.
+
+    twin: the name from the package on, such as "nn.norms.layer_norm". cost: of a call with the same
+    arguments, about in multiplications of a large matrix product; NEVER where the kernel does not
+    apply. The cheapest of all kernels runs, and the plain function where none applies.
+    """
+
+    def register(function):
+        KERNELS.setdefault(f"tinyldm.{twin}", []).append(Kernel(function, cost))
+        return function
+
+    return register
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Within `with plain():` no kernel runs, only the plain functions, in one thread.
+
+    For the whole process, set the environment variable TINYLDM_KERNELS to "plain".
+    """
+    token = use_kernels.set(False)
+    try:
+        with sequential():
+            yield
+    finally:
+        use_kernels.reset(token)

@@ -1,0 +1,90 @@
+"""One step of training: batch → loss → gradient → AdamW."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+from tinyldm.backend import Array
+from tinyldm.kernels.cpu.parallel import Gradient, cut_batch, gradients
+from tinyldm.nn.protocol import Params, add_grad, replaceable
+from tinyldm.training.adversarial import Adversarial, alternating
+from tinyldm.training.optim import MAX_NORM, adamw, clip_factor, global_norm
+from tinyldm.training.state import State
+
+
+def train_step(
+    state: State, gradient: Gradient, batch: tuple[Array, ...], rate: float, ema: float
+) -> tuple[Array, Array]:
+    """One step of the optimizer on one batch → loss and norm of the gradient, on the device.
+
+    gradient: `gradient(batch) → (loss, gradients)` at the state's parameters. Where it has those of
+    a discriminator too, that makes a step of its own optimizer.
+    """
+    loss, grads = gradient(batch)
+    of_discriminator = {n: grads.pop(n) for n in state.discriminator if n in grads}
+    norm = global_norm(grads)
+    adamw(
+        state.params, grads, state.moments, state.average, state.step, rate,
+        scale=clip_factor(norm, MAX_NORM), ema=ema,
+    )  # fmt: skip
+    if of_discriminator:
+        begun = math.ceil(state.config.adversarial_start * state.total)
+        adamw(  # its average would be of no use: it stays the same as the parameters
+            state.discriminator, of_discriminator, state.discriminator_moments,
+            state.discriminator, max(0, state.step - begun), rate,
+        )  # fmt: skip
+    return loss, norm
+
+
+@replaceable
+def value_and_grad(
+    loss_fn: Callable, params: Params, batch: tuple[Array, ...]
+) -> tuple[Array, Params]:
+    """Return the mean loss of a batch and its gradients {name: array}.
+
+    loss_fn: `loss_fn(params, *batch) → (mean loss, backward(grads))`. batch: a tuple of arrays with
+    equal first axes; ValueError where they are not, or empty.
+    """
+    cut_batch(batch, 1)  # which raises
+    loss, backward = loss_fn(params, *batch)
+    grads = {}
+    backward(grads)
+    return loss, grads
+
+
+def accumulated(gradient_of: Gradient, parts: int) -> Gradient:
+    """Take the gradient in so many parts of a batch, one after the other, for the memory of one."""
+    if parts == 1:
+        return gradient_of
+
+    def of_parts(batch):
+        loss, sums = 0.0, {}
+        for weight, part in cut_batch(batch, parts):
+            part_loss, grads = gradient_of(part)
+            loss = loss + weight * part_loss
+            for name, dw in grads.items():
+                add_grad(sums, name, weight * dw)  # a copy: the next part may use the same memory
+        return loss, sums
+
+    return of_parts
+
+
+@contextlib.contextmanager
+def stage_gradient(
+    loss_fn: Callable | Adversarial,
+    state: State,
+    parts: int,
+    numbers: dict[str, Array],
+    processes: int | None = None,
+) -> Iterator[Gradient]:
+    """The gradient of a stage's loss for many steps: yields batch → (loss, gradients).
+
+    parts: of a batch, one after the other. numbers: is given what else is known of a step, for its
+    log. processes: see `parallel.gradient`.
+    """
+    losses = [loss_fn]
+    if isinstance(loss_fn, Adversarial):
+        losses = [loss_fn.plain, loss_fn.generator, loss_fn.discriminator]
+    with gradients(losses, state.params, state.discriminator, processes) as at_once:
+        first, *others = (accumulated(gradient_of, parts) for gradient_of in at_once)
+        yield alternating(state, numbers, first, *others) if others else first
