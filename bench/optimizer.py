@@ -59,7 +59,8 @@ class OptimizerStep:
         """→ parameters, their average."""
         grads, average = (to_device(x, device) for x in self._grads_and_average())
         params, average = Flat(to_device(params, device)), Flat(average)
-        moments, count = adam_state(params), itertools.count()
+        moments = {moment: Flat(zeros) for moment, zeros in adam_state(params).items()}
+        count = itertools.count()
 
         def step():
             scale = clip_factor(global_norm(grads), MAX_NORM)

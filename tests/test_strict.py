@@ -5,6 +5,7 @@ nothing is asked of CuPy that CuPy lacks, and that the host never waits for the 
 """
 
 import ast
+import contextlib
 import operator
 from copy import copy
 from dataclasses import replace
@@ -20,18 +21,19 @@ from hypothesis import strategies as st
 from model_cases import numbers, random_params, unet_configs, unet_inputs, vae_configs
 from PIL import Image
 from reference import assert_near
-from strategies import EVERYTHING, conv_calls, random_array
+from strategies import EVERYTHING, random_array
 
 import tinyldm
 from tinyldm import backend
 from tinyldm.data.dataset import Dataset
+from tinyldm.kernels import plain
+from tinyldm.kernels.cpu import parallel
 from tinyldm.kernels.cpu.parallel import gradient
 from tinyldm.models import AutoencoderKL, ClassNames, TextEncoder, Tokenizer, UNet
 from tinyldm.models.autoencoder import kl_loss, sample_gaussian
 from tinyldm.models.classifier import Classifier
 from tinyldm.nn import activations, no_grad, norms, quantize, recompute
 from tinyldm.nn import functional as F
-from tinyldm.nn.conv import ALGORITHMS, WINOGRAD, conv2d
 from tinyldm.sampling.init_image import Scene
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training.config import Config
@@ -336,7 +338,7 @@ def _is_library(node):
 def test_every_function_is_among_those_called_here():
     here = vars(F) | vars(activations) | vars(norms) | vars(quantize)
     functions = {name for name, f in here.items() if hasattr(f, "__wrapped__") and name[0] != "_"}
-    assert functions | {"conv2d", "attention"} == EVERYTHING.keys()
+    assert functions - {"nearest_codes"} | {"conv2d", "attention"} == EVERYTHING.keys()
 
 
 def same_on_the_device(function, arrays, options, without_weights=False):
@@ -353,22 +355,13 @@ def same_on_the_device(function, arrays, options, without_weights=False):
     near(arrays_there, tuple(arrays), tol=0)
 
 
+@pytest.mark.parametrize("kernels", ["kernels", "plain"])
 @pytest.mark.parametrize("name", EVERYTHING)
 @given(data=st.data())
-def test_functions(name, data):
+def test_functions(name, kernels, data):
     call = data.draw(EVERYTHING[name])
-    same_on_the_device(call.function, call.arrays(), call.options)
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@given(data=st.data())
-def test_convolutions(algorithm, data):
-    call = data.draw(conv_calls(algorithm))
-    if algorithm in WINOGRAD:  # sends its small matrices to the device, once
-        conv2d(*on_device(call.arrays()), **call.options, algorithm=algorithm)[1](
-            on_device(conv2d(*call.arrays(), **call.options)[0])
-        )
-    same_on_the_device(conv2d, call.arrays(), call.options | {"algorithm": algorithm})
+    with plain() if kernels == "plain" else contextlib.nullcontext():
+        same_on_the_device(call.function, call.arrays(), call.options)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -484,7 +477,7 @@ def test_value_and_grad():
     params_there, batch_there = on_device((params, batch))
     with strict.counting() as counts:
         whole = value_and_grad(loss_fn, params_there, batch_there)
-        shards = value_and_grad(loss_fn, params_there, batch_there, shards=3)
+        shards = parallel.value_and_grad(loss_fn, params_there, batch_there, shards=3)
     assert (counts.synchronisations, counts.uploads) == (0, 0)
     near(whole, value_and_grad(loss_fn, params, batch))
     near(shards, value_and_grad(loss_fn, params, batch))

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 import pytest
 import threadpoolctl
 
-from tinyldm import backend, machine
+from tinyldm import backend, machine, threads
 from tinyldm.backend import DeviceError
 from tinyldm.cli import doctor
 from tinyldm.training import estimate as rehearsal
@@ -64,8 +64,8 @@ def patient(monkeypatch):
     """`patient.setattr(…)` on a made-up machine where all is well: two cores, and no GPU."""
     for name in (doctor.CORE, *doctor.THREADS):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(backend, "cores", lambda: 2)
-    monkeypatch.setattr(backend, "describe", lambda device="cpu": f"arithmetic on {device}")
+    monkeypatch.setattr(threads, "cores", lambda: 2)
+    monkeypatch.setattr(threads, "describe", lambda device="cpu": f"arithmetic on {device}")
     monkeypatch.setattr(backend, "gpus", no_gpu())
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(os, "getloadavg", lambda: (0.1, 0.1, 0.1), raising=False)
@@ -279,7 +279,7 @@ def test_this_machine(monkeypatch):
     monkeypatch.setattr(doctor, "sgemm", lambda: 100.0)
     report = doctor.examine()
     assert report.facts["versions"]["numpy"][0].isdigit()
-    assert report.facts["machine"]["cores of this process"] == backend.cores()
+    assert report.facts["machine"]["cores of this process"] == threads.cores()
     assert report.facts["arithmetic"]["CPU"].startswith("NumPy ")
     assert report.facts["speed"]["the demo's steps"] == "600 + 1,400"
     assert json.loads(report.to_json()) == asdict(report)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from model_cases import few, keys, numbers, random_params, used_by, vq_configs
 
 from tinyldm.config import ConfigError
+from tinyldm.kernels import nearest_codes as kernel
 from tinyldm.models import IdentityFirstStage, VQModel
-from tinyldm.nn import quantize
 from tinyldm.nn.quantize import codebook_loss, nearest_codes, perplexity, straight_through
 
 
@@ -24,7 +24,7 @@ from tinyldm.nn.quantize import codebook_loss, nearest_codes, perplexity, straig
 def test_the_nearest_code_is_that_of_a_plain_loop(n, d, k, key, block):
     z, codebook = numbers(f"{key} z", n, 3, d), numbers(f"{key} codes", k, d)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize, "SCORES", block)
+        patch.setattr(kernel, "BLOCK_DISTANCES", block)
         codes = nearest_codes(z, codebook)
     assert codes.shape == (n, 3) and codes.dtype.kind == "i"
     np.testing.assert_array_equal(codes, reference.nearest_codes(z, codebook))

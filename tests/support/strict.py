@@ -438,4 +438,11 @@ def _as_strided(x, shape, strides):
     return ndarray(view)
 
 
-lib = SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=_as_strided))
+def _sliding_window_view(x, window_shape, axis=None):
+    """As CuPy's: a view that may not be written to."""
+    view = np.lib.stride_tricks.sliding_window_view(_array(x), window_shape, axis)
+    return ndarray(view)
+
+
+_stride_tricks = {"as_strided": _as_strided, "sliding_window_view": _sliding_window_view}
+lib = SimpleNamespace(stride_tricks=SimpleNamespace(**_stride_tricks))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import strict
 
-from tinyldm import backend
+from tinyldm import backend, threads
 from tinyldm.backend import DeviceError
 from tinyldm.models import Tokenizer
 from tinyldm.nn import no_grad
@@ -98,7 +98,7 @@ def test_memory_holds_the_state_and_the_activations(no_timing):
 def test_latents_of_every_picture_count_four_times(no_timing, monkeypatch):
     """While they are made: moments, which are two, their clipped copy, and the result."""
     monkeypatch.setattr(rehearsal, "_encoding", lambda *args: (0.0, 0))
-    for module in (rehearsal, backend):  # one thread: what several hold at a time is by chance
+    for module in (rehearsal, threads):  # one thread: what several hold at a time is by chance
         monkeypatch.setattr(module, "cores", lambda: 1)
     extra(CONFIG)  # now it has its scratch memory
     latents = 4 * 8 * 8 * 4
@@ -107,7 +107,7 @@ def test_latents_of_every_picture_count_four_times(no_timing, monkeypatch):
 
 def test_encoding_takes_as_much_as_all_threads_together(monkeypatch):
     """Within 40 %, from a measurement on eight pictures a thread."""
-    for module in (rehearsal, backend):
+    for module in (rehearsal, threads):
         monkeypatch.setattr(module, "cores", lambda: 1)
     models = Models(dataclasses.replace(CONFIG, side=64), Tokenizer.train([""]))
     _, found = rehearsal._encoding(models, 10_000, "cpu", 0)

@@ -17,13 +17,14 @@ from small_run import CONFIG, STAGE, STEPS, at_step, silent, without_pictures
 
 from tinyldm.checkpoints.safetensors import load_weights
 from tinyldm.config import ConfigError
+from tinyldm.kernels.cpu import parallel
 from tinyldm.models import AutoencoderKL, Tokenizer, VQModel
 from tinyldm.models.discriminator import PatchDiscriminator
 from tinyldm.nn import no_grad
 from tinyldm.nn.activations import silu
 from tinyldm.nn.conv import conv2d
+from tinyldm.training import adversarial, loop, networks, overfit, presets, step
 from tinyldm.training import estimate as rehearsal
-from tinyldm.training import loop, losses, overfit, parallel, presets, stages
 from tinyldm.training import run as runs
 from tinyldm.training.adversarial import (
     OF_ADVERSARIAL,
@@ -140,13 +141,13 @@ def test_the_adaptive_weight_equals_a_slow_direct_computation(first):
     def error(x):
         return ((x - images) ** 2).mean()
 
-    def adversarial(x):
+    def fooling(x):
         with no_grad():
             return -DISCRIMINATOR(JUDGE, x)[0].mean()
 
     of_error, of_adversarial = (
         slow_last_gradients(first, error),
-        slow_last_gradients(first, adversarial),
+        slow_last_gradients(first, fooling),
     )
     expected = np.linalg.norm(of_error) / (np.linalg.norm(of_adversarial) + 1e-4)
     grads = {}
@@ -155,28 +156,28 @@ def test_the_adaptive_weight_equals_a_slow_direct_computation(first):
     ](grads)
     assert_near(grads[OF_ERROR], of_error)
     assert_near(grads[OF_ADVERSARIAL], of_adversarial)
-    found = stages.adaptive_weight(grads[OF_ERROR], grads[OF_ADVERSARIAL])
+    found = adversarial.adaptive_weight(grads[OF_ERROR], grads[OF_ADVERSARIAL])
     assert math.isclose(found, expected, rel_tol=1e-9)
 
 
 def test_the_adaptive_weight_has_a_bound():
-    assert stages.adaptive_weight(np.full(3, 1e9), np.zeros(3)) == 1e4
-    assert stages.adaptive_weight(np.zeros(3), np.ones(3)) == 0
-    assert math.isclose(stages.adaptive_weight(np.ones(1), np.zeros(1)), 1e4)
+    assert adversarial.adaptive_weight(np.full(3, 1e9), np.zeros(3)) == 1e4
+    assert adversarial.adaptive_weight(np.zeros(3), np.ones(3)) == 0
+    assert math.isclose(adversarial.adaptive_weight(np.ones(1), np.zeros(1)), 1e4)
 
 
 def adversarial_gradient(first, cores, parts, processes, monkeypatch):
     """Of one batch, by `stage_gradient` → loss, gradients, numbers for the log."""
-    monkeypatch.setattr(parallel, "cores", lambda: cores)
+    monkeypatch.setattr(parallel, "free_cores", lambda: cores)
     config = dataclasses.replace(CONFIG, adversarial=0.8)
     state = State(config, "autoencoder", first.params, None, "", total=0, discriminator=JUDGE)
-    loss_fn = losses.Adversarial(
+    loss_fn = adversarial.Adversarial(
         first.loss(),
         first.loss(criterion=with_discriminator(squared_error, DISCRIMINATOR)),
         discriminator_loss(first.vae, squared_error, DISCRIMINATOR),
     )
     seen = {}
-    with stages.stage_gradient(loss_fn, state, parts, seen, processes) as gradient_of:
+    with step.stage_gradient(loss_fn, state, parts, seen, processes) as gradient_of:
         loss, grads = gradient_of(first.batch)
         return loss, {name: dw.copy() for name, dw in grads.items()}, seen
 
@@ -242,7 +243,7 @@ def stopped_after(step, run, config, monkeypatch, **options):
 def test_the_discriminator_begins_at_its_share_of_the_steps(tmp_path, every_step, monkeypatch):
     plain = stopped_after(STEPS, tmp_path / "plain", CONFIG, monkeypatch)
     state = stopped_after(STEPS // 2, tmp_path / "run", ADVERSARIAL, monkeypatch)
-    fresh = stages.new_discriminator(stages.Models(state.config, state.tokenizer))
+    fresh = networks.new_discriminator(networks.Models(state.config, state.tokenizer))
     for name, w in state.discriminator.items():
         np.testing.assert_array_equal(w, fresh[name])
     for moment in state.discriminator_moments.values():
@@ -296,9 +297,9 @@ def test_without_one_nothing_is_kept_of_it(tmp_path, every_step, monkeypatch):
 def test_a_run_with_perception(tmp_path, every_step, monkeypatch):
     config = dataclasses.replace(ADVERSARIAL, perceptual=0.3)
     with pytest.raises(ConfigError, match="perceptual: .* found a weight of 0.3 and none"):
-        stages.Models(config, Tokenizer.train([""])).first_stage_loss()
+        networks.Models(config, Tokenizer.train([""])).first_stage_loss()
     with pytest.raises(ConfigError, match="a weight of 0 and one"):
-        stages.Models(CONFIG, Tokenizer.train([""]), features).first_stage_loss()
+        networks.Models(CONFIG, Tokenizer.train([""]), features).first_stage_loss()
     runs.train(tmp_path / "whole", config, say=silent, features=features)
     stopped_after(3, tmp_path / "run", config, monkeypatch, features=features)
     with pytest.raises(ConfigError, match="perceptual: expected"):

@@ -1,5 +1,6 @@
 """AdamW against a loop over numbers, and the identities of clipping, averaging and the rate."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -8,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyldm.config import ConfigError
+from tinyldm.kernels import plain
+from tinyldm.kernels.cpu import adamw as kernel
 from tinyldm.kernels.cpu.flat import Flat
 from tinyldm.training import optim
 from tinyldm.training.config import Stage
@@ -15,7 +18,6 @@ from tinyldm.training.optim import (
     BETA1,
     BETA2,
     EPSILON,
-    adam_state,
     adamw,
     clip_factor,
     ema_decay,
@@ -30,6 +32,17 @@ seeds = st.integers(0, 2**32 - 1)
 def random_tensors(seed, shapes=SHAPES):
     rng = np.random.default_rng(seed)
     return Flat({name: rng.normal(0.3, 1, shape) for name, shape in shapes.items()})
+
+
+@pytest.fixture(autouse=True, params=["kernels", "plain"])
+def both(request):
+    with plain() if request.param == "plain" else contextlib.nullcontext():
+        yield
+
+
+def adam_state(params):
+    """In flat buffers, as the kernel wants them; to the plain function they are dicts."""
+    return {moment: Flat(zeros) for moment, zeros in optim.adam_state(params).items()}
 
 
 def assert_equal(found, expected, rtol=0.0, atol=0.0):
@@ -166,11 +179,11 @@ def test_parts_of_a_flat_cover_each_number_once(sizes, data):
 
 
 def test_large_arrays_in_pieces(monkeypatch):
-    shapes = {"large": (2 * optim.PIECE + 17,), "table": (300, 301)}
+    shapes = {"large": (2 * kernel.PIECE + 17,), "table": (300, 301)}
     params, grads = random_tensors(0, shapes), random_tensors(1, shapes)
     results = []
-    for piece in (optim.PIECE, 1000, 10**9):
-        monkeypatch.setattr(optim, "PIECE", piece)
+    for piece in (kernel.PIECE, 1000, 10**9):
+        monkeypatch.setattr(kernel, "PIECE", piece)
         results.append(step_from(params, grads, decay=0.1, scale=0.3))
     for found in results[1:]:
         for a, b in zip(found, results[0], strict=True):
@@ -181,7 +194,7 @@ def test_the_cores_share_the_parameters(monkeypatch):
     params, grads = random_tensors(0), random_tensors(1)
     expected = step_from(params, grads)[0]
     for cores in (1, 3, 9):
-        monkeypatch.setattr(optim, "cores", lambda cores=cores: cores)
+        monkeypatch.setattr(kernel, "cores", lambda cores=cores: cores)
         assert_equal(step_from(params, grads)[0], expected)
 
 

@@ -32,7 +32,7 @@ from tinyldm.data.dataset import DataError
 from tinyldm.data.shapes import ATTRIBUTES, make_shapes
 from tinyldm.models import Tokenizer
 from tinyldm.sampling.pipeline import Pipeline
-from tinyldm.training import loop, snapshots, stages
+from tinyldm.training import loop, networks, snapshots
 from tinyldm.training import run as runs
 from tinyldm.training.config import STAGES, Config
 from tinyldm.training.loop import Diverged
@@ -882,7 +882,7 @@ def batches(whole):
         state = load_state(whole.run)
         state.step, state.config = 0, config
         training, held_out = load_data(config).split(config.held_out, config.seed)
-        models = stages.Models(config, whole.pipeline.tokenizer)
+        models = networks.Models(config, whole.pipeline.tokenizer)
         first = State(config, "autoencoder", state.first_stage, state.tokenizer, state.data)
         rest = models, training, held_out, "cpu", silent
         runs.Run(whole.run, first, *rest).fit_autoencoder(None)

@@ -282,7 +282,7 @@ def downsample(name: str, c: int, padding: Padding) -> Conv2d:
 
 
 class AttentionPool(Layer):
-    """The text as one vector (n, l, d) → (n, d): its mean attends to its tokens.
+    """The text as one token (n, l, d) → (n, 1, d): its mean attends to its tokens.
 
     diffusers' AttentionPooling, after DeepFloyd IF and CLIP's image encoder.
     """
@@ -306,12 +306,12 @@ class AttentionPool(Layer):
         y, attend_back = attention(q, k, v, self.heads)
 
         def backward(dy, grads):
-            dq, dk, dv = attend_back(dy[:, None, :])
+            dq, dk, dv = attend_back(dy)
             dmean, dx = join_back(k_back(dk, grads) + v_back(dv, grads))
             dmean = position_back(dmean + q_back(dq, grads), grads)
             return dx + mean_back(dmean)
 
-        return y[:, 0], backward
+        return y, backward
 
 
 class TextTimeEmbedding(Layer):
@@ -330,6 +330,7 @@ class TextTimeEmbedding(Layer):
         y, norm2_back = self.norm2(params, h)
 
         def backward(dy, grads):
-            return norm1_back(pool_back(proj_back(norm2_back(dy, grads), grads), grads), grads)
+            dh = proj_back(norm2_back(dy[:, None], grads), grads)
+            return norm1_back(pool_back(dh, grads), grads)
 
-        return y, backward
+        return y[:, 0], backward

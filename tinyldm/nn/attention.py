@@ -1,6 +1,7 @@
 """Scaled dot-product attention: softmax(q kᵀ / √d) v."""
 
 import math
+from types import ModuleType
 
 from tinyldm.backend import Array, array_module
 from tinyldm.nn.protocol import Backward, differentiable
@@ -39,7 +40,7 @@ def attention(
     return join_heads(p @ v), backward
 
 
-def causal_mask(xp, l: int, m: int, first: int = 0) -> Array:
+def causal_mask(xp: ModuleType, l: int, m: int, first: int = 0) -> Array:
     """−∞ where token i of `first`…`first + l` may not see token j, j > i, else 0; (l, m)."""
     return xp.where(xp.arange(m) > xp.arange(first, first + l)[:, None], -math.inf, 0)
 

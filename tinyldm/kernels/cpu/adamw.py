@@ -35,8 +35,9 @@ def global_norm(grads: dict[str, Array]) -> Array:
     return np.sqrt(sum(map_threads(squares, [names[i::shares] for i in range(shares)])))
 
 
-def _of_flat_buffers(params, *_, **__):
-    return 0.0 if isinstance(params, Flat) and on_host(params.flat) else NEVER
+def _of_flat_buffers(params, grads, state, average, *_, **__):
+    buffers = (params, average, *state.values())
+    return 0.0 if all(isinstance(x, Flat) and on_host(x.flat) for x in buffers) else NEVER
 
 
 @kernel("training.optim.adamw", cost=_of_flat_buffers)
