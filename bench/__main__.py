@@ -13,12 +13,13 @@ import argparse
 import datetime
 import os
 import platform
+import sys
 from pathlib import Path
 from types import ModuleType
 
 from threadpoolctl import threadpool_info
 
-from bench import conv, ops, picture, sample, scaling, sd, train
+from bench import against, conv, ops, picture, sample, scaling, sd, train
 from bench.compare import Run, load_peer
 from bench.measure import Limits
 from bench.report import write
@@ -86,4 +87,4 @@ def environment(peer: ModuleType | None) -> list[str]:
 
 
 if __name__ == "__main__":  # and not in the processes in which memory is measured
-    main()
+    against.main(sys.argv[2:]) if sys.argv[1:2] == ["against"] else main()

@@ -1,13 +1,14 @@
 """The convolution, where most of the time goes: its rate, and that of each of its algorithms."""
 
+import math
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
 from bench.compare import Row, Rows, Run, ratio_columns
 from bench.function import Function, measured
-from tinyldm.nn.conv import algorithms_for, conv2d
+from tinyldm.nn.conv import conv2d
+from tinyldm.nn.protocol import KERNELS
 from tinyldm.threads import cores
 
 SHAPES = (  # n, c, side
@@ -22,8 +23,7 @@ def table(run: Run) -> Rows:
 
     To as many channels as the input (n×h×w×c) has, the batch split over the cores. In GF/s, where
     a direct convolution counts: 18 n h w c² operations forward, three times as many with both ways
-    back. The last columns are the algorithms that tinyldm chooses from; "gather" and "scatter" are
-    the same on the way forward.
+    back. The last columns are the kernels that tinyldm chooses from.
     """
     for n, c, side in TINY if run.tiny else SHAPES:
         function = convolution(n, c, side)
@@ -49,12 +49,12 @@ def convolution(n: int, c: int, side: int) -> Function:
 
 def row(function: Function, run: Run, backward: bool, operations: int) -> Row:
     """One direction."""
-    n, *sides, _ = function.dy.shape
-    outputs = (n // min(cores(), n), *sides)  # of a shard
-    algorithms = algorithms_for(function.weights[0].shape, 1, (1, 1, 1, 1), outputs)
-    variants = [
-        replace(function, ours=partial(conv2d, algorithm=algorithm)) for algorithm in algorithms
-    ]
+    n = len(function.dy)
+    x, w = function.batch[0][: n // min(cores(), n)], function.weights[0]  # of a shard
+    costs = [(kernel.cost(x, w), kernel) for kernel in KERNELS["tinyldm.nn.conv.conv2d"]]
+    able = sorted((one for one in costs if one[0] < math.inf), key=lambda one: one[0])
+    names = [kernel.function.__name__ for _, kernel in able]
+    variants = [replace(function, ours=kernel.function) for _, kernel in able]
     own, theirs, error = measured(variants, run, backward)
 
     def rate(times):
@@ -68,5 +68,5 @@ def row(function: Function, run: Run, backward: bool, operations: int) -> Row:
     if theirs:
         ratios, best = ratio_columns(own[0], theirs)
         columns |= {"PyTorch": rate(theirs[best])} | ratios | {"error": f"{error:.0e}"}
-    by_name = dict(zip(algorithms, own, strict=True))
+    by_name = dict(zip(names, own, strict=True))
     return columns | {name: rate(by_name[name]) for name in sorted(by_name)}

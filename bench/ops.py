@@ -8,7 +8,7 @@ from bench.compare import Rows, Run, ratio_columns
 from bench.function import Function, measured
 from tinyldm.nn.activations import geglu
 from tinyldm.nn.attention import attention
-from tinyldm.nn.norms import group_norm, layer_norm
+from tinyldm.nn.norms import group_norm_silu, layer_norm
 
 GROUPS, HEADS, EPS = 32, 8, 1e-5
 
@@ -62,7 +62,7 @@ def functions(n: int, side: int, c: int) -> list[Function]:
     return [
         Function(
             "group norm + SiLU",
-            partial(group_norm, groups=GROUPS, eps=EPS, silu=True),
+            partial(group_norm_silu, groups=GROUPS, eps=EPS),
             lambda torch, x, w, b: torch.silu(torch.group_norm(x, GROUPS, w, b, EPS)),
             (normal(*picture),), (w, b), normal(*picture), made(0), ("contiguous", "channels_last"),
         ),
