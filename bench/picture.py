@@ -58,7 +58,7 @@ def write_model(folder: Path, tiny: bool) -> None:
 def our_step(folder: Path) -> Step:
     """→ latents after one more of the 20 steps, which begin again after the last."""
     pipe = Pipeline.load(folder)
-    recipe = pipe.recipe(PROMPT, steps=STEPS, guidance=GUIDANCE)
+    recipe = pipe.sampling_params(PROMPT, steps=STEPS, guidance=GUIDANCE)
     noise = _noise(pipe.size, pipe.vae.factor)
     return _endless(lambda: (x for x, _ in pipe.denoise(recipe, noise)))
 

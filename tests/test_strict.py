@@ -622,10 +622,12 @@ def test_sampling_waits_once_for_the_pictures(sampler, noises, guidance, models)
     painter, painter_there = pipeline(models), pipeline(models, strict.asarray)
     prompts, options = CAPTIONS[:2], {"steps": 4, "guidance": guidance, "sampler": sampler}
     with strict.counting() as counts:
-        path_there = list(painter_there.denoise(painter_there.recipe(prompts, **options)))
+        path_there = list(painter_there.denoise(painter_there.sampling_params(prompts, **options)))
     assert counts.synchronisations == 0
     assert counts.uploads == 1 + noises + (1 if guidance == 1 else 2)  # start, noise, token ids
-    near(path_there, list(painter.denoise(painter.recipe(prompts, **options))), tol=FLOAT32)
+    near(
+        path_there, list(painter.denoise(painter.sampling_params(prompts, **options))), tol=FLOAT32
+    )
     with strict.counting() as counts:
         pictures_there = painter_there(prompts, **options)
     assert counts.synchronisations == 1
@@ -637,7 +639,7 @@ def test_sampling_waits_once_for_the_pictures(sampler, noises, guidance, models)
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_sampling_keeps_float32(sampler, models):
     painter = pipeline(models, strict.asarray, "float32")
-    recipe = painter.recipe(CAPTIONS[:2], steps=3, guidance=2.0, sampler=sampler)
+    recipe = painter.sampling_params(CAPTIONS[:2], steps=3, guidance=2.0, sampler=sampler)
     for x, x0 in painter.denoise(recipe):
         assert x.dtype == x0.dtype == "float32"
 
@@ -688,7 +690,7 @@ def test_tasks_and_classes_never_wait(name, monkeypatch):
         painter = Pipeline(configs, weights, tokenizer, {"task": config.task})
         image = Image.fromarray(images[0])
         mask = image.point(lambda level: 255 * (level > 99)) if "inpainting" in name else None
-        recipe = painter.recipe("circle", steps=2, guidance=2.0)
+        recipe = painter.sampling_params("circle", steps=2, guidance=2.0)
         scene = Scene.of(image, mask, recipe, painter.task)
         found.append((result, list(painter.denoise(recipe, None, scene))))
     near(found[0], found[1], tol=1e-4)
@@ -700,7 +702,7 @@ def test_latents_and_pictures_of_the_user(models):
     latents = rng.standard_normal((1, 4, 4, 2), dtype="float32")
     pictures = rng.integers(0, 256, (3, 8, 8, 3), dtype="uint8")
     last_there, last = (
-        list(p.denoise(p.recipe("a red circle", steps=2), latents))
+        list(p.denoise(p.sampling_params("a red circle", steps=2), latents))
         for p in (painter_there, painter)
     )
     near(last_there, last, tol=FLOAT32)

@@ -20,8 +20,9 @@ from PIL.PngImagePlugin import PngInfo
 
 import tinyldm
 from tinyldm import backend, cli
-from tinyldm.cli import commands
+from tinyldm.cli import evaluate as commands
 from tinyldm.cli import sample as painting
+from tinyldm.diffusion import SAMPLERS
 from tinyldm.diffusion.loss import WEIGHTINGS
 from tinyldm.diffusion.schedule import PREDICTIONS
 from tinyldm.sampling.metadata import fingerprint
@@ -125,7 +126,7 @@ def test_help_does_not_wait_for_numpy():
 import sys
 from tinyldm.cli import main
 try:
-    main(["sample", "--help"])
+    main(["--help"])
 except SystemExit:
     heavy = {"numpy", "PIL", "scipy", "tqdm"} & set(sys.modules)
     sys.exit(f"imported {heavy}" if heavy else 0)
@@ -134,22 +135,13 @@ except SystemExit:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_choices_are_those_that_there_are():
-    known = {
-        "first_stage": config.FIRST_STAGES,
-        "task": TASKS,
-        "condition": config.CONDITIONS,
-        "prediction": PREDICTIONS,
-        "schedule": config.SCHEDULES,
-        "weighting": WEIGHTINGS,
-        "decay": DECAYS,
-    }
-    assert {name: set(words) for name, words in cli.CHOICES.items()} == {
-        name: set(words) for name, words in known.items()
-    }
-    default = config.Config()
-    for name, (first, *_) in cli.CHOICES.items():
-        assert first == getattr(default.denoiser if name == "decay" else default, name)
+def test_the_help_names_every_choice_and_default(call):
+    told = " ".join(call("train", "--help").out.split())
+    first = (config.FIRST_STAGES, TASKS, config.CONDITIONS, config.SCHEDULES, WEIGHTINGS, DECAYS)
+    defaults = {next(iter(words)): words for words in first} | {"v_prediction": PREDICTIONS}
+    for default, words in defaults.items():
+        assert f"{', '.join(words)} (default: {default})" in told
+    assert ", ".join(SAMPLERS) in " ".join(call("sample", "--help").out.split())
 
 
 def test_what_is_learnt_can_be_chosen(call, tmp_path, monkeypatch):
@@ -173,10 +165,10 @@ def test_what_is_learnt_can_be_chosen(call, tmp_path, monkeypatch):
     )
 
 
-def test_presets_are_those_that_there_are():
-    assert list(presets.PRESETS) == list(cli.PRESETS)
-    for name, text in cli.PRESETS.items():
-        assert text.startswith(f"{presets.PRESETS[name].side} px, ")
+def test_the_help_names_every_preset(call):
+    told = " ".join(call("train", "--help").out.split())
+    for name, preset in presets.PRESETS.items():
+        assert f"{name} ({preset.side} px, " in told
 
 
 @pytest.mark.parametrize(
@@ -198,7 +190,7 @@ def test_presets_are_those_that_there_are():
         (["train", "--out", "x", "--device", "tpu"], ["--device: expected cpu or cuda", "tpu"]),
         (["train", "--out", "x", "--resume", "--overwrite"], ["--overwrite", "--resume"]),
         (["train", "--out", "x", "--minutes", "0"], ["--minutes: expected a number 0.01…1"]),
-        (["train", "--out", "x", "--keep", "0"], ["--keep: expected a whole number 1…1000"]),
+        (["train", "--out", "x", "--keep", "0"], ["--keep: expected an integer 1…1000"]),
         (["sample", "run", "a", "large", "circle"], ["unexpected 'large'; a PROMPT", "quotes"]),
         (["sample", "run", "p", "-o"], ["-o"]),
         (["sample", "run", "p", "--n", "1" + 30 * "0"], ["--n", "1…4096, found '1000"]),
@@ -218,7 +210,7 @@ SAMPLE = ["sample", "no-such-run", PROMPT]
 @pytest.mark.parametrize("option", ["--steps", "--n"])
 def test_whole_numbers(call, option, text):
     found = f"found {text!r}"
-    assert_usage(call(*SAMPLE, f"{option}={text}"), option, "expected a whole number", "1", found)
+    assert_usage(call(*SAMPLE, f"{option}={text}"), option, "expected an integer", "1", found)
 
 
 @pytest.mark.parametrize(
@@ -435,7 +427,7 @@ def test_sample_several_with_every_option(call, run, tmp_path):
 def test_sample_in_other_formats(call, run, tmp_path, name):
     result = call("sample", run, PROMPT, "-o", tmp_path / name)
     assert (result.code, result.out) == (0, f"{tmp_path / name}\n")
-    assert "only a .png says how it was painted" in result.err
+    assert "only a .png says how it was generated" in result.err
     with Image.open(tmp_path / name) as picture:
         assert picture.size == (16, 16)
 
@@ -538,7 +530,7 @@ def test_the_model_of_a_picture_may_have_moved_but_not_changed(call, copy, tmp_p
     pipeline.params["text_encoder"]["text_model.final_layer_norm.bias"][0] += 1e-7
     pipeline.save(moved)
     result = call("sample", moved, "--again", picture, "-o", tmp_path / "b.png")
-    assert_mistake(result, "was painted with weights", "tinyldm sample RUN --again FILE")
+    assert_mistake(result, "was generated with weights", "tinyldm sample RUN --again FILE")
     assert not (tmp_path / "b.png").exists()
 
 
@@ -546,7 +538,7 @@ def test_pictures_that_say_nothing(call, run, tmp_path):
     file = tmp_path / "a.png"
     assert_mistake(call("sample", "--again", file), file)
     Image.new("RGB", (8, 8)).save(file)
-    assert_mistake(call("sample", "--again", file), file, "painted by `tinyldm sample`")
+    assert_mistake(call("sample", "--again", file), file, "generated by `tinyldm sample`")
     file.write_bytes(b"")
     assert_mistake(call("sample", "--again", file), file, "expected a PNG")
     call("sample", run, PROMPT, "-o", tmp_path / "b.jpg")

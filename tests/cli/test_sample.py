@@ -92,7 +92,7 @@ def test_a_strip_has_a_row_for_each_picture(call, run, files):
     )  # fmt: skip
     assert result.out.split() == [str(files / n) for n in ("a-0.png", "a-1.png", "film.png")]
     pipe = Pipeline.load(run)
-    path = [x0 for _, x0 in pipe.denoise(pipe.recipe([PROMPTS[0]] * 2, steps=7))]
+    path = [x0 for _, x0 in pipe.denoise(pipe.sampling_params([PROMPTS[0]] * 2, steps=7))]
     shown = [pipe.decode(path[i]) for i in (2, 5, 6)]  # the last one is there in any case
     film = opened(files / "film.png")
     assert film.shape[1] > film.shape[0]
@@ -120,7 +120,7 @@ def test_an_animation(call, run, files, kind, n):
 )
 def test_which_steps_a_film_shows(tmp_path, every, steps, shown):
     film = Film(tmp_path / "film.png", every)
-    assert sum(film.wants_grad(i, steps) for i in range(1, steps + 1)) == shown
+    assert sum(film.shows(i, steps) for i in range(1, steps + 1)) == shown
 
 
 def test_the_pictures_of_a_strip_are_not_huge(tmp_path):
@@ -183,7 +183,7 @@ def test_not_where_what_it_began_with_has_changed(call, run, files, name):
     Image.new("RGB", (9, 9), "white").save(files / name)
     result = call("sample", "--again", files / "a.png")
     assert (result.code, result.out) == (2, "")
-    assert f"{name}: the picture that it began with was" in result.err
+    assert f"{name}: the image that it began with was" in result.err
     (files / name).unlink()
     assert call("sample", "--again", files / "a.png").code == 2
 
@@ -208,7 +208,7 @@ def test_not_where_what_it_began_with_has_changed(call, run, files, name):
         ("--variation 1.5", "--variation: expected a number 0…1"),
         ("--tile 3", "tile: expected 0, for none, or 16 pixels or more, found 3"),
         ("--film {files}/film.txt", "film.txt: expected the name of a picture, such as film.png"),
-        ("--every 0 --film {files}/film.png", "--every: expected a whole number ≥ 1"),
+        ("--every 0 --film {files}/film.png", "--every: expected an integer ≥ 1"),
         ("--vae {files}/nothing", "nothing: no such file or folder"),
         ("--vae {files}/text.png", "text.png: not a safetensors file"),
     ],
@@ -232,7 +232,7 @@ def test_with_again_nothing_is_left_to_choose(call, run, files, option):
     assert result.code == 2 and f"leave out the {option}" in result.err
     for name in ("image", "mask", "vae"):
         result = call("sample", "--again", files / "a.png", f"--{name}", files / "image.png")
-        assert result.code == 2 and f"--{name}: the picture was painted without one" in result.err
+        assert result.code == 2 and f"--{name}: the image was generated without one" in result.err
 
 
 def test_what_it_began_with_may_have_moved(call, run, files, tmp_path):
@@ -249,7 +249,7 @@ def test_what_it_began_with_may_have_moved(call, run, files, tmp_path):
     assert call("sample", "--again", files / "a-again.png", "-o", files / "b.png").code == 0
     places[1] = moved / "mask.png"
     result = call("sample", "--again", files / "a.png", *places)
-    assert result.code == 2 and "the picture that it began with was" in result.err
+    assert result.code == 2 and "the image that it began with was" in result.err
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyldm.diffusion.samplers import RANDOM, SAMPLERS, ddim, ddpm, guided, pndm, timesteps
+from tinyldm.diffusion.guidance import guided
+from tinyldm.diffusion.samplers import SAMPLERS, ddim, ddpm, pndm
 from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
+from tinyldm.diffusion.timesteps import timesteps
 
 STABLE_DIFFUSION = {
     "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
@@ -408,11 +410,11 @@ def test_noise_is_asked_for_by_those_that_are_random(name):
         draws.append(1)
         return np.ones(2, "float32")
 
-    options = {"noise": noise} if name in RANDOM else {}
+    options = {"noise": noise} if SAMPLERS[name].needs_noise else {}
     x = np.ones(2, "float32")
     schedule = Schedule(STABLE_DIFFUSION)
     pairs = list(SAMPLERS[name](lambda x, t: 0.1 * x, schedule, x, 20, **options))
-    assert len(pairs) == 20 and len(draws) == (19 if name in RANDOM else 0)
+    assert len(pairs) == 20 and len(draws) == (19 if SAMPLERS[name].needs_noise else 0)
     assert {array.dtype for pair in pairs for array in pair} == {np.dtype("float32")}
     assert (x == 1).all()
 
@@ -420,7 +422,7 @@ def test_noise_is_asked_for_by_those_that_are_random(name):
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_every_sampler_refuses_impossible_counts(name, steps):
-    options = {"noise": no_noise} if name in RANDOM else {}
+    options = {"noise": no_noise} if SAMPLERS[name].needs_noise else {}
     with pytest.raises(ValueError, match=rf"^steps: expected 1…1000, found {steps}$"):
         next(SAMPLERS[name](lambda x, t: x, Schedule({}), np.ones(1), steps, **options))
 

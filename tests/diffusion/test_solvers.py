@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tinyldm.config import ConfigError
-from tinyldm.diffusion.samplers import RANDOM, SAMPLERS, levels
+from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
-from tinyldm.diffusion.solvers import _time_of, dpm_solver_steps, sigma_steps
+from tinyldm.diffusion.timesteps import _time_of, dpm_solver_steps, sigma_steps
 
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SOLVERS = ("euler", "euler_a", "heun", "dpm++2m", "dpm++2m_sde")
@@ -40,7 +40,7 @@ def denoiser(schedule, mean=MEAN, spread=SPREAD):
 
 def run(name, schedule, x, steps, seed=0, **data):
     rng = np.random.default_rng(seed)
-    options = {"noise": lambda: rng.normal(size=x.shape)} if name in RANDOM else {}
+    options = {"noise": lambda: rng.normal(size=x.shape)} if SAMPLERS[name].needs_noise else {}
     return list(SAMPLERS[name](denoiser(schedule, **data), schedule, x, steps, **options))
 
 
@@ -212,7 +212,7 @@ def same_noise(name, x):
     """The options of a run whose i-th draw is always the same."""
     count = iter(range(10**6))
     draw = {"noise": lambda: np.full_like(x, math.cos(next(count)))}
-    return draw if name in RANDOM else {}
+    return draw if SAMPLERS[name].needs_noise else {}
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
@@ -220,13 +220,13 @@ def same_noise(name, x):
 def test_levels_are_where_the_steps_begin(name, spacing):
     """There the perfect prediction of a single point is its noise, so that no step is wrong."""
     schedule = Schedule(EVERY | {"timestep_spacing": spacing, "final_sigmas_type": "zero"})
-    alphas_bar = levels(name, schedule, 7)
+    alphas_bar = SAMPLERS[name].levels(schedule, 7)
     assert alphas_bar.shape == (7,) and (np.diff(alphas_bar) > 0).all()
     assert 0 < alphas_bar[0] and alphas_bar[-1] < 1
     noise = np.array([0.3, -1.2])
     for start, alpha_bar in enumerate(alphas_bar):
         x = math.sqrt(alpha_bar) * MEAN + math.sqrt(1 - alpha_bar) * noise
-        options = {} if name not in RANDOM else {"noise": lambda: np.zeros(2)}
+        options = {} if not SAMPLERS[name].needs_noise else {"noise": lambda: np.zeros(2)}
         path = list(
             SAMPLERS[name](denoiser(schedule, spread=0), schedule, x, 7, start=start, **options)
         )
@@ -279,8 +279,8 @@ def test_a_change_is_what_the_next_step_finds(name):
     x = np.array([0.3, -1.2])
     predict = denoiser(schedule)
 
-    def path(change=None):
-        options = {} if change is None else {"change": change}
+    def path(post_step=None):
+        options = {} if post_step is None else {"post_step": post_step}
         return list(SAMPLERS[name](predict, schedule, x, 6, **same_noise(name, x), **options))
 
     usual, seen = path(), []

@@ -9,7 +9,7 @@ from gradients import check, check_loss
 from model_cases import numbers, random_params
 from small_run import CONFIG, STEPS, assert_goes_on_alike, silent
 
-from tinyldm.cli import commands
+from tinyldm.cli import evaluate as commands
 from tinyldm.config import ConfigError
 from tinyldm.data.dataset import DataError, Dataset
 from tinyldm.evaluation.metrics import evaluate, table
@@ -149,7 +149,7 @@ def test_the_class_decides_what_is_painted(kind, trained):
     noise = np.random.default_rng(1).standard_normal((1, 8, 8, 4), dtype=np.float32)
 
     def ends(prompt, **options):
-        recipe = pipeline.recipe(prompt, **options)
+        recipe = pipeline.sampling_params(prompt, **options)
         *_, (x, _) = pipeline.denoise(recipe, noise)
         return x
 

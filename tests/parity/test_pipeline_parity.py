@@ -123,7 +123,9 @@ def test_pictures_are_those_of_diffusers(pair, prompts, guidance, negative, caps
     ours, theirs = pair
     noise = start_noise(ours, len(prompts))
     expected = paint(theirs, prompts, guidance, negative, noise, "np")
-    *_, (x, _) = ours.denoise(ours.recipe(prompts, negative, STEPS, guidance), noise)
+    *_, (x, _) = ours.denoise(
+        ours.sampling_params(prompts, negative, steps=STEPS, guidance=guidance), noise
+    )
     pixels = np.clip(ours.vae.from_latents(ours.params["vae"], x)[0] / 2 + 0.5, 0, 1)
     assert pixels.shape == expected.shape
     assert expected.std() > 0.05, "a plain picture would prove nothing"
@@ -147,7 +149,9 @@ def test_pictures_are_those_of_diffusers(pair, prompts, guidance, negative, caps
 def test_latents_are_those_of_diffusers(pair, guidance):
     ours, theirs = pair
     noise = start_noise(ours, 2)
-    *_, (x, _) = ours.denoise(ours.recipe(PROMPTS, NEGATIVE, STEPS, guidance), noise)
+    *_, (x, _) = ours.denoise(
+        ours.sampling_params(PROMPTS, NEGATIVE, steps=STEPS, guidance=guidance), noise
+    )
     expected = paint(theirs, PROMPTS, guidance, NEGATIVE, noise, "latent")
     expected = expected.numpy().transpose(0, 2, 3, 1)
     assert expected.std() > 0.1
@@ -169,7 +173,7 @@ def test_latents_of_other_samplers_are_those_of_their_schedulers(pair, sampler, 
     ours, theirs = pair
     noise = start_noise(ours, 2)
     steps = 10  # 1000 // 8 is odd: test_solver_parity.py says what PNDM makes of it
-    recipe = ours.recipe(PROMPTS, NEGATIVE, steps, guidance=3.0, sampler=sampler)
+    recipe = ours.sampling_params(PROMPTS, NEGATIVE, steps=steps, guidance=3.0, sampler=sampler)
     *_, (x, _) = ours.denoise(recipe, noise)
     before = theirs.scheduler
     theirs.scheduler = scheduler.from_config(before.config)
@@ -188,7 +192,7 @@ def test_a_picture_that_is_not_square(pair):
     shape = (1, height // ours.vae.factor, width // ours.vae.factor, 4)
     noise = np.random.default_rng(3).standard_normal(shape, dtype=np.float32)
     *_, (x, _) = ours.denoise(
-        ours.recipe(PROMPTS[0], steps=4, guidance=2.0, size=(height, width)), noise
+        ours.sampling_params(PROMPTS[0], steps=4, guidance=2.0, size=(height, width)), noise
     )
     expected = theirs(
         PROMPTS[0],

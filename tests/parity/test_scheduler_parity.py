@@ -13,8 +13,9 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.schedulers import scheduling_ddpm
 from peers import InFloat64
 
-from tinyldm.diffusion.samplers import ddim, ddpm, timesteps
+from tinyldm.diffusion.samplers import ddim, ddpm
 from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
+from tinyldm.diffusion.timesteps import timesteps
 
 STEPS = (1, 2, 5, 20, 50, 100, 250, 500)
 UNEVEN = (3, 7, 30, 300, 600, 999)  # do not divide 1000

@@ -24,9 +24,9 @@ from diffusers.schedulers import (
 )
 from peers import InFloat64
 
-from tinyldm.diffusion.samplers import RANDOM, SAMPLERS
+from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.diffusion.schedule import Schedule
-from tinyldm.diffusion.solvers import sigma_steps
+from tinyldm.diffusion.timesteps import sigma_steps
 
 # NumPy to diffusers, which makes arrays of tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -138,7 +138,7 @@ def ours_and_theirs(name, config, prediction, steps, monkeypatch):
     with InFloat64():
         theirs = kind(**settings)
     schedule = Schedule(dict(theirs.config))
-    options = {"noise": iter(noises).__next__} if name in RANDOM else {}
+    options = {"noise": iter(noises).__next__} if SAMPLERS[name].needs_noise else {}
     found = np.array([y for y, _ in SAMPLERS[name](network, schedule, x, steps, **options)])
     if fails_there(name, config, steps):
         return found, None

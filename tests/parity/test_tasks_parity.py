@@ -102,7 +102,7 @@ COMMON = {"negative_prompt": [NEGATIVE] * 2, "output_type": "np", "guidance_scal
 @pytest.mark.parametrize("name", ["1.5", "2.1"])
 def test_image_to_image(folders, name, picture, noise, sampler, strength):
     ours = Pipeline.load(folders[name])
-    recipe = ours.recipe(
+    recipe = ours.sampling_params(
         PROMPTS, NEGATIVE, 10, 3.0, sampler, size=(HEIGHT, WIDTH), strength=strength
     )
     scene = Scene.of(picture, None, recipe)
@@ -126,7 +126,7 @@ def test_image_to_image_by_pndm(folders, picture, noise):
     resized = picture.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
 
     def both(strength):
-        recipe = ours.recipe(
+        recipe = ours.sampling_params(
             PROMPTS, NEGATIVE, 10, 3.0, "pndm", size=(HEIGHT, WIDTH), strength=strength
         )
         options = {"strength": strength, "num_inference_steps": 10, **COMMON}
@@ -149,7 +149,7 @@ def test_image_to_image_by_pndm(folders, picture, noise):
 def test_inpainting(folders, name, picture, mask, noise, sampler, strength):
     """With the model of nine channels, and with those of four by keeping the known part."""
     ours = Pipeline.load(folders[name])
-    recipe = ours.recipe(
+    recipe = ours.sampling_params(
         PROMPTS, NEGATIVE, 10, 3.0, sampler, size=(HEIGHT, WIDTH), strength=strength
     )
     scene = Scene.of(picture, mask, recipe)
@@ -171,7 +171,9 @@ def test_inpainting(folders, name, picture, mask, noise, sampler, strength):
 @pytest.mark.parametrize("name", ["1.5", "2.1"])
 def test_guidance_rescale(folders, name, noise, rescale):
     ours = Pipeline.load(folders[name])
-    recipe = ours.recipe(PROMPTS, NEGATIVE, 10, 3.0, "ddim", size=(HEIGHT, WIDTH), rescale=rescale)
+    recipe = ours.sampling_params(
+        PROMPTS, NEGATIVE, (HEIGHT, WIDTH), steps=10, guidance=3.0, sampler="ddim", rescale=rescale
+    )
     theirs = diffusers_pipeline(diffusers.StableDiffusionPipeline, folders[name], "ddim")
     expected = theirs(
         PROMPTS,

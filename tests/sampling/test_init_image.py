@@ -1,5 +1,6 @@
 """Beginning with a picture: strength, masks, inpainting models, variations, rescale, callbacks."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ from PIL import Image
 from small_model import PROMPTS, STEPS, make_pipeline, paint, start_noise
 
 from tinyldm.data.images import as_rgb, from_uint8, mask_pixels, picture_pixels, similar_size
-from tinyldm.diffusion.samplers import SAMPLERS, levels
+from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.sampling.init_image import Entry, Scene
 
 
@@ -59,12 +60,12 @@ def test_a_sketch_enters_with_the_noise_of_its_step(pipe, image, sampler, monkey
         seen.update(x=x, steps=steps, start=options.get("start"))
         return iter([(x, x)])
 
-    monkeypatch.setitem(SAMPLERS, sampler, spy)
-    recipe = pipe.recipe(PROMPTS[:2], steps=10, seed=4, sampler=sampler, strength=0.3)
+    monkeypatch.setitem(SAMPLERS, sampler, dataclasses.replace(SAMPLERS[sampler], function=spy))
+    recipe = pipe.sampling_params(PROMPTS[:2], steps=10, seed=4, sampler=sampler, strength=0.3)
     scene = Scene.of(image, None, recipe)
     list(pipe.denoise(recipe, None, scene))
     z = pipe.encode(np.stack([np.asarray(image)] * 2))
-    alpha_bar = levels(sampler, pipe.schedule, 10)[7]
+    alpha_bar = SAMPLERS[sampler].levels(pipe.schedule, 10)[7]
     expected = math.sqrt(alpha_bar) * z + math.sqrt(1 - alpha_bar) * start_noise(2, 4)
     assert (seen["steps"], seen["start"]) == (10, 7)
     np.testing.assert_allclose(seen["x"], expected, atol=1e-6)
@@ -118,10 +119,10 @@ def test_similar_sizes():
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_any_model_keeps_what_is_not_hidden(pipe, image, mask, sampler, strength):
     """After each step the known part has the noise of that step, after the last none."""
-    recipe = pipe.recipe(PROMPTS[:2], steps=8, seed=1, sampler=sampler, strength=strength)
+    recipe = pipe.sampling_params(PROMPTS[:2], steps=8, seed=1, sampler=sampler, strength=strength)
     scene = Scene.of(image, mask, recipe)
     z = pipe.encode(scene.pictures)
-    alphas_bar = [*levels(sampler, pipe.schedule, 8)[8 - recipe.steps_taken :][1:], 1.0]
+    alphas_bar = [*SAMPLERS[sampler].levels(pipe.schedule, 8)[8 - recipe.steps_taken :][1:], 1.0]
     path = [x for x, _ in pipe.denoise(recipe, None, scene)]
     assert len(path) == len(alphas_bar) == recipe.steps_taken
     for x, alpha_bar in zip(path, alphas_bar, strict=True):
@@ -131,7 +132,7 @@ def test_any_model_keeps_what_is_not_hidden(pipe, image, mask, sampler, strength
 
 
 def test_the_known_part_decides_what_is_painted_beside_it(pipe, image, mask):
-    recipe = pipe.recipe(PROMPTS[0], steps=8, strength=1.0)
+    recipe = pipe.sampling_params(PROMPTS[0], steps=8, strength=1.0)
     ends = []
     for picture in (image, image.rotate(180)):
         *_, (x, _) = pipe.denoise(recipe, None, Scene.of(picture, mask, recipe))
@@ -163,7 +164,7 @@ def test_a_model_that_inpaints_sees_mask_and_rest(
 ):
     pipe = inpainting_pipe
     seen = spied(pipe, monkeypatch)
-    recipe = pipe.recipe(PROMPTS[:2], steps=3, guidance=guidance, strength=1.0)
+    recipe = pipe.sampling_params(PROMPTS[:2], steps=3, guidance=guidance, strength=1.0)
     path = list(pipe.denoise(recipe, None, Scene.of(image, mask, recipe)))
     pixels = from_uint8(np.asarray(image)[None])
     pixels[:, :, :8] = 0  # grey
@@ -269,7 +270,7 @@ def start(pipe, monkeypatch):
     monkeypatch.setattr("tinyldm.sampling.pipeline.enter", spy)
 
     def start_of(**options):
-        list(pipe.denoise(pipe.recipe(PROMPTS[:3], steps=1, **options)))
+        list(pipe.denoise(pipe.sampling_params(PROMPTS[:3], steps=1, **options)))
         return starts[-1]
 
     return start_of
@@ -309,7 +310,7 @@ def test_a_tiny_variation_is_a_tiny_change(pipe, sampler):
 def test_a_callback_sees_every_step(pipe):
     seen = []
     pipe(PROMPTS[:2], steps=4, seed=2, callback=lambda *args: seen.append(args))
-    path = list(pipe.denoise(pipe.recipe(PROMPTS[:2], steps=4, seed=2)))
+    path = list(pipe.denoise(pipe.sampling_params(PROMPTS[:2], steps=4, seed=2)))
     assert [i for i, _, _ in seen] == [0, 1, 2, 3]
     for (_, *found), expected in zip(seen, path, strict=True):
         np.testing.assert_array_equal(found, expected)

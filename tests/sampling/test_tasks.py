@@ -21,7 +21,7 @@ from small_run import (
     without_rehearsal,
 )
 
-from tinyldm.cli import commands
+from tinyldm.cli import evaluate as commands
 from tinyldm.config import ConfigError
 from tinyldm.data.dataset import DataError, Dataset
 from tinyldm.data.folder import load_folder

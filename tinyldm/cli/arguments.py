@@ -1,17 +1,39 @@
 """Options of the command line that say in one line what is wrong with them."""
 
 import argparse
+import dataclasses
+import importlib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from tinyldm.config import meant, unknown
+from tinyldm.options import kind_of, options_of
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, with the nearest name, instead of the whole usage."""
+    """Says what is wrong in one line, with the nearest name, instead of the whole usage.
+
+    module: has `add_arguments(parser)` and `run(options)`, imported once its command is called, so
+    that the others need not wait for it.
+    """
+
+    def __init__(self, *args: object, module: str | None = None, **options: object):
+        super().__init__(*args, allow_abbrev=False, **options)
+        self.module = module
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Add the arguments of the command before they are parsed."""
+        if self.module:
+            command = importlib.import_module(self.module)
+            self.module = None
+            command.add_arguments(self)
+            self.set_defaults(run=command.run, parser=self)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """One line, exit code 2."""
@@ -31,32 +53,33 @@ class Parser(argparse.ArgumentParser):
         self.error(f"unknown option {name!r}{meant(name, options)}")
 
 
-def one_of(names: Iterable[str]) -> Callable[[str], str]:
-    """The type of an option that takes one of these words."""
+def one_of(choices: Iterable) -> Callable[[str], str | int]:
+    """Return the type of an argument that is one of these words or integers."""
+    by_text = {str(choice): choice for choice in choices}
 
     def parse(text):
-        if text not in names:
-            raise argparse.ArgumentTypeError(unknown(text, names))
-        return text
+        if text not in by_text:
+            raise argparse.ArgumentTypeError(unknown(text, by_text))
+        return by_text[text]
 
     return parse
 
 
-def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """The type of an option that takes a whole number."""
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return the type of an argument that is an integer in a range."""
     wanted = f"{least}…{most}" if most else f"≥ {least}"
 
     def parse(text):
         number = int(text) if re.fullmatch(r"-?[0-9]{1,30}", text) else least - 1
-        if number < least or (most and number > most):
-            raise argparse.ArgumentTypeError(f"expected a whole number {wanted}, found {text!r}")
+        if number < least or (most is not None and number > most):
+            raise argparse.ArgumentTypeError(f"expected an integer {wanted}, found {text!r}")
         return number
 
     return parse
 
 
 def number(least: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
-    """The type of an option that takes any number between these."""
+    """Return the type of an argument that is a finite number in a range."""
     wanted = f" {least:g}…{most:g}" if math.isfinite(least) else ""
 
     def parse(text):
@@ -77,3 +100,59 @@ def size(text: str) -> tuple[int, int]:
     if not found:
         raise argparse.ArgumentTypeError(f"expected S or HEIGHTxWIDTH, found {text!r}")
     return int(found[1]), int(found[2] or found[1])
+
+
+def add_options(parser: argparse.ArgumentParser, cls: type, names: Iterable[str] = ()) -> None:
+    """Add the options of a dataclass to a parser, or those of `names`, under their groups.
+
+    Where one is not given it is None, so that what it is by default is said in one place alone.
+    """
+    groups = {group.title: group for group in parser._action_groups}
+    for name, field in options_of(cls).items():
+        if names and name not in names:
+            continue
+        title = field.metadata["group"]
+        if title and title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        target = groups[title] if title else parser
+        kind = {"action": "store_true", "default": None}
+        if kind_of(field)[0] is not bool:
+            kind = {"type": _type_of(field), "metavar": field.metadata["metavar"]}
+        text = field.metadata["help"]
+        if field.metadata["choices"] and field.metadata["metavar"] is None:
+            kind["metavar"] = name.upper()
+        target.add_argument(f"--{name.replace('_', '-')}", help=text + _default_text(field), **kind)
+
+
+def _type_of(field):
+    if field.name == "size":  # one number or two
+        return size
+    kind, _ = kind_of(field)
+    least, most = field.metadata["least"], field.metadata["most"]
+    if field.metadata["choices"]:
+        return one_of(field.metadata["choices"])
+    if kind is int:
+        return integer(least, most)
+    if kind is float:
+        return number(-math.inf if least is None else least, math.inf if most is None else most)
+    return str
+
+
+def _default_text(field):
+    default, text = field.default, field.metadata["default_text"]
+    if text is None and default is not dataclasses.MISSING and not isinstance(default, bool):
+        text = f"{default:g}" if isinstance(default, float) else default
+    return "" if text is None else f" (default: {text})"
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --device, which all commands that compute have."""
+    parser.add_argument(
+        "--device", type=one_of(("cpu", "cuda")), default="cpu",
+        help="where to compute, cpu or cuda (default: cpu)",
+    )  # fmt: skip
+
+
+def say(line: str) -> None:
+    """Print a line for the person at the terminal; only results go to stdout."""
+    print(line, file=sys.stderr, flush=True)

@@ -13,11 +13,13 @@ import shutil
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 from tinyldm import __version__, machine
+from tinyldm.cli.arguments import add_device
 
 PACKAGES = {  # as pip knows them → as Python does
     "numpy": "numpy",
@@ -54,6 +56,18 @@ class Report:
     def to_json(self) -> str:
         """The same for programs."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add how to report."""
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    add_device(parser)
+
+
+def run(options: Namespace) -> None:
+    """Print the report."""
+    report = examine(options.device)
+    print(report.to_json() if options.json else report)
 
 
 def examine(device: str = "cpu") -> Report:

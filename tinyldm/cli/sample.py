@@ -1,7 +1,6 @@
-"""What `tinyldm sample` does: paint from a prompt, or once more what a PNG says of itself."""
+"""`tinyldm sample`: generate images from a prompt, or once more what a PNG says of itself."""
 
-import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from tinyldm.cli.arguments import add_device, add_options, integer, say, size
 from tinyldm.evaluation.pictures import (
     check_picture,
     grid,
@@ -17,21 +17,52 @@ from tinyldm.evaluation.pictures import (
     save_picture,
 )
 from tinyldm.sampling.init_image import Scene, strength_of
-from tinyldm.sampling.metadata import Given, Origin, fingerprint
+from tinyldm.sampling.metadata import MOST, OPTIONS, InputImage, Origin, fingerprint
+from tinyldm.sampling.params import SamplingParams
 from tinyldm.sampling.pipeline import Pipeline
-from tinyldm.training.run import rebuild
-from tinyldm.training.state import load_notes, state_files
+from tinyldm.training.run import whole_run
 
 ANIMATIONS = ("WEBP", "GIF")
 FRAMES = 10  # of a film, unless it is said how many
 FRAME_SIDE = 256  # pixels, at most, of a picture in a strip
 
 
-def run_sample(options: Namespace) -> None:
-    """Paint pictures from a prompt, or one again from what it says of itself; print their names."""
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the prompt, the options of sampling, and the files that go in and out."""
+
+    def file(name, text, kind=Path):
+        parser.add_argument(name, metavar="FILE", type=kind, help=text)
+
+    parser.add_argument(
+        "run_folder", metavar="RUN", nargs="?",
+        help="folder of a run, or a Stable Diffusion: a folder, or one .safetensors file",
+    )  # fmt: skip
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="caption of the images")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE",
+        help="file of the image; several are numbered (default: sample.png)",
+    )  # fmt: skip
+    file("--again", "generate the image of this PNG once more, from the notes in it")
+    parser.add_argument("--negative", metavar="PROMPT", help="prompt that guidance leads away from")
+    add_options(parser, SamplingParams)
+    parser.add_argument("--n", type=integer(1, MOST), help="number of images (default: 1)")
+    parser.add_argument("--size", type=size, help="size in pixels, S or HEIGHTxWIDTH")
+    file("--image", "init image, or the small image or map of a model that takes one")
+    file("--mask", "image that is white where to generate; the rest of --image stays")
+    file("--film", "file of a strip of the steps (.png), or an animation of them (.webp, .gif)")
+    parser.add_argument(
+        "--every", type=integer(1), help="steps from one frame of the film to the next "
+        "(default: ten frames in all)",
+    )  # fmt: skip
+    file("--vae", "another autoencoder, a folder or a file", str)
+    add_device(parser)
+
+
+def run(options: Namespace) -> None:
+    """Generate images from a prompt, or one again from its notes; print their file names."""
     if options.prompt is None and options.image is not None and not options.again:
         options.prompt = ""
-    if not options.again and (options.run is None or options.prompt is None):
+    if not options.again and (options.run_folder is None or options.prompt is None):
         options.parser.error("expected RUN and PROMPT, or --again FILE")
     for name, wanted in (("every", "film"), ("variation_seed", "variation")):
         if getattr(options, name) is not None and getattr(options, wanted) is None:
@@ -47,82 +78,74 @@ def run_sample(options: Namespace) -> None:
         for one in origins
     ]
     notes = [one.notes() for one in origins]
-    given = [one.file for one in (origin.image, origin.mask) if one]
-    check_outputs([*names, *([film.file] if film else [])], [*given, options.again])
-    pipeline.check_tile(origin.tile)
-    recipe, n = origin.recipe, len(origin.recipe.prompts)
-    scene = None
-    if origin.image:
-        image, mask = (given and given.open() for given in (origin.image, origin.mask))
-        scene = Scene.of(image, mask, recipe, pipeline.task)
-    # The decoder takes about as long as a step, and so counts as one.
-    with tqdm(total=recipe.steps_taken + 1, desc="painting", unit="step", disable=None) as bar:
-        steps = pipeline.denoise(recipe, None, scene, origin.tile)
-        for i, (latents, x0) in enumerate(steps, 1):
-            bar.update()
-            last = i == recipe.steps_taken
-            if film and (last or film.wants_grad(i, recipe.steps_taken)):
-                film.add(pipeline.decode(x0, origin.tile))
-            if last:
-                bar.set_description("decoding")
-                pictures = pipeline.decode(latents, origin.tile)
-        bar.update()
+    inputs = [one.file for one in (origin.image, origin.mask) if one]
+    check_outputs([*names, *([film.file] if film else [])], [*inputs, options.again])
+    images = generate(pipeline, origin, film)
     for name, one, note in zip(names, origins, notes, strict=True):
-        save_picture(name, Image.fromarray(pictures[one.i]), note)
+        save_picture(name, Image.fromarray(images[one.i]), note)
         print(name)
     if film:
-        film.save(n)
+        film.save(len(origin.params.prompts))
         print(film.file)
 
 
+def generate(pipeline: Pipeline, origin: Origin, film: "Film | None") -> np.ndarray:
+    """Run the steps of a batch under a progress bar, some of them filmed → uint8 (n, h, w, 3)."""
+    params, scene = origin.params, None
+    if origin.image:
+        image, mask = (one and one.open() for one in (origin.image, origin.mask))
+        scene = Scene.of(image, mask, params, pipeline.task)
+    # The decoder takes about as long as a step, and so counts as one.
+    with tqdm(total=params.steps_taken + 1, desc="sampling", unit="step", disable=None) as bar:
+        for i, (latents, x0) in enumerate(pipeline.denoise(params, None, scene), 1):
+            bar.update()
+            last = i == params.steps_taken
+            if film and (last or film.shows(i, params.steps_taken)):
+                film.add(pipeline.decode(x0, params.tile))
+        bar.set_description("decoding")
+        images = pipeline.decode(latents, params.tile)  # the last ones
+        bar.update()
+    return images
+
+
 def _from_prompt(options):
-    """→ where each picture comes from, what to call them, and the pipeline that paints them."""
+    """→ where each image comes from, what to call them, and the pipeline that makes them."""
     output = Path(options.output or "sample.png")
     for name in ("prompt", "negative"):
         if any("\ud800" <= char <= "\udfff" for char in getattr(options, name) or ""):
             options.parser.error(f"{name}: not valid UTF-8")
     if picture_format(output) != "PNG":  # complains before the work rather than after it
-        say(f"{output}: only a .png says how it was painted, for --again")
+        say(f"{output}: only a .png says how it was generated, for --again")
     for name in ("mask", "strength"):
         if getattr(options, name) is not None and options.image is None:
             options.parser.error(f"--{name}: expected --image FILE with it")
-    image, mask = (given and Given.of(given) for given in (options.image, options.mask))
+    image, mask = (file and InputImage.of(file) for file in (options.image, options.mask))
     picture = image.open() if image else None
     if mask:
         mask.open()  # complains early too
-    pipeline = Pipeline.load(whole_run(options.run), options.device, options.vae)
-    strength = strength_of(pipeline.task, picture is not None, mask is not None, options.strength)
+    pipeline = Pipeline.load(whole_run(options.run_folder, say), options.device, options.vae)
+    settings = {name: getattr(options, name) for name in OPTIONS}
+    settings["strength"] = strength_of(
+        pipeline.task, picture is not None, mask is not None, options.strength
+    )
     size = options.size
     if picture and size is None:
         size = pipeline.size_like(picture.height, picture.width)
-    recipe = pipeline.recipe(
-        [options.prompt] * (options.n or 1),
-        options.negative or "",
-        options.steps,
-        options.guidance,
-        options.sampler,
-        options.seed or 0,
-        size,
-        strength=strength,
-        rescale=options.rescale or 0.0,
-        variation=options.variation,
-        variation_seed=options.variation_seed or 0,
-    )
+    prompts = [options.prompt] * (options.n or 1)
+    params = pipeline.sampling_params(prompts, options.negative or "", size, **settings)
     weights = fingerprint(pipeline)
-    common = {"vae": options.vae, "image": image, "mask": mask, "tile": options.tile}
-    n = len(recipe.prompts)
-    origins = [Origin(recipe, i, weights, options.run, **common) for i in range(n)]
+    common = {"vae": options.vae, "image": image, "mask": mask}
+    origins = [
+        Origin(params, i, weights, options.run_folder, **common) for i in range(len(prompts))
+    ]
     return origins, output, pipeline
 
 
 def _again(options):
-    """The same for a picture that says where it comes from, and leaves nothing else to choose."""
-    for name in (
-        *("prompt", "negative", "steps", "guidance", "sampler", "seed", "n", "size"),
-        *("strength", "rescale", "variation", "variation_seed", "tile"),
-    ):
+    """The same for an image with notes, which leave nothing else to choose."""
+    for name in ("prompt", "negative", "n", "size", *OPTIONS):
         if getattr(options, name) is not None:
-            options.parser.error(f"--again takes everything from the picture: leave out the {name}")
+            options.parser.error(f"--again takes everything from the image: leave out the {name}")
     origin = Origin.read(options.again)
     output = Path(options.output or options.again.with_stem(f"{options.again.stem}-again"))
     picture_format(output)
@@ -131,15 +154,15 @@ def _again(options):
         if place is not None:
             began = getattr(origin, name)
             if began is None:
-                options.parser.error(f"--{name}: the picture was painted without one")
+                options.parser.error(f"--{name}: the image was generated without one")
             moved = place if name == "vae" else replace(began, file=place)
             origin = replace(origin, **{name: moved})
-    for given in (origin.image, origin.mask):
-        if given:
-            given.check()
-    run = options.run or origin.run
-    pipeline = Pipeline.load(whole_run(run), options.device, origin.vae)
-    origin = origin.checked(pipeline, run)
+    for one in (origin.image, origin.mask):
+        if one:
+            one.check()
+    folder = options.run_folder or origin.run
+    pipeline = Pipeline.load(whole_run(folder, say), options.device, origin.vae)
+    origin = origin.checked(pipeline, folder)
     return [origin], output, pipeline
 
 
@@ -154,7 +177,7 @@ class Film:
         self.moves = picture_format(self.file) in ANIMATIONS
         self.frames = []
 
-    def wants_grad(self, i: int, steps: int) -> bool:
+    def shows(self, i: int, steps: int) -> bool:
         """Whether the i-th of the steps, counted from 1, is shown; the last one is in any case."""
         return i % (self.every or max(1, steps // FRAMES)) == 0
 
@@ -190,18 +213,3 @@ def check_outputs(files: list[Path], inputs: list[Path | None]) -> None:
             raise ValueError(f"{file}: would replace a picture that is needed; take another name")
         taken.append(place)
         check_picture(file)
-
-
-def whole_run(run: str) -> str:
-    """`run`, its component folders made again if the last export was cut off."""
-    folder = Path(run)
-    if folder.is_dir() and not (folder / "model_index.json").exists() and state_files(run):
-        if load_notes(run)["stage"] == "denoiser":
-            say(f"{run}: the export is not whole; making it again from the state")
-        rebuild(run)
-    return run
-
-
-def say(line: str) -> None:
-    """A line for the person at the terminal; only results go to stdout."""
-    print(line, file=sys.stderr, flush=True)

@@ -1,1 +1,6 @@
 """The mathematics of diffusion. It sees arrays and callables, never a network."""
+
+from tinyldm.diffusion.samplers import SAMPLERS
+from tinyldm.diffusion.schedule import Schedule
+
+__all__ = ["SAMPLERS", "Schedule"]

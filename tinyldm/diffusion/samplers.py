@@ -1,45 +1,41 @@
 """The reverse process: from noise to a sample, one function for each algorithm.
 
 A sampler is a generator. It takes `predict(x, t) → what the schedule's network predicts` and the
-start noise, and after each step yields `(x, x0)`: where it stands, and the picture that it would
-jump to from there. The last x is the sample.
+start noise, and after each step yields `(x, x0)`: where it stands, and the image that it would jump
+to from there. The last x is the sample.
 
 All of them take these two as well. `start`: begin with this step of the `steps`, counted from 0;
-then x are latents with as much noise as `levels` says, and not noise alone. `change(x, i)`: what
-becomes of x after the i-th step taken.
+then x are latents with as much noise as the sampler's `levels` says, and not noise alone.
+`post_step(x, i)`: what becomes of x after the i-th step taken.
 """
 
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from tinyldm.backend import Array, array_module
-from tinyldm.diffusion.schedule import Schedule, check_steps, posterior, spaced
-from tinyldm.diffusion.solvers import (
-    Change,
-    Noise,
-    Predict,
-    Steps,
-    as_it_is,
-    dpm_solver_2m,
+from tinyldm.diffusion.schedule import Schedule, posterior
+from tinyldm.diffusion.timesteps import (
     dpm_solver_steps,
-    euler,
-    euler_ancestral,
-    heun,
+    last_sigma,
+    levels_of_sigmas,
+    levels_of_timesteps,
     sigma_steps,
+    timesteps,
 )
 
+Predict = Callable[[Array, float], Array]  # x, t → what the schedule's network predicts
+Noise = Callable[[], Array]  # fresh standard normal noise, of the shape of x
+Steps = Iterator[tuple[Array, Array]]  # of x, and the x0 ahead
+PostStep = Callable[[Array, int], Array]  # x after the i-th step taken → x as the next one finds it
 
-def timesteps(schedule: Schedule, steps: int) -> np.ndarray:
-    """The steps t (steps,) to visit, falling, as the scheduler config's `timestep_spacing` says.
 
-    By default "leading". Where the offset would lead past the last trained step, that is taken.
-
-    Raises ValueError for more steps than were trained, or an unknown spacing.
-    """
-    check_steps(schedule, steps)
-    t = np.round(spaced(schedule, steps, "leading"))
-    return np.minimum(t, len(schedule) - 1).astype(np.int64)
+def unchanged(x: Array, i: int) -> Array:
+    """Leave x as it is: the PostStep of a sampler that nobody interferes with."""
+    return x
 
 
 def ddim(
@@ -50,7 +46,7 @@ def ddim(
     eta: float = 0.0,
     noise: Noise | None = None,
     start: int | None = None,
-    change: Change = as_it_is,
+    post_step: PostStep = unchanged,
 ) -> Steps:
     """Denoising diffusion implicit models (Song et al. 2020, eq. 12 and 16).
 
@@ -66,7 +62,7 @@ def ddim(
         x = math.sqrt(then) * x0 + math.sqrt(max(0.0, 1 - then - variance)) * epsilon
         if variance > 0:
             x = x + math.sqrt(variance) * noise()
-        x = change(x, i)
+        x = post_step(x, i)
         yield x, x0
 
 
@@ -77,7 +73,7 @@ def ddpm(
     steps: int,
     noise: Noise,
     start: int | None = None,
-    change: Change = as_it_is,
+    post_step: PostStep = unchanged,
 ) -> Steps:
     """Ancestral sampling with the posterior's variance (Ho et al. 2020, algorithm 2)."""
     t = timesteps(schedule, steps)[start:]
@@ -88,7 +84,7 @@ def ddpm(
         x = x0_weight * x0 + xt_weight * x
         if i + 1 < len(t):
             x = x + math.sqrt(variance) * noise()
-        x = change(x, i)
+        x = post_step(x, i)
         yield x, x0
 
 
@@ -98,7 +94,7 @@ def pndm(
     x: Array,
     steps: int,
     start: int | None = None,
-    change: Change = as_it_is,
+    post_step: PostStep = unchanged,
 ) -> Steps:
     """Pseudo linear multistep: DDIM with a prediction carried on from the last four.
 
@@ -124,7 +120,7 @@ def pndm(
                 weight * old for weight, old in zip(ADAMS_BASHFORTH[len(known)], known, strict=True)
             )
         x, x0 = _transfer(schedule, prediction, x, alphas_bar[i], alphas_bar[i + 1])
-        x = change(x, i)
+        x = post_step(x, i)
         yield x, x0
 
 
@@ -168,73 +164,187 @@ def _split(schedule, prediction, x, alpha_bar):
     return x0, epsilon
 
 
+# --------------------------------------------------------------------------------- steps in σ
+#
+# These solve the differential equation of Karras et al. 2022. Their coordinates are x / a: a clean
+# image plus noise of the standard deviation σ = s / a. There all of a sampler is in the sequence of
+# its σ, and a step by the straight line to the predicted image x0 is a mixture of x and x0. What is
+# yielded is x in the coordinates of the other samplers.
+
+
+def euler(
+    predict: Predict,
+    schedule: Schedule,
+    x: Array,
+    steps: int,
+    start: int | None = None,
+    post_step: PostStep = unchanged,
+) -> Steps:
+    """Straight lines to the picture ahead (Karras et al. 2022, algorithm 1 without correction)."""
+    t, sigmas, x = _begin(schedule, x, steps, start)
+    sigmas[-1] = last_sigma(schedule)
+    for i in range(len(t)):
+        x0 = _clean_image(predict, schedule, x, sigmas[i], t[i])
+        x = _towards(x, x0, sigmas[i + 1] / sigmas[i])
+        latents, x = _changed(x, sigmas[i + 1], post_step, i)
+        yield latents, x0
+
+
+def euler_ancestral(
+    predict: Predict,
+    schedule: Schedule,
+    x: Array,
+    steps: int,
+    noise: Noise,
+    start: int | None = None,
+    post_step: PostStep = unchanged,
+) -> Steps:
+    """Further than σ at each step, and fresh noise back up to it, as DDPM (Song et al. 2020)."""
+    t, sigmas, x = _begin(schedule, x, steps, start)
+    for i in range(len(t)):
+        now, then = sigmas[i : i + 2]
+        x0 = _clean_image(predict, schedule, x, now, t[i])
+        x = _towards(x, x0, (then / now) ** 2)
+        if then > 0:
+            x = x + then * math.sqrt(1 - (then / now) ** 2) * noise()
+        latents, x = _changed(x, then, post_step, i)
+        yield latents, x0
+
+
+def heun(
+    predict: Predict,
+    schedule: Schedule,
+    x: Array,
+    steps: int,
+    start: int | None = None,
+    post_step: PostStep = unchanged,
+) -> Steps:
+    """A step with the mean of the slopes at its two ends (Karras et al. 2022, algorithm 1).
+
+    The last step, to σ = 0, has one end alone: 2 · steps − 1 predictions.
+    """
+    t, sigmas, x = _begin(schedule, x, steps, start)
+    for i in range(len(t)):
+        now, then = sigmas[i : i + 2]
+        x0 = _clean_image(predict, schedule, x, now, t[i])
+        ahead = _towards(x, x0, then / now)
+        if then > 0:
+            x0_ahead = _clean_image(predict, schedule, ahead, then, t[i + 1])
+            slope = 0.5 * ((x - x0) * (1 / now) + (ahead - x0_ahead) * (1 / then))
+            ahead, x0 = x + (then - now) * slope, x0_ahead
+        latents, x = _changed(ahead, then, post_step, i)
+        yield latents, x0
+
+
+def dpm_solver_2m(
+    predict: Predict,
+    schedule: Schedule,
+    x: Array,
+    steps: int,
+    noise: Noise | None = None,
+    start: int | None = None,
+    post_step: PostStep = unchanged,
+) -> Steps:
+    """DPM-Solver++ (2M) (Lu et al. 2022b, algorithm 2).
+
+    The picture ahead is carried on in log σ from the last two. With `noise`, its stochastic
+    variant, SDE-DPM-Solver++ (2M) (section 5 and appendix B there).
+    """
+    t, sigmas = (table[start:].tolist() for table in dpm_solver_steps(schedule, steps))
+    x = x * math.sqrt(1 + sigmas[0] ** 2)
+    previous = None  # x0, and the length of the step after it in log σ
+    for i in range(len(t)):
+        now, then = sigmas[i : i + 2]
+        ratio = then / now
+        length = -math.log(ratio) if ratio > 0 else math.inf
+        x0 = goal = _clean_image(predict, schedule, x, now, t[i])
+        last = i + 1 == len(t) and (then == 0 or steps < 15)
+        if previous and previous[1] > 0 and not last:
+            goal = x0 + (x0 - previous[0]) * (length / (2 * previous[1]))
+        if noise is None:
+            x = _towards(x, goal, ratio)
+        else:
+            x = _towards(x, goal, ratio**2)
+            if then > 0:
+                x = x + then * math.sqrt(1 - ratio**2) * noise()
+        previous = x0, length
+        latents, x = _changed(x, then, post_step, i)
+        yield latents, x0
+
+
+def _begin(schedule, x, steps, start):
+    """t, σ, and x as it stands before the first step."""
+    t, sigmas = sigma_steps(schedule, steps)
+    t, sigmas = t[start:], sigmas[start:].tolist()
+    # Where the last trained step is among those visited, x alone is taken for noise alone.
+    leading = schedule.config.get("timestep_spacing", "linspace") == "leading"
+    if leading or start is not None:
+        return t, sigmas, x * math.sqrt(sigmas[0] ** 2 + 1)
+    return t, sigmas, x * sigmas[0]
+
+
+def _clean_image(predict, schedule, x, sigma, t):
+    alpha_bar = 1 / (1 + sigma**2)
+    x = x * math.sqrt(alpha_bar)
+    return schedule.split(predict(x, t), x, alpha_bar)[0]
+
+
+def _towards(x, x0, ratio):
+    """Where σ is `ratio` times what it was, on the line to x0."""
+    return x0 + (x - x0) * float(ratio)
+
+
+def _changed(x, sigma, post_step, i):
+    """x after a step, in the coordinates of the other samplers, those of `post_step`, and here."""
+    a = 1 / math.sqrt(1 + sigma**2)
+    latents = x * a
+    if post_step is unchanged:
+        return latents, x
+    latents = post_step(latents, i)
+    return latents, latents * (1 / a)
+
+
+# ------------------------------------------------------------------------------------ the samplers
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler, called as its function is: `sampler(predict, schedule, x, steps, …)`."""
+
+    function: Callable[..., Steps]
+    scheduler: str  # the class of diffusers that does the same
+    levels: Callable[[Schedule, int], np.ndarray]  # ᾱ (steps,) at which the steps begin
+    needs_noise: bool = False  # `noise`, fresh at each step
+
+    def __call__(
+        self, predict: Predict, schedule: Schedule, x: Array, steps: int, **options: object
+    ) -> Steps:
+        """Yield (x, x0) after each step, from noise x (n, ...)."""
+        return self.function(predict, schedule, x, steps, **options)
+
+
+in_sigma = partial(levels_of_sigmas, sigma_steps)
+in_solver_sigma = partial(levels_of_sigmas, dpm_solver_steps)
 SAMPLERS = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "pndm": pndm,
-    "euler": euler,
-    "euler_a": euler_ancestral,
-    "heun": heun,
-    "dpm++2m": dpm_solver_2m,
-    "dpm++2m_sde": dpm_solver_2m,
-}
-RANDOM = {"ddpm", "euler_a", "dpm++2m_sde"}  # those that draw noise on the way
-
-
-SIGMA_STEPS = {  # of the samplers that go by σ
-    "euler": sigma_steps,
-    "euler_a": sigma_steps,
-    "heun": sigma_steps,
-    "dpm++2m": dpm_solver_steps,
-    "dpm++2m_sde": dpm_solver_steps,
-}
-
-
-SCHEDULERS = {  # diffusers' class → our sampler
-    "DDPMScheduler": "ddpm",
-    "DDIMScheduler": "ddim",
-    "PNDMScheduler": "pndm",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_a",
-    "HeunDiscreteScheduler": "heun",
-    "DPMSolverMultistepScheduler": "dpm++2m",
+    "ddpm": Sampler(ddpm, "DDPMScheduler", levels_of_timesteps, needs_noise=True),
+    "ddim": Sampler(ddim, "DDIMScheduler", levels_of_timesteps),
+    "pndm": Sampler(pndm, "PNDMScheduler", levels_of_timesteps),
+    "euler": Sampler(euler, "EulerDiscreteScheduler", in_sigma),
+    "euler_a": Sampler(
+        euler_ancestral, "EulerAncestralDiscreteScheduler", in_sigma, needs_noise=True
+    ),
+    "heun": Sampler(heun, "HeunDiscreteScheduler", in_sigma),
+    "dpm++2m": Sampler(dpm_solver_2m, "DPMSolverMultistepScheduler", in_solver_sigma),
+    "dpm++2m_sde": Sampler(
+        dpm_solver_2m, "DPMSolverMultistepScheduler", in_solver_sigma, needs_noise=True
+    ),
 }
 
 
 def sampler_of(config: dict) -> str:
-    """The name here of the scheduler that a config names; that itself, where there is none."""
+    """Return our name of the scheduler that a config names; that itself, where there is none."""
     kind = config.get("_class_name", "DDIMScheduler")
-    sampler = SCHEDULERS.get(kind, kind)
-    if sampler == "dpm++2m" and str(config.get("algorithm_type")).startswith("sde"):
-        return "dpm++2m_sde"
-    return sampler
-
-
-def levels(sampler: str, schedule: Schedule, steps: int) -> np.ndarray:
-    """ᾱ (steps,) at which the steps of a sampler begin."""
-    if sampler in SIGMA_STEPS:
-        _, sigmas = SIGMA_STEPS[sampler](schedule, steps)
-        return 1 / (1 + sigmas[:-1] ** 2)
-    return schedule.alphas_bar[timesteps(schedule, steps)]
-
-
-def guided(predict: Predict, guidance: float, rescale: float = 0.0) -> Predict:
-    """Classifier-free guidance: a `predict` for a sampler, from one for twice as many samples.
-
-    Of those the first half is predicted without text, the second with it. The result is away from
-    the first by `guidance` times the way to the second; 1 is plain conditional (Ho & Salimans 2022,
-    eq. 6, with their w = guidance − 1). rescale: 0 none … 1, how far its standard deviation goes
-    back to that of the second, against burnt colours (Lin et al. 2023, eq. 15 and 16).
-    """
-
-    def predict_guided(x, t):
-        xp = array_module(x)
-        without, with_text = xp.split(predict(xp.concatenate([x, x]), t), 2)
-        prediction = without + guidance * (with_text - without)
-        if rescale:
-            axes = tuple(range(1, x.ndim))
-            ratio = with_text.std(axes, keepdims=True) / prediction.std(axes, keepdims=True)
-            prediction *= rescale * ratio + (1 - rescale)
-        return prediction
-
-    return predict_guided
+    if kind == "DPMSolverMultistepScheduler":
+        return "dpm++2m" + "_sde" * str(config.get("algorithm_type")).startswith("sde")
+    names = (name for name, sampler in SAMPLERS.items() if sampler.scheduler == kind)
+    return next(names, kind)

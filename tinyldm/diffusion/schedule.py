@@ -146,29 +146,6 @@ class Schedule:
         return a * x - s * prediction, s * x + a * prediction
 
 
-def check_steps(schedule: Schedule, steps: int) -> None:
-    """ValueError for fewer sampling steps than one, or more than were trained."""
-    if not 1 <= steps <= len(schedule):
-        raise ValueError(f"steps: expected 1…{len(schedule)}, found {steps}")
-
-
-def spaced(schedule: Schedule, steps: int, default: str) -> np.ndarray:
-    """Time steps t (steps,), falling, as the scheduler config's `timestep_spacing` says.
-
-    "leading" visits 0, T/n, 2T/n … plus `steps_offset`, "trailing" T−1, T−1−T/n …, "linspace" both
-    ends, and between them steps that are not whole. Raises ValueError for an unknown spacing.
-    """
-    total = len(schedule)
-    spacing = schedule.config.get("timestep_spacing", default)
-    if spacing == "leading":
-        return np.arange(steps)[::-1] * (total // steps) + schedule.config.get("steps_offset", 0)
-    if spacing == "trailing":
-        return np.round(total - np.arange(steps) * (total / steps)) - 1
-    if spacing == "linspace":
-        return np.linspace(0, total - 1, steps)[::-1]
-    raise ValueError(f"timestep_spacing: expected leading, trailing or linspace, found {spacing!r}")
-
-
 def posterior(alpha_bar: float, alpha_bar_previous: float) -> tuple[float, float, float]:
     """q(x_s | x_t, x_0) for s before t: (weight of x_0, weight of x_t, variance) of the normal.
 

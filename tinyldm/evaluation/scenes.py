@@ -37,9 +37,11 @@ def seen_beside(pipeline: Pipeline, data: Dataset) -> Array | None:
 def paint(
     pipeline: Pipeline, prompts: list[str], scene: Scene | None = None, **options: object
 ) -> np.ndarray:
-    """One picture a prompt, uint8 (n, h, w, 3), in the size of the scene. options: of a recipe."""
+    """Generate one image a prompt, uint8 (n, h, w, 3), in the size of the scene."""
     size = scene and scene.pictures.shape[1:3]
-    for x, _ in pipeline.denoise(pipeline.recipe(prompts, size=size, **options), None, scene):
+    for x, _ in pipeline.denoise(
+        pipeline.sampling_params(prompts, size=size, **options), None, scene
+    ):
         latents = x
     return pipeline.decode(latents)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from tinyldm.backend import Array
 from tinyldm.data.shapes import make_shapes
-from tinyldm.diffusion.samplers import RANDOM, SAMPLERS
+from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.evaluation.metrics import SEED
 from tinyldm.evaluation.pictures import curves, grid, save_picture
 from tinyldm.evaluation.scenes import paint
@@ -81,7 +81,7 @@ def run(folder: Path, out: Path, say: Say) -> list[dict]:
                     "network_calls": (pipeline.seen - before) / len(captions),
                     "seconds": seconds / len(captions),
                     "accuracy_all": accuracy(pictures, captions),
-                    "distance": None if sampler in RANDOM else float(error),
+                    "distance": None if SAMPLERS[sampler].needs_noise else float(error),
                 }
                 report.add(row)
                 sheet.append(pictures[0])

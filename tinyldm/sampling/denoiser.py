@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from tinyldm.backend import Array, array_module, on_host
-from tinyldm.diffusion.solvers import Predict
+from tinyldm.diffusion.samplers import Predict
 from tinyldm.kernels.cached import fixed
 from tinyldm.kernels.cpu.processes import available, team
 from tinyldm.threads import cores, map_threads

@@ -9,8 +9,8 @@ from PIL import Image
 
 from tinyldm.backend import Array, array_module
 from tinyldm.data.images import from_uint8, mask_pixels, picture_pixels
-from tinyldm.diffusion.solvers import Predict
-from tinyldm.sampling.params import Recipe
+from tinyldm.diffusion.samplers import Predict
+from tinyldm.sampling.params import SamplingParams
 from tinyldm.sampling.tasks import TASKS, random_masks, reduced, sees_all, stretched, times_larger
 
 Images = Image.Image | Sequence[Image.Image]  # one for all, or one for each prompt
@@ -29,11 +29,11 @@ class Scene:
 
     @classmethod
     def of(
-        cls, image: Images, mask: Images | None, recipe: Recipe, task: str = TASKS[0]
+        cls, image: Images, mask: Images | None, params: SamplingParams, task: str = TASKS[0]
     ) -> "Scene":
-        """From PIL images, stretched to the recipe's size. ValueError where they do not fit."""
+        """From PIL images, stretched to the params' size. ValueError where they do not fit."""
         alike = all(one is None or isinstance(one, Image.Image) for one in (image, mask))
-        n, sides = 1 if alike else len(recipe.prompts), (recipe.height, recipe.width)
+        n, sides = 1 if alike else len(params.prompts), (params.height, params.width)
         small = [side // times_larger(task) for side in sides]
         pictures = [picture_pixels(one, *small) for one in each("image", image, n)]
         if mask is None:
@@ -118,7 +118,7 @@ class Entry:
 
 
 def enter(
-    recipe: Recipe,
+    params: SamplingParams,
     scene: Scene | None,
     noise: Array,
     alphas_bar: np.ndarray,
@@ -128,12 +128,12 @@ def enter(
 ) -> Entry:
     """The entry of a scene, or of noise alone.
 
-    A sketch enters with so much noise as the recipe's strength says (Meng et al. 2021, SDEdit).
+    A sketch enters with so much noise as the params' strength says (Meng et al. 2021, SDEdit).
     Where a part is hidden, a model that inpaints sees the rest of it, and where that is; with any
     other the known part is put back after each step, as noisy as the rest then is (Lugmayr et al.
     2022, eq. 8).
 
-    noise: unit normal (n, h, w, c). alphas_bar: ᾱ at which each of the recipe's steps begins.
+    noise: unit normal (n, h, w, c). alphas_bar: ᾱ at which each of the params' steps begins.
     to_latents: of pixels in −1…1, `factor` of them a side for each latent.
     """
     xp = array_module(noise)
@@ -143,7 +143,7 @@ def enter(
     if scene is None and not inpaints:
         return Entry(noise)
     if scene is None:  # to a model that inpaints: nothing is known
-        scene = Scene(np.zeros((1, recipe.height, recipe.width, 3), np.uint8))
+        scene = Scene(np.zeros((1, params.height, params.width, 3), np.uint8))
     masked = scene.hidden is not None
     if not masked:
         scene = Scene(scene.pictures, np.ones(scene.pictures.shape[:3], bool))
@@ -154,9 +154,9 @@ def enter(
             "to paint anew; found none"
         )
     anew = xp.asarray(anew)
-    begin = recipe.steps - recipe.steps_taken
+    begin = params.steps - params.steps_taken
     alphas_bar = alphas_bar[begin:].tolist()
-    sketched = recipe.strength is not None and (begin > 0 or not masked)
+    sketched = params.strength is not None and (begin > 0 or not masked)
     puts_back = masked and not inpaints
     z = to_latents(from_uint8(scene.pictures)) if sketched or puts_back else None
 
@@ -170,7 +170,7 @@ def enter(
         return Entry(x, options, scene.beside(task, to_latents, factor))
     if puts_back:
         after = [*alphas_bar[1:], 1.0]
-        options["change"] = lambda x, i: anew * x + (1 - anew) * noisy(after[i])
+        options["post_step"] = lambda x, i: anew * x + (1 - anew) * noisy(after[i])
     return Entry(x, options)
 
 

@@ -1,62 +1,63 @@
-"""What a batch of pictures depends on, beside the weights and the pictures it may begin with."""
+"""The parameters of one sampling call, validated."""
 
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-from tinyldm.config import unknown
 from tinyldm.diffusion.samplers import SAMPLERS
+from tinyldm.options import check_options, option
+
+BY_RUN = "the run's"  # where the folder of the model says what it is by default
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Complete, and checked: ValueError where a number is not what is expected.
+class SamplingParams:
+    """Everything that images depend on, beside the weights and the init image or mask.
 
-    strength: which share of the steps a given picture goes through; None where there is none.
-    rescale: 0…1, of the guidance, see `guided`.
-    variation: 0…1, how far the noise of every picture is from that of the first, in a direction
-    that (variation_seed, i) decides; None where every picture has noise of its own.
+    Raises ValueError for a value that is not what is expected.
     """
 
     prompts: tuple[str, ...]
-    negatives: tuple[str, ...]  # as many
-    steps: int
-    guidance: float
-    sampler: str
-    seed: int
-    height: int  # pixels
+    negative_prompts: tuple[str, ...]  # as many
+    height: int  # of the images, pixels
     width: int
-    strength: float | None = None
-    rescale: float = 0.0
-    variation: float | None = None
-    variation_seed: int = 0
+    steps: int = option("number of sampling steps", least=1, default_text=BY_RUN)
+    guidance: float = option("guidance scale; 1 is no guidance", default_text=BY_RUN)
+    sampler: str = option(f"sampler: {', '.join(SAMPLERS)}", choices=SAMPLERS, default_text=BY_RUN)
+    seed: int = option("seed of the noise", least=0, default_text="0")
+    strength: float | None = option(
+        "share of the steps that the init image goes through", None, least=0.001, most=1,
+        default_text="0.8, with a mask 1",
+    )  # fmt: skip
+    rescale: float = option(
+        "guidance rescale against burnt colours (Lin et al. 2023)", 0.0, least=0, most=1
+    )
+    variation: float | None = option(
+        "distance of each image from that of the seed, each in another direction", None,
+        least=0, most=1, default_text="none",
+    )  # fmt: skip
+    variation_seed: int = option("seed of the directions of --variation", 0, least=0)
+    tile: int | None = option(
+        "side of the tiles in which to decode, in pixels, for less memory; 0 for no tiles", None,
+        least=0, default_text="512 above 768×768",
+    )  # fmt: skip
 
     def __post_init__(self):
         n = len(self.prompts)
         if n == 0:
             raise ValueError("prompt: expected at least one")
-        if len(self.negatives) != n:
-            raise ValueError(f"negative_prompt: expected one, or {n}, found {len(self.negatives)}")
-        for name in ("steps", "seed", "variation_seed", "height", "width"):
-            if not isinstance(getattr(self, name), Integral):
-                raise ValueError(f"{name}: expected a whole number, found {getattr(self, name)!r}")
-        for name in ("guidance", "strength", "rescale", "variation"):
-            if not isinstance(getattr(self, name), (Real, type(None))):
-                raise ValueError(f"{name}: expected a number, found {getattr(self, name)!r}")
-        if self.steps < 1:
-            raise ValueError(f"steps: expected 1 or more, found {self.steps}")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance: expected a finite number, found {self.guidance}")
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler: {unknown(self.sampler, SAMPLERS)}")
-        for name in ("seed", "variation_seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
-        for name in ("rescale", "variation"):
-            number = getattr(self, name)
-            if number is not None and not 0 <= number <= 1:
-                raise ValueError(f"{name}: expected 0…1, found {number}")
-        if self.strength is not None and not (0 < self.strength <= 1 and self.steps_taken >= 1):
+        if len(self.negative_prompts) != n:
+            raise ValueError(
+                f"negative_prompt: expected one, or {n}, found {len(self.negative_prompts)}"
+            )
+        self._check_strength()
+        check_options(self)
+
+    def _check_strength(self):
+        """Its range depends on the steps, of which it is to leave one at least."""
+        if not isinstance(self.strength, Real) or not isinstance(self.steps, Integral):
+            return
+        if self.steps >= 1 and not (0 < self.strength <= 1 and self.steps_taken >= 1):
             least = math.ceil(1000 / self.steps) / 1000
             raise ValueError(
                 f"strength: expected {least:g}…1, which is one of {self.steps} steps "
@@ -65,5 +66,5 @@ class Recipe:
 
     @property
     def steps_taken(self) -> int:
-        """All, or of a given picture the last ones."""
+        """The number of steps: all, or with an init image the last ones."""
         return self.steps if self.strength is None else int(self.steps * self.strength)

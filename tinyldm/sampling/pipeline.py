@@ -16,16 +16,17 @@ from tinyldm.checkpoints.components import make
 from tinyldm.checkpoints.diffusers_folder import save_folder
 from tinyldm.config import ConfigError
 from tinyldm.data.images import both_sides, from_uint8, in_channels, similar_size, to_uint8
-from tinyldm.diffusion.samplers import RANDOM, SAMPLERS, guided, levels, sampler_of, timesteps
+from tinyldm.diffusion.guidance import guided
+from tinyldm.diffusion.samplers import SAMPLERS, Predict, sampler_of
 from tinyldm.diffusion.schedule import Schedule
-from tinyldm.diffusion.solvers import Predict
+from tinyldm.diffusion.timesteps import check_steps
 from tinyldm.machine import keep_freed_memory
 from tinyldm.models import ClassNames, Tokenizer
 from tinyldm.nn import no_grad
 from tinyldm.sampling import noise
 from tinyldm.sampling.denoiser import predictor
 from tinyldm.sampling.init_image import Images, Scene, each, enter, seeing, strength_of
-from tinyldm.sampling.params import Recipe
+from tinyldm.sampling.params import SamplingParams
 from tinyldm.sampling.tasks import task_of, times_larger
 from tinyldm.sampling.tiling import in_parts
 from tinyldm.threads import map_batch
@@ -94,134 +95,116 @@ class Pipeline:
         prompt: str | list[str],
         *,
         negative_prompt: str | list[str] = "",
-        steps: int | None = None,
-        guidance: float | None = None,
-        sampler: str | None = None,
-        seed: int = 0,
         size: int | tuple[int, int] | None = None,
         latents: Array | None = None,
         image: Images | None = None,
         mask: Images | None = None,
-        strength: float | None = None,
-        rescale: float = 0.0,
-        variation: float | None = None,
-        variation_seed: int = 0,
-        tile: int | None = None,
         callback: Callable[[int, Array, Array], None] | None = None,
+        **options: float | str | None,
     ) -> list[Image.Image]:
-        """Paint one picture a prompt: str or list of str → list of PIL images.
+        """Generate one image a prompt: str or list of str → list of PIL images.
 
         negative_prompt: what guidance leads away from, one for all or one a prompt.
-        steps, guidance (1 is none), sampler: None is the folder's default.
-        seed: picture i starts from the noise of (seed, i), whatever the batch and the device.
         size: pixels, one number or (height, width); None is the size trained on or, with an image,
-        its proportions.
-        latents: (n, h, w, c) unit normal noise to start from instead.
-        image: PIL, one for all or one a prompt, to begin with. strength: which share of the steps
-        is then gone, 0.8 by default; at 1 little more than the colours is left of it. For a model
-        of upscaling it is the small picture, for one of layout the map.
-        mask: PIL; where it is white the image is painted anew, all the rest stays. strength: 1.
-        rescale: 0…1, see `guided`.
-        variation: 0…1; every picture starts from the noise of (seed, 0), moved so far towards
-        another, which (variation_seed, i) decides.
-        tile: pixels, the side of the tiles in which to decode; 0 never, None where it is large.
+        its aspect ratio.
+        latents: (n, h, w, c) standard normal noise to start from instead.
+        image: the init image, PIL, one for all or one a prompt. A model of upscaling takes the
+        small image, one of layout the map.
+        mask: PIL; where it is white the image is generated, all the rest stays.
         callback: called with (i, x, x0) after the i-th step, both (n, h, w, c): the latents so far,
         and where they lead. What it raises ends the work.
-        ValueError where one of them is not what is expected.
+        options: of SamplingParams, such as steps, guidance, sampler and seed; None or left out is
+        the folder's default. Image i starts from the noise of (seed, i), whatever the batch and the
+        device.
+        Raises ValueError where one of them is not what is expected.
         """
         first = None
         if image is not None:
             first, *_ = each("image", image, 1 if isinstance(prompt, str) else len(prompt))
-        strength = strength_of(self.task, first is not None, mask is not None, strength)
+        strength = strength_of(
+            self.task, first is not None, mask is not None, options.pop("strength", None)
+        )
         if first and size is None:
             size = self.size_like(first.height, first.width)
-        self.check_tile(tile)
-        recipe = self.recipe(
-            prompt, negative_prompt, steps, guidance, sampler, seed, size, strength=strength,
-            rescale=rescale, variation=variation, variation_seed=variation_seed,
-        )  # fmt: skip
-        scene = None if image is None else Scene.of(image, mask, recipe, self.task)
-        for i, (x, x0) in enumerate(self.denoise(recipe, latents, scene, tile)):
+        params = self.sampling_params(prompt, negative_prompt, size, strength=strength, **options)
+        scene = None if image is None else Scene.of(image, mask, params, self.task)
+        for i, (x, x0) in enumerate(self.denoise(params, latents, scene)):
             if callback:
                 callback(i, x, x0)
-        return [Image.fromarray(picture) for picture in self.decode(x, tile)]
+        return [Image.fromarray(picture) for picture in self.decode(x, params.tile)]
 
-    def recipe(
+    def sampling_params(
         self,
         prompt: str | list[str],
         negative_prompt: str | list[str] = "",
-        steps: int | None = None,
-        guidance: float | None = None,
-        sampler: str | None = None,
-        seed: int = 0,
         size: int | tuple[int, int] | None = None,
-        **others: float | None,
-    ) -> Recipe:
-        """The arguments of a call, checked, with the folder's defaults filled in.
+        **options: float | str | None,
+    ) -> SamplingParams:
+        """Check the arguments of a call and fill in the folder's defaults.
 
-        others: strength, rescale, variation and variation_seed.
+        options: of SamplingParams; None is the default.
         """
         prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
         negatives = (negative_prompt,) * len(prompts)
         if not isinstance(negative_prompt, str):
             negatives = tuple(negative_prompt)
-        steps = self.defaults["steps"] if steps is None else steps
-        timesteps(self.schedule, steps)  # raises where there are not so many
-        guidance = self.defaults["guidance"] if guidance is None else guidance
-        sampler = sampler or self.defaults["sampler"]
-        if sampler == self.scheduler_class:
+        defaults = {name: self.defaults[name] for name in ("steps", "guidance", "sampler")}
+        given = {name: value for name, value in options.items() if value is not None}
+        options = {"seed": 0} | defaults | given
+        if options["sampler"] == self.scheduler_class:
             raise ValueError(
-                f"sampler: the model names a {sampler}, which is not implemented; choose another "
-                f"(--sampler): {', '.join(SAMPLERS)}"
+                f"sampler: the model names a {self.scheduler_class}, which is not implemented; "
+                f"choose another (--sampler): {', '.join(SAMPLERS)}"
             )
-        height, width = self._sides(size)
-        return Recipe(prompts, negatives, steps, guidance, sampler, seed, height, width, **others)
+        check_steps(self.schedule, options["steps"])
+        params = SamplingParams(prompts, negatives, *self._sides(size), **options)
+        self.check_tile(params.tile)
+        return params
 
     def denoise(
         self,
-        recipe: Recipe,
+        params: SamplingParams,
         latents: Array | None = None,
         scene: Scene | None = None,
-        tile: int | None = None,
     ) -> Iterator[tuple[Array, Array]]:
         """The reverse process, as a generator of (x, x0): latents so far, and where they lead.
 
-        Both are (n, h, w, c). latents: unit normal noise to start from instead of the recipe's.
-        scene: pictures to begin with, where the recipe has a strength; tile: see `encode`.
+        Both are (n, h, w, c). latents: unit normal noise to start from instead of the params'.
+        scene: the init image, where the params have a strength.
         """
-        n, f = len(recipe.prompts), self.vae.factor
-        h, w = recipe.height // f, recipe.width // f
+        n, f = len(params.prompts), self.vae.factor
+        h, w = params.height // f, params.width // f
         sides = h, w, self.vae.latent_channels
-        streams = noise.streams(recipe.seed, n)
-        if recipe.variation is not None:  # all of them begin, and go on, as the first
-            streams = [noise.streams(recipe.seed, 1)[0] for _ in range(n)]
+        streams = noise.streams(params.seed, n)
+        if params.variation is not None:  # all of them begin, and go on, as the first
+            streams = [noise.streams(params.seed, 1)[0] for _ in range(n)]
 
         def fresh():
             return self.xp.asarray(noise.draw(streams, sides))
 
         x = fresh()  # in any case: DDPM's later noise is the same with latents of your own
-        if recipe.variation is not None:
-            ways = noise.draw(noise.variation_streams(recipe.variation_seed, n), sides)
+        if params.variation is not None:
+            ways = noise.draw(noise.variation_streams(params.variation_seed, n), sides)
             first = to_device(x, "cpu")
-            x = self.xp.asarray(noise.slerp(first, ways, recipe.variation))
+            x = self.xp.asarray(noise.slerp(first, ways, params.variation))
         if latents is not None:
             if latents.shape != x.shape:
                 raise ValueError(f"latents: expected {x.shape}, found {latents.shape}")
             x = self.xp.asarray(latents, dtype=np.float32)
-        alphas_bar = levels(recipe.sampler, self.schedule, recipe.steps)
-        to_latents = partial(self.to_latents, tile=tile)
-        entry = enter(recipe, scene, x, alphas_bar, to_latents, f, self.task)
-        options = entry.options | ({"noise": fresh} if recipe.sampler in RANDOM else {})
-        context = self.embed(recipe.prompts)
-        if recipe.guidance != 1:
-            context = self.xp.concatenate([self.embed(recipe.negatives), context])
+        sampler = SAMPLERS[params.sampler]
+        alphas_bar = sampler.levels(self.schedule, params.steps)
+        to_latents = partial(self.to_latents, tile=params.tile)
+        entry = enter(params, scene, x, alphas_bar, to_latents, f, self.task)
+        options = entry.options | ({"noise": fresh} if sampler.needs_noise else {})
+        context = self.embed(params.prompts)
+        if params.guidance != 1:
+            context = self.xp.concatenate([self.embed(params.negative_prompts), context])
         with self.predictor(context, max(1, POSITIONS_AT_ONCE // (h * w))) as predict:
             if entry.beside is not None:
                 predict = seeing(predict, entry.beside)
-            if recipe.guidance != 1:
-                predict = guided(predict, recipe.guidance, recipe.rescale)
-            sampler = SAMPLERS[recipe.sampler]
-            yield from sampler(predict, self.schedule, entry.x, recipe.steps, **options)
+            if params.guidance != 1:
+                predict = guided(predict, params.guidance, params.rescale)
+            yield from sampler(predict, self.schedule, entry.x, params.steps, **options)
 
     def predict(
         self, x: Array, t: int | np.ndarray, condition: Array, beside: Array | None = None

@@ -1,14 +1,17 @@
 """What a run is made of: everything that it depends on, and the configs of its networks."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from tinyldm.checkpoints.components import DIFFUSERS_VERSION
 from tinyldm.config import ConfigError, unknown
 from tinyldm.data.images import both_sides
 from tinyldm.diffusion.loss import WEIGHTINGS
-from tinyldm.diffusion.schedule import Schedule
+from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
 from tinyldm.models import ClassNames, Tokenizer
+from tinyldm.options import check_options, option
 from tinyldm.sampling.tasks import TASKS, channels_beside, times_larger
 from tinyldm.training.optim import DECAYS
 
@@ -26,6 +29,17 @@ SCHEDULES = {  # of noise: name → keys of diffusers' scheduler config
     # Training ends at noise alone, so sampling must begin there (Lin et al. 2023, section 3.3).
     "zero_snr": STABLE_DIFFUSION | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
 }
+
+
+# The groups of options on the command line.
+IMAGES, MODEL, LEARNT = "the images", "the model", "what is learnt"
+RESOURCES = "time and memory"
+
+
+def choice(help: str, choices: Iterable[str], group: str) -> Any:
+    """Make an option that is one of some words, the first by default."""
+    words = tuple(choices)
+    return option(f"{help}: {', '.join(words)}", words[0], choices=words, group=group)
 
 
 @dataclass(frozen=True)
@@ -51,29 +65,50 @@ class Config:
     """Everything that a run depends on. It is stored in the run's state."""
 
     preset: str = "demo"
-    data: str = "shapes"  # or a folder
+    data: str = option(
+        "folder of images, IDX (MNIST), CIFAR-10's .bin or .npz", "shapes", group=IMAGES,
+        metavar="FOLDER", default_text="shapes, drawn here",
+    )  # fmt: skip
     side: int | tuple[int, int] = 32  # pixels; two are height and width
-    grey: bool = False  # one channel instead of three
+    grey: bool = option("train on one channel, the brightness of the images", False, group=IMAGES)
     pictures: int = 20_512  # to draw, for shapes
-    flip: bool = False  # train on every picture's mirror image, too
+    flip: bool = option(
+        "train on mirror images, too (not where captions say left and right)", False, group=IMAGES
+    )
     held_out: float = 0.05  # share of the pictures that validate and are never trained on
-    skip_bad: bool = False  # leave out files that cannot be read, instead of refusing the folder
-    keep: int = 2  # states on disk: the newest, and those before it
-    seed: int = 0
+    skip_bad: bool = option(
+        "leave out files that cannot be read, and name them", False, group=IMAGES
+    )
+    keep: int = option("number of states on disk, the last ones", 2, least=1, most=1000)
+    seed: int = option("seed of everything that is drawn at random", 0, least=0)
     autoencoder: Stage = field(default_factory=lambda: DEMO_AUTOENCODER)
     denoiser: Stage = field(default_factory=lambda: DEMO_DENOISER)
-    first_stage: str = "kl"  # or "vq" with a codebook, or "none" for diffusion in pixels
+    first_stage: str = choice(
+        "first stage, with Gaussian latents, a codebook, or none for diffusion in pixels",
+        FIRST_STAGES, group=MODEL,
+    )  # fmt: skip
     codes: int = 256  # of the codebook
     kl_weight: float = 1e-4  # of the mean KL a latent number, beside the mean squared error
     perceptual: float = 0.0  # weight of the perceptual loss, on a network given in Python
-    adversarial: float = 0.0  # weight of the discriminator of stage 1, beside the adaptive one
+    adversarial: float = option(
+        "weight of a discriminator in the second half of stage 1", 0.0, least=0, most=1000,
+        group=LEARNT, metavar="WEIGHT",
+    )  # fmt: skip
     adversarial_start: float = 0.5  # share of the stage's steps after which it begins
-    task: str = "generation"  # or what the U-Net sees beside the noisy latents, see `tasks`
-    condition: str = "text"  # or the class of a picture, as a token or beside its time, or "none"
+    task: str = choice("task, which says what is concatenated to the latents", TASKS, group=MODEL)
+    condition: str = choice(
+        "condition: captions, classes as a token or with the time step, or none", CONDITIONS,
+        group=MODEL,
+    )  # fmt: skip
     caption_dropout: float = 0.1  # share of captions left out, so that guidance has a "without"
-    checkpointing: bool = False  # make activations again in the backward pass, for less memory
-    weighting: str = "simple"  # of the loss by t, or "min-snr" or "variational"
-    noise_offset: float = 0.0  # of a noise that is the same all over a channel (Guttenberg 2023)
+    checkpointing: bool = option(
+        "compute activations again in the backward pass, for less memory", False, group=RESOURCES
+    )
+    weighting: str = choice("weighting of the loss by time step", WEIGHTINGS, group=LEARNT)
+    noise_offset: float = option(
+        "offset noise, the same all over a channel (Guttenberg 2023)", 0.0, least=0, most=1,
+        group=LEARNT, metavar="X",
+    )  # fmt: skip
     vae_widths: tuple = (32, 64)  # channels per level: f = 2^(levels − 1)
     latent_channels: int = 4
     unet_widths: tuple = (48, 48, 96)
@@ -85,22 +120,16 @@ class Config:
     text_layers: int = 1
     tokens: int = 16
     vocabulary: int = 1024
-    schedule: str = "linear"  # of the noise
-    prediction: str = "v_prediction"
+    schedule: str = choice("noise schedule", SCHEDULES, group=LEARNT)
+    prediction: str = option(
+        f"prediction of the U-Net: {', '.join(PREDICTIONS)}", "v_prediction",
+        choices=PREDICTIONS, group=LEARNT,
+    )  # fmt: skip
     steps: int = 25  # of sampling
     guidance: float = 2.0
 
     def __post_init__(self):
-        choices = {
-            "first_stage": FIRST_STAGES,
-            "weighting": WEIGHTINGS,
-            "schedule": SCHEDULES,
-            "task": TASKS,
-            "condition": CONDITIONS,
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name}: {unknown(getattr(self, name), known)}")
+        check_options(self, ConfigError)
         Schedule(self.scheduler_config())  # raises where the prediction does not go with it
         if not 0 <= self.adversarial_start <= 1:
             raise ConfigError(f"adversarial_start: expected 0…1, found {self.adversarial_start}")

@@ -1,17 +1,25 @@
 """The presets: sizes, rates, and how long each stage takes; and what a command makes of them."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from tinyldm.config import ConfigError, unknown
 from tinyldm.data.images import both_sides
+from tinyldm.options import option
 from tinyldm.training.config import (
     DEMO_AUTOENCODER,
     DEMO_DENOISER,
+    IMAGES,
+    LEARNT,
+    MODEL,
+    RESOURCES,
     STAGES,
     Config,
     Stage,
 )
+from tinyldm.training.optim import DECAYS
+
+PRESET = "the preset's"  # where it says what an option is by default
 
 PRESETS = {
     "tiny": Config(
@@ -52,6 +60,41 @@ LARGEST = 1024  # pixels of a side
 FOR_TESTS = "tiny"  # too small to be chosen by size
 
 
+@dataclass(frozen=True)
+class NewRun:
+    """What a new run may be asked for beside the fields of its Config; None is the preset's."""
+
+    preset: str | None = option(
+        "preset: tiny (16 px, seconds, to try things out), demo (32 px, 5 minutes), "
+        "medium (64 px, 30 minutes) or large (128 px, 3 hours)", None,
+        choices=PRESETS, group=MODEL, default_text="the smallest for --size, else demo",
+    )  # fmt: skip
+    size: int | tuple[int, int] | None = option(
+        "size of the images in pixels, S or HEIGHTxWIDTH; each is cropped in its middle and "
+        "resized", None, group=IMAGES, default_text=PRESET,
+    )  # fmt: skip
+    factor: int | None = option(
+        "downsampling factor of the first stage: 1, 2, 4, 8 or 16", None,
+        choices=(1, 2, 4, 8, 16), group=MODEL, metavar="F", default_text=PRESET,
+    )  # fmt: skip
+    channels: int | None = option(
+        "number of latent channels", None, least=1, most=64, group=MODEL, metavar="C",
+        default_text=PRESET,
+    )  # fmt: skip
+    decay: str | None = option(
+        f"decay of the learning rate: {', '.join(DECAYS)}", None, choices=DECAYS, group=LEARNT,
+        default_text=next(iter(DECAYS)),
+    )  # fmt: skip
+    minutes: float | None = option(
+        "minutes of training; with --resume, from now on", None, least=0.01, most=100_000,
+        group=RESOURCES, default_text=PRESET,
+    )  # fmt: skip
+    accumulate: int | None = option(
+        "number of parts in which each batch is worked through, for less memory", None, least=1,
+        most=1024, group=RESOURCES, metavar="N", default_text="1",
+    )  # fmt: skip
+
+
 def make_config(
     preset: str | None = None,
     size: int | tuple[int, int] | None = None,
@@ -62,13 +105,11 @@ def make_config(
     decay: str | None = None,
     **others: object,
 ) -> Config:
-    """The config of a new run.
+    """Return the config of a new run.
 
-    preset: by default the smallest for pictures of `size`. size: pixels, of a square or (height,
-    width), by default the preset's. minutes: of training, shared between the stages as the preset
-    does. factor: pixels of a side for each latent, a power of two; channels: of the latents.
-    accumulate: parts of each batch, one after the other. decay: of the learning rate. others: any
-    field of Config.
+    The first seven are the options of NewRun; others are fields of Config. The preset is by default
+    the smallest for images of `size`, which is pixels, of a square or (height, width); `minutes`
+    are shared between the stages as the preset does.
     ConfigError for an unknown preset, or a size that does not divide.
     """
     if preset is None:

@@ -36,7 +36,7 @@ from tinyldm.training.preparation import (
 )
 from tinyldm.training.presets import changed, with_length
 from tinyldm.training.signals import Interruptible, Stopped
-from tinyldm.training.state import State, load_state, save_state
+from tinyldm.training.state import State, load_notes, load_state, save_state, state_files
 
 
 def train(
@@ -313,3 +313,13 @@ def rebuild(run: str | Path) -> Pipeline:
             "goes on with it"
         )
     return export(run, state, Models(state.config, state.tokenizer))
+
+
+def whole_run(run: str, say: Say) -> str:
+    """Return `run`, its component folders exported again if the last export was cut off."""
+    folder = Path(run)
+    if folder.is_dir() and not (folder / "model_index.json").exists() and state_files(run):
+        if load_notes(run)["stage"] == "denoiser":
+            say(f"{run}: the export is not whole; making it again from the state")
+        rebuild(run)
+    return run

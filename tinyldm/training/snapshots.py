@@ -174,7 +174,7 @@ def reverse_process(
 ) -> None:
     """reverse.webp, noise becoming pictures, and reverse.png, the first of them."""
     frames, states, goals = [], [], []
-    for x, x0 in pipeline.denoise(pipeline.recipe(prompts), None, scene):
+    for x, x0 in pipeline.denoise(pipeline.sampling_params(prompts), None, scene):
         states.append(pipeline.decode(x))
         goals.append(pipeline.decode(x0))
         both = np.concatenate([states[-1], goals[-1]])

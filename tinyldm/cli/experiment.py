@@ -1,0 +1,49 @@
+"""`tinyldm experiment`: try a claim of the field at small scale."""
+
+from argparse import ArgumentParser, Namespace
+from importlib import import_module
+from pathlib import Path
+
+from tinyldm.cli.arguments import number, one_of, say
+from tinyldm.experiments.trained import trained_run
+from tinyldm.training.run import whole_run
+
+EXPERIMENTS = {  # name → the question that it answers
+    "latent-vs-pixel": "is diffusion cheaper in latents than in pixels, at the same quality?",
+    "guidance": "how strongly should the caption be followed?",
+    "samplers": "how many steps does which sampler need?",
+    "schedules": "which noise schedule, and what should the network predict?",
+}
+ON_A_RUN = ("guidance", "samplers")  # the experiments that take a trained run
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the experiment, and for how long and where."""
+    texts = "; ".join(f"{name}: {text}" for name, text in EXPERIMENTS.items())
+    parser.add_argument("name", metavar="NAME", type=one_of(EXPERIMENTS), help=texts)
+    parser.add_argument(
+        "--seconds", type=number(1, 1_000_000), default=240.0,
+        help="seconds that each network is trained (default: 240)",
+    )  # fmt: skip
+    text = "a run on shapes for guidance and samplers (default: train the demo's in DIR/run)"
+    parser.add_argument("--run", dest="run_folder", metavar="RUN", help=text)
+    parser.add_argument(
+        "--out", metavar="DIR", required=True, help="folder for results.json, tables and images"
+    )
+
+
+def run(options: Namespace) -> None:
+    """Run one, on seconds of training or on what has been trained, and print its table."""
+    module = import_module(f"tinyldm.experiments.{options.name.replace('-', '_')}")
+    out = Path(options.out)
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out}: expected a folder, or nothing, found a file")
+    subject = options.seconds
+    if options.name in ON_A_RUN:
+        run = whole_run(options.run_folder, say) if options.run_folder else None
+        subject = trained_run(run, options.seconds, out, say)
+    elif options.run_folder:
+        options.parser.error(f"--run: {options.name} trains its own; leave it out")
+    out.mkdir(parents=True, exist_ok=True)
+    module.run(subject, out, say)
+    print((out / "table.md").read_text(encoding="utf-8"), end="")

@@ -1,0 +1,82 @@
+"""`tinyldm train`: train a new run, or go on with one."""
+
+import time
+from argparse import ArgumentParser, Namespace
+
+from tinyldm import __version__
+from tinyldm.cli.arguments import add_device, add_options, say
+from tinyldm.models import ClassNames
+from tinyldm.options import options_of
+from tinyldm.sampling.pipeline import Pipeline
+from tinyldm.threads import describe
+from tinyldm.training.config import IMAGES, LEARNT, MODEL, RESOURCES, Config
+from tinyldm.training.estimate import duration
+from tinyldm.training.loop import Diverged
+from tinyldm.training.overfit import overfit, report
+from tinyldm.training.presets import NewRun, make_config
+from tinyldm.training.run import resume, train
+
+STAY = ("factor", "channels", "accumulate", "decay")  # which a run that is resumed keeps
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the options of a run."""
+    for title in (IMAGES, MODEL, LEARNT, RESOURCES):
+        parser.add_argument_group(title)
+    for cls in (NewRun, Config):
+        add_options(parser, cls)
+    parser.add_argument(
+        "--overfit",
+        action="store_true",
+        default=None,
+        help="only test that the loss falls on a single batch (needs no --out)",
+    )
+    add_run(parser, out=None)
+
+
+def add_run(parser: ArgumentParser, out: str | None) -> None:
+    """Add the folder of a run, and what may happen to the one that is there."""
+    text = "folder of the run" + (f" (default: {out})" if out else "")
+    parser.add_argument("--out", default=out, metavar="RUN", help=text)
+    old = parser.add_mutually_exclusive_group()
+    old.add_argument("--resume", action="store_true", help="go on with the run in RUN")
+    old.add_argument("--overwrite", action="store_true", help="replace the run in RUN")
+    add_device(parser)
+
+
+def run(options: Namespace) -> None:
+    """Train a new run, or go on with one, and print its folder."""
+    if options.out is None and not options.overfit:
+        options.parser.error("the following arguments are required: --out")
+    if options.overfit and options.resume:
+        options.parser.error("--overfit: begins anew; leave out --resume")
+    say(f"tinyldm {__version__}: {describe(options.device)}")
+    started = time.monotonic()
+    settings = {
+        name: value
+        for name in (*options_of(NewRun), *options_of(Config))
+        if (value := getattr(options, name, None)) is not None
+    }
+    if options.resume:
+        for name in settings.keys() & set(STAY):
+            options.parser.error(f"--{name}: the run goes on as it began; leave it out")
+        pipeline = resume(options.out, options.device, say=say, **settings)
+    else:
+        config = make_config(**settings)
+        if options.overfit:
+            if not report(overfit(config, options.device, say), say):
+                raise Diverged("the self-test has failed: on a single batch the loss does not fall")
+            return
+        pipeline = train(options.out, config, options.device, options.overwrite, say=say)
+    say(
+        f"trained in {duration(time.monotonic() - started)}; generate with: tinyldm sample "
+        f"{options.out} {_what_to_say(pipeline)} -o image.png"
+    )
+    print(options.out)
+
+
+def _what_to_say(pipeline: Pipeline) -> str:
+    """Name the arguments that it needs to generate: a prompt, or an image."""
+    prompt = pipeline.tokenizer.names[0] if isinstance(pipeline.tokenizer, ClassNames) else "…"
+    given = {"generation": "", "inpainting": " --image FILE --mask FILE"}
+    return f'"{prompt}"' + given.get(pipeline.task, " --image FILE")

@@ -1,0 +1,148 @@
+"""The time steps that a sampler visits, and how much noise there is at each.
+
+Samplers count noise by ᾱ or by σ = √(1 − ᾱ) / √ᾱ, noise relative to signal (Karras et al. 2022).
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from tinyldm.config import ConfigError
+from tinyldm.diffusion.schedule import Schedule
+
+RHO = 7.0  # of Karras et al., eq. 5
+IMPLEMENTED = {  # values of a scheduler config; others are refused by name
+    "use_exponential_sigmas": (None, False),
+    "use_beta_sigmas": (None, False),
+    "use_flow_sigmas": (None, False),
+    "interpolation_type": (None, "linear"),
+    "timestep_type": (None, "discrete"),
+    "final_sigmas_type": (None, "zero", "sigma_min"),
+}
+IMPLEMENTED_OF_DPM_SOLVER = IMPLEMENTED | {
+    "use_lu_lambdas": (None, False),
+    "thresholding": (None, False),
+    "solver_order": (None, 2),
+    # Of DEIS and UniPC: from their configs, diffusers makes a DPM-Solver++ of the usual kind.
+    "solver_type": (None, "midpoint", "logrho", "bh1", "bh2"),
+    "euler_at_final": (None, False),
+    "algorithm_type": (None, "dpmsolver++", "sde-dpmsolver++", "deis"),
+}
+
+
+def check_steps(schedule: Schedule, steps: int) -> None:
+    """ValueError for fewer sampling steps than one, or more than were trained."""
+    if not 1 <= steps <= len(schedule):
+        raise ValueError(f"steps: expected 1…{len(schedule)}, found {steps}")
+
+
+def spaced(schedule: Schedule, steps: int, default: str) -> np.ndarray:
+    """Time steps t (steps,), falling, as the scheduler config's `timestep_spacing` says.
+
+    "leading" visits 0, T/n, 2T/n … plus `steps_offset`, "trailing" T−1, T−1−T/n …, "linspace" both
+    ends, and between them steps that are not whole. Raises ValueError for an unknown spacing.
+    """
+    total = len(schedule)
+    spacing = schedule.config.get("timestep_spacing", default)
+    if spacing == "leading":
+        return np.arange(steps)[::-1] * (total // steps) + schedule.config.get("steps_offset", 0)
+    if spacing == "trailing":
+        return np.round(total - np.arange(steps) * (total / steps)) - 1
+    if spacing == "linspace":
+        return np.linspace(0, total - 1, steps)[::-1]
+    raise ValueError(f"timestep_spacing: expected leading, trailing or linspace, found {spacing!r}")
+
+
+def timesteps(schedule: Schedule, steps: int) -> np.ndarray:
+    """The steps t (steps,) to visit, falling, as the scheduler config's `timestep_spacing` says.
+
+    By default "leading". Where the offset would lead past the last trained step, that is taken.
+
+    Raises ValueError for more steps than were trained, or an unknown spacing.
+    """
+    check_steps(schedule, steps)
+    t = np.round(spaced(schedule, steps, "leading"))
+    return np.minimum(t, len(schedule) - 1).astype(np.int64)
+
+
+def sigma_steps(schedule: Schedule, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """The time steps t (steps,), not always whole, and σ (steps + 1,), both falling.
+
+    Spaced as the scheduler config's `timestep_spacing` says, by default "linspace"; with
+    `use_karras_sigmas` as Karras et al. 2022, eq. 5, between the same ends. σ ends with 0. Raises
+    ValueError for more steps than were trained, or an unknown spacing.
+    """
+    _check(schedule, steps, IMPLEMENTED)
+    t = spaced(schedule, steps, "linspace")
+    sigmas = np.interp(t, np.arange(len(schedule)), schedule.sigmas)
+    if schedule.config.get("use_karras_sigmas"):
+        sigmas = _karras(sigmas[-1], sigmas[0], steps)
+        t = _time_of(schedule, sigmas)
+    return t, np.append(sigmas, 0.0)
+
+
+def dpm_solver_steps(schedule: Schedule, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same for DPM-Solver++, which leaves out the last of one step more, and rounds t.
+
+    σ ends with the smallest trained where `final_sigmas_type` is "sigma_min".
+    """
+    _check(schedule, steps, IMPLEMENTED_OF_DPM_SOLVER)
+    total = len(schedule)
+    if schedule.config.get("use_karras_sigmas"):
+        sigmas = _karras(schedule.sigmas[0], schedule.sigmas[-1], steps)
+        t = _time_of(schedule, sigmas)
+        if schedule.config.get("beta_schedule") != "squaredcos_cap_v2":
+            t = np.round(t)
+        return t.astype(np.int64), np.append(sigmas, last_sigma(schedule))
+    spacing = schedule.config.get("timestep_spacing", "linspace")
+    if spacing == "leading":
+        offset = schedule.config.get("steps_offset", 0)
+        t = np.arange(1, steps + 1)[::-1] * (total // (steps + 1)) + offset
+    elif spacing == "linspace":
+        t = np.round(np.linspace(0, total - 1, steps + 1))[:0:-1]
+    else:
+        t = spaced(schedule, steps, spacing)
+    sigmas = np.interp(t, np.arange(total), schedule.sigmas)
+    return t.astype(np.int64), np.append(sigmas, last_sigma(schedule))
+
+
+def _check(schedule, steps, implemented):
+    check_steps(schedule, steps)
+    for key, values in implemented.items():
+        value = schedule.config.get(key)
+        if value not in values:
+            known = " or ".join(map(str, values[1:]))
+            raise ConfigError(
+                f"scheduler config: {key} = {value!r} is not implemented for this sampler, only "
+                f"{known}; take ddim"
+            )
+
+
+def _karras(least, most, steps):
+    return np.linspace(most ** (1 / RHO), least ** (1 / RHO), steps) ** RHO
+
+
+def _time_of(schedule, sigmas):
+    """The time steps, not always whole, at which log σ has these values."""
+    return np.interp(np.log(sigmas), np.log(schedule.sigmas), np.arange(len(schedule)))
+
+
+def last_sigma(schedule: Schedule) -> float:
+    """Return the σ at which a sampler ends: 0, or the smallest trained."""
+    least = schedule.config.get("final_sigmas_type") == "sigma_min"
+    return schedule.sigmas[0] if least else 0.0
+
+
+def levels_of_timesteps(schedule: Schedule, steps: int) -> np.ndarray:
+    """Return ᾱ (steps,) at which the steps of DDPM, DDIM and PNDM begin."""
+    return schedule.alphas_bar[timesteps(schedule, steps)]
+
+
+def levels_of_sigmas(
+    sigma_steps: Callable[[Schedule, int], tuple[np.ndarray, np.ndarray]],
+    schedule: Schedule,
+    steps: int,
+) -> np.ndarray:
+    """Return ᾱ (steps,) at which the steps of a sampler in σ begin, whose steps are given."""
+    _, sigmas = sigma_steps(schedule, steps)
+    return 1 / (1 + sigmas[:-1] ** 2)
