@@ -19,7 +19,7 @@ from types import ModuleType
 
 from threadpoolctl import threadpool_info
 
-from bench import against, conv, ops, picture, sample, scaling, sd, train
+from bench import against, conv, hops, ops, picture, sample, scaling, sd, train
 from bench.compare import Run, load_peer
 from bench.measure import Limits
 from bench.report import write
@@ -87,4 +87,5 @@ def environment(peer: ModuleType | None) -> list[str]:
 
 
 if __name__ == "__main__":  # and not in the processes in which memory is measured
-    against.main(sys.argv[2:]) if sys.argv[1:2] == ["against"] else main()
+    others = {"against": against.main, "hops": hops.main}
+    others.get(sys.argv[1] if len(sys.argv) > 1 else "", main)()

@@ -89,7 +89,7 @@ class Tree:
         return self.answer()
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     """Print a table: other tree's time / this tree's time, with its quartiles."""
     import numpy as np
 
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("tree", type=Path, help="folder of the other checkout")
     parser.add_argument("--rounds", type=int, default=15, help="measurements of each (default: 15)")
     parser.add_argument("--tiny", action="store_true", help="small sizes: does it still run?")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(sys.argv[2:])
     trees = [Tree(root.resolve(), ["--tiny"] * options.tiny) for root in (HERE, options.tree)]
     print("| case | ms | other / this | its quartiles | other / other |\n|---|---|---|---|---|")
     for i, name in enumerate(trees[0].names):

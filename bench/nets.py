@@ -12,10 +12,10 @@ from bench.compare import relative
 from bench.measure import Limits, Step, entered
 from tinyldm.backend import Array, to_device
 from tinyldm.kernels.cpu.flat import Flat
-from tinyldm.kernels.cpu.parallel import gradient
 from tinyldm.models import AutoencoderKL, UNet
 from tinyldm.nn import functional as F
 from tinyldm.training.losses import autoencoder_loss
+from tinyldm.training.step import gradient
 
 Params = dict[str, Array]
 

@@ -9,8 +9,8 @@ from bench.compare import Rows, Run, speed
 from bench.measure import Step, entered
 from bench.nets import NetworkCase, Params, picture_difference, random_params
 from tinyldm.backend import Array, array_module, to_device
-from tinyldm.diffusion.samplers import ddim
 from tinyldm.diffusion.guidance import guided
+from tinyldm.diffusion.samplers import ddim
 from tinyldm.models import UNet
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training.config import Config

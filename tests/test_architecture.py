@@ -37,7 +37,7 @@ LEVELS = {name: i for i, names in enumerate(PACKAGES) for name in names.split()}
 ASK_FOR_THE_LIBRARY = """
     threads models.autoencoder
     diffusion.schedule diffusion.loss diffusion.samplers diffusion.guidance
-    sampling.denoiser sampling.init_image sampling.tiling sampling.pipeline evaluation.likelihood
+    sampling.init_image sampling.tiling sampling.pipeline evaluation.likelihood
     training.optim training.networks training.latents training.codebook training.adversarial
     training.snapshots training.run testing.gradcheck
 """.split()

@@ -28,7 +28,6 @@ from tinyldm import backend
 from tinyldm.data.dataset import Dataset
 from tinyldm.kernels import plain
 from tinyldm.kernels.cpu import parallel
-from tinyldm.kernels.cpu.parallel import gradient
 from tinyldm.models import AutoencoderKL, ClassNames, TextEncoder, Tokenizer, UNet
 from tinyldm.models.autoencoder import kl_loss, sample_gaussian
 from tinyldm.models.classifier import Classifier
@@ -41,7 +40,7 @@ from tinyldm.training.latents import beside, shown
 from tinyldm.training.losses import autoencoder_loss
 from tinyldm.training.networks import Models, denoiser_loss
 from tinyldm.training.state import State, load_state, save_state
-from tinyldm.training.step import stage_gradient, train_step, value_and_grad
+from tinyldm.training.step import gradient, stage_gradient, train_step, value_and_grad
 
 
 @pytest.fixture(autouse=True, scope="module")

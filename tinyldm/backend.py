@@ -29,12 +29,7 @@ class DeviceError(RuntimeError):
 
 def array_module(x: Array) -> ModuleType:
     """The library that made the array `x`: `numpy`, or `cupy`."""
-    return _module_of(type(x))
-
-
-@functools.cache
-def _module_of(kind):
-    return sys.modules[kind.__module__.partition(".")[0]]
+    return sys.modules[type(x).__module__.partition(".")[0]]
 
 
 def on_host(x: Array) -> bool:

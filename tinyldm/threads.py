@@ -116,6 +116,22 @@ def map_batch(function: Callable[..., Array], *arrays: Array, size: int = 64) ->
     return parts[0] if count == 1 else array_module(parts[0]).concatenate(parts)
 
 
+def cut_batch(batch: tuple[Array, ...], count: int) -> list[tuple[float, tuple[Array, ...]]]:
+    """Cut into `count` parts (share of the batch, part), or fewer where one would be empty."""
+    n = len(batch[0])
+    if {len(array) for array in batch} != {n} or n == 0:
+        raise ValueError(
+            "value_and_grad: expected arrays of one length, at least 1, found "
+            f"{[len(array) for array in batch]}"
+        )
+    count = min(n, count)
+    bounds = [n * i // count for i in range(count + 1)]
+    return [
+        ((end - begin) / n, tuple(array[begin:end] for array in batch))
+        for begin, end in zip(bounds, bounds[1:], strict=False)
+    ]
+
+
 def describe(device: str = "cpu") -> str:
     """Return one line that says what will do the arithmetic: library, BLAS and its core, threads.
 

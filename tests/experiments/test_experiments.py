@@ -115,7 +115,12 @@ def test_true_pictures_are_drawn_again():
 
 def test_samplers(folder, experiment, monkeypatch):
     some = ("ddpm", "ddim", "pndm", "heun")
-    small = {"CAPTIONS": 3, "STEPS": (3, 5), "REFERENCE": 5, "SAMPLERS": {name: SAMPLERS[name] for name in some}}
+    small = {
+        "CAPTIONS": 3,
+        "STEPS": (3, 5),
+        "REFERENCE": 5,
+        "SAMPLERS": {name: SAMPLERS[name] for name in some},
+    }
     for name, value in small.items():
         monkeypatch.setattr(samplers, name, value)
     pictures = "accuracy.png", "distance.png", "samples.png"

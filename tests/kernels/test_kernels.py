@@ -39,6 +39,8 @@ OTHERS = {
     "tinyldm.training.optim.adamw": "tests/training/test_optim.py",
     "tinyldm.training.optim.global_norm": "tests/training/test_optim.py",
     "tinyldm.training.step.value_and_grad": "tests/training/test_step.py",
+    "tinyldm.training.step.gradients": "tests/kernels/test_processes.py",
+    "tinyldm.sampling.pipeline.predictor": "tests/sampling/test_pipeline.py",
 }
 every_kernel = pytest.mark.parametrize(
     "twin, name", KERNEL_CALLS, ids=[f"{name}-of-{twin}" for twin, name in KERNEL_CALLS]

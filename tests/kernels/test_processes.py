@@ -16,12 +16,11 @@ from threadpoolctl import threadpool_info
 
 from tinyldm.kernels.cpu import processes as team_module
 from tinyldm.kernels.cpu.flat import Flat
-from tinyldm.kernels.cpu.parallel import gradient
 from tinyldm.kernels.cpu.processes import TeamError, available, shared, team
 from tinyldm.nn import no_grad
 from tinyldm.nn.activations import silu
 from tinyldm.threads import cores, free_cores, map_threads
-from tinyldm.training.step import value_and_grad
+from tinyldm.training.step import gradient, value_and_grad
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads do the work")
 

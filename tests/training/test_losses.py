@@ -324,7 +324,9 @@ def test_seconds_count_both_kinds_of_steps(monkeypatch):
     now = iter([0, 7, 7, 7, 7, 9, 10, 12, 12, 13])
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(now)))
     state, totals = SimpleNamespace(total=None), []
-    later = loop._seconds_later(state, lambda batch: [totals.append(state.total) or 0], ())
+    later = loop.seconds_with_discriminator(
+        state, lambda batch: [totals.append(state.total) or 0], ()
+    )
     assert (later, totals, state.total) == (2, [0] * 5, None)
 
 

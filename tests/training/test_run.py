@@ -35,7 +35,7 @@ from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training import loop, networks, snapshots
 from tinyldm.training import run as runs
 from tinyldm.training.config import STAGES, Config
-from tinyldm.training.loop import Diverged
+from tinyldm.training.metrics import Diverged
 from tinyldm.training.optim import learning_rate
 from tinyldm.training.preparation import load_data
 from tinyldm.training.presets import PRESETS
@@ -873,10 +873,8 @@ def batches(whole):
     with pytest.MonkeyPatch.context() as patch:
         without_pictures(patch)
         patch.setattr(
-            runs, "fit", lambda run, state, stage, loss_fn, batch_at, *_: found.update(
-                {state.stage: batch_at}
-            ),
-        )  # fmt: skip
+            runs, "fit", lambda run, state, job, stop: found.update({state.stage: job.batch_at})
+        )
         big = dataclasses.replace(STAGE, batch=256)
         config = dataclasses.replace(CONFIG, autoencoder=big, denoiser=big)
         state = load_state(whole.run)

@@ -56,7 +56,7 @@ def _show_warning(message, *_, **__):
 
 def _exit_code(error):
     from tinyldm.backend import DeviceError
-    from tinyldm.training.loop import Diverged
+    from tinyldm.training.metrics import Diverged
     from tinyldm.training.signals import Stopped
 
     if isinstance(error, Stopped):

@@ -11,7 +11,7 @@ from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.threads import describe
 from tinyldm.training.config import IMAGES, LEARNT, MODEL, RESOURCES, Config
 from tinyldm.training.estimate import duration
-from tinyldm.training.loop import Diverged
+from tinyldm.training.metrics import Diverged
 from tinyldm.training.overfit import overfit, report
 from tinyldm.training.presets import NewRun, make_config
 from tinyldm.training.run import resume, train

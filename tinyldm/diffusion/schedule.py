@@ -116,11 +116,8 @@ class Schedule:
         """a_t and s_t at the steps t (n,), shaped to multiply `like` (n, ...) on its device."""
         xp = array_module(like)
         shape = (-1, *[1] * (like.ndim - 1))
-        alpha_bar = self.alphas_bar[t]
-        return tuple(
-            xp.asarray(np.sqrt(x).astype(like.dtype)).reshape(shape)
-            for x in (alpha_bar, 1 - alpha_bar)
-        )
+        both = np.sqrt([self.alphas_bar[t], 1 - self.alphas_bar[t]]).astype(like.dtype)
+        return xp.asarray(both[0]).reshape(shape), xp.asarray(both[1]).reshape(shape)
 
     def add_noise(self, x0: Array, noise: Array, t: np.ndarray) -> Array:
         """Draw x_t from q(x_t | x_0) with the given standard normal noise; t (n,) on the host."""

@@ -26,7 +26,7 @@ from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training.classifier import fit_classifier
 from tinyldm.training.config import Config, Stage
 from tinyldm.training.estimate import rehearse
-from tinyldm.training.loop import fit
+from tinyldm.training.loop import Job, fit
 from tinyldm.training.networks import Models, denoiser_loss
 from tinyldm.training.preparation import load_data
 from tinyldm.training.run import Run, export, second_stage
@@ -171,10 +171,8 @@ class Place:
                 clock.go()
 
         clock.go()
-        fit(
-            self.folder, state, stage, denoiser_loss(self.models), batch_at,
-            self.stop, lambda: ({}, ""), self.say, after_step,
-        )  # fmt: skip
+        job = Job(denoiser_loss(self.models), batch_at, self.say, after_step=after_step)
+        fit(self.folder, state, job, self.stop)
         clock.stop()
         pipeline = self._export(state)
         pictures, captions = painted(pipeline, self.captions)

@@ -23,7 +23,7 @@ from tinyldm.evaluation.scenes import paint
 from tinyldm.experiments.scoring import Report, accuracy
 from tinyldm.training.config import SCHEDULES, STAGES
 from tinyldm.training.estimate import rehearse
-from tinyldm.training.loop import fit
+from tinyldm.training.loop import Job, fit
 from tinyldm.training.networks import Models, denoiser_loss
 from tinyldm.training.preparation import Say, fit_tokenizer, load_data, remove, split
 from tinyldm.training.presets import PRESETS
@@ -92,10 +92,7 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
             one = begin(state, models)
             batch_at = batch_at or one.latent_batches()[0]
             started = time.monotonic()
-            fit(
-                one.folder, state, models.config.denoiser, denoiser_loss(models), batch_at, stop,
-                lambda: ({}, ""), say,
-            )  # fmt: skip
+            fit(one.folder, state, Job(denoiser_loss(models), batch_at, say), stop)
             row = trial | {"steps": state.step, "seconds": time.monotonic() - started}
             pipeline = one.export()
             for name, captions in prompts.items():

@@ -5,7 +5,7 @@ Importing this package registers them all.
 
 import os
 
-from tinyldm.kernels import attention, cached, im2col, nearest_codes  # noqa: F401
+from tinyldm.kernels import attention, cached, im2col, nearest_codes, shared_steps  # noqa: F401
 from tinyldm.kernels.cpu import (  # noqa: F401
     adamw,
     elementwise,
@@ -13,6 +13,7 @@ from tinyldm.kernels.cpu import (  # noqa: F401
     group_norm,
     layer_norm,
     linear,
+    parallel,
     pointwise,
     winograd,
 )

@@ -18,20 +18,16 @@ import numpy as np
 from tinyldm.backend import Array, array_module, on_host
 from tinyldm.kernels.blocking import blocks, on_free_cores
 from tinyldm.kernels.matmul import product
-from tinyldm.kernels.registry import kernel
+from tinyldm.kernels.registry import any_device, kernel
 from tinyldm.kernels.workspace import empty, scratch
-from tinyldm.nn.attention import causal_mask, split_heads
+from tinyldm.nn.attention import split_heads
 from tinyldm.nn.protocol import Backward
 
 BLOCK_SCORES = 2**20  # scores at a time: 4 MiB of float32
 SAFE_SCORE = 60.0  # e^±60 and a sum of thousands of them are within the range of float32
 
 
-def _any_device(*_: object, **__: object) -> float:
-    return 0.0
-
-
-@kernel("nn.attention.attention", cost=_any_device)
+@kernel("nn.attention.attention", cost=any_device)
 def attention(
     q: Array, k: Array, v: Array, heads: int, causal: bool = False
 ) -> tuple[Array, Backward]:
@@ -51,7 +47,7 @@ def attention(
     def forward(ns, hs, ls):
         (p,) = _scores(queries[ns, hs, ls], keys[ns, hs].swapaxes(2, 3))  # (…, queries, m)
         if causal:
-            p += causal_mask(xp, ls.stop - ls.start, m, ls.start)
+            p += _hidden(xp, ls, m)
         if shift:
             top = p.real.max(axis=3, keepdims=True)
             p -= top
@@ -83,7 +79,7 @@ def attention(
                     queries[ns, hs, ls], keys_t[ns, hs], dys[ns, hs, ls], values_t[ns, hs]
                 )
                 if causal:
-                    p += causal_mask(xp, ls.stop - ls.start, m, ls.start)
+                    p += _hidden(xp, ls, m)
                 xp.exp(p, out=p)
                 ds *= p
                 xp.matmul(ds, keys[ns, hs], out=dqs[ns, hs, ls])
@@ -128,6 +124,11 @@ def _within(limit, q, k, heads, scale):
 def _head_sums(heads, d, dtype):
     """What to multiply (n, l, d) by for the sums over each head, (n, l, heads)."""
     return np.repeat(np.eye(heads, dtype=dtype), d // heads, axis=0)
+
+
+def _hidden(xp, ls, m):
+    """−∞ where token i of `ls` may not see token j (l, m), else 0."""
+    return xp.where(xp.arange(m) > xp.arange(ls.start, ls.stop)[:, None], -math.inf, 0)
 
 
 def _widened(x, heads):

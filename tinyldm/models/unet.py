@@ -234,7 +234,8 @@ class UNet(Layer):
             down_backs.append(block_back)
         h, mid_back = run_stages(self.mid_stages, params, h, time, context)
         for block in self.up_blocks:
-            taken = [skips.pop() for _ in block.stages]
+            count = len(block.stages)
+            skips, taken = skips[:-count], skips[: -count - 1 : -1]  # the last ones, newest first
             size = skips[-1].shape[1:3] if skips else None
             h, block_back = block(params, h, taken, time, context, size)
             up_backs.append(block_back)

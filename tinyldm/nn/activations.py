@@ -44,11 +44,6 @@ def normal_cdf(x: Array) -> Array:
     return 0.5 * (1 + erf(x * math.sqrt(0.5)))
 
 
-def normal_density(x: Array) -> Array:
-    """φ(x) = e^(−x²/2) / √(2π), the derivative of Φ."""
-    return array_module(x).exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-
-
 def silu_derivative(x: Array) -> Array:
     """σ(x) (1 + x (1 − σ(x)))."""
     s = sigmoid(x)
@@ -73,8 +68,9 @@ def quick_gelu(x: Array) -> Array:
 
 
 def gelu_derivative(x: Array) -> Array:
-    """Φ(x) + x φ(x)."""
-    return normal_cdf(x) + x * normal_density(x)
+    """Φ(x) + x φ(x), with the normal density φ(x) = e^(−x²/2) / √(2π)."""
+    density = array_module(x).exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+    return normal_cdf(x) + x * density
 
 
 @elementwise(gelu_derivative)

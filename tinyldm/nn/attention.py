@@ -1,7 +1,6 @@
 """Scaled dot-product attention: softmax(q kᵀ / √d) v."""
 
 import math
-from types import ModuleType
 
 from tinyldm.backend import Array, array_module
 from tinyldm.nn.protocol import Backward, differentiable
@@ -22,10 +21,11 @@ def attention(
     """
     xp = array_module(q)
     scale = 1 / math.sqrt(q.shape[2] // heads)
-    q, k, v = (split_heads(x, heads) for x in (q * scale, k, v))
+    q, k, v = split_heads(q * scale, heads), split_heads(k, heads), split_heads(v, heads)
     scores = q @ k.swapaxes(2, 3)  # (n, heads, l, m)
     if causal:
-        scores += causal_mask(xp, q.shape[2], k.shape[2])
+        l, m = scores.shape[2:]
+        scores += xp.where(xp.arange(m) > xp.arange(l)[:, None], -math.inf, 0)
     powers = xp.exp(scores - scores.real.max(axis=3, keepdims=True))  # so that none overflows
     p = powers / powers.sum(axis=3, keepdims=True)
 
@@ -38,11 +38,6 @@ def attention(
         return join_heads(dq), join_heads(dk), join_heads(dv)
 
     return join_heads(p @ v), backward
-
-
-def causal_mask(xp: ModuleType, l: int, m: int, first: int = 0) -> Array:
-    """−∞ where token i of `first`…`first + l` may not see token j, j > i, else 0; (l, m)."""
-    return xp.where(xp.arange(m) > xp.arange(first, first + l)[:, None], -math.inf, 0)
 
 
 def split_heads(x: Array, heads: int) -> Array:

@@ -32,10 +32,8 @@ def conv2d(
     windows = xp.lib.stride_tricks.sliding_window_view(padded, (kh, kw), axis=(1, 2))
     windows = windows[:, ::stride, ::stride].transpose(0, 1, 2, 4, 5, 3)  # (n, h', w', kh, kw, c)
 
-    def rows():
-        return windows.reshape(n * out_h * out_w, kh * kw * c_in)  # a copy, kh·kw times x: not kept
-
-    y = rows() @ matrix
+    # Rows are a copy, kh·kw times the size of x, so they are gathered again on the way back.
+    y = windows.reshape(-1, kh * kw * c_in) @ matrix
     if b is not None:
         y = y + b
 
@@ -50,7 +48,7 @@ def conv2d(
         dx = dpadded[:, top : top + h, left : left + width].copy()
         if not weights:
             return dx, None, None
-        dw = (rows().T @ dy_rows).reshape(w.shape)
+        dw = (windows.reshape(-1, kh * kw * c_in).T @ dy_rows).reshape(w.shape)
         return dx, dw, None if b is None else dy_rows.sum(axis=0)
 
     return y.reshape(n, out_h, out_w, c_out), backward

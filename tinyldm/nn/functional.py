@@ -40,31 +40,37 @@ def linear(x: Array, w: Array, b: Array | None = None) -> tuple[Array, Backward]
 
 
 @differentiable
-def embedding(table: Array, ids: Array) -> tuple[Array, Backward]:
-    """Rows of `table` (vocabulary, d) at the whole numbers `ids` (...) → (..., d).
+def embedding(ids: Array, table: Array) -> tuple[Array, Backward]:
+    """Look up rows of `table` (vocabulary, d) at the integers `ids` (...) → (..., d).
 
-    Raises ValueError for an id outside the table, on the CPU only: on a GPU it would have to wait.
+    backward(dy) → None, dtable. Raises ValueError for an id outside the table, on the CPU only: on
+    a GPU it would have to wait.
     """
     xp = array_module(table)
     last = table.shape[0] - 1
     if on_host(ids) and ids.size and not 0 <= ids.min() <= ids.max() <= last:
-        raise ValueError(
-            f"embedding: expected whole numbers 0…{last}, found {ids.min()}…{ids.max()}"
-        )
+        raise ValueError(f"embedding: expected integers 0…{last}, found {ids.min()}…{ids.max()}")
 
-    def backward(dy):
+    def backward(dy, weights=True):
+        if not weights:
+            return None, None
         dtable = xp.zeros_like(table)
         rows = dy.reshape(-1, table.shape[1])
         xp.add.at(dtable, ids.reshape(-1), rows)  # adds up where an id occurs twice
-        return dtable
+        return None, dtable
 
     return table[ids], backward
 
 
 @differentiable
 def offset(x: Array, table: Array) -> tuple[Array, Backward]:
-    """x (n, l, d) plus the first l rows of `table` (length, d), the same for every sample."""
+    """x (n, l, d) plus the first l rows of `table` (length, d), the same for every sample.
+
+    Raises ValueError for more tokens than rows.
+    """
     l = x.shape[1]
+    if l > len(table):
+        raise ValueError(f"offset: expected at most {len(table)} tokens, found {l}")
 
     def backward(dy, weights=True):
         if not weights:
@@ -119,8 +125,7 @@ def mean(x: Array, axes: tuple[int, ...]) -> tuple[Array, Backward]:
     shape = x.shape
 
     def backward(dy):
-        count = math.prod(shape[axis] for axis in axes)
-        return array_module(dy).zeros(shape, dy.dtype) + dy * (1 / count)
+        return array_module(dy).zeros(shape, dy.dtype) + dy * (dy.size / math.prod(shape))
 
     return x.mean(axes, keepdims=True), backward
 

@@ -88,44 +88,53 @@ def ones(rng: Generator, shape: Shape) -> Array:
 # ------------------------------------------------------------------------------------------ layers
 
 
-def named(
-    functional_back: Backward | None, weight: str, bias: str | None = None
-) -> Backward | None:
-    """Give names to the weight gradients of a function's backward pass, if there is one."""
-    if functional_back is None:
-        return None
+class Leaf(Layer):
+    """A function of this package with named weights: y = function(x, *weights, *options).
 
-    def backward(dy, grads):
-        dx, dw, db = functional_back(dy, weights=wants_grad(grads, weight, bias))
-        add_grad(grads, weight, dw)
-        if bias is not None:
-            add_grad(grads, bias, db)
-        return dx
+    weights: {name: (shape in memory, initialiser)}, in the order of the function's arguments.
+    """
 
-    return backward
+    def __init__(
+        self,
+        function: Callable[..., tuple[Array, Backward]],
+        weights: dict[str, tuple[Shape, Initialiser]],
+        *options: object,
+    ):
+        self.function, self.weights, self.options = function, weights, options
+        self.weight = next(iter(weights))  # the name of the first
+
+    def parameters(self) -> dict[str, tuple[Shape, Initialiser]]:
+        return self.weights
+
+    def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
+        weights = map(params.__getitem__, self.weights)
+        y, function_back = self.function(x, *weights, *self.options)
+
+        def backward(dy, grads):
+            dx, *dweights = function_back(dy, weights=wants_grad(grads, *self.weights))
+            for name, dw in zip(self.weights, dweights, strict=False):  # there may be no bias
+                add_grad(grads, name, dw)
+            return dx
+
+        return y, function_back and backward
 
 
-class Linear(Layer):
-    """x (..., d_in) → (..., d_out)."""
+class Linear(Leaf):
+    """Maps x (..., d_in) → (..., d_out)."""
 
     def __init__(
         self, name: str, d_in: int, d_out: int, bias: bool = True, init: Initialiser | None = None
     ):
-        self.weight, self.bias = f"{name}.weight", f"{name}.bias" if bias else None
+        init = init or uniform_fan_in(d_in)
+        weights = {f"{name}.weight": ((d_out, d_in), init)}
+        if bias:
+            weights[f"{name}.bias"] = ((d_out,), init)
+        super().__init__(F.linear, weights)
         self.d_in, self.d_out = d_in, d_out
-        self.initialise = init or uniform_fan_in(d_in)
-
-    def parameters(self) -> dict[str, tuple[Shape, Initialiser]]:
-        weight = {self.weight: ((self.d_out, self.d_in), self.initialise)}
-        return weight | ({self.bias: ((self.d_out,), self.initialise)} if self.bias else {})
-
-    def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
-        y, linear_back = F.linear(x, params[self.weight], params[self.bias] if self.bias else None)
-        return y, named(linear_back, self.weight, self.bias)
 
 
-class Conv2d(Layer):
-    """x (n, h, w, c_in) → (n, h', w', c_out); `padding` keeps the size at stride 1 by default."""
+class Conv2d(Leaf):
+    """Maps x (n, h, w, c_in) → (n, h', w', c_out), of the same size by default at stride 1."""
 
     def __init__(
         self,
@@ -137,21 +146,14 @@ class Conv2d(Layer):
         padding: Padding | None = None,
         init: Initialiser | None = None,
     ):
-        self.weight, self.bias = f"{name}.weight", f"{name}.bias"
-        self.shape = (kernel, kernel, c_in, c_out)
-        self.stride, self.padding = stride, kernel // 2 if padding is None else padding
-        self.initialise = init or uniform_fan_in(kernel * kernel * c_in)
-
-    def parameters(self) -> dict[str, tuple[Shape, Initialiser]]:
-        bias = ((self.shape[3],), self.initialise)
-        return {self.weight: (self.shape, self.initialise), self.bias: bias}
-
-    def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
-        y, conv_back = conv2d(x, params[self.weight], params[self.bias], self.stride, self.padding)
-        return y, named(conv_back, self.weight, self.bias)
+        init = init or uniform_fan_in(kernel * kernel * c_in)
+        weight, bias = ((kernel, kernel, c_in, c_out), init), ((c_out,), init)
+        padding = kernel // 2 if padding is None else padding
+        weights = {f"{name}.weight": weight, f"{name}.bias": bias}
+        super().__init__(conv2d, weights, stride, padding)
 
 
-class GroupNorm(Layer):
+class GroupNorm(Leaf):
     """Normalises x (n, ..., c) by groups of channels; with `silu` the activation follows.
 
     Raises ValueError where the channels do not divide into `groups`.
@@ -160,72 +162,30 @@ class GroupNorm(Layer):
     def __init__(self, name: str, c: int, groups: int, eps: float, silu: bool = False):
         if c % groups:
             raise ValueError(f"{name}: {c} channels do not divide into {groups} groups")
-        self.weight, self.bias, self.c = f"{name}.weight", f"{name}.bias", c
-        self.groups, self.eps = groups, eps
-        self.function = group_norm_silu if silu else group_norm
-
-    def parameters(self) -> dict[str, tuple[Shape, Initialiser]]:
-        return {self.weight: ((self.c,), ones), self.bias: ((self.c,), zeros)}
-
-    def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
-        w, b = params[self.weight], params[self.bias]
-        y, norm_back = self.function(x, w, b, self.groups, self.eps)
-        return y, named(norm_back, self.weight, self.bias)
+        weights = {f"{name}.weight": ((c,), ones), f"{name}.bias": ((c,), zeros)}
+        super().__init__(group_norm_silu if silu else group_norm, weights, groups, eps)
 
 
-class LayerNorm(Layer):
-    """x (..., d) → the same shape."""
+class LayerNorm(Leaf):
+    """Normalises the last axis of x (..., d)."""
 
     def __init__(self, name: str, d: int, eps: float = 1e-5):
-        self.weight, self.bias, self.d, self.eps = f"{name}.weight", f"{name}.bias", d, eps
-
-    def parameters(self) -> dict[str, tuple[Shape, Initialiser]]:
-        return {self.weight: ((self.d,), ones), self.bias: ((self.d,), zeros)}
-
-    def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
-        y, norm_back = layer_norm(x, params[self.weight], params[self.bias], self.eps)
-        return y, named(norm_back, self.weight, self.bias)
+        weights = {f"{name}.weight": ((d,), ones), f"{name}.bias": ((d,), zeros)}
+        super().__init__(layer_norm, weights, eps)
 
 
-class Embedding(Layer):
-    """Whole numbers (...) → (..., d). Its backward pass returns None: numbers have no gradient."""
+class Embedding(Leaf):
+    """Looks up integers (...) → (..., d). Its backward pass returns None: they have no gradient."""
 
     def __init__(self, name: str, count: int, d: int, std: float = 1.0):
-        self.weight, self.shape, self.std = f"{name}.weight", (count, d), std
-
-    def parameters(self) -> dict[str, tuple[Shape, Initialiser]]:
-        return {self.weight: (self.shape, normal(self.std))}
-
-    def __call__(self, params: Params, ids: Array) -> tuple[Array, Backward]:
-        y, embedding_back = F.embedding(params[self.weight], ids)
-
-        def backward(dy, grads):
-            if wants_grad(grads, self.weight):
-                add_grad(grads, self.weight, embedding_back(dy))
-
-        return y, backward
+        super().__init__(F.embedding, {f"{name}.weight": ((count, d), normal(std))})
 
 
-class Offset(Layer):
+class Offset(Leaf):
     """Adds a learned table (length, d), such as positions, to x (n, l, d) with l ≤ length.
 
     Called with more tokens it raises ValueError.
     """
 
     def __init__(self, name: str, length: int, d: int, std: float):
-        self.name, self.length, self.d, self.std = name, length, d, std
-
-    def parameters(self) -> dict[str, tuple[Shape, Initialiser]]:
-        return {self.name: ((self.length, self.d), normal(self.std))}
-
-    def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
-        if x.shape[1] > self.length:
-            raise ValueError(f"{self.name}: at most {self.length} tokens, found {x.shape[1]}")
-        y, offset_back = F.offset(x, params[self.name])
-
-        def backward(dy, grads):
-            dx, dtable = offset_back(dy, weights=wants_grad(grads, self.name))
-            add_grad(grads, self.name, dtable)
-            return dx
-
-        return y, backward
+        super().__init__(F.offset, {name: ((length, d), normal(std))})

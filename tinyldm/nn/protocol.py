@@ -95,20 +95,19 @@ def differentiable(
     @functools.wraps(function)
     def call(*args, **kwargs):
         y, backward = fastest(*args, **kwargs)
-        return y, (_once(backward, function.__name__) if _recording.get() else None)
+
+        def run(*dy, **options):
+            nonlocal backward
+            if backward is None:
+                raise RuntimeError(
+                    f"the backward pass of {function.__name__} was called a second time"
+                )
+            step, backward = backward, None  # freed as soon as `step` has run
+            return step(*dy, **options)
+
+        return y, (run if _recording.get() else None)
 
     return call
-
-
-def _once(backward, name):
-    def run(*dy, **options):
-        nonlocal backward
-        if backward is None:
-            raise RuntimeError(f"the backward pass of {name} was called a second time")
-        step, backward = backward, None  # freed as soon as `step` has run
-        return step(*dy, **options)
-
-    return run
 
 
 @differentiable

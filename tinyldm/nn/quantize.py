@@ -44,7 +44,7 @@ def codebook_loss(
 
     backward(dloss) → dz, dcodebook.
     """
-    e, embedding_back = F.embedding(codebook, codes)
+    e, embedding_back = F.embedding(codes, codebook)
     towards_z, towards_e = e - z.real, z - e.real
     loss = (towards_z * towards_z).mean() + commitment * (towards_e * towards_e).mean()
 
@@ -52,7 +52,7 @@ def codebook_loss(
         dz = (2 * commitment / z.size) * dloss * towards_e
         if not weights:
             return dz, None
-        return dz, embedding_back((2 / z.size) * dloss * towards_z)
+        return dz, embedding_back((2 / z.size) * dloss * towards_z)[1]
 
     return loss, backward
 

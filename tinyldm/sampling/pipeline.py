@@ -1,11 +1,13 @@
 """Text → latents → picture, from noise alone or from a picture that is there already."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,8 +25,8 @@ from tinyldm.diffusion.timesteps import check_steps
 from tinyldm.machine import keep_freed_memory
 from tinyldm.models import ClassNames, Tokenizer
 from tinyldm.nn import no_grad
+from tinyldm.nn.protocol import replaceable
 from tinyldm.sampling import noise
-from tinyldm.sampling.denoiser import predictor
 from tinyldm.sampling.init_image import Images, Scene, each, enter, seeing, strength_of
 from tinyldm.sampling.params import SamplingParams
 from tinyldm.sampling.tasks import task_of, times_larger
@@ -317,3 +319,19 @@ class Pipeline:
                 f"size: expected multiples of {factor}, found {found}; the nearest is {near}"
             )
         return sides
+
+
+@replaceable
+@contextlib.contextmanager
+def predictor(
+    network: Callable[[Array, Array, Any], Array], condition: Array, at_once: int
+) -> Iterator[Predict]:
+    """Yield (x, t) → `network(x, t (n,), condition)`, for many steps with one condition (n, …).
+
+    at_once: how many samples a core may hold at a time.
+    """
+
+    def predict(x, t):
+        return network(x, array_module(x).full(len(x), t), condition)
+
+    yield predict

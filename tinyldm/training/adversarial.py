@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tinyldm.backend import Array, array_module
-from tinyldm.kernels.cpu.parallel import Gradient
 from tinyldm.models import AutoencoderKL, VQModel
 from tinyldm.models.autoencoder import sample_gaussian
 from tinyldm.models.discriminator import PatchDiscriminator
@@ -15,6 +14,8 @@ from tinyldm.training.optim import MAX_NORM, clip_factor, global_norm
 from tinyldm.training.state import State
 
 MAX_WEIGHT = 1e4  # of the discriminator
+
+Gradient = Callable[[tuple[Array, ...]], tuple[Array, dict[str, Array]]]  # batch → loss, gradients
 
 # Names of gradients of the decoder's last kernel, by which the adaptive weight is found.
 OF_ERROR, OF_ADVERSARIAL = "last kernel: of the error", "last kernel: of the adversarial part"

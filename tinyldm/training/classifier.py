@@ -27,7 +27,6 @@ from tinyldm.data.dataset import Dataset
 from tinyldm.data.images import from_uint8
 from tinyldm.data.shapes import ATTRIBUTES, named
 from tinyldm.kernels.cpu.flat import Flat
-from tinyldm.kernels.cpu.parallel import gradient
 from tinyldm.models.classifier import Classifier
 from tinyldm.nn import functional as F
 from tinyldm.nn import no_grad
@@ -35,6 +34,7 @@ from tinyldm.nn.protocol import Backward, Params
 from tinyldm.threads import map_batch
 from tinyldm.training.optim import adam_state, adamw, clip_factor, global_norm, learning_rate
 from tinyldm.training.preparation import Say
+from tinyldm.training.step import gradient
 
 SECONDS = 30.0  # of training, where nothing else is asked for
 FILE = "training/classifier.safetensors"  # in the folder of the run

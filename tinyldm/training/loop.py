@@ -1,114 +1,139 @@
 """The loop of training, the same for both stages."""
 
-import contextlib
-import json
-import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from tinyldm.files import replacing
+from tinyldm.backend import Array
 from tinyldm.training import snapshots
 from tinyldm.training.adversarial import Adversarial
-from tinyldm.training.config import STAGES, Stage
+from tinyldm.training.config import Stage
 from tinyldm.training.estimate import duration, mean_seconds
+from tinyldm.training.metrics import MetricsLog, finite
 from tinyldm.training.optim import learning_rate
 from tinyldm.training.signals import Interruptible, Stopped
 from tinyldm.training.state import State, save_state
-from tinyldm.training.step import stage_gradient, train_step
+from tinyldm.training.step import Gradient, stage_gradient, train_step
 
 SAVE_EVERY = 45.0  # seconds between states
 LOG_EVERY = 10  # steps between lines of metrics, and between looks at the loss
 CALIBRATION = (10, 40)  # steps that are timed to find how many fit into a stage's seconds
 
 
-class Diverged(RuntimeError):
-    """The loss is no longer a number. The last state was saved before that."""
+def _nothing():
+    pass
 
 
-def fit(
-    run: Path,
-    state: State,
-    stage: Stage,
-    loss_fn: Callable | Adversarial,
-    batch_at: Callable[[int], tuple],
-    stop: Interruptible,
-    report: Callable[[], tuple[dict, str]],
-    say: Callable[[str], None],
-    after_step: Callable[[], None] = lambda: None,
-) -> None:
-    """Steps of AdamW until the stage is done. The state is saved at least every minute.
+@dataclass(frozen=True)
+class Job:
+    """What a stage trains on, and what is done beside its steps.
 
-    batch_at: `batch_at(step) → the batch of that step`, whatever came before.
-    report: `report() → ({name: number}, line of text)`, measured now and then.
-    after_step: called after every step, before the state is saved.
+    batch_at: `batch_at(step) → the batch of that step`, whatever came before. report: measures now
+    and then, `report() → ({name: number}, line of text)`. after_step: called after every step,
+    before the state is saved. say: takes lines of progress.
     """
-    begun = state.step
+
+    loss_fn: Callable | Adversarial
+    batch_at: Callable[[int], tuple[Array, ...]]
+    say: Callable[[str], None]
+    report: Callable[[], tuple[dict, str]] = lambda: ({}, "")
+    after_step: Callable[[], None] = _nothing
+
+
+def fit(folder: Path, state: State, job: Job, stop: Interruptible) -> None:
+    """Take steps of AdamW until the present stage is done; save the state at least every minute.
+
+    Raises Stopped after a signal, with the state saved, and Diverged where the loss is no number.
+    """
+    stage: Stage = getattr(state.config, state.stage)
     if state.total is None:
         state.total = stage.steps
+    pace = Pace(stage)
     saved = reported = time.monotonic()
-    step_times = []
-    metrics_file = Path(run) / "training" / "metrics.jsonl"
-    forget_metrics_after(metrics_file, state)
-    bar = tqdm(
-        total=state.total, initial=state.step, desc=state.stage, unit="step", disable=None,
-        smoothing=0.05, dynamic_ncols=True,
-    )  # fmt: skip
-    beside = {}  # numbers of the last step
+    extra = {}  # what else is known of the last step
     with (
-        stage_gradient(loss_fn, state, stage.parts, beside) as gradient_of,
-        bar,
-        open(metrics_file, "a", 1, "utf-8") as metrics,
+        stage_gradient(job.loss_fn, state, stage.parts, extra) as gradient_of,
+        MetricsLog(folder, state) as log,
+        _progress_bar(state) as bar,
     ):
-
-        def log(numbers):
-            line = {"stage": state.stage, "step": state.step} | numbers
-            metrics.write(json.dumps(line | {"time": round(time.time(), 2)}) + "\n")
-
         while state.total is None or state.step < state.total:
             started = time.monotonic()
             total = state.total or 10**9
             rate = learning_rate(state.step, total, stage.rate, stage.warmup, stage.decay)
-            loss, norm = train_step(state, gradient_of, batch_at(state.step), rate, stage.ema)
+            batch = job.batch_at(state.step)
+            loss, norm = train_step(state, gradient_of, batch, rate, stage.ema)
             state.step += 1
-            after_step()
+            job.after_step()
             bar.update()
-            if state.step % LOG_EVERY == 0 or state.step == state.total or stop.number:
-                numbers = {"loss": loss, "norm": norm} | beside
-                numbers = {name: _finite(number, state) for name, number in numbers.items()}
-                log({"rate": rate} | numbers)
+            numbers = {"loss": loss, "norm": norm} | extra
+            last = bool(stop.number) or state.step == state.total
+            if last or state.step % LOG_EVERY == 0:
+                numbers = {name: finite(number, state) for name, number in numbers.items()}
+                log.write({"rate": rate} | numbers)
                 bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
-            step_times.append(time.monotonic() - started)
-            if state.total is None and len(step_times) >= CALIBRATION[1]:
-                step_seconds = float(np.median(step_times[CALIBRATION[0] :]))
-                if state.discriminator:
-                    later = _seconds_later(state, gradient_of, batch_at(state.step))
-                    step_seconds = mean_seconds(state.config, step_seconds, later)
-                    beside.clear()
-                state.total = max(state.step + 1, begun + int(stage.seconds / step_seconds))
+            pace.seconds.append(time.monotonic() - started)
+            if state.total is None and len(pace.seconds) >= CALIBRATION[1]:
+                state.total = pace.steps_that_fit(state, gradient_of, batch)
+                extra.clear()
                 bar.total = state.total
                 bar.refresh()
-            if stop.number or time.monotonic() - saved > SAVE_EVERY or state.step == state.total:
-                for number in (loss, norm, *beside.values()):
-                    _finite(number, state)
-                save_state(run, state)
+            if last or time.monotonic() - saved > SAVE_EVERY:
+                for number in numbers.values():
+                    finite(number, state)
+                save_state(folder, state)
                 saved = time.monotonic()
             if stop.number:
                 raise Stopped(stop.number)
             if snapshots.due(state.step, state.total, time.monotonic() - reported):
-                numbers, text = report()
+                numbers, text = job.report()
                 if numbers:
-                    log(numbers)
+                    log.write(numbers)
                 with bar.external_write_mode():
-                    say(_progress(state, _finite(loss, state), step_times) + text)
+                    job.say(pace.line(state, finite(loss, state)) + text)
                 reported = time.monotonic()
 
 
-def _seconds_later(state, gradient_of, batch):
-    """Of a step with the discriminator: its gradients, which are most of it, and go unused."""
+def _progress_bar(state):
+    return tqdm(
+        total=state.total, initial=state.step, desc=state.stage, unit="step", disable=None,
+        smoothing=0.05, dynamic_ncols=True,
+    )  # fmt: skip
+
+
+@dataclass
+class Pace:
+    """How long the steps of a stage take."""
+
+    stage: Stage
+    seconds: list[float] = field(default_factory=list)  # of each step since the loop began
+
+    def steps_that_fit(self, state: State, gradient_of: Gradient, batch: tuple[Array, ...]) -> int:
+        """Return how many steps the stage's seconds allow in all, from those timed so far."""
+        step_seconds = float(np.median(self.seconds[CALIBRATION[0] :]))
+        if state.discriminator:
+            later = seconds_with_discriminator(state, gradient_of, batch)
+            step_seconds = mean_seconds(state.config, step_seconds, later)
+        begun = state.step - len(self.seconds)
+        return max(state.step + 1, begun + int(self.stage.seconds / step_seconds))
+
+    def line(self, state: State, loss: float) -> str:
+        """Tell how far a stage is, and how long it will still take."""
+        seconds = float(np.mean(self.seconds[-100:]))
+        left = (state.total - state.step) * seconds
+        return (
+            f"  {state.stage} {state.step}/{state.total}: {1 / seconds:.1f} steps/s, "
+            f"{duration(left)} left, loss {loss:.4f}"
+        )
+
+
+def seconds_with_discriminator(
+    state: State, gradient_of: Gradient, batch: tuple[Array, ...]
+) -> float:
+    """Time a step with the discriminator: its gradients, which are most of it, go unused."""
     state.total = 0  # so that it has begun
     times = []
     for _ in range(5):
@@ -117,38 +142,3 @@ def _seconds_later(state, gradient_of, batch):
         times.append(time.monotonic() - started)
     state.total = None
     return float(np.median(times))
-
-
-def _progress(state, loss, step_times):
-    seconds = float(np.mean(step_times[-100:]))
-    left = (state.total - state.step) * seconds
-    return (
-        f"  {state.stage} {state.step}/{state.total}: {1 / seconds:.1f} steps/s, "
-        f"{duration(left)} left, loss {loss:.4f}"
-    )
-
-
-def forget_metrics_after(file: Path, state: State) -> None:
-    """Drop the lines of steps that will be done again, and one that was cut off."""
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            entry = json.loads(line)
-            before = STAGES.index(entry["stage"]) - STAGES.index(state.stage)
-            if before < 0 or (before == 0 and entry["step"] <= state.step):
-                kept.append(line + "\n")
-    with replacing(file) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
-
-
-def _finite(number, state):
-    number = float(number)
-    if not math.isfinite(number):
-        raise Diverged(
-            f"stage {state.stage}, step {state.step}: loss or gradient is {number}. The last "
-            "saved state is intact; start again with another --seed, or in Python with a lower "
-            "learning rate"
-        )
-    return number

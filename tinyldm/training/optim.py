@@ -30,7 +30,9 @@ def learning_rate(step: int, total: int, peak: float, warmup: int, decay: str = 
 @replaceable
 def global_norm(grads: dict[str, Array]) -> Array:
     """√Σ g² over all gradients: an array without axes that stays on the device."""
-    squares = sum((g * g).sum() for g in grads.values())
+    squares = 0.0
+    for g in grads.values():
+        squares = squares + (g * g).sum()
     return array_module(squares).sqrt(squares)
 
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from tinyldm.backend import to_device
 from tinyldm.config import ConfigError
-from tinyldm.kernels.cpu.parallel import gradient
 from tinyldm.training.config import Config
 from tinyldm.training.latents import beside
 from tinyldm.training.networks import Models, denoiser_loss
@@ -18,7 +17,7 @@ from tinyldm.training.optim import learning_rate
 from tinyldm.training.preparation import Say, fit_tokenizer, load_data
 from tinyldm.training.run import Run, second_stage
 from tinyldm.training.state import State
-from tinyldm.training.step import train_step
+from tinyldm.training.step import gradient, train_step
 
 STEPS, BATCH = 300, 8
 ENOUGH = 0.2  # of the first loss

@@ -22,7 +22,7 @@ from tinyldm.training import codebook, snapshots
 from tinyldm.training.config import STAGES, Config
 from tinyldm.training.estimate import rehearse
 from tinyldm.training.latents import all_gaussians, beside, shown
-from tinyldm.training.loop import fit
+from tinyldm.training.loop import Job, fit
 from tinyldm.training.losses import Features
 from tinyldm.training.networks import Models, denoiser_loss, new_discriminator
 from tinyldm.training.preparation import (
@@ -165,10 +165,8 @@ class Run:
                 rng = np.random.default_rng((config.seed, 6, self.state.step))
                 codebook.revive(models.vae, self.state, self.pixels(rng, codebook.PICTURES), rng)
 
-        fit(
-            self.folder, self.state, config.autoencoder, models.first_stage_loss(), batch_at, stop,
-            report, self.say, after_step,
-        )  # fmt: skip
+        job = Job(models.first_stage_loss(), batch_at, self.say, report, after_step)
+        fit(self.folder, self.state, job, stop)
 
     def pixels(self, rng: np.random.Generator, count: int) -> Array:
         """Pictures drawn from those of training, (count, height, width, channels) in −1…1."""
@@ -208,7 +206,6 @@ class Run:
             "could predict. Look at samples/, and at the loss at high noise"
         )
         state = self.state
-        config = state.config
         batch_at, first = self.latent_batches()
         snapshots.first_stage(self.folder, self.export(), self.training, first)
 
@@ -219,7 +216,7 @@ class Run:
 
         loss_fn = denoiser_loss(self.models, beside(state, self.models))
         try:
-            fit(self.folder, state, config.denoiser, loss_fn, batch_at, stop, report, self.say)
+            fit(self.folder, state, Job(loss_fn, batch_at, self.say, report), stop)
         except Stopped:
             self.export()
             raise

@@ -2,12 +2,14 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from tinyldm.backend import Array
-from tinyldm.kernels.cpu.parallel import Gradient, cut_batch, gradients
+from tinyldm.machine import keep_freed_memory
 from tinyldm.nn.protocol import Params, add_grad, replaceable
-from tinyldm.training.adversarial import Adversarial, alternating
+from tinyldm.threads import cut_batch
+from tinyldm.training.adversarial import Adversarial, Gradient, alternating
 from tinyldm.training.optim import MAX_NORM, adamw, clip_factor, global_norm
 from tinyldm.training.state import State
 
@@ -21,7 +23,9 @@ def train_step(
     a discriminator too, that makes a step of its own optimizer.
     """
     loss, grads = gradient(batch)
-    of_discriminator = {n: grads.pop(n) for n in state.discriminator if n in grads}
+    of_discriminator = {}
+    for name in grads.keys() & state.discriminator.keys():
+        of_discriminator[name] = grads.pop(name)
     norm = global_norm(grads)
     adamw(
         state.params, grads, state.moments, state.average, state.step, rate,
@@ -45,11 +49,35 @@ def value_and_grad(
     loss_fn: `loss_fn(params, *batch) → (mean loss, backward(grads))`. batch: a tuple of arrays with
     equal first axes; ValueError where they are not, or empty.
     """
-    cut_batch(batch, 1)  # which raises
+    for array in batch:
+        if len(array) != len(batch[0]) or len(array) == 0:
+            lengths = [len(array) for array in batch]
+            raise ValueError(
+                f"value_and_grad: expected arrays of one length, at least 1, found {lengths}"
+            )
     loss, backward = loss_fn(params, *batch)
     grads = {}
     backward(grads)
     return loss, grads
+
+
+@replaceable
+@contextlib.contextmanager
+def gradients(
+    loss_fns: Sequence[Callable], params: Params, others: Params, processes: int | None = None
+) -> Iterator[list[Gradient]]:
+    """Yield, for many steps, batch → (loss, gradients) of several functions of the same parameters.
+
+    Each is given `params` and `others` in one dict. processes: how many may share the work.
+    """
+    yield [partial(value_and_grad, loss_fn, params | others) for loss_fn in loss_fns]
+
+
+@contextlib.contextmanager
+def gradient(loss_fn: Callable, params: Params, processes: int | None = None) -> Iterator[Gradient]:
+    """Yield batch → (loss, gradients) of one function, for many steps."""
+    with gradients([loss_fn], params, {}, processes) as (gradient_of,):
+        yield gradient_of
 
 
 def accumulated(gradient_of: Gradient, parts: int) -> Gradient:
@@ -80,8 +108,9 @@ def stage_gradient(
     """The gradient of a stage's loss for many steps: yields batch → (loss, gradients).
 
     parts: of a batch, one after the other. numbers: is given what else is known of a step, for its
-    log. processes: see `parallel.gradient`.
+    log. processes: see `gradients`.
     """
+    keep_freed_memory()
     losses = [loss_fn]
     if isinstance(loss_fn, Adversarial):
         losses = [loss_fn.plain, loss_fn.generator, loss_fn.discriminator]

@@ -8,8 +8,7 @@ from tinyldm.backend import Array, on_host
 from tinyldm.kernels.cpu.flat import Flat
 from tinyldm.kernels.cpu.processes import available, team
 from tinyldm.kernels.registry import NEVER, kernel
-from tinyldm.machine import keep_freed_memory
-from tinyldm.threads import free_cores, map_threads
+from tinyldm.threads import cut_batch, free_cores, map_threads
 
 Gradient = Callable[[tuple[Array, ...]], tuple[Array, dict[str, Array]]]  # batch → loss, gradients
 
@@ -33,37 +32,27 @@ def value_and_grad(
     return _sum(map_threads(lambda share: _weighted(loss_fn, params, *share), shares))
 
 
-@contextlib.contextmanager
-def gradient(loss_fn: Callable, params: Flat, processes: int | None = None) -> Iterator[Gradient]:
-    """`value_and_grad` of one function for many steps: yields batch → (loss, gradients).
-
-    The shards go to copies of this process, where there can be any (`processes`, default: what is
-    `available`), else to threads. The result is the same to the last bit. Other processes see what
-    becomes of `params`, if they are shared, and nothing else that changes in the meantime.
-    """
-    with gradients([loss_fn], params, {}, processes) as (gradient_of,):
-        yield gradient_of
+def _worth_processes(loss_fns, params, others, processes=None):
+    shared = isinstance(params, Flat) and params.shared
+    return 0.0 if shared and (processes or available()) > 1 else NEVER
 
 
+@kernel("training.step.gradients", cost=_worth_processes)
 @contextlib.contextmanager
 def gradients(
     loss_fns: Sequence[Callable],
     params: Flat,
-    others: dict[str, Array],
+    others: Flat | dict,
     processes: int | None = None,
 ) -> Iterator[list[Gradient]]:
-    """`gradient` of several functions, which the same processes work on, one after the other.
+    """Share every batch with copies of this process, as many as are `available` by default.
 
-    Each is given `params` and `others`, a `Flat` or nothing, in one dict. Gradients under other
-    names than theirs are to be small: they come back through a pipe.
+    The result is the same to the last bit as with threads. The other processes see what becomes of
+    `params`, and nothing else that changes in the meantime. Gradients under names that no parameter
+    has are to be small: they come back through a pipe.
     """
-    keep_freed_memory()
     named = params | others if others else params
-    on_cpu = on_host(params.flat)
-    processes = processes or (available() if on_cpu and params.shared else 1)
-    if processes == 1:
-        yield [partial(value_and_grad, loss_fn, named) for loss_fn in loss_fns]
-        return
+    processes = processes or available()
     theirs = [Flat(named, shared=True) for _ in range(processes - 1)]
 
     def work(i, share, which):
@@ -85,22 +74,6 @@ def gradients(
             return _sum(results)
 
         yield [partial(value_and_grad_of, which) for which in range(len(loss_fns))]
-
-
-def cut_batch(batch: tuple[Array, ...], count: int) -> list[tuple[float, tuple[Array, ...]]]:
-    """Cut into `count` parts (share of the batch, part), or fewer where one would be empty."""
-    n = len(batch[0])
-    if n == 0 or any(len(array) != n for array in batch):
-        raise ValueError(
-            "value_and_grad: expected arrays of one length, at least 1, found "
-            f"{[len(array) for array in batch]}"
-        )
-    count = min(n, count)
-    bounds = [n * i // count for i in range(count + 1)]
-    return [
-        ((end - begin) / n, tuple(array[begin:end] for array in batch))
-        for begin, end in zip(bounds, bounds[1:], strict=False)
-    ]
 
 
 def _weighted(loss_fn, params, weight, part):

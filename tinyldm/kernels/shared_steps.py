@@ -1,4 +1,7 @@
-"""A network as the `predict` of a sampler: step after step, the samples shared between cores."""
+"""The steps of sampling shared between the cores, what depends on the condition computed once.
+
+On any device; the twin of `sampling.pipeline.predictor`.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -6,21 +9,18 @@ from functools import partial
 from typing import Any
 
 from tinyldm.backend import Array, array_module, on_host
-from tinyldm.diffusion.samplers import Predict
 from tinyldm.kernels.cached import fixed
 from tinyldm.kernels.cpu.processes import available, team
+from tinyldm.kernels.registry import any_device, kernel
 from tinyldm.threads import cores, map_threads
 
 
+@kernel("sampling.pipeline.predictor", cost=any_device)
 @contextlib.contextmanager
 def predictor(
     network: Callable[[Array, Array, Any], Array], condition: Array, at_once: int
-) -> Iterator[Predict]:
-    """Yields (x, t) → `network(x, t (n,), condition)`, for many steps with the same condition.
-
-    condition (n, …): what the network makes of it alone is computed once. On the CPU all cores
-    share the samples, as processes where there can be any. at_once: samples on a core.
-    """
+) -> Iterator[Callable[[Array, float], Array]]:
+    """Cut the batch: `at_once` samples on a core; processes share them where there can be any."""
     n, on_cpu, xp = len(condition), on_host(condition), array_module(condition)
     processes = available() if on_cpu else 1
     workers = min(n, processes if processes > 1 else cores() if on_cpu else 1)

@@ -1,0 +1,63 @@
+"""The log of a run's numbers, `training/metrics.jsonl`: a line of JSON for a step."""
+
+import contextlib
+import json
+import math
+import time
+from pathlib import Path
+
+from tinyldm.backend import Array
+from tinyldm.files import replacing
+from tinyldm.training.config import STAGES
+from tinyldm.training.state import State
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number. The last state was saved before that."""
+
+
+def finite(number: float | Array, state: State) -> float:
+    """Return a number of the last step as a float. Raises Diverged where it is not finite."""
+    number = float(number)
+    if not math.isfinite(number):
+        raise Diverged(
+            f"stage {state.stage}, step {state.step}: loss or gradient is {number}. The last "
+            "saved state is intact; start again with another --seed, or in Python with a lower "
+            "learning rate"
+        )
+    return number
+
+
+class MetricsLog:
+    """`with MetricsLog(folder, state) as log:` adds lines about the state's present step."""
+
+    def __init__(self, folder: str | Path, state: State):
+        self.file, self.state = Path(folder) / "training" / "metrics.jsonl", state
+
+    def __enter__(self) -> "MetricsLog":
+        forget_metrics_after(self.file, self.state)
+        self.stream = open(self.file, "a", 1, "utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
+
+    def write(self, numbers: dict[str, float]) -> None:
+        """Write a line for the present step."""
+        line = {"stage": self.state.stage, "step": self.state.step} | numbers
+        self.stream.write(json.dumps(line | {"time": round(time.time(), 2)}) + "\n")
+
+
+def forget_metrics_after(file: Path, state: State) -> None:
+    """Drop the lines of steps that will be done again, and one that was cut off."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            before = STAGES.index(entry["stage"]) - STAGES.index(state.stage)
+            if before < 0 or (before == 0 and entry["step"] <= state.step):
+                kept.append(line + "\n")
+    with replacing(file) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
