@@ -1,6 +1,6 @@
 """This tree beside another checkout of it: is anything slower than it was?
 
-    python -m bench against ../other-checkout [--tiny] [--rounds N]
+    python -m bench against ../other-checkout [CASE …] [--tiny] [--rounds N]
 
 Each tree runs the cases of its own `bench` in a process of its own; rounds alternate between both.
 """
@@ -95,12 +95,15 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="python -m bench against", description=__doc__)
     parser.add_argument("tree", type=Path, help="folder of the other checkout")
+    parser.add_argument("cases", nargs="*", help="parts of the names of cases; none: all")
     parser.add_argument("--rounds", type=int, default=15, help="measurements of each (default: 15)")
     parser.add_argument("--tiny", action="store_true", help="small sizes: does it still run?")
     options = parser.parse_args(sys.argv[2:])
     trees = [Tree(root.resolve(), ["--tiny"] * options.tiny) for root in (HERE, options.tree)]
     print("| case | ms | other / this | its quartiles | other / other |\n|---|---|---|---|---|")
     for i, name in enumerate(trees[0].names):
+        if options.cases and not any(part in name for part in options.cases):
+            continue
         once = max(tree.ask("prepare", i) for tree in trees)
         repeats = max(1, round(SECONDS / once))
         rounds = 3 if options.tiny or once > 3 else options.rounds

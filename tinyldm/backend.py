@@ -29,7 +29,18 @@ class DeviceError(RuntimeError):
 
 def array_module(x: Array) -> ModuleType:
     """The library that made the array `x`: `numpy`, or `cupy`."""
-    return sys.modules[type(x).__module__.partition(".")[0]]
+    return _modules[type(x)]
+
+
+class _Modules(dict):
+    """{type of an array: the library that defines it}, each looked up once."""
+
+    def __missing__(self, kind):
+        self[kind] = sys.modules[kind.__module__.partition(".")[0]]
+        return self[kind]
+
+
+_modules = _Modules()
 
 
 def on_host(x: Array) -> bool:

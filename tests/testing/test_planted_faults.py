@@ -18,6 +18,7 @@ from gradients import check, check_loss, joined
 from strategies import random_array, random_params
 
 from tinyldm.kernels import blocking, plain
+from tinyldm.kernels.im2col import im2col
 from tinyldm.models import AutoencoderKL, VQModel
 from tinyldm.nn.layers import Conv2d, Linear
 from tinyldm.nn.protocol import KERNELS
@@ -111,6 +112,23 @@ def convolution(name):
             check(partial(getattr(module, name), stride=stride, padding=padding), inputs)
 
     return check_convolution
+
+
+def shared_by_convolutions(module):
+    """A convolution whose two ways back are those that the kernels share."""
+    padding = (1, 0, 0, 2)
+
+    def conv2d(x, w, b):
+        y, conv_back = im2col(x, w, b, padding=padding)
+
+        def backward(dy):
+            turned, around = module.turned_kernel(w, padding)
+            dx, _ = im2col(dy, turned, padding=around)
+            return dx, conv_back(dy)[1], module.bias_gradient(b, dy)
+
+        return y, backward
+
+    check(conv2d, arrays((2, 5, 4, 3), (3, 3, 3, 3), (3,)))
 
 
 def winograd(module):
@@ -374,6 +392,7 @@ CHECKS = {
     "elementwise": lambda module: check(module.ACTIVATIONS["silu"], arrays((6, 5))),
     "conv2d": convolution("conv2d"),
     "im2col": convolution("im2col"),
+    "windows": shared_by_convolutions,
     "pointwise": convolution("pointwise"),
     "winograd": winograd,
     "attention": attentions,
@@ -617,26 +636,28 @@ FAULTS = {
     "tinyldm.kernels.cpu.pointwise": [
         ("pointwise: kernel not transposed in dx", "@ w[0, 0].T)", "@ w[0, 0])"),
     ],
-    "tinyldm.kernels.im2col": [
-        ("im2col: kernel not turned", "w[::-1, ::-1].swapaxes", "w.swapaxes"),
-        ("im2col: kernel turned one way", "w[::-1, ::-1].swapaxes", "w[::-1].swapaxes"),
-        ("im2col: kernel not transposed", ".swapaxes(2, 3)", ""),
+    "tinyldm.kernels.windows": [
+        ("windows: kernel not turned", "w[::-1, ::-1].swapaxes", "w.swapaxes"),
+        ("windows: kernel turned one way", "w[::-1, ::-1].swapaxes", "w[::-1].swapaxes"),
+        ("windows: kernel not transposed", ".swapaxes(2, 3)", ""),
         (
-            "im2col: top and bottom swapped in dx",
+            "windows: top and bottom swapped in dx",
             "(kh - 1 - top, kh - 1 - bottom,",
             "(kh - 1 - bottom, kh - 1 - top,",
         ),
         (
-            "im2col: padding of dx off by one",
+            "windows: padding of dx off by one",
             "kw - 1 - left, kw - 1 - right)",
             "kw - left, kw - 2 - right)",
         ),
-        ("im2col: dw of the last block only", "dw += _rows", "dw = _rows"),
         (
-            "im2col: db a mean",
+            "windows: db a mean",
             "ones(len(dy_rows), dy.dtype) @ dy_rows",
             "ones(len(dy_rows), dy.dtype) @ dy_rows / len(dy_rows)",
         ),
+    ],
+    "tinyldm.kernels.im2col": [
+        ("im2col: dw of the last block only", "dw += _rows", "dw = _rows"),
         (
             "im2col: scattered products do not add up",
             "+= products[:, :, :, i, j]",

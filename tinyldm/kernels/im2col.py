@@ -13,7 +13,7 @@ from tinyldm.backend import Array, array_module, on_host
 from tinyldm.kernels.blocking import blocks
 from tinyldm.kernels.matmul import product
 from tinyldm.kernels.registry import kernel
-from tinyldm.kernels.windows import cut, windows
+from tinyldm.kernels.windows import bias_gradient, cut, turned_kernel, windows
 from tinyldm.kernels.workspace import empty, scratch
 from tinyldm.nn.conv import Padding, output_shape
 from tinyldm.nn.protocol import Backward
@@ -62,22 +62,6 @@ def im2col(
         return _correlate(dy, turned, None, 1, around, x.shape[:3]), dw, db
 
     return y, backward
-
-
-def turned_kernel(w: Array, padding: tuple[int, int, int, int]) -> tuple[Array, tuple[int, ...]]:
-    """Return the kernel and padding with which a convolution of dy with stride 1 gives dx."""
-    kh, kw = w.shape[:2]
-    top, bottom, left, right = padding
-    around = (kh - 1 - top, kh - 1 - bottom, kw - 1 - left, kw - 1 - right)
-    return w[::-1, ::-1].swapaxes(2, 3), around
-
-
-def bias_gradient(b: Array | None, dy: Array) -> Array | None:
-    """Sum dy (n, h, w, c) over all pixels, as a matrix product: faster than `sum`."""
-    if b is None:
-        return None
-    dy_rows = dy.reshape(-1, dy.shape[3])
-    return array_module(dy).ones(len(dy_rows), dy.dtype) @ dy_rows
 
 
 def _rows(seen):

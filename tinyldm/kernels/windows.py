@@ -1,4 +1,4 @@
-"""The windows of a convolution, block by block: what each output pixel is computed from."""
+"""What the kernels of the convolution share: windows, block by block, and small gradients."""
 
 from collections.abc import Iterator
 
@@ -66,3 +66,19 @@ def _inside(size, start, length):
     """The part of 0…size that a picture of this length covers from `start` on."""
     begin = min(size, max(0, start))
     return begin, max(begin, min(size, start + length))
+
+
+def turned_kernel(w: Array, padding: tuple[int, int, int, int]) -> tuple[Array, tuple[int, ...]]:
+    """Return the kernel and padding with which a convolution of dy with stride 1 gives dx."""
+    kh, kw = w.shape[:2]
+    top, bottom, left, right = padding
+    around = (kh - 1 - top, kh - 1 - bottom, kw - 1 - left, kw - 1 - right)
+    return w[::-1, ::-1].swapaxes(2, 3), around
+
+
+def bias_gradient(b: Array | None, dy: Array) -> Array | None:
+    """Sum dy (n, h, w, c) over all pixels, as a matrix product: faster than `sum`."""
+    if b is None:
+        return None
+    dy_rows = dy.reshape(-1, dy.shape[3])
+    return array_module(dy).ones(len(dy_rows), dy.dtype) @ dy_rows

@@ -109,6 +109,8 @@ class Leaf(Layer):
     def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
         weights = map(params.__getitem__, self.weights)
         y, function_back = self.function(x, *weights, *self.options)
+        if function_back is None:
+            return y, None
 
         def backward(dy, grads):
             dx, *dweights = function_back(dy, weights=wants_grad(grads, *self.weights))
@@ -116,7 +118,7 @@ class Leaf(Layer):
                 add_grad(grads, name, dw)
             return dx
 
-        return y, function_back and backward
+        return y, backward
 
 
 class Linear(Leaf):

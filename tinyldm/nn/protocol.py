@@ -49,11 +49,6 @@ def no_grad() -> contextlib.AbstractContextManager[None]:
     return _set_recording(False)
 
 
-def is_recording() -> bool:
-    """Return whether functions keep what their backward pass needs: not within `no_grad`."""
-    return _recording.get()
-
-
 class Kernel(NamedTuple):
     """A faster version of a plain function, with the same arguments and results."""
 
@@ -66,21 +61,34 @@ PLAIN = os.environ.get("TINYLDM_KERNELS") == "plain"
 use_kernels = contextvars.ContextVar("use_kernels", default=not PLAIN)
 
 
-def replaceable(function: Callable) -> Callable:
-    """Let the cheapest kernel that applies run in place of the plain `function`."""
+def replaceable(function: Callable, finish: Callable | None = None) -> Callable:
+    """Let the cheapest kernel that applies run in place of the plain `function`.
+
+    finish: `finish(result, name of the function) → result`, whichever ran.
+    """
+    name = function.__name__
     kernels = KERNELS.setdefault(f"{function.__module__}.{function.__qualname__}", [])
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        chosen, least = function, math.inf
-        if use_kernels.get():
-            for kernel in kernels:
-                cost = kernel.cost(*args, **kwargs)
+        chosen = function
+        if kernels and use_kernels.get():
+            least = math.inf
+            for kernel, cost_of in kernels:
+                cost = cost_of(*args, **kwargs)
                 if cost < least:
-                    chosen, least = kernel.function, cost
-        return chosen(*args, **kwargs)
+                    chosen, least = kernel, cost
+                    if cost <= 0:  # as good as free: what is registered later need not be asked
+                        break
+        result = chosen(*args, **kwargs)
+        return result if finish is None else finish(result, name)
 
     return call
+
+
+def is_recording() -> bool:
+    """Return whether functions keep what their backward pass needs: not within `no_grad`."""
+    return _recording.get()
 
 
 def differentiable(
@@ -90,24 +98,23 @@ def differentiable(
 
     A second call of `backward` raises RuntimeError. Kernels may replace it, see `replaceable`.
     """
-    fastest = replaceable(function)
+    return replaceable(function, _once)
 
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        y, backward = fastest(*args, **kwargs)
 
-        def run(*dy, **options):
-            nonlocal backward
-            if backward is None:
-                raise RuntimeError(
-                    f"the backward pass of {function.__name__} was called a second time"
-                )
-            step, backward = backward, None  # freed as soon as `step` has run
-            return step(*dy, **options)
+def _once(result, name):
+    """(y, backward) with a backward pass that runs once, or none under `no_grad`."""
+    y, backward = result
+    if not _recording.get():
+        return y, None
 
-        return y, (run if _recording.get() else None)
+    def run(*dy, **options):
+        nonlocal backward
+        if backward is None:
+            raise RuntimeError(f"the backward pass of {name} was called a second time")
+        step, backward = backward, None  # freed as soon as `step` has run
+        return step(*dy, **options)
 
-    return call
+    return y, run
 
 
 @differentiable

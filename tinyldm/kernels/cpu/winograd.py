@@ -23,10 +23,9 @@ import numpy as np
 
 from tinyldm.backend import Array, array_module, on_host
 from tinyldm.kernels.blocking import shares
-from tinyldm.kernels.im2col import bias_gradient, turned_kernel
 from tinyldm.kernels.matmul import product, spread
 from tinyldm.kernels.registry import NEVER, kernel
-from tinyldm.kernels.windows import cut, windows
+from tinyldm.kernels.windows import bias_gradient, cut, turned_kernel, windows
 from tinyldm.kernels.workspace import empty, scratch
 from tinyldm.nn.conv import Padding, output_shape
 from tinyldm.nn.protocol import Backward
