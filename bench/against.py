@@ -106,7 +106,7 @@ def main() -> None:
             continue
         once = max(tree.ask("prepare", i) for tree in trees)
         repeats = max(1, round(SECONDS / once))
-        rounds = 3 if options.tiny or once > 3 else options.rounds
+        rounds = 3 if options.tiny else min(options.rounds, 9) if once > 3 else options.rounds
         time_both = [partial(tree.ask, "time", repeats) for tree in trees]
         times = np.array([[measure() for measure in time_both] for _ in range(rounds)])
         ratios = times[:, 1] / times[:, 0]

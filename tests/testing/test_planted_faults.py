@@ -477,7 +477,7 @@ FAULTS = {
         ("elementwise: slope at dy", "activation.derivative(x_)", "activation.derivative(dy_)"),
     ],
     "tinyldm.kernels.cpu.linear": [
-        ("linear: weight transposed in dx", "product(dy_rows, w, dx)", "product(dy_rows, w.T, dx)"),
+        ("linear: weight transposed in dx", "matmul(dy_rows, w, out", "matmul(dy_rows, w.T, out"),
         ("linear: dw transposed", "dx, dy_rows.T @ x_rows,", "dx, x_rows.T @ dy_rows,"),
         ("linear: db a mean", "else ones @ dy_rows", "else ones @ dy_rows / len(dy_rows)"),
     ],

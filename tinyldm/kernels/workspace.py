@@ -27,8 +27,10 @@ def empty(shape: tuple[int, ...], *like: Array) -> Array:
     for x in like[1:]:
         dtype = dtype if x.dtype == dtype else np.result_type(dtype, x.dtype)
     size = math.prod(shape)
-    if size < UNALIGNED or not on_host(like[0]):
+    if not isinstance(like[0], np.ndarray):
         return array_module(like[0]).empty(shape, dtype)
+    if size < UNALIGNED:
+        return np.empty(shape, dtype)
     return _aligned(size, dtype).reshape(shape)
 
 
