@@ -1,4 +1,4 @@
-"""The commands of the README: on Stable Diffusion with random models, on tasks with short runs."""
+"""The pages: their commands run, their code runs, their links lead somewhere, they stay short."""
 
 import re
 import shlex
@@ -19,11 +19,13 @@ from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training import presets
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [file for file in ROOT.rglob("*.md") if ".venv" not in file.parts]
+COMMAND_PAGE = (ROOT / "tinyldm" / "cli" / "README.md").read_text(encoding="utf-8")
+LONGEST_README = 12_000  # bytes: what a visitor reads in five minutes
 
 
 def commands_of(section):
-    block = re.search(rf"<!-- {section} -->\n```sh\n(.*?)```", README, re.DOTALL)[1]
+    block = re.search(rf"<!-- {section} -->\n```sh\n(.*?)```", COMMAND_PAGE, re.DOTALL)[1]
     lines = block.replace("\\\n", " ").splitlines()
     return [shlex.split(line) for line in lines if line and not line.startswith("#")]
 
@@ -58,6 +60,35 @@ def place(tmp_path_factory):
     mask[50:120, 80:200] = 255
     Image.fromarray(mask).save(folder / "mask.png")
     return folder
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= LONGEST_README
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+CODE = [
+    (page, code)
+    for page in PAGES
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    if "check_gradients" in code and "import" in code
+]
+
+
+@pytest.mark.parametrize("page, code", CODE, ids=[str(p.relative_to(ROOT)) for p, _ in CODE])
+def test_code_that_checks_gradients_runs(page, code):
+    names = {"__name__": "page"}
+    exec(code, names)
+    for name, value in list(names.items()):
+        if name.startswith("test_"):
+            value()
 
 
 def test_the_section_shows_every_option():
