@@ -206,7 +206,7 @@ class AutoencoderStep(TrainStep):
 
     def loss(self) -> Callable:
         """For `gradient`."""
-        return autoencoder_loss(self.net(), kl_weight=0.0)
+        return autoencoder_loss(self.net(), weight=0.0)
 
     def theirs(self, params: Params, layout: str, device: str) -> Step:
         """The same with diffusers."""

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 # What each package is for, in import order: a package imports itself and those above it alone.
 PACKAGES = {
-    "backend config files machine options threads": "the array switch, and what the machine offers",
+    "backend config files machine options threads": "the array switch, and the machine",
     "data": "images with captions, and captions as tokens",
     "nn": "the mathematics of layers, plain and complete",
     "kernels": "faster versions of plain functions",
@@ -35,7 +35,7 @@ LEVELS = {name: i for i, names in enumerate(PACKAGES) for name in names.split()}
 
 # Outside nn/ and kernels/ the library of an array is asked for here and nowhere else. The list may get shorter.
 ASK_FOR_THE_LIBRARY = """
-    threads models.autoencoder
+    threads models.autoencoder models.vq
     diffusion.schedule diffusion.loss diffusion.samplers diffusion.guidance
     sampling.init_image sampling.tiling sampling.pipeline evaluation.likelihood
     training.optim training.networks training.latents training.codebook training.adversarial

@@ -208,7 +208,7 @@ def test_the_environment_can_ask_for_the_plain_functions(asked):
         assert run.stdout.strip() == str(asked != "plain")
 
 
-# ------------------------------------------------------------------------------------ single kernels
+# ----------------------------------------------------------------------------------- single kernels
 
 
 @given(data=st.data())

@@ -245,6 +245,31 @@ VAE = {
 }
 
 
+def sampled(vae, *inputs):
+    """Its loss of images is the mean of z, plus what it adds."""
+
+    def loss_fn(params, images, *noise):
+        z, penalty, sample_back = vae.sample(params, images, *noise)
+
+        def backward(grads):
+            sample_back(np.full(z.shape, 1 / z.size), 1.0, grads)
+
+        return z.mean() + penalty, backward
+
+    params = random_params(vae)
+    params = {n: w for n, w in params.items() if not n.startswith(("decoder", "post_quant"))}
+    check_loss(loss_fn, params, {}, inputs)
+
+
+def gaussian_sample(module):
+    sampled(module.AutoencoderKL(VAE), *arrays((1, 4, 4, 3), (1, 2, 2, 2)))
+
+
+def vq_sample(module):
+    vae = module.VQModel({key: x for key, x in VAE.items() if key != "shift_factor"})
+    sampled(vae, *arrays((1, 4, 4, 3)))
+
+
 def to_latents(module):
     vae = module.AutoencoderKL(VAE)
     images, noise = arrays((1, 4, 4, 3), (1, 2, 2, 2))
@@ -333,7 +358,7 @@ def first_stage_losses(module):
     loss_fn = module.autoencoder_loss(vae, 0.1)
     check_loss(loss_fn, random_params(vae), {}, (images, noise))
     vq = VQModel({key: x for key, x in VAE.items() if key != "shift_factor"})
-    check_loss(module.vq_loss(vq), random_params(vq), {}, (images,))
+    check_loss(module.autoencoder_loss(vq, 1.0), random_params(vq), {}, (images,))
 
 
 def adversarial(module):
@@ -416,6 +441,8 @@ CHECKS = {
     "context": unet(context=True),
     "labels": unet(labels=True, num_class_embeds=3),
     "pooled text": unet(addition_embed_type="text", addition_embed_type_num_heads=2),
+    "sample": gaussian_sample,
+    "vq sample": vq_sample,
     "to_latents": to_latents,
     "from_latents": from_latents,
     "gaussians": gaussians,
@@ -835,6 +862,8 @@ FAULTS = {
         ("gaussians: clamp forgotten in z", "dz * spread * inside", "dz * spread"),
         ("gaussians: clamp forgotten in KL", "dlogvar * inside]", "dlogvar]"),
         ("gaussians: mean and log-variance swapped", "[dz, dlogvar]", "[dlogvar, dz]"),
+        ("sample: KL forgotten", "sample_back(dz) + kl_back(dkl / size)", "sample_back(dz)"),
+        ("sample: KL of all latents", "kl_back(dkl / size)", "kl_back(dkl)"),
         ("to_latents: scale lost", "sample_back(dlatents * scale)", "sample_back(dlatents)"),
         (
             "from_latents: scale upside down",
@@ -873,6 +902,7 @@ FAULTS = {
         ("classifier: block forgotten", "dh = resnet_back(dh, grads)", "pass"),
     ],
     "tinyldm.models.vq": [
+        ("vq sample: codebook loss forgotten", "dz + loss_back(dloss, grads)", "dz"),
         ("vq: scale lost", "encode_back(dlatents * scale, grads)", "encode_back(dlatents, grads)"),
         ("vq: codebook forgotten", "add_grad(grads, self.weight, dcodebook)", "pass"),
     ],
@@ -886,9 +916,16 @@ FAULTS = {
         ("discriminator: norm forgotten", "norm_back(bend_back(dx), grads)", "bend_back(dx)"),
     ],
     "tinyldm.training.losses": [
-        ("first stage: KL forgotten", " + kl_back(weight)", ""),
-        ("first stage: KL has weight 1", "kl_back(weight)", "kl_back(1.0)"),
-        ("first stage: codebook forgotten", " + codebook_back(1.0, grads)", ""),
+        (
+            "first stage: penalty has weight 1",
+            "sample_back(dz, weight, grads)",
+            "sample_back(dz, 1.0, grads)",
+        ),
+        (
+            "first stage: penalty forgotten",
+            "sample_back(dz, weight, grads)",
+            "sample_back(dz, 0.0, grads)",
+        ),
         ("perceptual: channels forgotten", "error_back(c * dloss)", "error_back(dloss)"),
         ("perceptual: weight forgotten", "perceived_back(weight)", "perceived_back()"),
         (

@@ -23,7 +23,7 @@ from tinyldm.models.discriminator import PatchDiscriminator
 from tinyldm.nn import no_grad
 from tinyldm.nn.activations import silu
 from tinyldm.nn.conv import conv2d
-from tinyldm.training import adversarial, loop, networks, overfit, presets, step
+from tinyldm.training import adversarial, loop, networks, overfit, presets
 from tinyldm.training import estimate as rehearsal
 from tinyldm.training import run as runs
 from tinyldm.training.adversarial import (
@@ -37,11 +37,11 @@ from tinyldm.training.losses import (
     autoencoder_loss,
     perceptual_loss,
     squared_error,
-    vq_loss,
     with_perception,
 )
 from tinyldm.training.signals import Stopped
 from tinyldm.training.state import State, load_state, state_files
+from tinyldm.training.step import stage_gradient
 
 KERNELS = numbers("first", 3, 3, 3, 4), numbers("second", 3, 3, 4, 5)
 
@@ -73,10 +73,10 @@ def first(request):
     """A first stage: its network, parameters, batch, and its loss by any criterion."""
     vae = VAES[request.param]
     batch = (numbers("images", 3, 16, 16, 3),)
-    loss = vq_loss
+    loss = partial(autoencoder_loss, weight=1.0)
     if request.param == "kl":
         batch = (*batch, numbers("noise", 3, 8, 8, 2))
-        loss = partial(autoencoder_loss, kl_weight=0.1)
+        loss = partial(autoencoder_loss, weight=0.1)
     params = random_params(vae.shapes())
     return SimpleNamespace(vae=vae, params=params, batch=batch, loss=partial(loss, vae))
 
@@ -177,7 +177,7 @@ def adversarial_gradient(first, cores, parts, processes, monkeypatch):
         discriminator_loss(first.vae, squared_error, DISCRIMINATOR),
     )
     seen = {}
-    with step.stage_gradient(loss_fn, state, parts, seen, processes) as gradient_of:
+    with stage_gradient(loss_fn, state, parts, seen, processes) as gradient_of:
         loss, grads = gradient_of(first.batch)
         return loss, {name: dw.copy() for name, dw in grads.items()}, seen
 

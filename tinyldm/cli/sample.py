@@ -97,13 +97,15 @@ def generate(pipeline: Pipeline, origin: Origin, film: "Film | None") -> np.ndar
         scene = Scene.of(image, mask, params, pipeline.task)
     # The decoder takes about as long as a step, and so counts as one.
     with tqdm(total=params.steps_taken + 1, desc="sampling", unit="step", disable=None) as bar:
-        for i, (latents, x0) in enumerate(pipeline.denoise(params, None, scene), 1):
+        latents = None
+        for i, (x, x0) in enumerate(pipeline.denoise(params, None, scene), 1):
+            latents = x
             bar.update()
             last = i == params.steps_taken
             if film and (last or film.shows(i, params.steps_taken)):
                 film.add(pipeline.decode(x0, params.tile))
         bar.set_description("decoding")
-        images = pipeline.decode(latents, params.tile)  # the last ones
+        images = pipeline.decode(latents, params.tile)
         bar.update()
     return images
 

@@ -4,11 +4,13 @@ The encoder gives the moments of a Gaussian over latents, from which z is drawn 
 & Welling 2013; Rombach et al. 2022, section 3.1).
 """
 
+import math
+
 from tinyldm.backend import Array, array_module
 from tinyldm.config import read_config
 from tinyldm.models import coders
 from tinyldm.nn import functional as F
-from tinyldm.nn.protocol import Backward, Params, differentiable
+from tinyldm.nn.protocol import Backward, Params, differentiable, no_grad
 
 DEFAULTS = coders.DEFAULTS | {
     "latent_channels": 4,
@@ -35,6 +37,36 @@ class AutoencoderKL(coders.Autoencoder):
         moments = 2 * c.latent_channels
         convolutions = c.use_quant_conv, c.use_post_quant_conv
         super().__init__(c, moments, moments, c.latent_channels, convolutions)
+
+    draws_noise = True  # training draws latents from a Gaussian
+
+    def sample(
+        self, params: Params, images: Array, noise: Array | None = None
+    ) -> tuple[Array, Array, Backward]:
+        """Encode images and draw z at the autoencoder's own scale; see `to_latents` for `noise`.
+
+        → z, the KL divergence per latent from N(0, 1), and backward(dz, dkl, grads) → dimages.
+        """
+        moments, encode_back = self.encode(params, images)
+        z, sample_back = sample_gaussian(moments, noise)
+        kl, kl_back = kl_loss(moments)
+        size = math.prod(z.shape[1:])
+
+        def backward(dz, dkl, grads):
+            return encode_back(sample_back(dz) + kl_back(dkl / size), grads)
+
+        return z, kl / size, backward
+
+    def latent_distribution(self, params: Params, images: Array) -> tuple[Array, Array | None]:
+        """Return mean and standard deviation of the latents of images, at their own scale."""
+        with no_grad():
+            mean, logvar, _ = split_moments(self.encode(params, images)[0])
+        return mean, array_module(mean).exp(0.5 * logvar)
+
+    def describe(self, params: Params, images: Array) -> dict[str, float]:
+        """Measure the latents of images: their KL divergence from N(0, 1), per latent."""
+        with no_grad():
+            return {"kl": float(self.sample(params, images)[1])}
 
     def to_latents(
         self, params: Params, images: Array, noise: Array | None = None

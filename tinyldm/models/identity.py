@@ -15,6 +15,7 @@ class IdentityFirstStage(Layer):
     """
 
     factor = 1
+    draws_noise = False
 
     def __init__(self, config: dict):
         self.config = read_config("vae config", config, DEFAULTS, {})
@@ -25,6 +26,10 @@ class IdentityFirstStage(Layer):
     ) -> tuple[Array, Backward]:
         """Pictures → pictures at the scale of the diffusion. `noise` is not used."""
         return self._scaled(images, self.config.scaling_factor)
+
+    def latent_distribution(self, params: Params, images: Array) -> tuple[Array, Array | None]:
+        """Return the images at the scale of the diffusion, and None: no spread."""
+        return self.to_latents(params, images)[0], None
 
     def from_latents(self, params: Params, latents: Array) -> tuple[Array, Backward]:
         """The way back."""

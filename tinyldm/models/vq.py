@@ -4,12 +4,12 @@ Rombach et al. 2022, section 3.1 and appendix D.1: the diffusion sees the latent
 quantised, and to quantise them is the first thing that the decoder does.
 """
 
-from tinyldm.backend import Array
+from tinyldm.backend import Array, array_module
 from tinyldm.config import read_config
 from tinyldm.models import coders
 from tinyldm.nn import quantize
 from tinyldm.nn.layers import Initialiser, Layer, Shape, uniform_fan_in
-from tinyldm.nn.protocol import Backward, Params, add_grad, wants_grad
+from tinyldm.nn.protocol import Backward, Params, add_grad, no_grad, wants_grad
 
 DEFAULTS = coders.DEFAULTS | {
     "latent_channels": 3,
@@ -31,6 +31,36 @@ class VQModel(coders.Autoencoder):
         d = c.vq_embed_dim or c.latent_channels
         super().__init__(c, c.latent_channels, d, d)
         self.quantize = Codebook("quantize.embedding", c.num_vq_embeddings, d)
+
+    draws_noise = False  # latents are what the encoder makes
+
+    def sample(
+        self, params: Params, images: Array, noise: Array | None = None
+    ) -> tuple[Array, Array, Backward]:
+        """Encode images → z before quantisation, and the codebook and commitment loss.
+
+        backward(dz, dloss, grads) → dimages. `noise` is not used: none is drawn.
+        """
+        z, encode_back = self.encode(params, images)
+        loss, loss_back = self.quantize.loss(params, z)
+
+        def backward(dz, dloss, grads):
+            return encode_back(dz + loss_back(dloss, grads), grads)
+
+        return z, loss, backward
+
+    def latent_distribution(self, params: Params, images: Array) -> tuple[Array, Array | None]:
+        """Return the latents of images at the scale of the diffusion, and None: no spread."""
+        with no_grad():
+            return self.to_latents(params, images)[0], None
+
+    def describe(self, params: Params, images: Array) -> dict[str, float]:
+        """Measure how much of the codebook images use: the share of codes, and their perplexity."""
+        with no_grad():
+            codes = self.quantize.codes(params, self.encode(params, images)[0])
+        used = array_module(codes).bincount(codes.reshape(-1), minlength=self.quantize.count) > 0
+        count = self.quantize.count
+        return {"usage": float(used.mean()), "perplexity": quantize.perplexity(codes, count)}
 
     def decode_features(self, params: Params, z: Array) -> tuple[Array, Backward]:
         """Latents at the autoencoder's own scale, quantised and decoded → features."""

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from tinyldm.backend import Array, array_module
 from tinyldm.models import AutoencoderKL, VQModel
-from tinyldm.models.autoencoder import sample_gaussian
 from tinyldm.models.discriminator import PatchDiscriminator
 from tinyldm.nn import Grads, no_grad
 from tinyldm.nn import functional as F
@@ -64,9 +63,7 @@ def discriminator_loss(
 
     def loss_fn(params, images, *noise):
         with no_grad():
-            z, _ = vae.encode(params, images)
-            if noise:
-                z, _ = sample_gaussian(z, *noise)
+            z, *_ = vae.sample(params, images, *noise)
             features, _ = vae.decode_features(params, z)
         reconstruction, error_last_back = last(params, features)
         _, adversarial_last_back = last(params, features)

@@ -145,7 +145,7 @@ def _autoencoder(models, rng, device):
     n = config.autoencoder.batch
     pictures = _normal(rng, n, *config.sides, config.picture_channels)
     batch = pictures, _normal(rng, n, *config.latent_shape)
-    batch = batch[:1] if config.first_stage == "vq" else batch
+    batch = batch if models.vae.draws_noise else batch[:1]
     params = models.vae.init(rng), new_discriminator(models)
     return _work(models, params, models.first_stage_loss(), batch, device)
 
@@ -188,7 +188,7 @@ def _encoding(models, pictures, device, seconds):
     images = to_device(_normal(rng, n, *config.sides, config.picture_channels), device)
 
     def part(x):
-        return models.gaussians(params, x)[0]
+        return models.vae.latent_distribution(params, x)[0]
 
     def encode():
         return float(map_batch(part, images).sum())

@@ -23,7 +23,7 @@ def all_gaussians(
     """Mean and standard deviation, or None, of the latents of uint8 pictures, on the host."""
 
     def part(x):
-        mean, std = models.gaussians(params, models.pixels(x))
+        mean, std = models.vae.latent_distribution(params, models.pixels(x))
         return mean if std is None else array_module(mean).concatenate([mean, std], axis=-1)
 
     both = map_batch(part, to_device(images, device), size=AT_ONCE)
@@ -66,7 +66,7 @@ def beside(state: State, models: Models) -> Callable[..., Array]:
     scale = np.float32(state.scaling_factor)
 
     def of_mask_and_rest(mask, rest):
-        seen, _ = models.gaussians(state.first_stage, rest)
+        seen, _ = models.vae.latent_distribution(state.first_stage, rest)
         return array_module(seen).concatenate([mask, seen * scale], axis=-1)
 
     return of_mask_and_rest if state.config.task == "inpainting" else lambda latents: latents

@@ -5,12 +5,10 @@ reconstructions (n, h, w, c) are from their pictures, as a layer does: `criterio
 reconstruction, images) → (error, backward(grads) → dreconstruction)`.
 """
 
-import math
 from collections.abc import Callable
 
 from tinyldm.backend import Array
 from tinyldm.models import AutoencoderKL, VQModel
-from tinyldm.models.autoencoder import kl_loss, sample_gaussian
 from tinyldm.nn import functional as F
 from tinyldm.nn import no_grad
 from tinyldm.nn.norms import unit_norm
@@ -34,48 +32,24 @@ def squared_error(
 
 
 def autoencoder_loss(
-    vae: AutoencoderKL, kl_weight: float, criterion: Callable = squared_error
+    vae: AutoencoderKL | VQModel, weight: float, criterion: Callable = squared_error
 ) -> Callable:
-    """Error of the reconstruction + kl_weight · mean KL of a latent number.
+    """Error of the reconstruction + weight · what the first stage adds, see its `sample`.
 
-    What a batch has beside pictures and noise is for the criterion.
+    A batch holds images, noise for a first stage that draws it, and what else the criterion takes.
     """
 
-    def loss_fn(params, images, noise, *more):
-        moments, encode_back = vae.encode(params, images)
-        z, sample_back = sample_gaussian(moments, noise)
+    def loss_fn(params, images, *others):
+        noise, *others = others if vae.draws_noise else (None, *others)
+        z, penalty, sample_back = vae.sample(params, images, noise)
         reconstruction, decode_back = vae.decode(params, z)
-        error, error_back = criterion(params, reconstruction, images, *more)
-        kl, kl_back = kl_loss(moments)
-        weight = kl_weight / math.prod(z.shape[1:])
+        error, error_back = criterion(params, reconstruction, images, *others)
 
         def backward(grads):
-            dimages = error_back(grads)
-            dmoments = sample_back(decode_back(dimages, grads)) + kl_back(weight)
-            encode_back(dmoments, grads)
+            dz = decode_back(error_back(grads), grads)
+            sample_back(dz, weight, grads)
 
-        return error + weight * kl, backward
-
-    return loss_fn
-
-
-def vq_loss(vae: VQModel, criterion: Callable = squared_error) -> Callable:
-    """Error of the reconstruction + codebook and commitment loss.
-
-    What a batch has beside pictures is for the criterion.
-    """
-
-    def loss_fn(params, images, *more):
-        z, encode_back = vae.encode(params, images)
-        codebook, codebook_back = vae.quantize.loss(params, z)
-        reconstruction, decode_back = vae.decode(params, z)
-        error, error_back = criterion(params, reconstruction, images, *more)
-
-        def backward(grads):
-            dimages = error_back(grads)
-            encode_back(decode_back(dimages, grads) + codebook_back(1.0, grads), grads)
-
-        return error + codebook, backward
+        return error + weight * penalty, backward
 
     return loss_fn
 

@@ -13,10 +13,7 @@ from tinyldm.data.images import from_uint8, in_channels
 from tinyldm.data.tokenizer import Tokenizer
 from tinyldm.diffusion.loss import WEIGHTINGS, diffusion_loss
 from tinyldm.diffusion.schedule import Schedule
-from tinyldm.models import AutoencoderKL, VQModel
-from tinyldm.models.autoencoder import split_moments
 from tinyldm.models.discriminator import PatchDiscriminator
-from tinyldm.nn import no_grad
 from tinyldm.nn.protocol import Params
 from tinyldm.training.adversarial import Adversarial, discriminator_loss, with_discriminator
 from tinyldm.training.config import STAGES, Config
@@ -24,7 +21,6 @@ from tinyldm.training.losses import (
     Features,
     autoencoder_loss,
     squared_error,
-    vq_loss,
     with_perception,
 )
 
@@ -84,10 +80,11 @@ class Models:
         if self.features:
             criterion = with_perception(criterion, self.features, config.perceptual)
 
+        # The codebook is learnt from its own loss alone, at full weight.
+        weight = config.kl_weight if vae.draws_noise else 1.0
+
         def loss(criterion):
-            if isinstance(vae, VQModel):
-                return vq_loss(vae, criterion)
-            return autoencoder_loss(vae, config.kl_weight, criterion)
+            return autoencoder_loss(vae, weight, criterion)
 
         if self.discriminator is None:
             return loss(criterion)
@@ -96,17 +93,6 @@ class Models:
             generator=loss(with_discriminator(criterion, self.discriminator)),
             discriminator=discriminator_loss(vae, criterion, self.discriminator),
         )
-
-    def gaussians(self, params: Params, images: Array) -> tuple[Array, Array | None]:
-        """Mean and standard deviation of the latents of pictures in −1…1, at their own scale.
-
-        Where they are not drawn from a Gaussian it is the latents themselves, and None.
-        """
-        with no_grad():
-            if not isinstance(self.vae, AutoencoderKL):
-                return self.vae.to_latents(params, images)[0], None
-            mean, logvar, _ = split_moments(self.vae.encode(params, images)[0])
-            return mean, array_module(mean).exp(0.5 * logvar)
 
 
 def denoiser_loss(models: Models, beside: Callable[..., Array] | None = None) -> Callable:

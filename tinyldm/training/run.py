@@ -180,7 +180,7 @@ class Run:
         def batch_at(step):
             rng = np.random.default_rng((config.seed, 1, step))
             x = self.pixels(rng, config.autoencoder.batch)
-            if config.first_stage == "vq":
+            if not self.models.vae.draws_noise:
                 return (x,)
             noise = rng.standard_normal((len(x), *config.latent_shape), np.float32)
             return x, self.xp.asarray(noise)

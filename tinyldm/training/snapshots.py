@@ -1,7 +1,6 @@
 """What a run shows of itself on its way: pictures in `samples/`, and numbers on unseen pictures."""
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +22,7 @@ from tinyldm.evaluation.reader import score
 from tinyldm.evaluation.scenes import as_shown, given, paint
 from tinyldm.evaluation.statistics import psnr
 from tinyldm.models import AutoencoderKL, VQModel
-from tinyldm.models.autoencoder import kl_loss, split_moments
 from tinyldm.nn import no_grad
-from tinyldm.nn.quantize import perplexity
 from tinyldm.sampling.init_image import Scene
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.threads import map_batch
@@ -70,34 +67,20 @@ def autoencoder(
         return {}, ""
     images = held_out.images[:MOST]
 
-    def encode(x):
+    def reconstruct(x):
         with no_grad():
-            return vae.encode(params, x)[0]
+            return vae.decode(params, vae.sample(params, x)[0])[0]
 
-    def decode(encoded):
-        with no_grad():
-            z = encoded if is_vq else split_moments(encoded)[0]
-            return vae.decode(params, z)[0]
-
-    is_vq = isinstance(vae, VQModel)
     xp = array_module(next(iter(params.values())))
     pixels = in_channels(from_uint8(images), vae.config.in_channels)
-    encoded = map_batch(encode, xp.asarray(pixels))
-    decoded = to_device(map_batch(decode, encoded), "cpu")
+    on_device = xp.asarray(pixels)
+    decoded = to_device(map_batch(reconstruct, on_device), "cpu")
     validation = float(np.square(decoded - pixels).mean())
     quality = psnr(to_uint8(decoded), images)
-    numbers = {"validation": validation, "psnr": quality}
-    text = f"; held-out pictures: {validation:.4f}, {quality:.1f} dB, "
-    if is_vq:
-        codes, count = vae.quantize.codes(params, encoded), vae.quantize.count
-        numbers["usage"] = len(np.unique(to_device(codes, "cpu"))) / count
-        numbers["perplexity"] = perplexity(codes, count)
-        text += f"{numbers['usage']:.0%} of the codes, perplexity {numbers['perplexity']:.0f}"
-    else:
-        # It is summed over the latent numbers of a picture: half as many as there are moments.
-        numbers["kl"] = 2 * float(kl_loss(encoded)[0]) / math.prod(encoded.shape[1:])
-        text += f"KL {numbers['kl']:.2f}"
-    return numbers, text
+    described = vae.describe(params, on_device)
+    text = ", ".join(f"{name} {value:.2f}" for name, value in described.items())
+    numbers = {"validation": validation, "psnr": quality} | described
+    return numbers, f"; held-out images: {validation:.4f}, {quality:.1f} dB, {text}"
 
 
 def first_stage(run: Path, pipeline: Pipeline, training: Dataset, latents: np.ndarray) -> None:
