@@ -17,8 +17,10 @@ settings.register_profile("dev", max_examples=10, **COMMON)
 settings.register_profile("ci", max_examples=25, derandomize=True, print_blob=True, **COMMON)
 # Others every time.
 settings.register_profile("nightly", max_examples=500, derandomize=False, print_blob=True, **COMMON)
+PROFILE = os.environ.get("TINYLDM_HYPOTHESIS_PROFILE", "dev")
 # The option --hypothesis-profile, read later than this, has the last word.
-settings.load_profile(os.environ.get("TINYLDM_HYPOTHESIS_PROFILE", "dev"))
+settings.load_profile(PROFILE)
+slow = []  # the tests that were left to the nightly profile
 
 
 @pytest.fixture
@@ -36,6 +38,16 @@ def call(capfd):
     return run
 
 
+def pytest_collection_modifyitems(config, items):
+    """What is slow by nature runs in the nightly profile, or where it is asked for: -m slow."""
+    if PROFILE == "nightly" or config.getoption("markexpr"):
+        return
+    slow.extend(item for item in items if item.get_closest_marker("slow"))
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+
+
 def pytest_collection_finish(session):
     """What is loaded by now stays: to look through it for garbage again and again takes time."""
     gc.freeze()
@@ -45,6 +57,8 @@ def pytest_collection_finish(session):
 def pytest_terminal_summary(terminalreporter):
     tensors, checks = gradients.counts["tensors"], gradients.counts["checks"]
     terminalreporter.write_line(f"gradient cases: {tensors} tensors in {checks} checks")
+    if slow:
+        terminalreporter.write_line(f"left to the nightly profile: {len(slow)} slow tests")
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -33,7 +33,8 @@ PACKAGES = {
 CORE, CORE_LINES = ("nn", "models", "diffusion"), 2500  # that one reads in an afternoon
 LEVELS = {name: i for i, names in enumerate(PACKAGES) for name in names.split()}
 
-# Outside nn/ and kernels/ the library of an array is asked for here and nowhere else. The list may get shorter.
+# Outside nn/ and kernels/ the library of an array is asked for here and nowhere else. The list
+# may get shorter.
 ASK_FOR_THE_LIBRARY = """
     threads models.autoencoder models.vq
     diffusion.schedule diffusion.loss diffusion.samplers diffusion.guidance

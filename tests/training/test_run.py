@@ -200,7 +200,7 @@ def test_reports_measure_what_was_never_trained_on(whole):
     progress = [line for line in whole.said if "steps/s" in line]
     assert len(progress) == 2 * len(steps)
     for line in progress:
-        assert "s left, loss " in line and "held-out images: " in line
+        assert "s left, loss " in line and "; held-out " in line
     assert any("goes flat early, and that is normal" in line for line in whole.said)
     n, unseen = len(whole.training), len(whole.held_out)
     assert f"{n} pictures of 16×16 to train on, {unseen} held out" in whole.said
