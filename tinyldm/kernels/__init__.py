@@ -5,10 +5,7 @@ Importing this package registers them all.
 
 import os
 
-# In the order in which they are asked.
-from tinyldm.kernels import cached  # noqa: F401  isort: skip
-from tinyldm.kernels.cpu import pointwise  # noqa: F401  isort: skip
-from tinyldm.kernels import attention, im2col, nearest_codes, shared_steps  # noqa: F401
+from tinyldm.kernels import attention, cached, im2col, nearest_codes, shared_steps  # noqa: F401
 from tinyldm.kernels.cpu import (  # noqa: F401
     adamw,
     elementwise,
@@ -17,6 +14,7 @@ from tinyldm.kernels.cpu import (  # noqa: F401
     layer_norm,
     linear,
     parallel,
+    pointwise,
     winograd,
 )
 from tinyldm.kernels.registry import plain

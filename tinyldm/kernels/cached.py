@@ -47,7 +47,8 @@ def _forget(key):
 
 
 def _cost(x, *_, **__):
-    return -1.0 if _results and id(x) in _results and not is_recording() else NEVER
+    known = _results and id(x) in _results and not is_recording()
+    return -NEVER if known else NEVER  # before all others: there may be nothing to compute
 
 
 def cached(twin: str) -> Callable:

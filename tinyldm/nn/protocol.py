@@ -78,8 +78,6 @@ def replaceable(function: Callable, finish: Callable | None = None) -> Callable:
                 cost = cost_of(*args, **kwargs)
                 if cost < least:
                     chosen, least = kernel, cost
-                    if cost <= 0:  # as good as free: what is registered later need not be asked
-                        break
         result = chosen(*args, **kwargs)
         return result if finish is None else finish(result, name)
 
