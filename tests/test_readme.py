@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from original_layout import narrow, random_model, to_original
 from PIL import Image
+from slow import mostly_slow
 from small_run import CONFIG, without_pictures
 
 from tinyldm import cli
@@ -100,7 +101,9 @@ def test_the_section_shows_every_option():
     assert {command[2] for command in COMMANDS} == CHECKPOINTS.keys()
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
+@pytest.mark.parametrize(
+    "command", mostly_slow(COMMANDS, COMMANDS[0], COMMANDS[-1]), ids=lambda command: command[-1]
+)
 def test_a_command(place, monkeypatch, capfd, command):
     monkeypatch.chdir(place)
     configs, pad = narrow(1)
@@ -134,6 +137,7 @@ def test_a_command(place, monkeypatch, capfd, command):
                 assert picture.size == (64, 64)
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_tasks(tmp_path, monkeypatch, call):
     """One after the other, with a model that is small and has hardly learnt."""
     without_pictures(monkeypatch)

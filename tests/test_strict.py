@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import strict
 from gradients import check, joined
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from model_cases import numbers, random_params, unet_configs, unet_inputs, vae_configs
 from PIL import Image
 from reference import assert_near
+from slow import seldom
 from strategies import EVERYTHING, random_array
 
 import tinyldm
@@ -387,9 +388,6 @@ def test_check_gradients(name, data):
 
 
 # ------------------------------------------------------------------------------------- the networks
-
-
-seldom = settings(max_examples=max(3, settings.default.max_examples // 3))
 
 
 def same_network_on_the_device(network, params, inputs):

@@ -74,6 +74,7 @@ def small(monkeypatch):
         monkeypatch.setattr(module, "rehearse", lambda *args: steps)
 
 
+@pytest.mark.slow
 def test_latent_vs_pixel(small, experiment, tmp_path):
     rows = experiment("latent-vs-pixel", "--seconds", 1, pictures=("quality.png", "samples.png"))
     assert [row["f"] for row in rows] == [1, 2, 4, 8]

@@ -163,6 +163,7 @@ def test_the_class_decides_what_is_painted(kind, trained):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, STEPS + 2])
 def test_stopped_and_resumed_the_bytes_are_the_same(kind, step, tmp_path, monkeypatch):
     assert_goes_on_alike(CONFIGS[kind], step, tmp_path, monkeypatch)

@@ -68,6 +68,7 @@ def test_latents_have_unit_variance_for_the_diffusion(kind, tmp_path, monkeypatc
     assert abs(pipeline.encode(images.images).std() - 1) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, step", [("vq", 2), ("vq", STEPS), ("vq", STEPS + 2), ("none", 2), ("none", STEPS)]
 )
@@ -170,6 +171,7 @@ def test_flipped_and_in_parts(call, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------ the self-test
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_stage", ["kl", "vq", "none"])
 def test_a_single_batch_is_learnt_by_heart(call, monkeypatch, first_stage, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -29,6 +29,7 @@ from model_cases import (
     vae_configs,
     whole_numbers,
 )
+from slow import seldom
 
 from tinyldm.config import ConfigError
 from tinyldm.models import AutoencoderKL, TextEncoder, UNet, autoencoder, blocks, text_encoder, unet
@@ -206,6 +207,7 @@ def test_gradients_of_blocks(name, data, key):
 # -------------------------------------------------------------------------------- gradients: models
 
 
+@seldom
 @given(
     config=unet_configs(levels=st.integers(1, 2), layers=st.just(1)),
     n=st.integers(1, 2),
@@ -227,6 +229,7 @@ def test_gradients_of_deeper_unet():
 
 
 @pytest.mark.parametrize("method", ["encode", "decode", "to_latents", "from_latents"])
+@seldom
 @given(data=st.data(), key=keys)
 def test_gradients_of_autoencoder(method, data, key):
     config = data.draw(vae_configs(levels=st.integers(1, 2), layers=st.just(1)))

@@ -13,6 +13,7 @@ from gradients import check
 from hypothesis import given
 from hypothesis import strategies as st
 from model_cases import few, keys, numbers, random_params, used_by, vq_configs
+from slow import seldom
 
 from tinyldm.config import ConfigError
 from tinyldm.kernels import nearest_codes as kernel
@@ -60,6 +61,7 @@ def test_perplexity():
 
 
 @pytest.mark.parametrize("method", ["encode", "decode", "to_latents", "from_latents"])
+@seldom
 @given(data=st.data(), key=keys)
 def test_gradients(method, data, key):
     config = data.draw(vq_configs(levels=st.integers(1, 2), layers=st.just(1)))

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from PIL import Image
+from slow import mostly_slow
 from small_model import PROMPTS, STEPS, make_pipeline, paint, start_noise
 
 from tinyldm.data.images import as_rgb, from_uint8, mask_pixels, picture_pixels, similar_size
@@ -41,7 +42,10 @@ def mask():
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("strength, taken", [(0.1, 1), (0.25, 2), (0.58, 5), (0.99, 9), (1, 10)])
+@pytest.mark.parametrize(
+    "strength, taken",
+    mostly_slow([(0.1, 1), (0.25, 2), (0.58, 5), (0.99, 9), (1, 10)], (0.25, 2)),
+)
 def test_strength_is_the_share_of_the_steps_that_is_gone(pipe, image, sampler, strength, taken):
     steps = []
     pipe(

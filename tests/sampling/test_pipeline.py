@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 from PIL import Image
+from slow import mostly_slow
 from small_model import PROMPTS, STEPS, make_pipeline, paint, start_noise
 
 from tinyldm.checkpoints.components import COMPONENTS
@@ -100,7 +101,7 @@ def test_the_same_call_gives_the_same_bytes(pipe, sampler):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("n", mostly_slow([1, 2, 4], 2))
 def test_a_picture_does_not_depend_on_its_company(pipe, sampler, n):
     alone = paint(pipe, PROMPTS[:n], sampler=sampler, seed=3)
     together = paint(pipe, PROMPTS, sampler=sampler, seed=3)
@@ -435,7 +436,9 @@ def crash_before(monkeypatch, number):
     return calls
 
 
-@pytest.mark.parametrize("number", range(1, len(COMPONENT_FILES) + 2))
+@pytest.mark.parametrize(
+    "number", mostly_slow(range(1, len(COMPONENT_FILES) + 2), 1, 4, len(COMPONENT_FILES) + 1)
+)
 def test_the_index_is_written_last(pipe, folder, monkeypatch, number):
     """A second save over a whole folder that fails before any of its files leaves no index."""
     calls = crash_before(monkeypatch, number)

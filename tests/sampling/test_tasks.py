@@ -244,6 +244,7 @@ def test_a_run_leaves_a_model_that_does_its_task(task, trained):
     assert (run / "samples" / "maps.png").exists() == (task == "layout")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["inpainting", "upscaling-4"])
 def test_stopped_and_resumed_the_bytes_are_the_same(task, tmp_path, monkeypatch):
     assert_goes_on_alike(CONFIGS[task], STEPS + 2, tmp_path, monkeypatch)

@@ -149,6 +149,7 @@ def test_gradients_of_the_loss():
     check(loss_of, [], random_params(model.shapes()))
 
 
+@pytest.mark.slow
 def test_it_learns(judge):
     assert judge.notes.accuracy > 0.6
     assert judge.notes.config["classes"] == {"caption": sorted(COLOURS)}

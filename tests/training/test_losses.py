@@ -258,6 +258,7 @@ def test_the_discriminator_begins_at_its_share_of_the_steps(tmp_path, every_step
     assert not plain.discriminator and not plain.discriminator_moments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_stage", ["kl", "vq"])
 def test_stopped_and_resumed_the_bytes_are_the_same(first_stage, tmp_path, every_step, monkeypatch):
     """In parts, from before the discriminator and with it; what is exported is without it."""

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from slow import mostly_slow
 from small_run import (
     CONFIG,
     STAGE,
@@ -590,7 +591,7 @@ def test_an_export_that_was_cut_off_is_made_again(copy, monkeypatch, whole, numb
     assert_as_if_nothing_happened(copy, whole)
 
 
-@pytest.mark.parametrize("number", [1, 5, len(EXPORTS)])
+@pytest.mark.parametrize("number", mostly_slow([1, 5, len(EXPORTS)], 5))
 @pytest.mark.parametrize("step", [STEPS // 2, STEPS])
 def test_a_run_whose_export_was_cut_off_goes_on(
     tmp_path, monkeypatch, no_pictures, whole, step, number
@@ -613,7 +614,9 @@ def test_a_run_whose_export_was_cut_off_goes_on(
 SAVES = 1 + STEPS + 1 + STEPS  # at the start of each stage and, with SAVE_EVERY 0, after each step
 
 
-@pytest.mark.parametrize("number", [1, 2, STEPS, STEPS + 1, STEPS + 2, STEPS + 3, SAVES])
+@pytest.mark.parametrize(
+    "number", mostly_slow([1, 2, STEPS, STEPS + 1, STEPS + 2, STEPS + 3, SAVES], 1, STEPS + 2)
+)
 def test_killed_before_a_state_gets_its_name(tmp_path, monkeypatch, no_pictures, whole, number):
     with monkeypatch.context() as patch:
         patch.setattr(loop, "SAVE_EVERY", -1)

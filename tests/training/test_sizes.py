@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from PIL import Image
+from slow import mostly_slow
 from small_run import CONFIG, silent, without_pictures
 
 from tinyldm.config import ConfigError
@@ -45,7 +46,9 @@ def test_pictures_are_cropped_to_the_proportions_that_are_asked_for(photographs)
         photographs, (8, 40)).remarks)  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", [{}, {"first_stage": "none"}, {"task": "inpainting"}])
+@pytest.mark.parametrize(
+    "changes", mostly_slow([{}, {"first_stage": "none"}, {"task": "inpainting"}], {})
+)
 def test_a_run_that_is_neither_square_nor_coloured(photographs, tmp_path, changes, monkeypatch):
     if changes:
         without_pictures(monkeypatch)

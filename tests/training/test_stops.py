@@ -37,6 +37,7 @@ def results(run):
     return {file.relative_to(run): file.read_bytes() for file in files}
 
 
+@pytest.mark.slow
 def test_stopped_at_random_moments_the_results_are_the_same(tmp_path, undisturbed):
     expected = results(undisturbed)
     seed = random.randrange(2**32)
