@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_info
 
 from tinyldm import backend
 from tinyldm.backend import DeviceError, array_module, erf, on_host, to_device
-from tinyldm.threads import cores, describe, map_threads, one_blas_thread
+from tinyldm.threads import cores, describe_device, map_threads, one_blas_thread
 
 # ---------------------------------------------------------------------------------- arrays, devices
 
@@ -68,7 +68,7 @@ def test_an_unknown_device_is_refused(no_memory_of_cupy):
 
 def test_without_cupy_the_error_says_how_to_get_it(no_memory_of_cupy, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)  # makes the import fail
-    for ask in (lambda: to_device({"a": np.ones(2)}, "cuda"), lambda: describe("cuda")):
+    for ask in (lambda: to_device({"a": np.ones(2)}, "cuda"), lambda: describe_device("cuda")):
         with pytest.raises(DeviceError, match=r'CuPy is not installed; pip install "tinyldm\['):
             ask()
 
@@ -172,7 +172,7 @@ def test_blas_threads():
 
 def test_cores_and_description():
     assert cores() >= 1
-    line = describe()
+    line = describe_device()
     assert line.startswith(f"NumPy {np.__version__}, ")
     assert line.endswith(f"{cores()} threads")
     assert "\n" not in line

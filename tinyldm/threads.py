@@ -132,7 +132,7 @@ def cut_batch(batch: tuple[Array, ...], count: int) -> list[tuple[float, tuple[A
     ]
 
 
-def describe(device: str = "cpu") -> str:
+def describe_device(device: str = "cpu") -> str:
     """Return one line that says what will do the arithmetic: library, BLAS and its core, threads.
 
     Raises DeviceError where `device` is not there.

@@ -65,7 +65,7 @@ def patient(monkeypatch):
     for name in (doctor.CORE, *doctor.THREADS):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(threads, "cores", lambda: 2)
-    monkeypatch.setattr(threads, "describe", lambda device="cpu": f"arithmetic on {device}")
+    monkeypatch.setattr(threads, "describe_device", lambda device="cpu": f"arithmetic on {device}")
     monkeypatch.setattr(backend, "gpus", no_gpu())
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(os, "getloadavg", lambda: (0.1, 0.1, 0.1), raising=False)

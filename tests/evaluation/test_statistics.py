@@ -13,7 +13,7 @@ from tinyldm.evaluation.statistics import (
     copied,
     frechet_distance,
     kernel_distance,
-    nearest,
+    nearest_images,
     precision_recall,
     psnr,
     ssim,
@@ -334,7 +334,7 @@ def test_nearest_agrees_with_the_definition(q, n, h, w, levels, block, seed):
     queries, pictures = (rng.integers(0, levels, (k, h, w, 3), np.uint8) for k in (q, n))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "BLOCK", block)
-        index, distance = nearest(queries, pictures)
+        index, distance = nearest_images(queries, pictures)
     assert (index.tolist(), distance.tolist()) == slow_nearest(queries, pictures)
 
 
@@ -342,7 +342,7 @@ def test_a_copy_is_at_no_distance():
     rng = np.random.default_rng(0)
     pictures = pictures_of(rng, 50, 16, 16)
     order = rng.permutation(50)
-    index, distance = nearest(pictures[order], pictures)
+    index, distance = nearest_images(pictures[order], pictures)
     np.testing.assert_array_equal(index, order)
     np.testing.assert_array_equal(distance, 0)
 
@@ -352,16 +352,16 @@ def test_one_level_in_one_number_is_seen():
     bright = np.full((64, 64, 3), 255, np.uint8)
     pictures = np.stack([bright] * 4)
     pictures[(0, 1, 2), 5, 7, 1] -= np.uint8([3, 2, 1])
-    index, distance = nearest(bright[None], pictures[:3])
+    index, distance = nearest_images(bright[None], pictures[:3])
     assert (index[0], distance[0]) == (2, np.sqrt(1 / (64 * 64 * 3)))
-    assert nearest(bright[None], pictures)[0] == 3
+    assert nearest_images(bright[None], pictures)[0] == 3
 
 
 def test_nearest_unpacks_few_pictures_at_a_time(monkeypatch):
     monkeypatch.setattr(statistics, "BLOCK", 2**12)
     pictures = pictures_of(np.random.default_rng(0), 1000)
     tracemalloc.start()
-    nearest(pictures[:100], pictures)
+    nearest_images(pictures[:100], pictures)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 * (8 * 2**12) < pictures.size * 8 / 4
@@ -403,8 +403,8 @@ def test_copies_are_counted_where_real_pictures_repeat():
 def test_from_pictures_to_the_share_of_copies():
     rng = np.random.default_rng(0)
     training, real, new = (pictures_of(rng, count) for count in (100, 60, 15))
-    _, real_distance = nearest(real, training)
-    _, distance = nearest(np.concatenate([new, training[:45]]), training)
+    _, real_distance = nearest_images(real, training)
+    _, distance = nearest_images(np.concatenate([new, training[:45]]), training)
     assert 0.75 <= copied(distance, real_distance) <= 0.85
 
 
@@ -445,14 +445,14 @@ def short(array):
 
 
 @pytest.mark.parametrize("wrong", NO_PICTURES, ids=short)
-@pytest.mark.parametrize("function", [psnr, ssim, nearest])
+@pytest.mark.parametrize("function", [psnr, ssim, nearest_images])
 def test_what_are_no_pictures_are_refused(function, wrong):
     for arguments in ((wrong, PICTURES), (PICTURES, wrong)):
         with pytest.raises(ValueError, match=r"^\w+: expected uint8 \(n, h, w, 3\), found .+$"):
             function(*arguments)
 
 
-@pytest.mark.parametrize("function", [psnr, ssim, nearest])
+@pytest.mark.parametrize("function", [psnr, ssim, nearest_images])
 def test_pictures_of_another_size_are_refused(function):
     with pytest.raises(ValueError, match=r": expected \(.*4, 4, 3\).*, found \(.*4, 2, 3\)$"):
         function(PICTURES, PICTURES[:, :, :2])
@@ -496,7 +496,7 @@ def test_arguments_are_only_read():
     pictures, features = PICTURES.copy(), FEATURES.copy()
     for array in (pictures, features):
         array.setflags(write=False)
-    for function in (psnr, ssim, nearest):
+    for function in (psnr, ssim, nearest_images):
         function(pictures, pictures)
     for function in (frechet_distance, kernel_distance):
         function(features, features)

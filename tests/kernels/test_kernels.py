@@ -3,16 +3,19 @@
 The kernel itself is called, not what would choose it: also for calls that are too small for it.
 """
 
+import contextlib
 import math
 import os
 import subprocess
 import sys
 import threading
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 from gradients import check
-from hypothesis import given
+from hypothesis import find, given
 from hypothesis import strategies as st
 from reference import assert_near
 from strategies import (
@@ -24,23 +27,25 @@ from strategies import (
     random_array,
 )
 
+from tinyldm import kernels
 from tinyldm.kernels import plain
+from tinyldm.kernels.cached import fixed
 from tinyldm.nn import activations, norms
 from tinyldm.nn.attention import attention
 from tinyldm.nn.conv import conv2d
-from tinyldm.nn.norms import group_norm
-from tinyldm.nn.protocol import KERNELS
+from tinyldm.nn.norms import group_norm, layer_norm
+from tinyldm.nn.protocol import KERNELS, no_grad
 from tinyldm.threads import map_threads
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-11, "complex128": 1e-11}
-# Those of functions without a backward pass: which test compares each with its twin.
+# Those of functions without a backward pass, and the test file that compares each with its twin.
 OTHERS = {
-    "tinyldm.nn.quantize.nearest_codes": "tests/models/test_vq.py",
-    "tinyldm.training.optim.adamw": "tests/training/test_optim.py",
-    "tinyldm.training.optim.global_norm": "tests/training/test_optim.py",
-    "tinyldm.training.step.value_and_grad": "tests/training/test_step.py",
-    "tinyldm.training.step.gradients": "tests/kernels/test_processes.py",
-    "tinyldm.sampling.pipeline.predictor": "tests/sampling/test_pipeline.py",
+    ("tinyldm.nn.quantize.nearest_codes", "nearest_codes"): "tests/models/test_vq.py",
+    ("tinyldm.training.optim.adamw", "adamw"): "tests/training/test_optim.py",
+    ("tinyldm.training.optim.global_norm", "global_norm"): "tests/training/test_optim.py",
+    ("tinyldm.training.step.value_and_grad", "value_and_grad"): "tests/training/test_step.py",
+    ("tinyldm.training.step.gradients", "gradients"): "tests/kernels/test_processes.py",
+    ("tinyldm.sampling.pipeline.predictor", "predictor"): "tests/sampling/test_pipeline.py",
 }
 every_kernel = pytest.mark.parametrize(
     "twin, name", KERNEL_CALLS, ids=[f"{name}-of-{twin}" for twin, name in KERNEL_CALLS]
@@ -69,13 +74,23 @@ def assert_same(found, expected, tol):
 
 
 def test_no_kernel_is_without_its_proof():
-    proven = {twin for twin, _ in KERNEL_CALLS} | OTHERS.keys()
-    assert {twin for twin, kernels in KERNELS.items() if kernels} == proven
-    names = [(twin, k.function.__name__) for twin, kernels in KERNELS.items() for k in kernels]
-    assert len(set(names)) == len(names)
-    for twin in KERNELS:
-        if not twin.startswith(("test", "tests")):
-            assert callable(plain_twin(twin)), twin
+    registered = [(twin, k.function.__name__) for twin, kernels in KERNELS.items() for k in kernels]
+    assert len(set(registered)) == len(registered), "two kernels of a function share a name"
+    for twin, name in registered:
+        assert (twin, name) in KERNEL_CALLS.keys() | OTHERS.keys(), (
+            f"no strategy in tests/support/strategies.py draws calls of {twin}, the plain twin of "
+            f"{name}: add one to FUNCTIONS"
+        )
+        assert hasattr(plain_twin(twin), "__wrapped__"), f"{twin}: no kernel can replace it"
+    assert len(registered) == len(KERNEL_CALLS) + len(OTHERS)
+
+
+def test_every_file_of_kernels_is_imported():
+    root = Path(kernels.__file__).parent
+    names = {file.relative_to(root).with_suffix("") for file in root.rglob("*.py")}
+    missing = [name for name in names if name.name != "__init__" and
+               ".".join(("tinyldm.kernels", *name.parts)) not in sys.modules]  # fmt: skip
+    assert not missing, f"import them in kernels/__init__.py: {missing}"
 
 
 @every_kernel
@@ -152,6 +167,23 @@ def test_the_kernels_that_are_chosen_for_a_small_u_net_are_near_float64(call):
 # ------------------------------------------------------------------------------------------- choice
 
 
+@every_kernel
+def test_a_kernel_is_chosen_for_some_call(twin, name):
+    """One that never runs would be proven in vain."""
+    function = plain_twin(twin)
+
+    def is_chosen(call):
+        inputs = call.arrays("float32")
+        with contextlib.ExitStack() as stack:
+            if name.startswith("cached_"):
+                stack.enter_context(no_grad())
+                stack.enter_context(fixed(inputs[0]))
+            return chosen(function, *inputs, **call.options) == name
+
+    if not any(is_chosen(call) for call in NATURAL if call.function is function):
+        find(KERNEL_CALLS[twin, name], is_chosen)
+
+
 def chosen(function, *args, **options):
     costs = {
         kernel.function.__name__: kernel.cost(*args, **options)
@@ -182,8 +214,8 @@ def test_within_plain_no_kernel_runs_and_no_thread_is_asked():
 
     x, w, b = np.ones((2, 4, 4, 8)), np.ones(8), np.ones(8)
     registered = KERNELS["tinyldm.nn.norms.group_norm"]
-    (kernel,) = registered
-    registered[0] = kernel._replace(function=fail)
+    before = registered.copy()
+    registered[:] = [kernel._replace(function=fail) for kernel in registered]
     try:
         with plain():
             group_norm(x, w, b, 2, 1e-5)
@@ -191,7 +223,7 @@ def test_within_plain_no_kernel_runs_and_no_thread_is_asked():
         with pytest.raises(ZeroDivisionError):
             group_norm(x, w, b, 2, 1e-5)
     finally:
-        registered[0] = kernel
+        registered[:] = before
     assert set(threads) == {threading.current_thread()}
 
 
@@ -224,15 +256,18 @@ def test_group_norm_with_silu_is_group_norm_then_silu(data):
 
 @pytest.mark.parametrize("side", [1, 8, 31])
 @pytest.mark.parametrize("far", [1e2, 1e4])
-def test_group_norm_in_float32_far_from_zero(side, far):
+@pytest.mark.parametrize(
+    "norm, rounded", [(partial(group_norm, groups=2), 0), (layer_norm, 2)], ids=["group", "layer"]
+)
+def test_norms_in_float32_far_from_zero(norm, rounded, side, far):
     # The variance as a difference, E[x²] − E[x]², would have no right digit here, and a mean that
     # is rounded would leave three at most. The first position is far from all others.
     x = np.random.default_rng(0).normal(far, 1, (2, side, side, 64)).astype("float32")
     x[:, 0, 0] += 30
     one, zero = np.ones(64, "float32"), np.zeros(64, "float32")
-    y, _ = group_norm(x, one, zero, groups=2, eps=1e-5)
-    expected, _ = group_norm(*(a.astype("float64") for a in (x, one, zero)), groups=2, eps=1e-5)
-    assert np.abs(y - expected).max() < 1e-5
+    y, _ = norm(x, one, zero, eps=1e-5)
+    expected, _ = norm(*(a.astype("float64") for a in (x, one, zero)), eps=1e-5)
+    assert np.abs(y - expected).max() < 1e-5 + rounded * np.spacing(np.float32(far))
 
 
 def test_by_default_a_block_of_attention_is_what_fits_the_cache():

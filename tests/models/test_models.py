@@ -222,7 +222,7 @@ def test_gradients_of_unet(config, n, height, width, key):
 
 
 def test_gradients_of_deeper_unet():
-    """Several stages a block, several transformers a stage: all that has to be added up."""
+    """Several layers a block, several transformers a stage: all that has to be added up."""
     config = UNET | {"layers_per_block": [2, 1], "transformer_layers_per_block": [1, 2]}
     model = UNet(config)
     check(model, unet_inputs(config, 1, 3, 2, l=2), random_params(model.shapes()))
@@ -707,7 +707,7 @@ NETWORKS = {  # a network, and what it is called with
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_checkpointing_has_the_same_bits_and_holds_less(name):
-    """All stages of a U-Net or an autoencoder forget what they can make again."""
+    """All layers of a U-Net or an autoencoder forget what they can make again."""
     call, inputs = NETWORKS[name]
     network = getattr(call, "__self__", call)
     params = random_params(network.shapes(), name)

@@ -213,7 +213,7 @@ def whole_unet(module):
     if hasattr(module, "UNet"):
         return module.UNet
     unet = plant("tinyldm.models.unet")
-    for name in ("DownBlock", "Stage", "UpBlock", "run_stages"):
+    for name in ("DownBlock", "UNetLayer", "UpBlock", "run_layers"):
         setattr(unet, name, getattr(module, name))
     return unet.UNet
 
@@ -555,14 +555,14 @@ FAULTS = {
         ("kl: term lost", "(variance - 1) * (0.5", "variance * (0.5"),
     ],
     "tinyldm.nn.norms": [
-        ("group_norm: the mean moves, forgotten", "dnormal - shift - normal", "dnormal - normal"),
-        ("group_norm: the variance moves, forgotten", "- shift - normal * stretch", "- shift"),
-        ("group_norm: 1/√variance lost", "return r * (dnormal", "return (dnormal"),
+        ("group_norm: the mean moves, forgotten", "dx_hat - shift - x_hat", "dx_hat - x_hat"),
+        ("group_norm: the variance moves, forgotten", "- shift - x_hat * stretch", "- shift"),
+        ("group_norm: 1/√variance lost", "return r * (dx_hat", "return (dx_hat"),
         ("group_norm: scale lost", "(dy * w).reshape(grouped)", "dy.reshape(grouped)"),
         (
             "group_norm: dw of the scaled result",
-            "(dy * normal).reshape(-1, c)",
-            "(dy * normal * w).reshape(-1, c)",
+            "(dy * x_hat).reshape(-1, c)",
+            "(dy * x_hat * w).reshape(-1, c)",
         ),
         (
             "group_norm: db a mean",
@@ -575,7 +575,7 @@ FAULTS = {
             "norm_back(dy, weights",
         ),
         ("layer_norm: scale lost", "normalise_back(dy * w)\n", "normalise_back(dy)\n"),
-        ("layer_norm: dw a sum of dy", "(dy * normal).reshape(-1, d)", "dy.reshape(-1, d)"),
+        ("layer_norm: dw a sum of dy", "(dy * x_hat).reshape(-1, d)", "dy.reshape(-1, d)"),
         (
             "unit_norm: the length moves, forgotten",
             "scale * dy - x * (along",
@@ -799,8 +799,8 @@ FAULTS = {
         ("skips of one level: in reverse", "dskips.insert(0, dskip)", "dskips.append(dskip)"),
         (
             "skips of one level: from the wrong end",
-            "stage_back(dy + dskips.pop(), grads)",
-            "stage_back(dy + dskips.pop(0), grads)",
+            "layer_back(dy + dskips.pop(), grads)",
+            "layer_back(dy + dskips.pop(0), grads)",
         ),
         (
             "skips: one lost after downsampling",
@@ -809,21 +809,21 @@ FAULTS = {
         ),
         ("skips: swapped with the features", "dy, dskip = join_back", "dskip, dy = join_back"),
         (
-            "context: of the first stage only",
+            "context: of the first layer only",
             "dskips.insert(0, dskip)\n"
             "                dtime, dcontext = plus(dtime, dt), plus(dcontext, dc)",
             "dskips.insert(0, dskip)\n                dtime, dcontext = plus(dtime, dt), dc",
         ),
         (
-            "skips of one level: dtime of the first stage only",
-            "stage_back(dy + dskips.pop(), grads)\n"
+            "skips of one level: dtime of the first layer only",
+            "layer_back(dy + dskips.pop(), grads)\n"
             "                dtime, dcontext = plus(dtime, dt),",
-            "stage_back(dy + dskips.pop(), grads)\n                dtime, dcontext = dt,",
+            "layer_back(dy + dskips.pop(), grads)\n                dtime, dcontext = dt,",
         ),
         (
-            "middle: of its last stage only",
-            "dy, dt, dc = stage_back(dy, grads)\n            dtime, dcontext = plus(dtime, dt),",
-            "dy, dt, dc = stage_back(dy, grads)\n            dtime, dcontext = plus(None, dt),",
+            "middle: of its last layer only",
+            "dy, dt, dc = layer_back(dy, grads)\n            dtime, dcontext = plus(dtime, dt),",
+            "dy, dt, dc = layer_back(dy, grads)\n            dtime, dcontext = plus(None, dt),",
         ),
     ],
     "tinyldm.models.unet": [

@@ -153,12 +153,12 @@ def arithmetic(device: str) -> Finding:
     from threadpoolctl import threadpool_info
 
     from tinyldm.kernels.cpu.processes import PRESET, available
-    from tinyldm.threads import cores, describe
+    from tinyldm.threads import cores, describe_device
 
     threads = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
     preset = {name: os.environ[name] for name in (CORE, PRESET, *THREADS) if name in os.environ}
     facts = {
-        "CPU": describe(),
+        "CPU": describe_device(),
         "processes that share a training or painting step": available(),
         "threads of any other batch, with one of BLAS each": cores(),
         "threads that share the operations on a single picture": cores(),
@@ -183,10 +183,12 @@ def arithmetic(device: str) -> Finding:
 def graphics(device: str) -> Finding:
     """CuPy and its GPUs. Their absence is a problem only where one was meant to be used."""
     from tinyldm.backend import DeviceError, gpus
-    from tinyldm.threads import describe
+    from tinyldm.threads import describe_device
 
     try:
-        return {"GPU": describe("cuda")} | {f"GPU {i}": gpu for i, gpu in enumerate(gpus())}, []
+        return {"GPU": describe_device("cuda")} | {
+            f"GPU {i}": gpu for i, gpu in enumerate(gpus())
+        }, []
     except DeviceError as error:
         installed = not isinstance(error.__cause__, ImportError)
         meant = device == "cuda" or installed or shutil.which("nvidia-smi")

@@ -8,7 +8,7 @@ from tinyldm.cli.arguments import add_device, add_options, say
 from tinyldm.models import ClassNames
 from tinyldm.options import options_of
 from tinyldm.sampling.pipeline import Pipeline
-from tinyldm.threads import describe
+from tinyldm.threads import describe_device
 from tinyldm.training.config import IMAGES, LEARNT, MODEL, RESOURCES, Config
 from tinyldm.training.estimate import duration
 from tinyldm.training.metrics import Diverged
@@ -50,7 +50,7 @@ def run(options: Namespace) -> None:
         options.parser.error("the following arguments are required: --out")
     if options.overfit and options.resume:
         options.parser.error("--overfit: begins anew; leave out --resume")
-    say(f"tinyldm {__version__}: {describe(options.device)}")
+    say(f"tinyldm {__version__}: {describe_device(options.device)}")
     started = time.monotonic()
     settings = {
         name: value

@@ -100,7 +100,7 @@ class Attributes:
         return (self.colour, self.shape) in HELD_OUT
 
 
-def named(prompt: str) -> dict[str, str]:
+def attributes_in(prompt: str) -> dict[str, str]:
     """{attribute: word} that a caption says, or a class: a shape. ValueError for other texts."""
     return {"shape": prompt} if prompt in SHAPES else asdict(Attributes.parse(prompt))
 

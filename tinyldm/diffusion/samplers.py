@@ -56,10 +56,11 @@ def ddim(
     last = _final_alpha_bar(schedule, default=True)
     alphas_bar = [*schedule.alphas_bar[t].tolist(), last]  # Python's numbers keep x in float32
     for i in range(len(t)):
-        now, then = alphas_bar[i : i + 2]
-        x0, epsilon = _split(schedule, predict(x, t[i]), x, now)
-        variance = eta**2 * posterior(now, then)[2]
-        x = math.sqrt(then) * x0 + math.sqrt(max(0.0, 1 - then - variance)) * epsilon
+        alpha_bar, next_alpha_bar = alphas_bar[i : i + 2]
+        x0, epsilon = _split(schedule, predict(x, t[i]), x, alpha_bar)
+        variance = eta**2 * posterior(alpha_bar, next_alpha_bar)[2]
+        rest = max(0.0, 1 - next_alpha_bar - variance)
+        x = math.sqrt(next_alpha_bar) * x0 + math.sqrt(rest) * epsilon
         if variance > 0:
             x = x + math.sqrt(variance) * noise()
         x = post_step(x, i)
@@ -143,10 +144,10 @@ def _runge_kutta(predict, schedule, x, first, here, ahead):
     return sum(w * p for w, p in zip((1 / 6, 1 / 3, 1 / 3, 1 / 6), predictions, strict=True))
 
 
-def _transfer(schedule, prediction, x, now, then):
-    """x where ᾱ is `then`, by DDIM without noise, and x_0."""
-    x0, epsilon = schedule.split(prediction, x, now)
-    return math.sqrt(then) * x0 + math.sqrt(1 - then) * epsilon, x0
+def _transfer(schedule, prediction, x, alpha_bar, next_alpha_bar):
+    """Go from one ᾱ to the next by DDIM without noise; returns x there, and x_0."""
+    x0, epsilon = schedule.split(prediction, x, alpha_bar)
+    return math.sqrt(next_alpha_bar) * x0 + math.sqrt(1 - next_alpha_bar) * epsilon, x0
 
 
 def _final_alpha_bar(schedule, default):
@@ -165,7 +166,6 @@ def _split(schedule, prediction, x, alpha_bar):
 
 
 # --------------------------------------------------------------------------------- steps in σ
-#
 # These solve the differential equation of Karras et al. 2022. Their coordinates are x / a: a clean
 # image plus noise of the standard deviation σ = s / a. There all of a sampler is in the sequence of
 # its σ, and a step by the straight line to the predicted image x0 is a mixture of x and x0. What is
@@ -202,12 +202,12 @@ def euler_ancestral(
     """Further than σ at each step, and fresh noise back up to it, as DDPM (Song et al. 2020)."""
     t, sigmas, x = _begin(schedule, x, steps, start)
     for i in range(len(t)):
-        now, then = sigmas[i : i + 2]
-        x0 = _clean_image(predict, schedule, x, now, t[i])
-        x = _towards(x, x0, (then / now) ** 2)
-        if then > 0:
-            x = x + then * math.sqrt(1 - (then / now) ** 2) * noise()
-        latents, x = _changed(x, then, post_step, i)
+        sigma, next_sigma = sigmas[i : i + 2]
+        x0 = _clean_image(predict, schedule, x, sigma, t[i])
+        x = _towards(x, x0, (next_sigma / sigma) ** 2)
+        if next_sigma > 0:
+            x = x + next_sigma * math.sqrt(1 - (next_sigma / sigma) ** 2) * noise()
+        latents, x = _changed(x, next_sigma, post_step, i)
         yield latents, x0
 
 
@@ -225,14 +225,14 @@ def heun(
     """
     t, sigmas, x = _begin(schedule, x, steps, start)
     for i in range(len(t)):
-        now, then = sigmas[i : i + 2]
-        x0 = _clean_image(predict, schedule, x, now, t[i])
-        ahead = _towards(x, x0, then / now)
-        if then > 0:
-            x0_ahead = _clean_image(predict, schedule, ahead, then, t[i + 1])
-            slope = 0.5 * ((x - x0) * (1 / now) + (ahead - x0_ahead) * (1 / then))
-            ahead, x0 = x + (then - now) * slope, x0_ahead
-        latents, x = _changed(ahead, then, post_step, i)
+        sigma, next_sigma = sigmas[i : i + 2]
+        x0 = _clean_image(predict, schedule, x, sigma, t[i])
+        ahead = _towards(x, x0, next_sigma / sigma)
+        if next_sigma > 0:
+            x0_ahead = _clean_image(predict, schedule, ahead, next_sigma, t[i + 1])
+            slope = 0.5 * ((x - x0) * (1 / sigma) + (ahead - x0_ahead) * (1 / next_sigma))
+            ahead, x0 = x + (next_sigma - sigma) * slope, x0_ahead
+        latents, x = _changed(ahead, next_sigma, post_step, i)
         yield latents, x0
 
 
@@ -254,21 +254,21 @@ def dpm_solver_2m(
     x = x * math.sqrt(1 + sigmas[0] ** 2)
     previous = None  # x0, and the length of the step after it in log σ
     for i in range(len(t)):
-        now, then = sigmas[i : i + 2]
-        ratio = then / now
+        sigma, next_sigma = sigmas[i : i + 2]
+        ratio = next_sigma / sigma
         length = -math.log(ratio) if ratio > 0 else math.inf
-        x0 = goal = _clean_image(predict, schedule, x, now, t[i])
-        last = i + 1 == len(t) and (then == 0 or steps < 15)
+        x0 = goal = _clean_image(predict, schedule, x, sigma, t[i])
+        last = i + 1 == len(t) and (next_sigma == 0 or steps < 15)
         if previous and previous[1] > 0 and not last:
             goal = x0 + (x0 - previous[0]) * (length / (2 * previous[1]))
         if noise is None:
             x = _towards(x, goal, ratio)
         else:
             x = _towards(x, goal, ratio**2)
-            if then > 0:
-                x = x + then * math.sqrt(1 - ratio**2) * noise()
+            if next_sigma > 0:
+                x = x + next_sigma * math.sqrt(1 - ratio**2) * noise()
         previous = x0, length
-        latents, x = _changed(x, then, post_step, i)
+        latents, x = _changed(x, next_sigma, post_step, i)
         yield latents, x0
 
 

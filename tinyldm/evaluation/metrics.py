@@ -16,7 +16,7 @@ from tinyldm.evaluation.statistics import (
     copied,
     frechet_distance,
     kernel_distance,
-    nearest,
+    nearest_images,
     precision_recall,
     psnr,
     ssim,
@@ -177,7 +177,7 @@ def _paint(pipeline, prompts, scene, bar, **options) -> np.ndarray:
 
 def _compare(features, painted, training, held_out, result):
     """How the painted pictures lie among the true ones; → pictures beside their nearest."""
-    at, distance = nearest(painted, training.images)
+    at, distance = nearest_images(painted, training.images)
     result["nearest"] = {"painted": float(np.median(distance))}
     n = min(len(painted), len(held_out)) if len(held_out) > 1 else len(painted)
     made = features(painted[:n])  # equally many, to compare like with like
@@ -190,7 +190,7 @@ def _compare(features, painted, training, held_out, result):
         precision, recall = precision_recall(made, real, NEIGHBOURS)
         result["precision"], result["recall"] = {"painted": precision}, {"painted": recall}
     if len(held_out) > 1:
-        _, real_distance = nearest(held_out.images, training.images)
+        _, real_distance = nearest_images(held_out.images, training.images)
         unseen = features(held_out.images[:n])
         result["nearest"]["held_out"] = float(np.median(real_distance))
         if len(held_out) >= FEWEST_FOR_COPIES:

@@ -16,8 +16,8 @@ from tinyldm.data.shapes import (
     SHAPES,
     SIZES,
     Attributes,
+    attributes_in,
     centre,
-    named,
 )
 
 # A shape of half-extent r has the area AREA · r², and its centre of mass DROP · r below its centre.
@@ -32,8 +32,8 @@ def read_attributes(image: np.ndarray) -> Attributes:
         raise ValueError(f"need a uint8 (side, side, 3) picture, got {image.dtype} {image.shape}")
     pixels = image.astype(np.float64)
     ground, ink = seen_colours(pixels)
-    background = nearest(ground, COLOURS)
-    colour = nearest(ink, [name for name in COLOURS if name != background])
+    background = nearest_colour(ground, COLOURS)
+    colour = nearest_colour(ink, [name for name in COLOURS if name != background])
 
     # Coverage: 0 where a pixel has the colour of the ground, 1 where it has that of the shape.
     towards = ink - ground
@@ -59,7 +59,7 @@ def seen_colours(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ground, np.median(pixels[contrast >= 0.8 * peak], axis=0)
 
 
-def nearest(rgb: np.ndarray, names: Iterable[str]) -> str:
+def nearest_colour(rgb: np.ndarray, names: Iterable[str]) -> str:
     """The name of the colour that is nearest to rgb."""
     return min(names, key=lambda name: np.square(COLOURS[name] - rgb).sum())
 
@@ -118,7 +118,7 @@ def score(images: Sequence[np.ndarray], prompts: Sequence[str]) -> dict[str, flo
     """
     if len(images) != len(prompts) or len(images) == 0:
         raise ValueError(f"need a caption per picture, got {len(images)} and {len(prompts)}")
-    said = [named(prompt) for prompt in prompts]
+    said = [attributes_in(prompt) for prompt in prompts]
     seen = [read_attributes(image) for image in images]
     right = {
         name: np.array([getattr(a, name) == b[name] for a, b in zip(seen, said, strict=True)])

@@ -126,7 +126,7 @@ def precision_recall(made: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[fl
     return float(precision), float(recall)
 
 
-def nearest(queries: np.ndarray, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def nearest_images(queries: np.ndarray, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which of the pictures is nearest to each query, and how near: index and distance, (q,) each.
 
     queries: uint8 (q, h, w, 3); pictures: uint8 (n, h, w, 3), of which a few hundred are unpacked

@@ -61,9 +61,9 @@ class Autoencoder(Layer):
         self.decoder = Decoder("decoder", c)
 
     def recompute(self) -> None:
-        """From now on keep no activations inside a stage: less memory, one more forward pass."""
+        """From now on keep no activations inside a layer: less memory, one more forward pass."""
         for coder in (self.encoder, self.decoder):
-            coder.stages = [Recomputed(stage) for stage in coder.stages]
+            coder.layers = [Recomputed(layer) for layer in coder.layers]
 
     def init(self, rng: Generator) -> Params:
         """Fresh parameters. Biases start at 0, unlike the U-Net's: a faster, steadier start."""
@@ -124,22 +124,22 @@ class Encoder(Layer):
     def __init__(self, name: str, c: SimpleNamespace, moments: int):
         widths = list(c.block_out_channels)
         self.conv_in = Conv2d(f"{name}.conv_in", c.in_channels, widths[0])
-        self.stages = []
+        self.layers = []
         for level, width in enumerate(widths):
             block = f"{name}.down_blocks.{level}"
             for i in range(c.layers_per_block):
                 c_in = widths[max(0, level - 1)] if i == 0 else width
-                self.stages.append(_resnet(f"{block}.resnets.{i}", c_in, width, c))
+                self.layers.append(_resnet(f"{block}.resnets.{i}", c_in, width, c))
             if level < len(widths) - 1:
-                self.stages.append(downsample(block, width, padding=(0, 1, 0, 1)))
-        self.stages += _middle(name, widths[-1], c)
+                self.layers.append(downsample(block, width, padding=(0, 1, 0, 1)))
+        self.layers += _middle(name, widths[-1], c)
         self.norm_out = GroupNorm(
             f"{name}.conv_norm_out", widths[-1], c.norm_num_groups, EPS, silu=True
         )
         self.conv_out = Conv2d(f"{name}.conv_out", widths[-1], moments)
 
     def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
-        return _chain([self.conv_in, *self.stages, self.norm_out, self.conv_out], params, x)
+        return _chain([self.conv_in, *self.layers, self.norm_out, self.conv_out], params, x)
 
 
 class Decoder(Layer):
@@ -148,21 +148,21 @@ class Decoder(Layer):
     def __init__(self, name: str, c: SimpleNamespace):
         widths = list(c.block_out_channels)[::-1]
         self.conv_in = Conv2d(f"{name}.conv_in", c.latent_channels, widths[0])
-        self.stages = _middle(name, widths[0], c)
+        self.layers = _middle(name, widths[0], c)
         for level, width in enumerate(widths):
             block = f"{name}.up_blocks.{level}"
             for i in range(c.layers_per_block + 1):
                 c_in = widths[max(0, level - 1)] if i == 0 else width
-                self.stages.append(_resnet(f"{block}.resnets.{i}", c_in, width, c))
+                self.layers.append(_resnet(f"{block}.resnets.{i}", c_in, width, c))
             if level < len(widths) - 1:
-                self.stages.append(Upsample(block, width))
+                self.layers.append(Upsample(block, width))
         self.norm_out = GroupNorm(
             f"{name}.conv_norm_out", widths[-1], c.norm_num_groups, EPS, silu=True
         )
         self.conv_out = Conv2d(f"{name}.conv_out", widths[-1], c.out_channels)
 
     def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
-        return _chain([self.conv_in, *self.stages, self.norm_out], params, x)
+        return _chain([self.conv_in, *self.layers, self.norm_out], params, x)
 
 
 class TimelessResnet(ResnetBlock):

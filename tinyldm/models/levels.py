@@ -11,7 +11,7 @@ from tinyldm.nn.layers import Conv2d, Layer
 from tinyldm.nn.protocol import Backward, Params
 
 
-class Stage(Layer):
+class UNetLayer(Layer):
     """A ResNet block and, where the level has attention, a spatial transformer."""
 
     def __init__(self, resnet: ResnetBlock, transformer: SpatialTransformer | None):
@@ -34,19 +34,19 @@ class Stage(Layer):
         return h, backward
 
 
-def run_stages(
-    stages: list[Stage], params: Params, x: Array, time: Array, context: Array | None
+def run_layers(
+    layers: list[UNetLayer], params: Params, x: Array, time: Array, context: Array | None
 ) -> tuple[Array, Backward]:
-    """The stages one after the other, as in the middle of the U-Net."""
+    """The layers one after the other, as in the middle of the U-Net."""
     backs = []
-    for stage in stages:
-        x, stage_back = stage(params, x, time, context)
-        backs.append(stage_back)
+    for layer in layers:
+        x, layer_back = layer(params, x, time, context)
+        backs.append(layer_back)
 
     def backward(dy, grads):
         dtime = dcontext = None
-        for stage_back in reversed(backs):
-            dy, dt, dc = stage_back(dy, grads)
+        for layer_back in reversed(backs):
+            dy, dt, dc = layer_back(dy, grads)
             dtime, dcontext = plus(dtime, dt), plus(dcontext, dc)
         return dy, dtime, dcontext
 
@@ -54,20 +54,20 @@ def run_stages(
 
 
 class DownBlock(Layer):
-    """Stages, then half the size; everything on the way is a skip for the way up."""
+    """Layers, then half the size; everything on the way is a skip for the way up."""
 
-    def __init__(self, stages: list[Stage], down: Conv2d | None):
-        self.stages, self.down = stages, down
+    def __init__(self, layers: list[UNetLayer], down: Conv2d | None):
+        self.layers, self.down = layers, down
 
     def __call__(
         self, params: Params, x: Array, time: Array, context: Array | None
     ) -> tuple[list[Array], Backward]:
         """→ the skips, of which the last one is the block's result."""
         skips, backs = [], []
-        for stage in self.stages:
-            x, stage_back = stage(params, x, time, context)
+        for layer in self.layers:
+            x, layer_back = layer(params, x, time, context)
             skips.append(x)
-            backs.append(stage_back)
+            backs.append(layer_back)
         if self.down:
             x, down_back = self.down(params, x)
             skips.append(x)
@@ -77,8 +77,8 @@ class DownBlock(Layer):
             dtime = dcontext = None
             if self.down:
                 dy = down_back(dy + dskips.pop(), grads)
-            for stage_back in reversed(backs):
-                dy, dt, dc = stage_back(dy + dskips.pop(), grads)
+            for layer_back in reversed(backs):
+                dy, dt, dc = layer_back(dy + dskips.pop(), grads)
                 dtime, dcontext = plus(dtime, dt), plus(dcontext, dc)
             return dy, dtime, dcontext
 
@@ -86,10 +86,10 @@ class DownBlock(Layer):
 
 
 class UpBlock(Layer):
-    """Stages, each joined by the skip of its size, then twice the size."""
+    """Layers, each joined by the skip of its size, then twice the size."""
 
-    def __init__(self, stages: list[Stage], up: Upsample | None):
-        self.stages, self.up = stages, up
+    def __init__(self, layers: list[UNetLayer], up: Upsample | None):
+        self.layers, self.up = layers, up
 
     def __call__(
         self,
@@ -100,12 +100,12 @@ class UpBlock(Layer):
         context: Array | None,
         size: tuple[int, int] | None,
     ) -> tuple[Array, Backward]:
-        """`skips`: one a stage, the last one down first. `size`: (h, w) of y, None for twice x."""
+        """`skips`: one a layer, the last one down first. `size`: (h, w) of y, None for twice x."""
         backs = []
-        for stage, skip in zip(self.stages, skips, strict=True):
+        for layer, skip in zip(self.layers, skips, strict=True):
             x, join_back = F.concatenate(x, skip)
-            x, stage_back = stage(params, x, time, context)
-            backs.append((join_back, stage_back))
+            x, layer_back = layer(params, x, time, context)
+            backs.append((join_back, layer_back))
         if self.up:
             x, up_back = self.up(params, x, size)
 
@@ -114,8 +114,8 @@ class UpBlock(Layer):
             dskips, dtime, dcontext = [], None, None
             if self.up:
                 dy = up_back(dy, grads)
-            for join_back, stage_back in reversed(backs):
-                dy, dt, dc = stage_back(dy, grads)
+            for join_back, layer_back in reversed(backs):
+                dy, dt, dc = layer_back(dy, grads)
                 dy, dskip = join_back(dy)
                 dskips.insert(0, dskip)
                 dtime, dcontext = plus(dtime, dt), plus(dcontext, dc)

@@ -14,7 +14,7 @@ from tinyldm.models.blocks import (
     downsample,
     plus,
 )
-from tinyldm.models.levels import DownBlock, Stage, UpBlock, run_stages
+from tinyldm.models.levels import DownBlock, UNetLayer, UpBlock, run_layers
 from tinyldm.nn import functional as F
 from tinyldm.nn.activations import silu
 from tinyldm.nn.layers import Conv2d, Embedding, GroupNorm, Layer, Linear, Recomputed, zeros
@@ -100,7 +100,7 @@ class UNet(Layer):
         def levelwise(key):
             return per_block("unet config", key, getattr(c, key), levels)
 
-        heads, layers = levelwise("attention_head_dim"), levelwise("layers_per_block")
+        heads, counts = levelwise("attention_head_dim"), levelwise("layers_per_block")
         d_context = levelwise("cross_attention_dim")
         depths = levelwise("transformer_layers_per_block")
         down_types, up_types = levelwise("down_block_types"), levelwise("up_block_types")
@@ -119,11 +119,11 @@ class UNet(Layer):
                 raise ConfigError(f"unet config: {key} = {getattr(c, key)!r} is not implemented")
         d_time = c.time_embedding_dim or 4 * widths[0]
 
-        def stage(name, i, c_in, level, has_attention):
+        def layer(name, i, c_in, level, has_attention):
             resnet = ResnetBlock(
                 f"{name}.resnets.{i}", c_in, widths[level], c.norm_num_groups, c.norm_eps, d_time
             )
-            return Stage(resnet, transformer(name, i, level) if has_attention else None)
+            return UNetLayer(resnet, transformer(name, i, level) if has_attention else None)
 
         def transformer(name, i, level):
             return SpatialTransformer(
@@ -162,51 +162,51 @@ class UNet(Layer):
         self.down_blocks = []
         for level, kind in enumerate(down_types):
             name = f"down_blocks.{level}"
-            stages = []
-            for i in range(layers[level]):
-                stages.append(stage(name, i, skip_widths[-1], level, DOWN[kind]))
+            layers = []
+            for i in range(counts[level]):
+                layers.append(layer(name, i, skip_widths[-1], level, DOWN[kind]))
                 skip_widths.append(widths[level])
             down = None
             if level < levels - 1:
                 down = downsample(name, widths[level], 1)
                 skip_widths.append(widths[level])
-            self.down_blocks.append(DownBlock(stages, down))
+            self.down_blocks.append(DownBlock(layers, down))
 
-        self.mid_stages = []
+        self.mid_layers = []
         if c.mid_block_type:
             has_attention = MID[c.mid_block_type]
-            self.mid_stages = [stage("mid_block", 0, widths[-1], levels - 1, has_attention)]
+            self.mid_layers = [layer("mid_block", 0, widths[-1], levels - 1, has_attention)]
             if has_attention:
-                self.mid_stages.append(stage("mid_block", 1, widths[-1], levels - 1, False))
+                self.mid_layers.append(layer("mid_block", 1, widths[-1], levels - 1, False))
 
         width = widths[-1]
         self.up_blocks = []
         for i, kind in enumerate(up_types):
             level = levels - 1 - i
             name = f"up_blocks.{i}"
-            stages = []
-            for j in range(layers[level] + 1):
+            layers = []
+            for j in range(counts[level] + 1):
                 c_in = width + skip_widths.pop()
-                stages.append(stage(name, j, c_in, level, UP[kind]))
+                layers.append(layer(name, j, c_in, level, UP[kind]))
                 width = widths[level]
-            self.up_blocks.append(UpBlock(stages, Upsample(name, width) if level else None))
+            self.up_blocks.append(UpBlock(layers, Upsample(name, width) if level else None))
 
         self.norm_out = GroupNorm("conv_norm_out", widths[0], c.norm_num_groups, c.norm_eps, True)
         self.conv_out = Conv2d(
             "conv_out", widths[0], c.out_channels, c.conv_out_kernel,
             padding=(c.conv_out_kernel - 1) // 2, init=zeros,
         )  # fmt: skip
-        stages = [s for block in [*self.down_blocks, *self.up_blocks] for s in block.stages]
-        attends = any(s.attention for s in stages + self.mid_stages)
+        layers = [s for block in [*self.down_blocks, *self.up_blocks] for s in block.layers]
+        attends = any(s.attention for s in layers + self.mid_layers)
         # Without a context each position attends to the others once more, as in diffusers.
         to_itself = c.cross_attention_dim == widths
         self.needs_context = (attends and not to_itself) or self.add_embedding is not None
 
     def recompute(self) -> None:
-        """From now on keep no activations inside a stage: less memory, one more forward pass."""
+        """From now on keep no activations inside a layer: less memory, one more forward pass."""
         for block in [*self.down_blocks, *self.up_blocks]:
-            block.stages = [Recomputed(stage) for stage in block.stages]
-        self.mid_stages = [Recomputed(stage) for stage in self.mid_stages]
+            block.layers = [Recomputed(layer) for layer in block.layers]
+        self.mid_layers = [Recomputed(layer) for layer in self.mid_layers]
 
     def __call__(
         self,
@@ -232,9 +232,9 @@ class UNet(Layer):
             h = new[-1]
             skips += new
             down_backs.append(block_back)
-        h, mid_back = run_stages(self.mid_stages, params, h, time, context)
+        h, mid_back = run_layers(self.mid_layers, params, h, time, context)
         for block in self.up_blocks:
-            count = len(block.stages)
+            count = len(block.layers)
             skips, taken = skips[:-count], skips[: -count - 1 : -1]  # the last ones, newest first
             size = skips[-1].shape[1:3] if skips else None
             h, block_back = block(params, h, taken, time, context, size)

@@ -16,16 +16,17 @@ def normalise(x: Array, axes: tuple[int, ...], eps: float) -> tuple[Array, Backw
         dx = r (dx̂ − mean(dx̂) − x̂ mean(dx̂ x̂))
     """
     centred = x - x.mean(axes, keepdims=True)
+    centred -= centred.mean(axes, keepdims=True)  # the mean of large numbers was rounded
     variance = (centred * centred).mean(axes, keepdims=True)
     r = 1 / array_module(x).sqrt(variance + eps)
-    normal = centred * r
+    x_hat = centred * r
 
-    def backward(dnormal):
-        shift = dnormal.mean(axes, keepdims=True)
-        stretch = (dnormal * normal).mean(axes, keepdims=True)
-        return r * (dnormal - shift - normal * stretch)
+    def backward(dx_hat):
+        shift = dx_hat.mean(axes, keepdims=True)
+        stretch = (dx_hat * x_hat).mean(axes, keepdims=True)
+        return r * (dx_hat - shift - x_hat * stretch)
 
-    return normal, backward
+    return x_hat, backward
 
 
 @differentiable
@@ -37,17 +38,17 @@ def group_norm(x: Array, w: Array, b: Array, groups: int, eps: float) -> tuple[A
     """
     c = x.shape[-1]
     grouped = (len(x), -1, groups, c // groups)
-    normal, normalise_back = normalise(x.reshape(grouped), (1, 3), eps)
-    normal = normal.reshape(x.shape)
+    x_hat, normalise_back = normalise(x.reshape(grouped), (1, 3), eps)
+    x_hat = x_hat.reshape(x.shape)
 
     def backward(dy, weights=True):
         dx = normalise_back((dy * w).reshape(grouped)).reshape(x.shape)
         if not weights:
             return dx, None, None
-        dw = (dy * normal).reshape(-1, c).sum(axis=0)
+        dw = (dy * x_hat).reshape(-1, c).sum(axis=0)
         return dx, dw, dy.reshape(-1, c).sum(axis=0)
 
-    return w * normal + b, backward
+    return w * x_hat + b, backward
 
 
 @differentiable
@@ -55,8 +56,8 @@ def group_norm_silu(
     x: Array, w: Array, b: Array, groups: int, eps: float
 ) -> tuple[Array, Backward]:
     """Compose `group_norm` and `silu`, the pair in front of every convolution of a ResNet block."""
-    normal, norm_back = group_norm(x, w, b, groups, eps)
-    y, silu_back = silu(normal)
+    h, norm_back = group_norm(x, w, b, groups, eps)
+    y, silu_back = silu(h)
 
     def backward(dy, weights=True):
         return norm_back(silu_back(dy), weights=weights)
@@ -68,16 +69,16 @@ def group_norm_silu(
 def layer_norm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Backward]:
     """Normalise the last axis, scale, shift; x (..., d), w and b (d,) (Ba et al. 2016, eq. 3)."""
     d = x.shape[-1]
-    normal, normalise_back = normalise(x, (-1,), eps)
+    x_hat, normalise_back = normalise(x, (-1,), eps)
 
     def backward(dy, weights=True):
         dx = normalise_back(dy * w)
         if not weights:
             return dx, None, None
-        dw = (dy * normal).reshape(-1, d).sum(axis=0)
+        dw = (dy * x_hat).reshape(-1, d).sum(axis=0)
         return dx, dw, dy.reshape(-1, d).sum(axis=0)
 
-    return w * normal + b, backward
+    return w * x_hat + b, backward
 
 
 @differentiable

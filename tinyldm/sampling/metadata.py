@@ -18,7 +18,7 @@ from tinyldm.threads import map_threads
 
 SOFTWARE = "tinyldm"
 MOST = 4096  # images of a batch
-LARGEST = 2**14  # pixels, a side of an init image or mask
+LARGEST_INPUT = 2**14  # pixels, a side of an init image or mask
 OPTIONS = options_of(SamplingParams)
 
 
@@ -63,7 +63,7 @@ class InputImage:
 
     def open(self) -> Image.Image:
         """Open it in RGB, turned as its EXIF note says; DataError where it cannot be read."""
-        return open_picture(self.file, LARGEST)
+        return open_picture(self.file, LARGEST_INPUT)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from tinyldm.threads import map_batch
 DEFAULTS = {"steps": 50, "guidance": 7.5}  # Stable Diffusion's own
 POSITIONS_AT_ONCE = 2**14  # of latents, on a core: more would need more memory, and be no faster
 SAMPLES_AT_ONCE = 64
-LARGEST = 1024  # pixels of a side that an upscaled picture may have unasked
+LARGEST_UPSCALED = 1024  # pixels of a side that an upscaled picture may have unasked
 
 
 class Pipeline:
@@ -300,7 +300,7 @@ class Pipeline:
         else:
             like, multiple = self.size, factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         size = similar_size((height, width), like, multiple)
-        if times > 1 and max(size) > LARGEST:
+        if times > 1 and max(size) > LARGEST_UPSCALED:
             raise ValueError(
                 f"image: {height}×{width} pixels would become {size[0]}×{size[1]}; give a smaller "
                 "one, or say --size"

@@ -25,7 +25,7 @@ from tinyldm.checkpoints.safetensors import (
 )
 from tinyldm.data.dataset import Dataset
 from tinyldm.data.images import from_uint8
-from tinyldm.data.shapes import ATTRIBUTES, named
+from tinyldm.data.shapes import ATTRIBUTES, attributes_in
 from tinyldm.kernels.cpu.flat import Flat
 from tinyldm.models.classifier import Classifier
 from tinyldm.nn import functional as F
@@ -176,7 +176,7 @@ def fit_classifier(
 def attributes_of(captions: Sequence[str]) -> dict[str, list[str]]:
     """{attribute: its word in each caption}: those that the embedded shapes have there, or all."""
     try:
-        said = [named(caption) for caption in captions]
+        said = [attributes_in(caption) for caption in captions]
     except ValueError:
         return {"caption": list(captions)}
     return {

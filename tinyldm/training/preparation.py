@@ -133,7 +133,7 @@ def remove(run: Path) -> None:
         shutil.rmtree(run / name, ignore_errors=True)
 
 
-def describe(training: Dataset, held_out: Dataset, say: Say) -> None:
+def describe_data(training: Dataset, held_out: Dataset, say: Say) -> None:
     """Say what a person should know of the data before hours are spent on them."""
     side = training.images.shape[1]
     say(

@@ -56,7 +56,7 @@ PRESETS = {
     ),
 }
 MAY_CHANGE = {"keep", "data", "skip_bad", "checkpointing"}  # when a run is resumed
-LARGEST = 1024  # pixels of a side
+LARGEST_SIDE = 1024  # pixels of a side
 FOR_TESTS = "tiny"  # too small to be chosen by size
 
 
@@ -124,9 +124,9 @@ def make_config(
     if channels is not None:
         others["latent_channels"] = channels
     if size is not None:
-        if max(both_sides(size)) > LARGEST:
+        if max(both_sides(size)) > LARGEST_SIDE:
             raise ConfigError(
-                f"size: expected at most {LARGEST} pixels, found {max(both_sides(size))}"
+                f"size: expected at most {LARGEST_SIDE} pixels, found {max(both_sides(size))}"
             )
         others["side"] = _one_if_equal(size)
     config = replace(PRESETS[preset], **others)

@@ -27,7 +27,7 @@ from tinyldm.training.losses import Features
 from tinyldm.training.networks import Models, denoiser_loss, new_discriminator
 from tinyldm.training.preparation import (
     Say,
-    describe,
+    describe_data,
     fit_tokenizer,
     load_data,
     refuse_folder,
@@ -57,7 +57,7 @@ def train(
     refuse_folder(run, config, overwrite)
     data = load_data(config)
     training, held_out = split(data, config)
-    describe(training, held_out, say)
+    describe_data(training, held_out, say)
     tokenizer, config = fit_tokenizer(config, data.captions, say)
     rehearsal = rehearse(config, len(training), device, features)
     rehearsal.announce(say)

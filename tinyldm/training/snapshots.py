@@ -8,7 +8,7 @@ import numpy as np
 from tinyldm.backend import Array, array_module, to_device
 from tinyldm.data.dataset import Dataset
 from tinyldm.data.images import from_uint8, in_channels, to_uint8
-from tinyldm.data.shapes import named
+from tinyldm.data.shapes import attributes_in
 from tinyldm.evaluation.metrics import loss_by_noise
 from tinyldm.evaluation.pictures import (
     curves,
@@ -225,7 +225,7 @@ def prompts_for(training: Dataset) -> list[str]:
 
 def _has_captions_of_shapes(training):
     """Not only their classes."""
-    return training.readable and len(named(training.captions[0])) > 1
+    return training.readable and len(attributes_in(training.captions[0])) > 1
 
 
 def draw_losses(run: Path, window: int = 20) -> None:

@@ -15,29 +15,31 @@ from tinyldm.training.state import State
 
 
 def train_step(
-    state: State, gradient: Gradient, batch: tuple[Array, ...], rate: float, ema: float
+    state: State, loss_and_grads: Gradient, batch: tuple[Array, ...], rate: float, ema: float
 ) -> tuple[Array, Array]:
     """One step of the optimizer on one batch → loss and norm of the gradient, on the device.
 
-    gradient: `gradient(batch) → (loss, gradients)` at the state's parameters. Where it has those of
-    a discriminator too, that makes a step of its own optimizer.
+    loss_and_grads: of a batch, at the state's parameters. Where the gradients have those of a
+    discriminator too, that makes a step of its own optimizer.
     """
-    loss, grads = gradient(batch)
-    of_discriminator = {}
-    for name in grads.keys() & state.discriminator.keys():
-        of_discriminator[name] = grads.pop(name)
+    loss, grads = loss_and_grads(batch)
+    of_discriminator = {name: grads.pop(name) for name in grads.keys() & state.discriminator.keys()}
     norm = global_norm(grads)
     adamw(
         state.params, grads, state.moments, state.average, state.step, rate,
         scale=clip_factor(norm, MAX_NORM), ema=ema,
     )  # fmt: skip
     if of_discriminator:
-        begun = math.ceil(state.config.adversarial_start * state.total)
-        adamw(  # its average would be of no use: it stays the same as the parameters
-            state.discriminator, of_discriminator, state.discriminator_moments,
-            state.discriminator, max(0, state.step - begun), rate,
-        )  # fmt: skip
+        _discriminator_step(state, of_discriminator, rate)
     return loss, norm
+
+
+def _discriminator_step(state, grads, rate):
+    begun = math.ceil(state.config.adversarial_start * state.total)
+    adamw(  # its average would be of no use: it stays the same as the parameters
+        state.discriminator, grads, state.discriminator_moments, state.discriminator,
+        max(0, state.step - begun), rate,
+    )  # fmt: skip
 
 
 @replaceable

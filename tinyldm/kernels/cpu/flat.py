@@ -20,18 +20,18 @@ class Flat(dict):
     `shared`: on the CPU, processes that are copied from this one read and write the same numbers.
     """
 
-    def __init__(self, named: dict[str, Array], shared: bool = False):
-        order = sorted(named, key=lambda name: named[name].ndim <= 1)
-        sizes = [named[name].size for name in order]
+    def __init__(self, arrays: dict[str, Array], shared: bool = False):
+        order = sorted(arrays, key=lambda name: arrays[name].ndim <= 1)
+        sizes = [arrays[name].size for name in order]
         self.order, self.starts = order, np.cumsum([0, *sizes]).tolist()
-        self.decayed = sum(named[name].size for name in order if named[name].ndim > 1)
-        self.flat = empty((self.starts[-1],), *named.values())
+        self.decayed = sum(arrays[name].size for name in order if arrays[name].ndim > 1)
+        self.flat = empty((self.starts[-1],), *arrays.values())
         self.shared = shared and on_host(self.flat)
         if self.shared:
             self.flat = processes.shared(self.flat.size, self.flat.dtype)
         spans = {name: slice(*self.starts[i : i + 2]) for i, name in enumerate(order)}
-        super().__init__({n: self.flat[spans[n]].reshape(w.shape) for n, w in named.items()})
-        for name, w in named.items():
+        super().__init__({n: self.flat[spans[n]].reshape(w.shape) for n, w in arrays.items()})
+        for name, w in arrays.items():
             self[name][...] = w
 
     def copy(self) -> "Flat":
