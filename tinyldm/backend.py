@@ -24,16 +24,16 @@ SPECIAL_FUNCTIONS = {"numpy": "scipy.special", "cupy": "cupyx.scipy.special"}
 
 
 class DeviceError(RuntimeError):
-    """The device asked for is not there; the message says why and what to do."""
+    """The requested device is missing; the message says why and what to do."""
 
 
 def array_module(x: Array) -> ModuleType:
-    """The library that made the array `x`: `numpy`, or `cupy`."""
+    """Return the library that made the array `x`: `numpy`, or `cupy`."""
     return _modules[type(x)]
 
 
 class _Modules(dict):
-    """{type of an array: the library that defines it}, each looked up once."""
+    """Map the type of an array to the library that defines it, each looked up once."""
 
     def __missing__(self, kind):
         self[kind] = sys.modules[kind.__module__.partition(".")[0]]
@@ -44,12 +44,12 @@ _modules = _Modules()
 
 
 def on_host(x: Array) -> bool:
-    """Whether `x` lies in the memory of the CPU."""
+    """Return whether `x` lies in the memory of the CPU."""
     return isinstance(x, (np.ndarray, np.generic))
 
 
 def erf(x: Array) -> Array:
-    """The error function, to the last bits of any floating dtype (of complex on the CPU only)."""
+    """Compute the error function, to the last bits of any floating dtype (complex on CPU only)."""
     library = SPECIAL_FUNCTIONS[array_module(x).__name__]
     return importlib.import_module(library).erf(x)
 
@@ -94,7 +94,7 @@ def describe_gpu() -> str:
 
 
 def gpus() -> list[str]:
-    """The GPUs that CuPy sees, a line each. Raises DeviceError where there is none."""
+    """List the GPUs that CuPy sees, a line each. Raises DeviceError where there is none."""
     runtime = _cupy("cuda").cuda.runtime
     version = runtime.driverGetVersion()
     driver = f"driver for CUDA {version // 1000}.{version % 1000 // 10}"

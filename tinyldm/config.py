@@ -1,4 +1,4 @@
-"""Reading the `config.json` of a component: diffusers' keys, diffusers' defaults, no surprises."""
+"""Read the `config.json` of a component: diffusers' keys, diffusers' defaults, no surprises."""
 
 import difflib
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ class ConfigError(ValueError):
 def read_config(
     what: str, config: dict, defaults: dict, fixed: dict[str, list], ignore_unknown: bool = False
 ) -> SimpleNamespace:
-    """Fill in what is missing and refuse what is not implemented.
+    """Fill in missing keys with their defaults and refuse what is not implemented.
 
     defaults: {key: diffusers' default} of the keys that are used.
     fixed: {key: the values that are implemented}, the first being diffusers' default.
@@ -33,7 +33,7 @@ def read_config(
 
 
 def per_block(what: str, key: str, value: Any, count: int) -> list:
-    """A value that may be given once or once a block, as a list with one entry a block.
+    """Return a per-block setting, given once or once a block, as a list with one entry a block.
 
     Raises ConfigError, which begins with `what`, for a list of another length than `count`.
     """
@@ -44,12 +44,12 @@ def per_block(what: str, key: str, value: Any, count: int) -> list:
 
 
 def unknown(word: str, known: Iterable[str]) -> str:
-    """ "expected a, b or c, found 'd'", and which of them was probably meant."""
+    """Return "expected a, b or c, found 'd'", with the word that was probably meant."""
     *first, last = known
     return f"expected {', '.join(first)} or {last}, found {word!r}{meant(word, known)}"
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'd'?" where one of the known words is near, else nothing."""
+    """Return "; did you mean 'd'?" where a known word is near, else an empty string."""
     close = difflib.get_close_matches(word, known, 1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -10,7 +10,7 @@ from tinyldm.config import ConfigError
 
 
 class replacing:
-    """`with replacing(file) as temporary:` write `temporary`; it replaces `file` at the end.
+    """Replace a file at the end of a block: `with replacing(file) as temporary:` write `temporary`.
 
     After the block either the old file or the whole new one is there, even if the power fails.
     """
@@ -49,7 +49,7 @@ def _sync(path):
 
 
 def read_json(file: Path) -> dict:
-    """The JSON object in a file. Raises FileNotFoundError or ConfigError, in one line."""
+    """Read the JSON object in a file. Raises FileNotFoundError or ConfigError, in one line."""
     if not file.exists():
         raise FileNotFoundError(
             f"{file}: missing; expected the folder of a trained run, or of a Stable Diffusion model"

@@ -1,4 +1,4 @@
-"""What the operating system says of the machine, and of the share that this process has of it.
+"""The machine as the operating system reports it, and the share that this process has of it.
 
 In a container the machine is larger than the share: the limits of its control groups count too.
 """
@@ -15,7 +15,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def processor() -> str:
-    """The name of the CPU, as far as it is known."""
+    """Return the name of the CPU, as far as it is known."""
     names = [
         line.partition(":")[2].strip()
         for line in _read(PROC / "cpuinfo").splitlines()
@@ -25,7 +25,7 @@ def processor() -> str:
 
 
 def quota() -> float | None:
-    """How many cores' worth of time the control groups grant; None where there is no limit."""
+    """Return the cores' worth of time that control groups grant; None where there is no limit."""
     limits = []
     for folder in _control_groups("cpu"):
         version_2 = _read(folder / "cpu.max").split()
@@ -37,7 +37,7 @@ def quota() -> float | None:
 
 
 def free_memory() -> int | None:
-    """Bytes that this process can still take, of the machine's or its control groups' memory.
+    """Return the bytes that this process can still take, of the machine or its control groups.
 
     None where it cannot be known.
     """
@@ -46,9 +46,9 @@ def free_memory() -> int | None:
 
 
 def held_memory() -> int:
-    """Bytes of memory that this process holds; the most that it held where only that is known.
+    """Return the bytes that this process holds; the most that it held where only that is known.
 
-    0 where neither is.
+    Returns 0 where neither is known.
     """
     pages = _read(PROC / "self" / "statm").split()
     if pages:
@@ -62,7 +62,7 @@ def held_memory() -> int:
 
 
 def _available():
-    """Of the whole machine."""
+    """Return the free memory of the whole machine in bytes, or None."""
     for line in _read(PROC / "meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             return 1024 * int(line.split()[1])
@@ -73,7 +73,7 @@ def _available():
 
 
 def _left(folder):
-    """Of one control group: its limit, less what is used and no mere cache of files."""
+    """Return the limit of one control group, less what is used and no mere cache of files."""
     stat = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
     for limit, used, cache in (
         ("memory.max", "memory.current", "inactive_file"),
@@ -86,7 +86,7 @@ def _left(folder):
 
 
 def _control_groups(controller) -> Iterator[Path]:
-    """The folders of this process's control groups (version 1 and 2) and of those around them."""
+    """Yield the folders of this process's control groups (version 1 and 2) and their parents."""
     for line in _read(PROC / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
@@ -112,8 +112,8 @@ def _read(file):
 def keep_freed_memory(most: int = 2**30) -> None:
     """Have the C library keep what is freed, up to `most` bytes, for the arrays that come next.
 
-    Otherwise it hands large arrays back at once, and each new one is given to it page by page,
-    cleared: a twentieth of the time of a train step. Only glibc is known to be told so.
+    Otherwise it returns large arrays to the system at once, and each new one comes page by page,
+    zeroed: a twentieth of the time of a train step. Only glibc is known to be told so.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_max = -1, -4  # of malloc.h

@@ -26,7 +26,7 @@ def option(
     """Make a dataclass field that is an option.
 
     help: a phrase that can be read alone. default: as for a dataclass field. least, most: of a
-    number, both allowed. choices: the words or numbers that it may be. group: the heading under
+    number, both allowed. choices: the words or integers that it may be. group: the heading under
     which the command line lists it. metavar: what the command line calls its value. default_text:
     what the command line says of its default, where that is not `default` itself.
     """

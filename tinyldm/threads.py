@@ -22,7 +22,7 @@ AVX512_CORES = ("SkylakeX", "Cooperlake", "SapphireRapids")  # as OpenBLAS calls
 
 
 def cores() -> int:
-    """The number of cores this process may use."""
+    """Return the number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -40,7 +40,7 @@ def _thread_controller():
 
 @functools.cache
 def has_small_products() -> bool:
-    """Whether BLAS multiplies small matrices without copying them first (OpenBLAS on AVX-512)."""
+    """Return whether BLAS multiplies small matrices without copying them (OpenBLAS on AVX-512)."""
     return any(
         pool["internal_api"] == "openblas" and pool.get("architecture") in AVX512_CORES
         for pool in _thread_controller().info()
@@ -68,12 +68,12 @@ def one_blas_thread() -> Iterator[None]:
 
 
 def free_cores() -> int:
-    """How many cores an operation may use: all of them, or 1 where others share the work."""
+    """Return how many cores an operation may use: all, or 1 where others share the work."""
     return 1 if _held else cores()
 
 
 def only_thread() -> bool:
-    """Whether no thread but this one runs, those aside that wait for `map_threads` or for tqdm."""
+    """Return whether no other thread runs, except those waiting for `map_threads` or for tqdm."""
     mine = threading.current_thread()
     others = (t for t in threading.enumerate() if t is not mine)
     idle = (t.name.startswith(WORKER) or type(t).__name__ == "TMonitor" for t in others)
@@ -81,7 +81,7 @@ def only_thread() -> bool:
 
 
 def map_threads(function: Callable, items: Iterable, workers: int | None = None) -> list:
-    """`[function(item) for item in items]`, on all cores, with one BLAS thread each.
+    """Compute `[function(item) for item in items]` on all cores, with one BLAS thread each.
 
     The state of `no_grad` is that of the caller. The order of the results is that of the items. The
     first item that fails raises its exception, once all threads have ended.
@@ -99,7 +99,7 @@ def map_threads(function: Callable, items: Iterable, workers: int | None = None)
 
 
 def map_batch(function: Callable[..., Array], *arrays: Array, size: int = 64) -> Array:
-    """`function(*arrays)` of a whole batch, in parts of at most `size` on all cores.
+    """Apply `function(*arrays)` to a whole batch, in parts of at most `size` on all cores.
 
     The arrays are cut along their first axis and the results joined along theirs. On a GPU the
     parts follow one another.

@@ -175,10 +175,10 @@ def test_smaller_pictures_are_enlarged(tmp_path, size):
 
 
 def test_mixed_sizes_and_modes_in_one_folder(tmp_path):
-    pictures = [solid("RGB", (200, 30, 90), (40, 30)), solid("L", 7, (5, 9)), gray16(257),
+    originals = [solid("RGB", (200, 30, 90), (40, 30)), solid("L", 7, (5, 9)), gray16(257),
                 solid("RGBA", (0, 0, 0, 0), (3, 90)), palette((1, 2, 3))]  # fmt: skip
-    for i, picture in enumerate(pictures):
-        save(picture, tmp_path / f"{i}.png")
+    for i, original in enumerate(originals):
+        save(original, tmp_path / f"{i}.png")
     images, captions, _ = read(tmp_path, 16)
     assert (images.shape, images.dtype) == ((5, 16, 16, 3), np.uint8)
     levels = [(200, 30, 90), (7, 7, 7), (1, 1, 1), (255, 255, 255), (1, 2, 3)]

@@ -25,7 +25,7 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def oblong(tmp_path_factory):
     """A folder of pictures that are twice as wide as high."""
     folder = tmp_path_factory.mktemp("pictures")
     images, _ = make_shapes(8, 32, 0)
@@ -35,11 +35,11 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def run(request, tmp_path_factory, pictures):
+def run(request, tmp_path_factory, oblong):
     """(kind, folder) of a short run."""
     folder = tmp_path_factory.mktemp("conditions") / request.param
     config = dataclasses.replace(
-        CONFIG, data=str(pictures) if request.param == "grey" else "shapes", **KINDS[request.param]
+        CONFIG, data=str(oblong) if request.param == "grey" else "shapes", **KINDS[request.param]
     )
     return request.param, trained_and_moved(folder, config)
 
@@ -92,8 +92,8 @@ def test_a_run_that_inpaints_is_a_pipeline_of_diffusers(run, monkeypatch):
     ours = Pipeline.load(folder)
     theirs = diffusers.StableDiffusionInpaintPipeline.from_pretrained(folder, local_files_only=True)
     theirs.set_progress_bar_config(disable=True)
-    (picture,), _ = make_shapes(1, 16, 4)
-    image, mask = Image.fromarray(picture), Image.fromarray(255 * np.uint8(box_around(picture, 2)))
+    (pixels,), _ = make_shapes(1, 16, 4)
+    image, mask = Image.fromarray(pixels), Image.fromarray(255 * np.uint8(box_around(pixels, 2)))
     latents = np.random.default_rng(3).standard_normal((1, 8, 8, 4), dtype=np.float32)
     options = {"guidance_scale": 3.0, "num_inference_steps": STEPS, "output_type": "np"}
     expected = theirs(

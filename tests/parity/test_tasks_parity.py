@@ -1,6 +1,6 @@
 """Image to image, inpainting and guidance rescale against diffusers' pipelines, on narrow models.
 
-The same folder, noise, picture and mask on both sides. Where diffusers draws from the encoder's
+The same folder, noise, image and mask on both sides. Where diffusers draws from the encoder's
 Gaussian it is made to take the mean, as ours does.
 """
 
@@ -48,7 +48,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
-def picture():
+def init_image():
     x = np.linspace(0, 255, 128 * 200 * 3).reshape(128, 200, 3) * [1, 0.7, 0.4]
     image = Image.fromarray(x.astype(np.uint8))
     ImageDraw.Draw(image).ellipse((30, 20, 120, 90), fill=(230, 60, 20))
@@ -100,21 +100,21 @@ COMMON = {"negative_prompt": [NEGATIVE] * 2, "output_type": "np", "guidance_scal
 @pytest.mark.parametrize("sampler", [name for name in SCHEDULERS if name != "pndm"])
 @pytest.mark.parametrize("strength", [0.25, 0.6, 1.0])
 @pytest.mark.parametrize("name", ["1.5", "2.1"])
-def test_image_to_image(folders, name, picture, noise, sampler, strength):
+def test_image_to_image(folders, name, init_image, noise, sampler, strength):
     ours = Pipeline.load(folders[name])
     recipe = ours.sampling_params(
         PROMPTS, NEGATIVE, 10, 3.0, sampler, size=(HEIGHT, WIDTH), strength=strength
     )
-    scene = Scene.of(picture, None, recipe)
+    scene = Scene.of(init_image, None, recipe)
     theirs = diffusers_pipeline(diffusers.StableDiffusionImg2ImgPipeline, folders[name], sampler)
-    resized = picture.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
+    resized = init_image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
     expected = theirs(
         PROMPTS, image=resized, strength=strength, num_inference_steps=10, **COMMON
     ).images
     assert_same_picture(ours, recipe, noise, scene, expected)
 
 
-def test_image_to_image_by_pndm(folders, picture, noise):
+def test_image_to_image_by_pndm(folders, init_image, noise):
     """All the way it is the same. Otherwise theirs begins within its list of time steps.
 
     There the second stands twice, as its step is made twice. Cut behind that, the list begins a
@@ -123,7 +123,7 @@ def test_image_to_image_by_pndm(folders, picture, noise):
     """
     ours = Pipeline.load(folders["1.5"])
     theirs = diffusers_pipeline(diffusers.StableDiffusionImg2ImgPipeline, folders["1.5"], "pndm")
-    resized = picture.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
+    resized = init_image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
 
     def both(strength):
         recipe = ours.sampling_params(
@@ -131,7 +131,7 @@ def test_image_to_image_by_pndm(folders, picture, noise):
         )
         options = {"strength": strength, "num_inference_steps": 10, **COMMON}
         expected = theirs(PROMPTS, image=resized, **options).images
-        return recipe, noise, Scene.of(picture, None, recipe), expected
+        return recipe, noise, Scene.of(init_image, None, recipe), expected
 
     assert_same_picture(ours, *both(1.0))
     asked = []
@@ -146,17 +146,17 @@ def test_image_to_image_by_pndm(folders, picture, noise):
 @pytest.mark.parametrize("sampler", [name for name in SCHEDULERS if name not in ("heun", "pndm")])
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 @pytest.mark.parametrize("name", FOLDERS)
-def test_inpainting(folders, name, picture, mask, noise, sampler, strength):
+def test_inpainting(folders, name, init_image, mask, noise, sampler, strength):
     """With the model of nine channels, and with those of four by keeping the known part."""
     ours = Pipeline.load(folders[name])
     recipe = ours.sampling_params(
         PROMPTS, NEGATIVE, 10, 3.0, sampler, size=(HEIGHT, WIDTH), strength=strength
     )
-    scene = Scene.of(picture, mask, recipe)
+    scene = Scene.of(init_image, mask, recipe)
     theirs = diffusers_pipeline(diffusers.StableDiffusionInpaintPipeline, folders[name], sampler)
     expected = theirs(
         PROMPTS,
-        image=picture,
+        image=init_image,
         mask_image=mask,
         strength=strength,
         num_inference_steps=10,

@@ -105,8 +105,8 @@ def test_each_prompt_can_have_an_image_of_its_own(pipe, image):
 def test_the_size_is_that_of_the_model_in_the_proportions_of_the_image(
     pipe, image, size, given, expected
 ):
-    (picture,) = paint(pipe, PROMPTS[0], image=image.resize(size), size=given)
-    assert picture.shape == (*expected, 3)
+    (generated,) = paint(pipe, PROMPTS[0], image=image.resize(size), size=given)
+    assert generated.shape == (*expected, 3)
 
 
 def test_similar_sizes():

@@ -269,14 +269,14 @@ def test_a_task_with_each_first_stage_and_condition(tmp_path, monkeypatch):
             mask = np.zeros((16, 16), np.uint8)
             mask[4:12, 4:12] = 255
             given["mask"] = Image.fromarray(mask)
-        (picture,), (other,) = (
+        (one,), (other,) = (
             pipeline(prompt, size=16, **given | {"image": image})
             for image in (given["image"], Image.new("RGB", (16, 16), "white"))
         )
-        assert picture.size == (16, 16)
+        assert one.size == (16, 16)
         # What is given decides what is painted: a U-Net that begins with zeros in its last
         # convolution has learnt that much in four steps.
-        assert np.asarray(picture).tobytes() != np.asarray(other).tobytes()
+        assert np.asarray(one).tobytes() != np.asarray(other).tobytes()
 
 
 # ------------------------------------------------------------------------------- painting, scoring
@@ -404,8 +404,8 @@ def test_few_held_out_pictures_are_painted_more_than_once(trained):
     _, pipeline = trained("upscaling-2")
     images, captions = make_shapes(9, 16, 3)
     data = Dataset(images, captions, captions)
-    result, pictures = evaluate(pipeline, data, data.pick([0]), 5)
-    assert len(pictures["samples"]) == 5 and result["frechet"]["painted"] >= 0
+    result, pairs = evaluate(pipeline, data, data.pick([0]), 5)
+    assert len(pairs["samples"]) == 5 and result["frechet"]["painted"] >= 0
 
 
 def test_a_size_that_cannot_be_reduced_is_refused_at_once():

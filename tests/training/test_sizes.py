@@ -58,8 +58,8 @@ def test_a_run_that_is_neither_square_nor_coloured(photographs, tmp_path, change
     assert load_state(run).config == dataclasses.replace(config, guidance=1.0)  # no captions
     pipeline = Pipeline.load(run)
     assert pipeline.size == (8, 16) and pipeline.vae.config.in_channels == 1
-    (picture,) = pipeline("")
-    pixels = np.asarray(picture)
+    (generated,) = pipeline("")
+    pixels = np.asarray(generated)
     assert pixels.shape == (8, 16, 3) and (pixels == pixels[..., :1]).all()
     image = Image.new("RGB", (16, 8), "red")
     assert pipeline("", image=image)[0].size == (16, 8)

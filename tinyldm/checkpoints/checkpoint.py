@@ -1,4 +1,4 @@
-"""Load a whole model, from a folder of diffusers' layout or from one file of the original one."""
+"""Load a whole model, from a folder in diffusers' layout or from one file in the original one."""
 
 from pathlib import Path
 
@@ -16,9 +16,9 @@ def load_checkpoint(
     """Read a folder, or a .safetensors file that holds a whole Stable Diffusion.
 
     → configs {"unet", "vae", "text_encoder", "scheduler": …}, float32 params of the first three,
-    the tokenizer, and what else the folder says of sampling. A model whose U-Net knows classes by
-    itself has no text_encoder. vae: an autoencoder to take instead, a folder or a file.
-    FileNotFoundError, ConfigError or WeightsError say in one line what is wrong.
+    the tokenizer, and the sampling defaults of the folder. There is no text_encoder where the U-Net
+    embeds classes itself. vae: an autoencoder to use instead, a folder or a file.
+    Raises FileNotFoundError, ConfigError or WeightsError, each with a message of one line.
     """
     path = Path(path)
     for each in (path, *([Path(vae)] if vae is not None else [])):
@@ -37,7 +37,7 @@ def load_checkpoint(
 
 
 def _load_vae(path):
-    """→ config, weights. Of the folder of a whole model, the autoencoder in it."""
+    """Load an autoencoder → config, weights; of a whole model's folder, the one in it."""
     if path.is_file() and not (path.parent / "config.json").exists():
         return load_original_vae(path)
     path = path.parent if path.is_file() else path

@@ -26,7 +26,7 @@ OTHERS = {  # folder → {`_class_name` of its config: (library that has the cla
     "text_encoder": {"ClassEmbedder": ("tinyldm.models", ClassEmbedder)},
 }
 CLASS_NAMES = ["tinyldm.models", "ClassNames"]  # in model_index.json, in place of a tokenizer
-NONE = [None, None]  # in model_index.json, of a component that the model does without
+NONE = [None, None]  # in model_index.json, for a component that the model lacks
 OWN_PIPELINE = "TinyLDMPipeline"  # in the folder of a model that no pipeline of diffusers fits
 PIPELINES = (  # of diffusers, whose folders hold these components and no other that matters
     "StableDiffusionPipeline",
@@ -38,7 +38,7 @@ DIFFUSERS_VERSION = "0.32.0"  # whose file formats these are
 
 
 def make(component: str, config: dict) -> Layer:
-    """The network of a component, of the class that its config names."""
+    """Build the network of a component, of the class that its config names."""
     (library, usual), network, _ = COMPONENTS[component]
     classes = {usual: (library, network), **OTHERS.get(component, {})}
     kind = config.get("_class_name", usual)

@@ -1,4 +1,4 @@
-"""A model as a folder of diffusers' layout, which diffusers loads as it is.
+"""Load and save a model as a folder in diffusers' layout, which diffusers loads unchanged.
 
 The folder holds `model_index.json` and a sub-folder for each component, whether tinyldm trained the
 model or somebody else did.
@@ -85,7 +85,7 @@ def save_folder(
     defaults: dict,
     scheduler: str,
 ) -> None:
-    """Write the folder; `model_index.json` comes last, so a folder that has it is whole.
+    """Write the folder; `model_index.json` comes last, so a folder that has it is complete.
 
     scheduler: diffusers' class.
     """
@@ -122,7 +122,7 @@ def save_folder(
 def load_component(
     folder: str | Path, shapes: dict[str, tuple[int, ...]], dtype: DTypeLike = "float32"
 ) -> Params:
-    """The weights of one component of a diffusers folder, checked against the model's `shapes`.
+    """Load one component's weights from a diffusers folder, checked against the model's `shapes`.
 
     One file, or several with an index; names may be those of older or newer versions. Raises
     FileNotFoundError or WeightsError.

@@ -2,7 +2,7 @@
 
 A convolution kernel lies in a file as (c_out, c_in, kh, kw) and in memory as (kh, kw, c_in, c_out);
 every other tensor is the same in both. The format is an 8-byte length, that many bytes of JSON
-{name: {dtype, shape, data_offsets}}, and the raw little-endian numbers.
+{name: {dtype, shape, data_offsets}}, and the raw little-endian values.
 """
 
 import json
@@ -19,7 +19,7 @@ from tinyldm.nn.protocol import Params
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
-OTHER_WIDTHS = {  # bytes of a number of the types that are not read, only passed over
+OTHER_WIDTHS = {  # bytes of a value of the types that are not read, only passed over
     "BOOL": 1, "I8": 1, "I16": 2, "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 
@@ -53,7 +53,7 @@ def load_weights(file: str | Path, dtype: DTypeLike | None = None) -> Params:
 def tensors(
     file: str | Path, dtype: DTypeLike | None = None, names: Container[str] | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The same, one (name, array) after the other, of all tensors or those of `names`."""
+    """Yield (name, array) of the tensors in a .safetensors file: all, or those in `names`."""
     with open(file, "rb") as stream:
         entries, start = _read_header(stream, file)
         for name, entry in entries.items():
@@ -68,7 +68,7 @@ def tensors(
 
 
 def tensor_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
-    """{name: shape}, of kernels (kh, kw, c_in, c_out), from the header alone."""
+    """Return {name: shape} from the header alone, with kernels as (kh, kw, c_in, c_out)."""
     with open(file, "rb") as stream:
         entries, _ = _read_header(stream, file)
     shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
@@ -76,7 +76,7 @@ def tensor_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
 
 
 def load_metadata(file: str | Path) -> dict[str, str]:
-    """The {key: text} notes in the header of a .safetensors file. Raises as `load_weights` does."""
+    """Read the {key: text} notes in a .safetensors header. Raises as `load_weights` does."""
     with open(file, "rb") as stream:
         return _parse_header(stream, file).get("__metadata__", {})
 
@@ -84,7 +84,7 @@ def load_metadata(file: str | Path) -> dict[str, str]:
 def save_weights(file: str | Path, params: Params, metadata: dict[str, str] | None = None) -> None:
     """Write {name: array} to a .safetensors file, the inverse of `load_weights`.
 
-    The file appears whole or not at all: it is written beside, synced and renamed. Raises
+    The file appears whole or not at all: a temporary file is written, synced and renamed. Raises
     WeightsError for a dtype that `load_weights` would not read.
     """
     from safetensors.numpy import save_file
@@ -120,14 +120,14 @@ def match(
 
 
 def reshaped(x: np.ndarray, shape: tuple[int, ...] | None) -> np.ndarray:
-    """A 1×1 kernel (1, 1, c_in, c_out) as the matrix (c_out, c_in), where that is the shape."""
+    """Reshape a 1×1 kernel (1, 1, c_in, c_out) to the matrix (c_out, c_in), if `shape` is that."""
     if x.ndim == 4 and x.shape[:2] == (1, 1) and shape == x.shape[:1:-1]:
         return np.ascontiguousarray(x[0, 0].T)
     return x
 
 
 def _read_header(stream, file):
-    """Every tensor's entry, checked: a known dtype, no overlap, no hole, nothing after the end."""
+    """Return all tensors' entries, checked: known dtype, no overlap, no hole, nothing left over."""
     header = _parse_header(stream, file)
     start = stream.tell()
     size = os.fstat(stream.fileno()).st_size - start
@@ -156,12 +156,12 @@ def _read_header(stream, file):
             raise
         raise WeightsError(f"{file}: the header does not describe its tensors: {error!r}") from None
     if position != size:
-        raise WeightsError(f"{file}: expected {position} bytes of numbers, found {size}")
+        raise WeightsError(f"{file}: expected {position} bytes of tensor data, found {size}")
     return entries, start
 
 
 def _is_shape(shape):
-    """Whether NumPy can make an array of this shape: it limits axes, and bytes even around a 0."""
+    """Return whether NumPy accepts this shape: it limits axes, and bytes even next to a 0."""
     return (
         isinstance(shape, list)
         and len(shape) <= 64
@@ -186,7 +186,7 @@ def _parse_header(stream, file):
         raise WeightsError(f"{file}: the header is not a JSON object")
     notes = header.get("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
-        raise WeightsError(f"{file}: __metadata__ is not an object of texts")
+        raise WeightsError(f"{file}: __metadata__ is not an object of strings")
     return header
 
 
@@ -214,4 +214,4 @@ def _to_memory(array, dtype):
 
 def _to_file(array):
     array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
-    return np.asarray(array, order="C")  # ascontiguousarray would give a number an axis
+    return np.asarray(array, order="C")  # ascontiguousarray would give a scalar an axis

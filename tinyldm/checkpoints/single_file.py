@@ -2,7 +2,7 @@
 
 `model.diffusion_model.…` is the U-Net, `first_stage_model.…` the autoencoder and
 `cond_stage_model.…` the text encoder (CompVis/stable-diffusion, Stability-AI/stablediffusion). Such
-a file holds neither configs nor a tokenizer: of what it is, the shapes of its tensors tell.
+a file holds neither configs nor a tokenizer: both are inferred from the shapes of its tensors.
 """
 
 import re
@@ -48,7 +48,7 @@ TEXT_2 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_attention_heads": 16,
-    "num_hidden_layers": 23,  # of the 24 in the file: the last but one is what the U-Net attends to
+    "num_hidden_layers": 23,  # of the 24 in the file: the U-Net attends to the last but one
     "hidden_act": "gelu",
 }
 SCHEDULER = {
@@ -62,7 +62,7 @@ SCHEDULER = {
     "skip_prk_steps": True,
     "steps_offset": 1,
 }
-# Width of the text → configs of Stable Diffusion 1 and 2, and the token that fills short captions.
+# Width of the text → configs of Stable Diffusion 1 and 2, and the padding token of captions.
 VERSIONS = {
     768: ({"unet": UNET_1, "vae": VAE, "text_encoder": TEXT_1, "scheduler": SCHEDULER}, END),
     1024: ({"unet": UNET_2, "vae": VAE, "text_encoder": TEXT_2, "scheduler": SCHEDULER}, "!"),
@@ -73,7 +73,7 @@ MODELS = {"unet": UNet, "vae": AutoencoderKL, "text_encoder": TextEncoder}
 UNET = "model.diffusion_model."
 VAE_ROOTS = ("first_stage_model.", "")  # the second where the file is an autoencoder alone
 AVERAGE = "model_ema."  # then the name without "model." and dots: diffusion_modelout0bias
-NOT_WEIGHTS = re.compile(  # of the networks that are run: tables, and what only training needs
+NOT_WEIGHTS = re.compile(  # tables, and tensors that only training needs
     r"[^.]+|model_ema\.(decay|num_updates)|(first_stage_model\.)?loss\..*|.*\.position_ids"
     r"|cond_stage_model\.(transformer\.|model\.)?(logit_scale|text_projection(\.weight)?|attn_mask)"
     r"|cond_stage_model\.model\.visual\..*"
@@ -81,9 +81,9 @@ NOT_WEIGHTS = re.compile(  # of the networks that are run: tables, and what only
 OTHERS = {  # part of a name → what kind of file has it
     "lora_": "a LoRA",
     "control_model.": "a ControlNet",
-    "depth_model.": "a model that sees depth",
+    "depth_model.": "a depth-conditioned model",
     "conditioner.": "Stable Diffusion XL",
-    "label_emb.": "a model with labels (XL, or one that enlarges)",
+    "label_emb.": "a class-conditional model (XL, or an upscaler)",
     "joint_blocks.": "Stable Diffusion 3",
     "double_blocks.": "Flux",
     "down_blocks.": "a component of a diffusers folder, which is read with its folder,",
@@ -127,16 +127,16 @@ IN_OPEN_CLIP = {
     "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
 }
-THREE = [f"self_attn.{part}_proj" for part in "qkv"]  # that share one tensor
+THREE = [f"self_attn.{part}_proj" for part in "qkv"]  # they share one tensor
 
 
 def load_original(
     file: str | Path, with_vae: bool = True
 ) -> tuple[dict[str, dict], dict[str, Params], Tokenizer]:
-    """Configs, float32 weights and tokenizer of a Stable Diffusion 1 or 2 in one .safetensors file.
+    """Load configs, float32 weights and tokenizer of a Stable Diffusion 1 or 2 from one file.
 
-    Where the file has averaged weights (`model_ema.…`) beside those of the last step, they are
-    taken. with_vae: read the autoencoder, too. Raises FileNotFoundError, WeightsError, or
+    Averaged weights (`model_ema.…`) are preferred to those of the last step, where the file has
+    both. with_vae: read the autoencoder, too. Raises FileNotFoundError, WeightsError, or
     ConfigError for another kind of model.
     """
     shapes = tensor_shapes(file)
@@ -163,7 +163,7 @@ def load_original(
 
 
 def load_original_vae(file: str | Path) -> tuple[dict, Params]:
-    """Config and float32 weights of an autoencoder alone, or of that of a whole model.
+    """Load config and float32 weights of an autoencoder file, or of the autoencoder of a model.
 
     Raises FileNotFoundError or WeightsError.
     """
@@ -180,7 +180,7 @@ def load_original_vae(file: str | Path) -> tuple[dict, Params]:
 
 
 def _recognise(shapes, file):
-    """→ configs, padding token."""
+    """Recognise the version of Stable Diffusion → configs, padding token."""
     widths = shapes.get(f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", ())
     kernel = shapes.get(f"{UNET}input_blocks.0.0.weight", ())
     known = len(widths) == 2 and widths[1] in VERSIONS and len(kernel) == 4
@@ -199,7 +199,7 @@ def _recognise(shapes, file):
 
 
 def _places(shapes, configs):
-    """{name in the file: [component/name in memory, …]}, several where they share a tensor."""
+    """Map names in the file to [component/name in memory, …], several for a shared tensor."""
     places = {}
     levels = len(configs["vae"]["block_out_channels"])
     layers = configs["text_encoder"]["num_hidden_layers"]
@@ -220,12 +220,12 @@ def _places(shapes, configs):
             if ours:
                 places[name] = [f"text_encoder/{our}" for our in ours]
         else:
-            places[name] = [name]  # which no model has, as the error will say
+            places[name] = [name]  # unknown to every model; the error names it
     return places
 
 
 def _read(file, places, expected):
-    """{component/name: array}, checked."""
+    """Read the tensors → {component/name: array}, checked against `expected`."""
     params = {}
     for name, x in tensors(file, "float32", places):
         names = places[name]
@@ -253,7 +253,7 @@ def _unet_name(name):
 def _vae_name(name, levels):
     name = re.sub(r"\bdown\.(\d+)\.block\.", r"down_blocks.\1.resnets.", name)
     name = re.sub(r"\bdown\.(\d+)\.downsample\.", r"down_blocks.\1.downsamplers.0.", name)
-    if up := re.fullmatch(r"decoder\.up\.(\d+)\.(.+)", name):  # there counted from the finest
+    if up := re.fullmatch(r"decoder\.up\.(\d+)\.(.+)", name):  # counted from the finest level there
         rest = _renamed(up[2], {"block": "resnets", "upsample": "upsamplers.0"})
         name = f"decoder.up_blocks.{levels - 1 - int(up[1])}.{rest}"
     return _renamed(name, IN_VAE | {"nin_shortcut": "conv_shortcut"})
@@ -272,24 +272,24 @@ def _open_clip_names(name, layers):
 
 
 def _renamed(name, names):
-    """`name`, with whole words between dots replaced."""
+    """Replace whole words between dots in `name`."""
     for old, new in names.items():
         name = re.sub(rf"(?<![^.]){re.escape(old)}(?![^.])", new, name)
     return name
 
 
 def _measure_prediction(configs, params, tokenizer):
-    """What the U-Net predicts, which the file does not say: ε or v.
+    """Determine what the U-Net predicts, ε or v, which the file does not say.
 
     At the last time step x is nearly ε, and so is a prediction of ε. The best prediction of v there
-    has, with latents of variance 1, nothing of x: a ε − s x_0 and a x_0 + s ε are uncorrelated.
+    is uncorrelated with x: for latents of variance 1, a ε − s x_0 and a x_0 + s ε are.
     """
     unet, text = UNet(configs["unet"]), TextEncoder(configs["text_encoder"])
     c = unet.config
     side = c.sample_size // 2
     x = np.random.default_rng(0).standard_normal((1, side, side, c.in_channels), np.float32)
     latents = c.out_channels
-    x[..., latents : latents + 1] = 1  # for inpainting: everything is hidden
+    x[..., latents : latents + 1] = 1  # for inpainting: everything is masked
     x[..., latents + 1 :] = 0
     with no_grad():
         context, _ = text(params["text_encoder"], tokenizer([""]))

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tinyldm: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read the results has gone: tell Python not to try again
+    except BrokenPipeError:  # the reader of stdout has gone: keep Python from flushing again
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except Exception as error:
@@ -65,7 +65,7 @@ def _exit_code(error):
     if isinstance(error, (Diverged, MemoryError)) or full:
         return 1
     if isinstance(error, (ValueError, DeviceError, OSError)):
-        return 2  # every reader and every model says so in one line
+        return 2  # loaders and models report these in one line
     return None
 
 

@@ -1,4 +1,4 @@
-"""Options of the command line that say in one line what is wrong with them."""
+"""Command-line options, with error messages of one line."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,7 @@ from tinyldm.options import kind_of, options_of
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, with the nearest name, instead of the whole usage.
+    """Argument parser that reports errors in one line with the nearest name, not the whole usage.
 
     module: has `add_arguments(parser)` and `run(options)`, imported once its command is called, so
     that the others need not wait for it.
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """One line, exit code 2."""
+        """Print the message on one line and exit with code 2."""
         message = re.sub(r"^argument ", "", message)
         if choice := re.match(r"COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message):
             message = unknown(choice[1], re.findall(r"[a-z]+", choice[2]))
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
     def refuse(self, word: str) -> NoReturn:
-        """The same for an argument that nothing has asked for."""
+        """Report an argument that is not expected, with the nearest known option."""
         if not word.startswith("-"):
             hint = "; a PROMPT of several words needs quotes" if "sample" in self.prog else ""
             self.error(f"unexpected {word!r}{hint}")
@@ -95,7 +95,7 @@ def number(least: float = -math.inf, most: float = math.inf) -> Callable[[str], 
 
 
 def size(text: str) -> tuple[int, int]:
-    """(height, width) of S or HEIGHTxWIDTH."""
+    """Parse S or HEIGHTxWIDTH into (height, width)."""
     found = re.fullmatch(r"(-?[0-9]{1,5})(?:[x×](-?[0-9]{1,5}))?", text.lower())
     if not found:
         raise argparse.ArgumentTypeError(f"expected S or HEIGHTxWIDTH, found {text!r}")
@@ -105,7 +105,7 @@ def size(text: str) -> tuple[int, int]:
 def add_options(parser: argparse.ArgumentParser, cls: type, names: Iterable[str] = ()) -> None:
     """Add the options of a dataclass to a parser, or those of `names`, under their groups.
 
-    Where one is not given it is None, so that what it is by default is said in one place alone.
+    An option that is left out is None, so its default is stated in one place alone.
     """
     groups = {group.title: group for group in parser._action_groups}
     for name, field in options_of(cls).items():
@@ -125,7 +125,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type, names: Iterable[str]
 
 
 def _type_of(field):
-    if field.name == "size":  # one number or two
+    if field.name == "size":  # one integer or two
         return size
     kind, _ = kind_of(field)
     least, most = field.metadata["least"], field.metadata["most"]

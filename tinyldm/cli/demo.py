@@ -13,7 +13,7 @@ OUT = "runs/demo"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add the few options that the demo has of those of a run."""
+    """Add the options of a training run that the demo has."""
     add_options(parser, Config, ("seed", "keep"))
     training.add_run(parser, out=OUT)
     parser.set_defaults(preset="demo", overfit=None)

@@ -1,6 +1,6 @@
-"""Is everything there, how fast is it, and what would make it faster?
+"""Report what is installed, how fast it is, and what would make it faster.
 
-The doctor runs where nothing else may, so it imports the others only as their turn comes.
+The doctor must run on a broken installation, so it imports a module only to examine it.
 """
 
 import importlib
@@ -33,14 +33,14 @@ THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 CORE = "OPENBLAS_CORETYPE"
 DEMO_STEPS = {"autoencoder": 600, "denoiser": 1400}  # behind the numbers in the README
 DEMO_DISK = 250_000_000  # bytes that its folder needs, with room to write the next state
-SLOW = 5.0  # GF/s a core: what a processor does without a BLAS made for it
+SLOW = 5.0  # GF/s a core: about what a processor reaches without an optimised BLAS
 
 Finding = tuple[dict[str, object], list[str]]  # facts {name: value}, and problems
 
 
 @dataclass(frozen=True)
 class Report:
-    """facts: {group: {name: value}}. problems: a line each, with what to do about it."""
+    """Findings. facts: {group: {name: value}}. problems: a line each, with what to do about it."""
 
     facts: dict[str, dict[str, object]]
     problems: list[str]
@@ -54,12 +54,12 @@ class Report:
         return "\n".join([*lines, "problems", *(f"  {problem}" for problem in self.problems)])
 
     def to_json(self) -> str:
-        """The same for programs."""
+        """Return the report as JSON."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add how to report."""
+    """Add --json and --device."""
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     add_device(parser)
 
@@ -71,10 +71,10 @@ def run(options: Namespace) -> None:
 
 
 def examine(device: str = "cpu") -> Report:
-    """Look at everything, and measure for a few seconds.
+    """Examine the installation and the machine, and measure for a few seconds.
 
-    device: "cpu" or "cuda", where the demo is rehearsed. Nothing is raised for what is missing:
-    it is a problem of the report.
+    device: "cpu" or "cuda", on which the demo is timed. Nothing is raised for what is missing: it
+    becomes a problem of the report.
     """
     facts, problems = {}, []
     for group, look in {
@@ -91,7 +91,7 @@ def examine(device: str = "cpu") -> Report:
 
 
 def versions() -> Finding:
-    """Of this package, Python, and the packages that it needs, each of them imported."""
+    """Report the versions of this package, Python and the required packages, importing each."""
     facts = {"tinyldm": __version__, "Python": platform.python_version()}
     problems = []
     for package, module in PACKAGES.items():
@@ -108,7 +108,7 @@ def versions() -> Finding:
 
 
 def hardware() -> Finding:
-    """Processor, memory and disk, and how much of them is ours."""
+    """Report processor, memory and disk, and this process's share of them."""
     from tinyldm.threads import cores
 
     quota, free = machine.quota(), machine.free_memory()
@@ -138,7 +138,7 @@ def hardware() -> Finding:
     if load > os.cpu_count() / 2:
         problems.append(
             f"the machine was busy in the last minute (load {load:.1f} on {os.cpu_count()} cores), "
-            "and what is measured here may be less than it can do: close other programs"
+            "so the speeds measured here may be too low: close other programs"
         )
     if disk < DEMO_DISK:
         problems.append(
@@ -149,7 +149,7 @@ def hardware() -> Finding:
 
 
 def arithmetic(device: str) -> Finding:
-    """What computes: the BLAS library and its threads, what is preset, and the GPU."""
+    """Report what computes: the BLAS library and its threads, preset variables, and the GPU."""
     from threadpoolctl import threadpool_info
 
     from tinyldm.kernels.cpu.processes import PRESET, available
@@ -168,20 +168,20 @@ def arithmetic(device: str) -> Finding:
     problems = []
     if threads and max(threads) != cores():
         names = " ".join(name for name in THREADS if name in preset)
-        effect = "is painted on fewer cores than there are"
+        effect = "uses fewer cores than there are"
         if max(threads) > cores():
             effect = "has threads that wait for one another"
         cure = f"unset {names}" if names else f"export OPENBLAS_NUM_THREADS={cores()}"
         problems.append(
-            f"BLAS uses {max(threads)} threads on {cores()} cores, so a single picture {effect} "
-            f"(training is not concerned): {cure}"
+            f"BLAS uses {max(threads)} threads on {cores()} cores, so sampling one image {effect} "
+            f"(training is not affected): {cure}"
         )
     gpu, found = graphics(device)
     return facts | gpu, problems + found
 
 
 def graphics(device: str) -> Finding:
-    """CuPy and its GPUs. Their absence is a problem only where one was meant to be used."""
+    """Report CuPy and its GPUs. Their absence is a problem only where one was to be used."""
     from tinyldm.backend import DeviceError, gpus
     from tinyldm.threads import describe_device
 
@@ -196,7 +196,7 @@ def graphics(device: str) -> Finding:
 
 
 def speed(device: str) -> Finding:
-    """A matrix product, and the demo in rehearsal."""
+    """Measure a matrix product, and estimate the demo."""
     from tinyldm.threads import cores
 
     rate = sgemm()
@@ -220,7 +220,7 @@ def speed(device: str) -> Finding:
 
 
 def demonstration(device: str) -> Finding:
-    """What `tinyldm demo` will take on this machine, and what to expect of it."""
+    """Estimate what `tinyldm demo` takes on this machine, and what to expect of it."""
     from tinyldm.backend import DeviceError
     from tinyldm.training.estimate import duration, gigabytes, rehearse
     from tinyldm.training.presets import PRESETS
@@ -229,10 +229,10 @@ def demonstration(device: str) -> Finding:
     try:
         demo = rehearse(config, config.pictures, device)
     except DeviceError:
-        return {}, []  # is one of the problems already
+        return {}, []  # already among the problems
     except Exception as error:  # a GPU without headers to compile with, or without free memory …
-        return {}, [f"the demo cannot be rehearsed on {device}: {type(error).__name__}: {error}"]
-    # All, and those that are trained on.
+        return {}, [f"the demo cannot be timed on {device}: {type(error).__name__}: {error}"]
+    # Two copies: all images, and those that are trained on.
     pictures = 2 * config.pictures * 3 * math.prod(config.sides)
     steps, wanted = (
         " + ".join(f"{number:,}" for number in numbers.values())
@@ -248,7 +248,7 @@ def demonstration(device: str) -> Finding:
     if any(demo.steps[name] < 0.75 * number for name, number in DEMO_STEPS.items()):
         minutes = sum(demo.step_seconds[name] * number for name, number in DEMO_STEPS.items()) / 60
         problems.append(
-            f"the demo will paint less sharply than in the README, which took {wanted} steps: for "
+            f"the demo generates less sharply than in the README, which took {wanted} steps: for "
             f"as many, tinyldm train --minutes {math.ceil(minutes)} --out runs/long"
         )
     if demo.free is not None and demo.memory - demo.held + pictures > demo.free:
@@ -260,7 +260,7 @@ def demonstration(device: str) -> Finding:
 
 
 def sgemm(side: int = 1024, seconds: float = 0.3) -> float:
-    """The rate of NumPy's matrix product, which limits everything here, in GF/s (10⁹ a second)."""
+    """Measure the rate of NumPy's matrix product, which limits everything here, in GF/s (10⁹/s)."""
     import numpy as np
 
     a = np.ones((side, side), np.float32)
@@ -273,7 +273,7 @@ def sgemm(side: int = 1024, seconds: float = 0.3) -> float:
 
 
 def sgemm_without(name: str) -> float:
-    """The rate in a process whose environment lacks a variable; 0 if it cannot be measured."""
+    """Measure the rate in a process whose environment lacks a variable; 0 if that fails."""
     environment = {key: value for key, value in os.environ.items() if key != name}
     done = subprocess.run(
         [sys.executable, "-c", "from tinyldm.cli.doctor import sgemm; print(sgemm())"],

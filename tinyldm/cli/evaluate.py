@@ -23,7 +23,7 @@ from tinyldm.training.state import load_notes
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add what to score, and how thoroughly."""
+    """Add the run to score, and the options of scoring."""
     parser.add_argument("run_folder", metavar="RUN", help="folder of the run")
     parser.add_argument("--data", metavar="FOLDER", help="folder where its images are now")
     parser.add_argument(
@@ -46,7 +46,7 @@ def run(options: Namespace) -> None:
     config = replace(notes["config"], data=options.data or notes["config"].data)
     pipeline = Pipeline.load(run, options.device)
     data = load_data(config)
-    if data.fingerprint() != notes["data"]:  # which of them it never saw is no longer known
+    if data.fingerprint() != notes["data"]:  # the held-out split is no longer known
         raise DataError(
             f"{config.data}: the {len(data):,} images and captions are no longer those that "
             f"{run} was trained on; bring them back, or name their folder with --data"

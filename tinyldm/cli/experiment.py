@@ -18,7 +18,7 @@ ON_A_RUN = ("guidance", "samplers")  # the experiments that take a trained run
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add the experiment, and for how long and where."""
+    """Add the experiment's name, duration, run and output folder."""
     texts = "; ".join(f"{name}: {text}" for name, text in EXPERIMENTS.items())
     parser.add_argument("name", metavar="NAME", type=one_of(EXPERIMENTS), help=texts)
     parser.add_argument(
@@ -33,7 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> None:
-    """Run one, on seconds of training or on what has been trained, and print its table."""
+    """Run one experiment, on seconds of training or on a trained run, and print its table."""
     module = import_module(f"tinyldm.experiments.{options.name.replace('-', '_')}")
     out = Path(options.out)
     if out.exists() and not out.is_dir():
@@ -43,7 +43,7 @@ def run(options: Namespace) -> None:
         run = whole_run(options.run_folder, say) if options.run_folder else None
         subject = trained_run(run, options.seconds, out, say)
     elif options.run_folder:
-        options.parser.error(f"--run: {options.name} trains its own; leave it out")
+        options.parser.error(f"--run: {options.name} trains its own model; leave it out")
     out.mkdir(parents=True, exist_ok=True)
     module.run(subject, out, say)
     print((out / "table.md").read_text(encoding="utf-8"), end="")

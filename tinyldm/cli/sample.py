@@ -1,4 +1,4 @@
-"""`tinyldm sample`: generate images from a prompt, or once more what a PNG says of itself."""
+"""`tinyldm sample`: generate images from a prompt, or reproduce one from the notes in a PNG."""
 
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, replace
@@ -23,12 +23,12 @@ from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training.run import whole_run
 
 ANIMATIONS = ("WEBP", "GIF")
-FRAMES = 10  # of a film, unless it is said how many
-FRAME_SIDE = 256  # pixels, at most, of a picture in a strip
+FRAMES = 10  # of a film, by default
+FRAME_SIDE = 256  # pixels, at most, of an image in a strip
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add the prompt, the options of sampling, and the files that go in and out."""
+    """Add the prompt, the options of sampling, and the input and output files."""
 
     def file(name, text, kind=Path):
         parser.add_argument(name, metavar="FILE", type=kind, help=text)
@@ -42,13 +42,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         "-o", "--output", metavar="FILE",
         help="file of the image; several are numbered (default: sample.png)",
     )  # fmt: skip
-    file("--again", "generate the image of this PNG once more, from the notes in it")
+    file("--again", "reproduce the image of this PNG from the notes in it")
     parser.add_argument("--negative", metavar="PROMPT", help="prompt that guidance leads away from")
     add_options(parser, SamplingParams)
     parser.add_argument("--n", type=integer(1, MOST), help="number of images (default: 1)")
     parser.add_argument("--size", type=size, help="size in pixels, S or HEIGHTxWIDTH")
-    file("--image", "init image, or the small image or map of a model that takes one")
-    file("--mask", "image that is white where to generate; the rest of --image stays")
+    file("--image", "init image, or the low-resolution image or map of a model that needs one")
+    file("--mask", "mask, white where to generate; the rest of --image stays")
     file("--film", "file of a strip of the steps (.png), or an animation of them (.webp, .gif)")
     parser.add_argument(
         "--every", type=integer(1), help="steps from one frame of the film to the next "
@@ -59,7 +59,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> None:
-    """Generate images from a prompt, or one again from its notes; print their file names."""
+    """Generate images from a prompt, or reproduce one from its notes; print their file names."""
     if options.prompt is None and options.image is not None and not options.again:
         options.prompt = ""
     if not options.again and (options.run_folder is None or options.prompt is None):
@@ -90,7 +90,7 @@ def run(options: Namespace) -> None:
 
 
 def generate(pipeline: Pipeline, origin: Origin, film: "Film | None") -> np.ndarray:
-    """Run the steps of a batch under a progress bar, some of them filmed → uint8 (n, h, w, 3)."""
+    """Sample a batch under a progress bar, with frames for the film → uint8 (n, h, w, 3)."""
     params, scene = origin.params, None
     if origin.image:
         image, mask = (one and one.open() for one in (origin.image, origin.mask))
@@ -111,28 +111,28 @@ def generate(pipeline: Pipeline, origin: Origin, film: "Film | None") -> np.ndar
 
 
 def _from_prompt(options):
-    """→ where each image comes from, what to call them, and the pipeline that makes them."""
+    """Return the origin of each image, the output file, and the pipeline, from a prompt."""
     output = Path(options.output or "sample.png")
     for name in ("prompt", "negative"):
         if any("\ud800" <= char <= "\udfff" for char in getattr(options, name) or ""):
             options.parser.error(f"{name}: not valid UTF-8")
-    if picture_format(output) != "PNG":  # complains before the work rather than after it
-        say(f"{output}: only a .png says how it was generated, for --again")
+    if picture_format(output) != "PNG":  # fails before the work rather than after it
+        say(f"{output}: only a .png stores how it was generated, for --again")
     for name in ("mask", "strength"):
         if getattr(options, name) is not None and options.image is None:
             options.parser.error(f"--{name}: expected --image FILE with it")
     image, mask = (file and InputImage.of(file) for file in (options.image, options.mask))
-    picture = image.open() if image else None
+    opened = image.open() if image else None
     if mask:
-        mask.open()  # complains early too
+        mask.open()  # fails early, too
     pipeline = Pipeline.load(whole_run(options.run_folder, say), options.device, options.vae)
     settings = {name: getattr(options, name) for name in OPTIONS}
     settings["strength"] = strength_of(
-        pipeline.task, picture is not None, mask is not None, options.strength
+        pipeline.task, opened is not None, mask is not None, options.strength
     )
     size = options.size
-    if picture and size is None:
-        size = pipeline.size_like(picture.height, picture.width)
+    if opened and size is None:
+        size = pipeline.size_like(opened.height, opened.width)
     prompts = [options.prompt] * (options.n or 1)
     params = pipeline.sampling_params(prompts, options.negative or "", size, **settings)
     weights = fingerprint(pipeline)
@@ -144,7 +144,7 @@ def _from_prompt(options):
 
 
 def _again(options):
-    """The same for an image with notes, which leave nothing else to choose."""
+    """Return origin, output file and pipeline from the notes of a PNG, which fix all options."""
     for name in ("prompt", "negative", "n", "size", *OPTIONS):
         if getattr(options, name) is not None:
             options.parser.error(f"--again takes everything from the image: leave out the {name}")
@@ -170,7 +170,7 @@ def _again(options):
 
 @dataclass
 class Film:
-    """Every k-th step's pictures: a strip, or an animation where the name of the file says so."""
+    """A film of every k-th step: a strip or an animation, as the suffix of the file says."""
 
     file: Path
     every: int | None
@@ -180,15 +180,15 @@ class Film:
         self.frames = []
 
     def shows(self, i: int, steps: int) -> bool:
-        """Whether the i-th of the steps, counted from 1, is shown; the last one is in any case."""
+        """Return whether the i-th of the steps, counted from 1, becomes a frame."""
         return i % (self.every or max(1, steps // FRAMES)) == 0
 
     def add(self, pictures: np.ndarray) -> None:
-        """uint8 (n, h, w, 3)."""
+        """Add a frame, uint8 (n, h, w, 3)."""
         self.frames.append(pictures)
 
     def save(self, n: int) -> None:
-        """Of the strip each of the n pictures is a row; an animation has all of them beside."""
+        """Save the film: a strip with a row for each of n images, or an animation of them all."""
         if self.moves:
             frames = [grid(f) if n > 1 else Image.fromarray(f[0]) for f in self.frames]
             save_animation(self.file, frames)
@@ -207,11 +207,11 @@ def _reduced(pictures):
 
 
 def check_outputs(files: list[Path], inputs: list[Path | None]) -> None:
-    """ValueError before the work, where a file would replace another or could not be written."""
+    """Raise ValueError before the work, where a file would replace another or cannot be written."""
     taken = [file.resolve() for file in inputs if file]
     for file in files:
         place = file.resolve()
         if place in taken:
-            raise ValueError(f"{file}: would replace a picture that is needed; take another name")
+            raise ValueError(f"{file}: would replace an image that is needed; take another name")
         taken.append(place)
         check_picture(file)

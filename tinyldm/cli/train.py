@@ -1,4 +1,4 @@
-"""`tinyldm train`: train a new run, or go on with one."""
+"""`tinyldm train`: train a new run, or resume one."""
 
 import time
 from argparse import ArgumentParser, Namespace
@@ -16,7 +16,7 @@ from tinyldm.training.overfit import overfit, report
 from tinyldm.training.presets import NewRun, make_config
 from tinyldm.training.run import resume, train
 
-STAY = ("factor", "channels", "accumulate", "decay")  # which a run that is resumed keeps
+STAY = ("factor", "channels", "accumulate", "decay")  # a resumed run keeps these
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -35,21 +35,21 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def add_run(parser: ArgumentParser, out: str | None) -> None:
-    """Add the folder of a run, and what may happen to the one that is there."""
+    """Add the folder of a run, and what to do with a run that is already there."""
     text = "folder of the run" + (f" (default: {out})" if out else "")
     parser.add_argument("--out", default=out, metavar="RUN", help=text)
     old = parser.add_mutually_exclusive_group()
-    old.add_argument("--resume", action="store_true", help="go on with the run in RUN")
+    old.add_argument("--resume", action="store_true", help="resume the run in RUN")
     old.add_argument("--overwrite", action="store_true", help="replace the run in RUN")
     add_device(parser)
 
 
 def run(options: Namespace) -> None:
-    """Train a new run, or go on with one, and print its folder."""
+    """Train a new run, or resume one, and print its folder."""
     if options.out is None and not options.overfit:
         options.parser.error("the following arguments are required: --out")
     if options.overfit and options.resume:
-        options.parser.error("--overfit: begins anew; leave out --resume")
+        options.parser.error("--overfit: starts a new model; leave out --resume")
     say(f"tinyldm {__version__}: {describe_device(options.device)}")
     started = time.monotonic()
     settings = {
@@ -59,7 +59,7 @@ def run(options: Namespace) -> None:
     }
     if options.resume:
         for name in settings.keys() & set(STAY):
-            options.parser.error(f"--{name}: the run goes on as it began; leave it out")
+            options.parser.error(f"--{name}: a resumed run keeps it; leave it out")
         pipeline = resume(options.out, options.device, say=say, **settings)
     else:
         config = make_config(**settings)
@@ -76,7 +76,7 @@ def run(options: Namespace) -> None:
 
 
 def _what_to_say(pipeline: Pipeline) -> str:
-    """Name the arguments that it needs to generate: a prompt, or an image."""
+    """Return the arguments that sampling needs: a prompt, and images that the task needs."""
     prompt = pipeline.tokenizer.names[0] if isinstance(pipeline.tokenizer, ClassNames) else "…"
     given = {"generation": "", "inpainting": " --image FILE --mask FILE"}
     return f'"{prompt}"' + given.get(pipeline.task, " --image FILE")

@@ -1,4 +1,4 @@
-"""Names of classes to ids, in place of a tokenizer."""
+"""Class names as ids, in place of a tokenizer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ class ClassNames:
         return len(self.names) + 1
 
     def __call__(self, texts: str | Sequence[str]) -> np.ndarray:
-        """int64 (n,); a string is a list of one. ValueError for a name that is none of them."""
+        """Return the ids, int64 (n,); a string is a list of one. ValueError for an unknown name."""
         texts = [texts] if isinstance(texts, str) else texts
         for text in texts:
             if text not in self._ids:
@@ -45,12 +45,12 @@ class ClassNames:
 
     @property
     def content(self) -> dict:
-        """What it is made from."""
+        """Return the constructor's arguments, from which it can be rebuilt."""
         return {"names": self.names}
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """The inverse of `save`. ValueError for a file of anything else."""
+        """Read what `save` wrote. ValueError for any other file."""
         file = Path(folder) / FILE
         names = read_json(file).get("names")
         try:

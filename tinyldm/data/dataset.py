@@ -1,4 +1,4 @@
-"""Pictures with captions, in memory: what training sees, and what it never sees."""
+"""Images with captions, in memory, and their split into training and held-out images."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-FEWEST_TO_SPLIT = 20  # below that every picture is needed for training
+FEWEST_TO_SPLIT = 20  # below that every image is needed for training
 MOST_HELD_OUT = 512  # enough to measure a loss to a per cent or so
 
 
@@ -16,11 +16,11 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Pictures, uint8 (n, height, width, 3), their captions, and names by which to speak of them.
+    """Images, uint8 (n, height, width, 3), their captions, and their names for messages.
 
-    remarks: what a person should know of them. skipped: files left out, and why. A line each.
-    maps: what says where things are, for layout: pictures like them, or none. readable: these are
-    the embedded shapes, and what a prompt asks for can be read back from a picture by rule.
+    remarks: notes about the data for the user. skipped: files left out, and why. A line each.
+    maps: the layout maps, of the shape of the images, or None. readable: these are the embedded
+    shapes, so the attributes that a prompt asks for can be read back from an image by rule.
     """
 
     images: np.ndarray
@@ -35,15 +35,15 @@ class Dataset:
         return len(self.images)
 
     def pick(self, chosen: Sequence[int]) -> "Dataset":
-        """Only the pictures of these indices."""
+        """Select the images of these indices."""
         captions, names = ([texts[i] for i in chosen] for texts in (self.captions, self.names))
         maps = None if self.maps is None else self.maps[chosen]
         return replace(self, images=self.images[chosen], captions=captions, names=names, maps=maps)
 
     def split(self, share: float, seed: int) -> tuple["Dataset", "Dataset"]:
-        """(for training, held out of it): about `share` of the pictures, at random, are kept away.
+        """Split off about `share` of the images at random: → (training, held out).
 
-        At most 512 of them, and none of fewer than 20.
+        At most 512 are held out, and none where there are fewer than 20.
         """
         n = len(self)
         count = min(MOST_HELD_OUT, round(n * share)) if n >= FEWEST_TO_SPLIT else 0
@@ -51,7 +51,7 @@ class Dataset:
         return self.pick(np.sort(order[count:])), self.pick(np.sort(order[:count]))
 
     def with_mirror_images(self) -> "Dataset":
-        """The same, and each picture once more with left and right exchanged."""
+        """Return these images, and a mirror image (left and right exchanged) of each."""
 
         def both(pictures):
             return np.concatenate([pictures, pictures[:, :, ::-1]])
@@ -62,7 +62,7 @@ class Dataset:
         return replace(self, images=both(self.images), captions=captions, names=names, maps=maps)
 
     def fingerprint(self) -> str:
-        """A hash of every pixel and caption, in hexadecimal: equal data, equal fingerprint."""
+        """Hash every pixel and caption, in hexadecimal: equal data, equal fingerprint."""
         digest = hashlib.sha256(f"{self.images.shape}".encode())
         for pictures in (self.images, self.maps):
             if pictures is not None:

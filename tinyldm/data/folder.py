@@ -1,4 +1,4 @@
-"""A folder of pictures as a data set: any sizes, captions from where they are usually kept."""
+"""A folder of images as a data set: any sizes, captions from where they are usually kept."""
 
 import glob
 import json
@@ -17,8 +17,8 @@ from tinyldm.threads import map_threads
 FORMATS = {  # suffix of a file → a format that is read, whichever of these suffixes it has
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF",
 }  # fmt: skip
-MAP = ".map"  # at the end of the name of a picture's layout
-MOST_PIXELS = 64_000_000  # of one picture; a larger one is a mistake, or meant to fill the memory
+MAP = ".map"  # at the end of the name of an image's layout map
+MOST_PIXELS = 64_000_000  # of one image; a larger one is a mistake, or meant to fill the memory
 
 
 def load_folder(
@@ -27,12 +27,12 @@ def load_folder(
     skip_bad: bool = False,
     maps: bool = False,
 ) -> Dataset:
-    """All pictures below `folder`, in the order of their names, as `load_picture` reads them.
+    """Load all images below `folder`, in the order of their names, as `load_picture` reads them.
 
-    A picture's caption is its line (`file_name`, `text`) in metadata.jsonl, else the text file of
-    its name, else the name of its sub-folder, else "". Hidden files are left alone.
+    An image's caption is its line (`file_name`, `text`) in metadata.jsonl, else the text file of
+    its name, else the name of its sub-folder, else "". Hidden files are ignored.
 
-    maps: a picture a.png has its layout in a.map.png, cropped and resized in the same way.
+    maps: an image a.png has its layout map in a.map.png, cropped and resized in the same way.
 
     Every file is read before any training. DataError names all that cannot be used; with
     `skip_bad` they are left out and listed in `skipped`.
@@ -41,7 +41,7 @@ def load_folder(
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing of that name"
         raise DataError(
-            f"{folder}: expected a folder of pictures, found {found}; files that are read are IDX, "
+            f"{folder}: expected a folder of images, found {found}; files that are read are IDX, "
             "CIFAR-10's .bin and .npz"
         )
     height, width = both_sides(size)
@@ -66,38 +66,38 @@ def load_folder(
     good = [i for i, result in enumerate(results) if not isinstance(result, DataError)]
     if damaged and not skip_bad:
         raise DataError(
-            f"{folder}: {len(damaged)} problems with {len(files)} pictures and their captions; "
+            f"{folder}: {len(damaged)} problems with {len(files)} images and their captions; "
             "mend or remove them, or train without them (--skip-bad):\n  " + "\n  ".join(damaged)
         )
     if not good:
-        raise DataError(f"{folder}: none of its {len(files)} pictures can be read")
+        raise DataError(f"{folder}: none of its {len(files)} images can be read")
     images, layouts, enlarged, captions, sources = zip(*(results[i] for i in good), strict=True)
     remarks = [f"captions: {_count(sources)}"]
     if any(enlarged):
         pixels = f"{height}×{width}" if height != width else height
-        remarks.append(f"{sum(enlarged)} of {len(good)} pictures are enlarged to {pixels} pixels")
+        remarks.append(f"{sum(enlarged)} of {len(good)} images are enlarged to {pixels} pixels")
     if others:
-        remarks.append(f"files of other kinds, left alone: {_count(others)}")
+        remarks.append(f"files of other kinds, ignored: {_count(others)}")
     names = [files[i].relative_to(folder).as_posix() for i in good]
     layouts = np.stack(layouts) if maps else None
     return Dataset(np.stack(images), list(captions), names, tuple(remarks), tuple(damaged), layouts)
 
 
 def holds_pictures(folder: Path) -> bool:
-    """Whether any file below it is named as a picture."""
+    """Return whether the name of any file below the folder has the suffix of an image format."""
     return any(path.suffix.lower() in FORMATS for path in folder.rglob("*"))
 
 
 def load_picture(file: str | Path, size: int | tuple[int, int]) -> np.ndarray:
-    """One picture, cropped in its middle and resized → uint8 (height, width, 3)."""
+    """Read one image, cropped at the centre and resized → uint8 (height, width, 3)."""
     return fitted(open_picture(Path(file), max(both_sides(size))), size)
 
 
 def open_picture(file: Path, side: int) -> Image.Image:
-    """One picture in RGB, of at least 2·side pixels if it has them.
+    """Read one image in RGB, of at least 2·side pixels if it has them.
 
-    It is turned as its EXIF note says, and laid on white where it is transparent. Of an animation
-    it is the first frame. DataError says in one line why a file cannot be used.
+    Its EXIF orientation is applied, transparency becomes white, and of an animation the first
+    frame is read. DataError says in one line why a file cannot be used.
     """
     formats = tuple(FORMATS.values())
     try:
@@ -107,12 +107,12 @@ def open_picture(file: Path, side: int) -> Image.Image:
                     f"expected at most {MOST_PIXELS // 10**6} million pixels, found "
                     f"{opened.width}×{opened.height}"
                 )
-            opened.verify()  # the checksums of PNG, which reading alone passes over
+            opened.verify()  # the checksums of PNG, which reading alone ignores
         with Image.open(file, formats=formats) as opened:
             opened.draft(None, (2 * side, 2 * side))  # JPEG: decode no more of it than is needed
             return as_rgb(opened)
     except UnidentifiedImageError:
-        reason = f"not a picture in a format that is read ({', '.join(dict.fromkeys(formats))})"
+        reason = f"not an image in a format that is read ({', '.join(dict.fromkeys(formats))})"
     except OSError as error:
         reason = error.strerror or str(error)
     except Exception as error:  # decoders of damaged bytes raise whatever they stumble over
@@ -128,7 +128,7 @@ def _map_of(file, picture, size):
     layout = open_picture(found[0], max(both_sides(size)))
     if abs(layout.width * picture.height - layout.height * picture.width) > max(picture.size):
         raise DataError(
-            f"{found[0]}: expected the proportions of its picture, {picture.height}×"
+            f"{found[0]}: expected the proportions of its image, {picture.height}×"
             f"{picture.width}, found {layout.height}×{layout.width}"
         )
     return fitted(layout, size)
@@ -139,7 +139,7 @@ def _count(kinds):
 
 
 def _find(folder):
-    """The picture files below a folder, sorted, and the suffixes of what else lies there."""
+    """Find the image files below a folder, sorted, and the suffixes of the other files."""
     files, others = [], []
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -151,14 +151,14 @@ def _find(folder):
             others.append(path.suffix or path.name)
     if not files:
         raise DataError(
-            f"{folder}: no picture among its {len(others)} files; formats read are "
+            f"{folder}: no image among its {len(others)} files; formats read are "
             f"{', '.join(FORMATS)}"
         )
     return files, others
 
 
 def _caption(file, folder, listed):
-    """→ the caption, where it is from."""
+    """Find an image's caption → the caption, where it is from."""
     name = file.relative_to(folder).as_posix()
     if name in listed:
         return listed[name], "from metadata.jsonl"
@@ -166,7 +166,7 @@ def _caption(file, folder, listed):
     if text.exists():
         return _read_text(text).strip(), "from .txt files"
     if file.parent == folder:
-        return "", "pictures without one"
+        return "", "images without one"
     return file.parent.name.replace("_", " "), "from the name of a sub-folder"
 
 
@@ -178,7 +178,7 @@ def _read_text(file):
 
 
 def _read_metadata(folder, files):
-    """({file name: caption}, [what is wrong with a line]) of metadata.jsonl."""
+    """Read metadata.jsonl → ({file name: caption}, [what is wrong with a line])."""
     file = folder / "metadata.jsonl"
     names = {picture.relative_to(folder).as_posix() for picture in files}
     listed, damaged = {}, []
@@ -199,6 +199,6 @@ def _read_metadata(folder, files):
             continue
         name = PurePosixPath(posixpath.normpath(name)).as_posix()  # "./a.png" is a.png
         if name not in names:
-            damaged.append(f"{file}: line {number}: there is no picture {name!r}")
+            damaged.append(f"{file}: line {number}: there is no image {name!r}")
         listed[name] = text
     return listed, damaged

@@ -1,7 +1,7 @@
 """Data sets that come as a few large files: IDX (MNIST and its kin), CIFAR-10's binary, and .npz.
 
-Pictures are cropped in their middle and resized (Lanczos); grey ones become RGB. Captions
-are the names of the classes, where a list of them lies beside the data, else their numbers.
+Images are cropped at the centre and resized (Lanczos); grey ones become RGB. Captions are the
+class names, where a list of them lies in the same folder, else the class numbers.
 """
 
 import gzip
@@ -20,15 +20,15 @@ from tinyldm.threads import map_threads
 
 CIFAR_SIDE, CIFAR_RECORD = 32, 1 + 3 * 32 * 32  # a label, then red, green and blue
 CIFAR_NAMES = "batches.meta.txt"
-IDX_NAMES = "labels.txt"  # a name a line, ours: the format itself has none
-UBYTE = 8  # the code of IDX for whole numbers 0…255
+IDX_NAMES = "labels.txt"  # one name per line; our own, as the format has none
+UBYTE = 8  # the code of IDX for integers 0…255
 MOST_BYTES = 8 * 2**30  # of one array; a header that says more is damaged
 
 
 def find_arrays(path: Path) -> list[Path]:
-    """The files of pictures that `path` is, or holds, in one of these formats; none if it does not.
+    """Find the image files that `path` is, or holds, in one of these formats; or an empty list.
 
-    Of a folder with files for training and for testing, those for training.
+    Of a folder with training and test files it returns the training files.
     """
     files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
     found = [file for file in files if _reader(file)]
@@ -37,23 +37,23 @@ def find_arrays(path: Path) -> list[Path]:
 
 
 def load_arrays(files: list[Path], size: int | tuple[int, int]) -> Dataset:
-    """The pictures in these files, one after the other, cropped in their middle and resized.
+    """Load the images of these files, in order, cropped at the centre and resized.
 
     DataError says in one line what is wrong with a file.
     """
     parts = [_reader(file)(file) for file in files]
-    pictures = [picture for images, _ in parts for picture in images]
+    pixels = [image for images, _ in parts for image in images]
     captions = [caption for _, names in parts for caption in names]
-    if not pictures:
-        raise DataError(f"{files[0].parent}: its {len(files)} files hold no picture")
-    images = np.stack(map_threads(lambda picture: fitted(_rgb(picture), size), pictures))
+    if not pixels:
+        raise DataError(f"{files[0].parent}: its {len(files)} files hold no image")
+    images = np.stack(map_threads(lambda image: fitted(_rgb(image), size), pixels))
     kinds = f"{len(set(captions))} different"
     remarks = [f"read {', '.join(file.name for file in files)}; captions: {kinds}"]
     height, width = both_sides(size)
-    if pictures[0].shape[0] < height or pictures[0].shape[1] < width:
+    if pixels[0].shape[0] < height or pixels[0].shape[1] < width:
         pixels = f"{height}×{width}" if height != width else height
-        remarks.append(f"the pictures are enlarged to {pixels} pixels")
-    return Dataset(images, captions, [f"picture {i}" for i in range(len(images))], tuple(remarks))
+        remarks.append(f"the images are enlarged to {pixels} pixels")
+    return Dataset(images, captions, [f"image {i}" for i in range(len(images))], tuple(remarks))
 
 
 def _rgb(picture):
@@ -75,7 +75,7 @@ def _reader(file: Path) -> Callable | None:
 
 
 def _read_idx(file):
-    """Pictures (n, h, w) and captions; labels in the file of the same name with labels-idx1."""
+    """Read images (n, h, w) and captions; labels are in the file of the same name, labels-idx1."""
     images = read_idx(file, 3)
     label_names = {
         file.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz") + end
@@ -87,14 +87,14 @@ def _read_idx(file):
     labels = read_idx(label_files[0], 1)
     if len(labels) != len(images):
         raise DataError(
-            f"{label_files[0]}: {len(labels)} labels for the {len(images)} pictures of "
+            f"{label_files[0]}: {len(labels)} labels for the {len(images)} images of "
             f"{file.name}; take both from the same data set"
         )
     return images, _named(labels, file.with_name(IDX_NAMES))
 
 
 def read_idx(file: Path, dimensions: int) -> np.ndarray:
-    """The uint8 array in an IDX file, gzipped or not. DataError where it is something else."""
+    """Read the uint8 array in an IDX file, gzipped or not. DataError where it is something else."""
     try:
         with open(file, "rb") as raw:
             zipped = raw.read(2) == b"\x1f\x8b"
@@ -136,7 +136,7 @@ def _read_cifar(file):
 
 
 def _read_npz(file):
-    """`images` (n, h, w) or (n, h, w, 3), uint8, and `captions` or `labels` (n,), if any."""
+    """Read `images` (n, h, w) or (n, h, w, 3), uint8, and `captions` or `labels` (n,), if any."""
     try:
         with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             stored = {name: arrays[name] for name in arrays.files}
@@ -157,17 +157,17 @@ def _read_npz(file):
     if captions is None and "labels" in stored:
         labels = stored["labels"].reshape(-1)
         if labels.dtype.kind not in "iu":
-            raise DataError(f"{file}: expected `labels` of whole numbers, found {labels.dtype}")
+            raise DataError(f"{file}: expected `labels` of integers, found {labels.dtype}")
         captions = _named(labels, file.with_name(IDX_NAMES))
     if captions is None:
         return images, [""] * len(images)
     if len(captions) != len(images):
-        raise DataError(f"{file}: {len(captions)} captions for {len(images)} pictures")
+        raise DataError(f"{file}: {len(captions)} captions for {len(images)} images")
     return images, [str(caption) for caption in captions]
 
 
 def _named(labels, file):
-    """Captions of class numbers: their names, a line each in `file`, or the numbers."""
+    """Turn class numbers into captions: the class names, a line each in `file`, or the numbers."""
     if not file.exists():
         return [str(label) for label in labels.tolist()]
     try:

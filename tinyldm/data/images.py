@@ -1,27 +1,27 @@
-"""Pictures as numbers: to and from the range of the autoencoder, and to the size of a model."""
+"""Images as arrays: to and from the range of the autoencoder, and to the size of a model."""
 
 import numpy as np
 from PIL import Image, ImageOps
 
 
 def from_uint8(pictures: np.ndarray) -> np.ndarray:
-    """0…255 → float32 in −1…1, the range of the autoencoder."""
+    """Map 0…255 to float32 in −1…1, the range of the autoencoder."""
     return pictures.astype(np.float32) / 127.5 - 1
 
 
 def to_uint8(pictures: np.ndarray) -> np.ndarray:
-    """−1…1 → 0…255, rounded and clipped; grey ones (n, h, w, 1) in three equal channels.
+    """Map −1…1 to 0…255, rounded and clipped; grey images (n, h, w, 1) get three equal channels.
 
-    ValueError for what is not a number.
+    ValueError for values that are not finite.
     """
     if not np.isfinite(pictures).all():
-        raise ValueError("the picture holds values that are not finite: the weights have diverged")
+        raise ValueError("the image holds values that are not finite: the weights have diverged")
     levels = np.clip(np.round((pictures + 1) * 127.5), 0, 255).astype(np.uint8)
     return levels.repeat(3, axis=-1) if levels.shape[-1] == 1 else levels
 
 
 def in_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """Pixels (n, h, w, 3) for a model of so many channels: 1 is grey, how bright they are."""
+    """Convert pixels (n, h, w, 3) to this number of channels: 1 is grey, their brightness."""
     if channels != 1:
         return pixels
     red, green, blue = (pixels[..., i : i + 1] for i in range(3))
@@ -29,21 +29,21 @@ def in_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
 
 
 def both_sides(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of a size that is either that, or the side of a square."""
+    """Return (height, width) of a size that is either that, or the side of a square."""
     return (size, size) if np.isscalar(size) else tuple(size)
 
 
 def fitted(picture: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
-    """Cropped in its middle to these proportions, and resized → uint8 (height, width, 3)."""
+    """Crop an image at the centre to these proportions, and resize → uint8 (height, width, 3)."""
     height, width = both_sides(size)
     return np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS))
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
-    """Turned as its EXIF note says, 16 bits of grey as 8, laid on white where it is transparent."""
+    """Convert to RGB: EXIF orientation applied, 16-bit grey to 8, transparency on white."""
     picture = ImageOps.exif_transpose(picture)
     if picture.mode == "F":
-        raise ValueError("expected a picture of whole numbers, found one of mode F")
+        raise ValueError("expected an image of integers, found one of mode F")
     if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would only clip
         gray = np.asarray(picture, np.float32) / 257
         picture = Image.fromarray(np.clip(np.round(gray), 0, 255).astype(np.uint8))
@@ -54,20 +54,20 @@ def as_rgb(picture: Image.Image) -> Image.Image:
 
 
 def picture_pixels(picture: Image.Image, height: int, width: int) -> np.ndarray:
-    """A PIL image, stretched to this size (Lanczos) → uint8 (height, width, 3)."""
+    """Resize a PIL image to this size (Lanczos) → uint8 (height, width, 3)."""
     return np.asarray(as_rgb(picture).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def mask_pixels(mask: Image.Image, height: int, width: int) -> np.ndarray:
-    """A PIL image, stretched in the same way → bool (height, width): True where it is light."""
+    """Resize a mask in the same way → bool (height, width): True where it is light."""
     grey = as_rgb(mask).convert("L")
     return np.asarray(grey.resize((width, height), Image.Resampling.LANCZOS)) >= 128
 
 
 def similar_size(size: tuple[int, int], like: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """(height, width) in the proportions of `size`, about as many pixels as `like`, multiples.
+    """Return (height, width) in the proportions of `size`, about as many pixels as `like`.
 
-    Of a strip, whose short side cannot be that short, the long one is as long as the pixels allow.
+    Both sides are multiples of `multiple`; a very narrow image keeps the number of pixels.
     """
     pixels = like[0] * like[1]
     scale = (pixels / (size[0] * size[1])) ** 0.5

@@ -1,10 +1,10 @@
 """Captioned shapes, the embedded data set: one coloured shape on a plain ground, drawn from a seed.
 
-"a large red circle on blue at the left" names five attributes that a picture either has or has
-not, so what a model paints can be scored by rule. Five pairs of colour and shape are held out of
-training altogether: a model that paints them anyway has learnt to compose.
+"a large red circle on blue at the left" names five attributes that an image either has or has
+not, so generated images can be scored by rule. Five pairs of colour and shape are held out of
+training altogether: a model that generates them anyway has learnt to compose.
 
-Lengths are in pixels of the finished picture and coordinates are continuous: pixel i spans
+Lengths are in pixels of the finished image and coordinates are continuous: pixel i spans
 [i, i + 1), x grows to the right, y downwards.
 """
 
@@ -37,7 +37,7 @@ VOCABULARY = {
     "position": POSITIONS,
 }
 ATTRIBUTES = tuple(VOCABULARY)
-ON_MAPS = {"circle": "red", "square": "green", "triangle": "blue"}  # on black, whatever it shows
+ON_MAPS = {"circle": "red", "square": "green", "triangle": "blue"}  # on black, for every image
 
 HELD_OUT = frozenset(  # (colour, shape) on any background: never in a training set
     {
@@ -49,14 +49,14 @@ HELD_OUT = frozenset(  # (colour, shape) on any background: never in a training 
     }
 )
 
-MIN_SIDE = 16  # in smaller pictures a small square and a small circle are the same few pixels
+MIN_SIDE = 16  # in smaller images a small square and a small circle are the same few pixels
 SUPERSAMPLING = 4
 LANCZOS_REACH = 3  # a reduced pixel depends on what lies within 3 pixels of its centre
 
 
 @dataclass(frozen=True)
 class Attributes:
-    """What one picture shows. ValueError for an unknown word, or a shape in its ground's colour."""
+    """Attributes of an image. ValueError for an unknown word, or a shape in its ground's colour."""
 
     size: str
     colour: str
@@ -74,7 +74,7 @@ class Attributes:
 
     @classmethod
     def parse(cls, caption: str) -> "Attributes":
-        """The inverse of `caption`. ValueError for any other sentence."""
+        """Parse a caption, the inverse of `caption`. ValueError for any other sentence."""
         match caption.split(" "):
             case ["a", size, colour, shape, "on", background, "at", "the", position]:
                 return cls(size, colour, shape, background, position)
@@ -84,29 +84,29 @@ class Attributes:
 
     @property
     def caption(self) -> str:
-        """Such as "a large red circle on blue at the left"."""
+        """Return the caption, such as "a large red circle on blue at the left"."""
         return (
             f"a {self.size} {self.colour} {self.shape} on {self.background} at the {self.position}"
         )
 
     @property
     def on_map(self) -> "Attributes":
-        """What its layout shows: the same shape at the same place, in the colour of its kind."""
+        """Return the attributes of the layout map: the same shape and place, coloured by kind."""
         return replace(self, colour=ON_MAPS[self.shape], background="black")
 
     @property
     def held_out(self) -> bool:
-        """Whether this pair of colour and shape is kept for the compositional score."""
+        """Return whether this pair of colour and shape is kept for the compositional score."""
         return (self.colour, self.shape) in HELD_OUT
 
 
 def attributes_in(prompt: str) -> dict[str, str]:
-    """{attribute: word} that a caption says, or a class: a shape. ValueError for other texts."""
+    """Return {attribute: word} of a caption, or of a class: a shape. ValueError for other texts."""
     return {"shape": prompt} if prompt in SHAPES else asdict(Attributes.parse(prompt))
 
 
 def combinations(held_out: bool = False) -> list[Attributes]:
-    """All that may be drawn, in a fixed order: the 1,330 of training, or the 350 held out of it."""
+    """List all combinations, in a fixed order: 1,330 for training, or the 350 held out of it."""
     every = (
         Attributes(size, colour, shape, background, position)
         for size, colour, shape, background, position in product(*VOCABULARY.values())
@@ -116,7 +116,7 @@ def combinations(held_out: bool = False) -> list[Attributes]:
 
 
 def centre(position: str, r: float, side: int) -> tuple[float, float]:
-    """Where a shape of half-extent r lies before jitter: (x, y)."""
+    """Return the centre (x, y) of a shape of half-extent r, before jitter."""
     # 0.22 of the side off the middle, less for a shape that would come within 1.5/32 of the edge.
     shift = min(side / 2 - r - 1.5 / 32 * side, 0.22 * side)
     right, down = POSITIONS[position]
@@ -126,7 +126,7 @@ def centre(position: str, r: float, side: int) -> tuple[float, float]:
 def place(
     attributes: Attributes, rng: np.random.Generator, side: int
 ) -> tuple[float, float, float]:
-    """Draw the geometry of one picture from rng: its centre and half-extent (x, y, r)."""
+    """Draw the geometry of one image from rng: its centre and half-extent (x, y, r)."""
     r = rng.uniform(*SIZES[attributes.size]) * side
     x, y = centre(attributes.position, r, side)
     jitter_x, jitter_y = rng.uniform(-1, 1, 2) / 32 * side
@@ -134,7 +134,7 @@ def place(
 
 
 def draw(attributes: Attributes, rng: np.random.Generator, side: int = 32) -> np.ndarray:
-    """Draw a picture, geometry from rng: uint8 (side, side, 3). ValueError below 16 pixels."""
+    """Draw an image, geometry from rng: uint8 (side, side, 3). ValueError below 16 pixels."""
     if side < MIN_SIDE:
         raise ValueError(f"side must be at least {MIN_SIDE} pixels, not {side}")
     x, y, r = place(attributes, rng, side)
@@ -143,7 +143,7 @@ def draw(attributes: Attributes, rng: np.random.Generator, side: int = 32) -> np
     fill_shape(ImageDraw.Draw(large), attributes, x, y, r)
 
     # Reduce the shape's neighbourhood alone: elsewhere the result is known to be plain background,
-    # and reducing is what drawing a picture spends its time on.
+    # and reducing is what drawing an image spends its time on.
     reach = r + LANCZOS_REACH
     left, right = max(floor(x - reach), 0), min(ceil(x + reach), side)
     top, bottom = max(floor(y - reach), 0), min(ceil(y + reach), side)
@@ -158,7 +158,7 @@ def draw(attributes: Attributes, rng: np.random.Generator, side: int = 32) -> np
 def fill_shape(
     canvas: ImageDraw.ImageDraw, attributes: Attributes, x: float, y: float, r: float
 ) -> None:
-    """Fill the shape on a canvas SUPERSAMPLING times as large as the picture."""
+    """Fill the shape on a canvas SUPERSAMPLING times as large as the image."""
 
     def pixels(low, high):
         # Pillow fills both end pixels, so what reaches up to `high` ends on the pixel before it.
@@ -181,11 +181,11 @@ def fill_shape(
 def make_shapes(
     n: int, side: int = 32, seed: int = 0, held_out: bool = False, maps: bool = False
 ) -> tuple[np.ndarray, list[str]]:
-    """Draw n pictures: uint8 (n, side, side, 3), and their captions.
+    """Draw n images: uint8 (n, side, side, 3), and their captions.
 
-    Captions are uniform over `combinations(held_out)`. Picture i depends on (seed, i) alone, so the
-    first pictures are the same whatever n is. ValueError for a side below 16 pixels.
-    maps: instead of the pictures, their layouts: see `Attributes.on_map`.
+    Captions are uniform over `combinations(held_out)`. Image i depends on (seed, i) alone, so the
+    first images are the same whatever n is. ValueError for a side below 16 pixels.
+    maps: instead of the images, their layouts: see `Attributes.on_map`.
     """
     choices = combinations(held_out)
     images, captions = np.empty((n, side, side, 3), np.uint8), []

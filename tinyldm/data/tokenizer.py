@@ -59,7 +59,7 @@ _LEFT_ALONE = re.compile(
 
 
 def _shape(char):
-    """The ASCII stand-in of one character, which lets an ASCII pattern split any script.
+    """Return the ASCII stand-in of a character, so that an ASCII pattern splits any script.
 
     `z`, `0` and `.` occur in none of the words that `_PIECE` spells out.
     """
@@ -99,7 +99,7 @@ def _merge(symbols, ranks):
 
 
 def _read_json(path):
-    """The JSON object in a file; an empty one where there is no file."""
+    """Read the JSON object in a file; an empty one where there is no file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
@@ -166,12 +166,12 @@ class Tokenizer:
 
     @property
     def content(self) -> dict:
-        """What it is made from."""
+        """Return the constructor's arguments, from which it can be rebuilt."""
         names = ("vocab", "merges", "max_length", "pad_token")
         return {name: getattr(self, name) for name in names}
 
     def __call__(self, texts: str | Sequence[str]) -> np.ndarray:
-        """Token ids of a list of captions, int64 (n, max_length); a string is a list of one.
+        """Encode a list of captions → token ids, int64 (n, max_length); a string is a list of one.
 
         Each row is the start token, the caption, the end token, then padding. A caption that is
         too long is cut before the end token, with a warning that names the text left out.
@@ -193,7 +193,7 @@ class Tokenizer:
         return rows
 
     def _encode(self, text):
-        """Ids of the whole caption, without start and end token."""
+        """Return the ids of the whole caption, without start and end token."""
         ids = []
         for i, part in enumerate(self._special.split(text)):
             if i % 2:  # plain text and special tokens take turns
@@ -207,7 +207,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of one row of ids, for readers.
+        """Decode one row of ids to text, for people to read.
 
         It is in lower case, with a space after each piece, without special tokens, and with a
         replacement character where the ids cut a character in two.
@@ -265,7 +265,7 @@ class Tokenizer:
 
     @classmethod
     def clip(cls, pad_token: str = END) -> Self:
-        """CLIP's own, of 49,408 tokens, which Stable Diffusion uses (Radford et al. 2021)."""
+        """Load CLIP's own tokenizer of 49,408 tokens, Stable Diffusion's (Radford et al. 2021)."""
         file = Path(__file__).with_name("clip_merges.txt.gz")
         lines = gzip.decompress(file.read_bytes()).decode("utf-8").splitlines()
         merges = [tuple(line.split()) for line in lines]

@@ -1,4 +1,4 @@
-"""The mathematics of diffusion. It sees arrays and callables, never a network."""
+"""The mathematics of diffusion, on arrays and callables, never a network."""
 
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.diffusion.schedule import Schedule

@@ -5,12 +5,12 @@ from tinyldm.diffusion.samplers import Predict
 
 
 def guided(predict: Predict, guidance: float, rescale: float = 0.0) -> Predict:
-    """Classifier-free guidance: a `predict` for a sampler, from one for twice as many samples.
+    """Make a guided `predict` for a sampler, from a `predict` of twice as many samples.
 
-    Of those the first half is predicted without text, the second with it. The result is away from
-    the first by `guidance` times the way to the second; 1 is plain conditional (Ho & Salimans 2022,
-    eq. 6, with their w = guidance − 1). rescale: 0 none … 1, how far its standard deviation goes
-    back to that of the second, against burnt colours (Lin et al. 2023, eq. 15 and 16).
+    With u the prediction of the first half, without text, and c that of the second half, with text,
+    the result is u + guidance · (c − u); 1 is plain conditional (Ho & Salimans 2022, eq. 6, with
+    their w = guidance − 1). rescale: 0 none … 1, how far the standard deviation returns to that of
+    c, against over-saturated colours (Lin et al. 2023, eq. 15 and 16).
     """
 
     def predict_guided(x, t):

@@ -1,4 +1,4 @@
-"""What the denoiser is trained on."""
+"""The diffusion loss, and its weightings over the time steps."""
 
 from collections.abc import Callable
 
@@ -22,10 +22,10 @@ def diffusion_loss(
 ) -> tuple[Array, Backward]:
     """The simple loss: mean of (prediction − target)² at x_t (Ho et al. 2020, eq. 14).
 
-    With latents as x_0 and a `predict` that sees text it is that of Rombach et al. 2022, eq. 3.
+    On latents, with a text-conditioned `predict`, it is the loss of Rombach et al. 2022, eq. 3.
 
     predict: `predict(x_t, t) → (prediction, backward)`.
-    x0, noise (n, h, w, c); t (n,) whole numbers on the host.
+    x0, noise (n, h, w, c); t (n,) integers on the host.
     weighting: `weighting(schedule, t) → (n,)`, as below; None for equal weights.
     Returns the loss and `backward(grads)`, which passes the gradient on to `predict`.
     """
@@ -44,7 +44,7 @@ def diffusion_loss(
 
 
 def min_snr(schedule: Schedule, t: np.ndarray, gamma: float = 5.0) -> np.ndarray:
-    """min(SNR, γ) as a weight of the loss in x_0 (n,).
+    """Min-SNR weighting: min(SNR, γ) as the weight of the loss in x_0 (n,).
 
     Hang et al. 2023, "Efficient diffusion training via min-SNR weighting", section 3.4.
     """
@@ -52,9 +52,9 @@ def min_snr(schedule: Schedule, t: np.ndarray, gamma: float = 5.0) -> np.ndarray
 
 
 def variational(schedule: Schedule, t: np.ndarray) -> np.ndarray:
-    """Of the variational bound, by its mean over all t (n,); its variance being β (Ho et al. 2020).
+    """Variational weighting, divided by its mean over all t (n,), for variance β (Ho et al. 2020).
 
-    There the weight in x_0 is ᾱ_{t−1} β / 2 (1 − ᾱ_t)²: 1/2β at t = 0, where ᾱ_{t−1} = 1.
+    The weight of the loss in x_0 is ᾱ_{t−1} β / 2 (1 − ᾱ_t)²: 1/2β at t = 0, where ᾱ_{t−1} = 1.
     """
     before = np.append(1.0, schedule.alphas_bar[:-1])
     in_x0 = before * schedule.betas / (2 * (1 - schedule.alphas_bar) ** 2)
@@ -63,9 +63,9 @@ def variational(schedule: Schedule, t: np.ndarray) -> np.ndarray:
 
 
 def _per_x0(schedule, t):
-    """What the loss in x_0 is multiplied by to be that in the schedule's prediction.
+    """Return the factor from the loss in x_0 to the loss in the schedule's prediction.
 
-    That in ε is SNR times as large, that in v SNR + 1 times.
+    The loss in ε is SNR times as large as that in x_0, the loss in v SNR + 1 times.
     """
     snr = schedule.snr(t)
     return {"sample": 1.0, "epsilon": snr, "v_prediction": snr + 1}[schedule.prediction]

@@ -1,12 +1,12 @@
 """The reverse process: from noise to a sample, one function for each algorithm.
 
 A sampler is a generator. It takes `predict(x, t) → what the schedule's network predicts` and the
-start noise, and after each step yields `(x, x0)`: where it stands, and the image that it would jump
-to from there. The last x is the sample.
+start noise, and after each step yields `(x, x0)`: the current x, and the predicted clean image.
+The last x is the sample.
 
-All of them take these two as well. `start`: begin with this step of the `steps`, counted from 0;
-then x are latents with as much noise as the sampler's `levels` says, and not noise alone.
-`post_step(x, i)`: what becomes of x after the i-th step taken.
+All of them also take two options. `start`: begin with this step of the `steps`, counted from 0;
+then x are latents with the noise level that the sampler's `levels` says, not pure noise.
+`post_step(x, i)`: returns the x that replaces x after the i-th step taken.
 """
 
 import math
@@ -29,12 +29,12 @@ from tinyldm.diffusion.timesteps import (
 
 Predict = Callable[[Array, float], Array]  # x, t → what the schedule's network predicts
 Noise = Callable[[], Array]  # fresh standard normal noise, of the shape of x
-Steps = Iterator[tuple[Array, Array]]  # of x, and the x0 ahead
+Steps = Iterator[tuple[Array, Array]]  # of x and the predicted x0
 PostStep = Callable[[Array, int], Array]  # x after the i-th step taken → x as the next one finds it
 
 
 def unchanged(x: Array, i: int) -> Array:
-    """Leave x as it is: the PostStep of a sampler that nobody interferes with."""
+    """Leave x as it is: the default `post_step`."""
     return x
 
 
@@ -54,7 +54,7 @@ def ddim(
     """
     t = timesteps(schedule, steps)[start:]
     last = _final_alpha_bar(schedule, default=True)
-    alphas_bar = [*schedule.alphas_bar[t].tolist(), last]  # Python's numbers keep x in float32
+    alphas_bar = [*schedule.alphas_bar[t].tolist(), last]  # Python floats keep x in float32
     for i in range(len(t)):
         alpha_bar, next_alpha_bar = alphas_bar[i : i + 2]
         x0, epsilon = _split(schedule, predict(x, t[i]), x, alpha_bar)
@@ -97,11 +97,11 @@ def pndm(
     start: int | None = None,
     post_step: PostStep = unchanged,
 ) -> Steps:
-    """Pseudo linear multistep: DDIM with a prediction carried on from the last four.
+    """Pseudo numerical methods: DDIM with a prediction extrapolated from the last four.
 
     Liu et al. 2022, eq. 9, 11 and 12. The first three steps are pseudo Runge-Kutta (eq. 13), of
     four predictions each. With fewer than four steps, or the scheduler config's `skip_prk_steps`,
-    as Stable Diffusion has it, the first is corrected once and the next carry on from fewer.
+    as Stable Diffusion has it, the first is corrected once and the next extrapolate from fewer.
     """
     t = timesteps(schedule, steps)[start:].tolist()
     steps = len(t)
@@ -134,7 +134,7 @@ ADAMS_BASHFORTH = {  # by how many predictions there are, the oldest first
 
 
 def _runge_kutta(predict, schedule, x, first, here, ahead):
-    """The prediction with which to go from here to ahead, both (t, ᾱ)."""
+    """Return the prediction with which to step from `here` to `ahead`, both (t, ᾱ)."""
     middle = here[0] - (here[0] - ahead[0]) // 2
     half_way = middle, float(schedule.alphas_bar[middle])
     predictions = [first]
@@ -145,19 +145,19 @@ def _runge_kutta(predict, schedule, x, first, here, ahead):
 
 
 def _transfer(schedule, prediction, x, alpha_bar, next_alpha_bar):
-    """Go from one ᾱ to the next by DDIM without noise; returns x there, and x_0."""
+    """Step from one ᾱ to the next by DDIM without noise → x, x_0."""
     x0, epsilon = schedule.split(prediction, x, alpha_bar)
     return math.sqrt(next_alpha_bar) * x0 + math.sqrt(1 - next_alpha_bar) * epsilon, x0
 
 
 def _final_alpha_bar(schedule, default):
-    """ᾱ after the last step: no noise is left or, as Stable Diffusion has it, the least."""
+    """Return ᾱ after the last step: 1 or, as in Stable Diffusion, that of the first time step."""
     to_one = schedule.config.get("set_alpha_to_one", default)
     return 1.0 if to_one else float(schedule.alphas_bar[0])
 
 
 def _split(schedule, prediction, x, alpha_bar):
-    """x_0 and ε at x; x_0 is clipped where the scheduler config says so, as for pixels."""
+    """Split a prediction at x into x_0 and ε; x_0 is clipped where the scheduler config says so."""
     x0, epsilon = schedule.split(prediction, x, alpha_bar)
     if schedule.config.get("clip_sample", True):
         limit = schedule.config.get("clip_sample_range", 1.0)
@@ -167,9 +167,9 @@ def _split(schedule, prediction, x, alpha_bar):
 
 # --------------------------------------------------------------------------------- steps in σ
 # These solve the differential equation of Karras et al. 2022. Their coordinates are x / a: a clean
-# image plus noise of the standard deviation σ = s / a. There all of a sampler is in the sequence of
-# its σ, and a step by the straight line to the predicted image x0 is a mixture of x and x0. What is
-# yielded is x in the coordinates of the other samplers.
+# image plus noise of the standard deviation σ = s / a. There a sampler is given by the sequence of
+# its σ, and a step along the straight line to the predicted image x0 mixes x and x0. The
+# yielded x is in the coordinates of the other samplers.
 
 
 def euler(
@@ -180,7 +180,7 @@ def euler(
     start: int | None = None,
     post_step: PostStep = unchanged,
 ) -> Steps:
-    """Straight lines to the picture ahead (Karras et al. 2022, algorithm 1 without correction)."""
+    """Euler steps straight towards x0 (Karras et al. 2022, algorithm 1 without correction)."""
     t, sigmas, x = _begin(schedule, x, steps, start)
     sigmas[-1] = last_sigma(schedule)
     for i in range(len(t)):
@@ -199,7 +199,7 @@ def euler_ancestral(
     start: int | None = None,
     post_step: PostStep = unchanged,
 ) -> Steps:
-    """Further than σ at each step, and fresh noise back up to it, as DDPM (Song et al. 2020)."""
+    """Ancestral Euler: step below σ, then add fresh noise up to it, as DDPM (Song et al. 2020)."""
     t, sigmas, x = _begin(schedule, x, steps, start)
     for i in range(len(t)):
         sigma, next_sigma = sigmas[i : i + 2]
@@ -219,7 +219,7 @@ def heun(
     start: int | None = None,
     post_step: PostStep = unchanged,
 ) -> Steps:
-    """A step with the mean of the slopes at its two ends (Karras et al. 2022, algorithm 1).
+    """Heun's method: step with the mean of the slopes at both ends (Karras et al. 2022, alg. 1).
 
     The last step, to σ = 0, has one end alone: 2 · steps − 1 predictions.
     """
@@ -247,7 +247,7 @@ def dpm_solver_2m(
 ) -> Steps:
     """DPM-Solver++ (2M) (Lu et al. 2022b, algorithm 2).
 
-    The picture ahead is carried on in log σ from the last two. With `noise`, its stochastic
+    x0 is extrapolated in log σ from the last two predictions. With `noise` it is the stochastic
     variant, SDE-DPM-Solver++ (2M) (section 5 and appendix B there).
     """
     t, sigmas = (table[start:].tolist() for table in dpm_solver_steps(schedule, steps))
@@ -273,10 +273,10 @@ def dpm_solver_2m(
 
 
 def _begin(schedule, x, steps, start):
-    """t, σ, and x as it stands before the first step."""
+    """Return t, σ, and x before the first step, in the coordinates of these samplers."""
     t, sigmas = sigma_steps(schedule, steps)
     t, sigmas = t[start:], sigmas[start:].tolist()
-    # Where the last trained step is among those visited, x alone is taken for noise alone.
+    # Where the last trained step is among those visited, x counts as pure noise.
     leading = schedule.config.get("timestep_spacing", "linspace") == "leading"
     if leading or start is not None:
         return t, sigmas, x * math.sqrt(sigmas[0] ** 2 + 1)
@@ -290,12 +290,12 @@ def _clean_image(predict, schedule, x, sigma, t):
 
 
 def _towards(x, x0, ratio):
-    """Where σ is `ratio` times what it was, on the line to x0."""
+    """Move x along the line to x0, to where σ is `ratio` times as large."""
     return x0 + (x - x0) * float(ratio)
 
 
 def _changed(x, sigma, post_step, i):
-    """x after a step, in the coordinates of the other samplers, those of `post_step`, and here."""
+    """Apply `post_step` in the coordinates of the other samplers → x there, and x here."""
     a = 1 / math.sqrt(1 + sigma**2)
     latents = x * a
     if post_step is unchanged:
@@ -312,7 +312,7 @@ class Sampler:
     """A sampler, called as its function is: `sampler(predict, schedule, x, steps, …)`."""
 
     function: Callable[..., Steps]
-    scheduler: str  # the class of diffusers that does the same
+    scheduler: str  # the equivalent class of diffusers
     levels: Callable[[Schedule, int], np.ndarray]  # ᾱ (steps,) at which the steps begin
     needs_noise: bool = False  # `noise`, fresh at each step
 
@@ -342,7 +342,7 @@ SAMPLERS = {
 
 
 def sampler_of(config: dict) -> str:
-    """Return our name of the scheduler that a config names; that itself, where there is none."""
+    """Return our name of the scheduler that a config names, or its own name where there is none."""
     kind = config.get("_class_name", "DDIMScheduler")
     if kind == "DPMSolverMultistepScheduler":
         return "dpm++2m" + "_sde" * str(config.get("algorithm_type")).startswith("sde")

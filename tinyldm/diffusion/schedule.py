@@ -1,6 +1,6 @@
 """The noise schedule: how much signal and how much noise there is at each time step.
 
-The forward process mixes a picture x_0 with normal noise ε (Ho et al. 2020, eq. 4):
+The forward process mixes an image x_0 with normal noise ε (Ho et al. 2020, eq. 4):
 
     x_t = a_t x_0 + s_t ε,    a_t = √ᾱ_t,  s_t = √(1 − ᾱ_t),  ᾱ_t = Π (1 − β)
 
@@ -18,17 +18,17 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 def linear_betas(steps: int, start: float, end: float) -> np.ndarray:
-    """β (steps,) from `start` to `end` in equal steps (Ho et al. 2020, section 4)."""
+    """Linear schedule: β (steps,) from `start` to `end` in equal steps (Ho et al. 2020, sec. 4)."""
     return np.linspace(start, end, steps)
 
 
 def scaled_linear_betas(steps: int, start: float, end: float) -> np.ndarray:
-    """Linear in √β: the schedule of latent and of Stable Diffusion (there called "linear")."""
+    """Scaled-linear schedule, linear in √β: that of Stable Diffusion (there called "linear")."""
     return np.linspace(start**0.5, end**0.5, steps) ** 2
 
 
 def cosine_betas(steps: int, start: float, end: float) -> np.ndarray:
-    """ᾱ falls as a squared cosine (Nichol & Dhariwal 2021, eq. 17), whatever the ends."""
+    """Cosine schedule: ᾱ falls as a squared cosine (Nichol & Dhariwal 2021, eq. 17)."""
 
     def alpha_bar(u):
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -40,9 +40,9 @@ def cosine_betas(steps: int, start: float, end: float) -> np.ndarray:
 
 
 def without_signal_at_the_end(betas: np.ndarray) -> np.ndarray:
-    """β with √ᾱ shifted and scaled so that it ends at 0 (Lin et al. 2023, algorithm 1).
+    """Zero terminal SNR: shift and scale √ᾱ so that it ends at 0 (Lin et al. 2023, algorithm 1).
 
-    Its first value stays. Sampling then begins where training ends: at noise alone.
+    Its first value stays. Sampling then begins where training ends: at pure noise.
     """
     root = np.sqrt(np.cumprod(1 - betas))
     alphas_bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
@@ -57,7 +57,7 @@ BETAS = {
 
 
 class Schedule:
-    """Tables of a schedule with T steps, and the conversions between what a network may predict.
+    """Noise schedule of T steps: its tables, and conversions between what a network may predict.
 
     config: the keys of a diffusers scheduler config; others are kept but not used here. Raises
     ConfigError for what is not implemented.
@@ -101,19 +101,19 @@ class Schedule:
 
     @property
     def sigmas(self) -> np.ndarray:
-        """Noise relative to signal, s_t / a_t (T,), the time of Karras et al. 2022.
+        """Return noise relative to signal, s_t / a_t (T,), the time of Karras et al. 2022.
 
-        Where no signal is left it is that of ᾱ = 2⁻²⁴, as in diffusers.
+        Where no signal is left it is the value for ᾱ = 2⁻²⁴, as in diffusers.
         """
         some = np.where(self.alphas_bar > 0, self.alphas_bar, 2.0**-24)
         return np.sqrt(1 / some - 1)
 
     def snr(self, t: np.ndarray) -> np.ndarray:
-        """Signal to noise, ᾱ / (1 − ᾱ), at the steps t."""
+        """Return the signal-to-noise ratio, ᾱ / (1 − ᾱ), at the steps t."""
         return self.alphas_bar[t] / (1 - self.alphas_bar[t])
 
     def signal_and_noise(self, t: np.ndarray, like: Array) -> tuple[Array, Array]:
-        """a_t and s_t at the steps t (n,), shaped to multiply `like` (n, ...) on its device."""
+        """Return a_t, s_t at the steps t (n,), shaped to multiply `like` (n, ...) on its device."""
         xp = array_module(like)
         shape = (-1, *[1] * (like.ndim - 1))
         both = np.sqrt([self.alphas_bar[t], 1 - self.alphas_bar[t]]).astype(like.dtype)
@@ -125,7 +125,7 @@ class Schedule:
         return a * x0 + s * noise
 
     def target(self, x0: Array, noise: Array, t: np.ndarray) -> Array:
-        """What to predict at x_t: ε, x_0, or v = a ε − s x_0 (Salimans & Ho 2022, section 4)."""
+        """Return the target at x_t: ε, x_0, or v = a ε − s x_0 (Salimans & Ho 2022, section 4)."""
         if self.prediction == "epsilon":
             return noise
         if self.prediction == "sample":
@@ -134,7 +134,7 @@ class Schedule:
         return a * noise - s * x0
 
     def split(self, prediction: Array, x: Array, alpha_bar: float) -> tuple[Array, Array]:
-        """A prediction at x, where ᾱ is `alpha_bar` → the x_0 and the ε that it stands for."""
+        """Split a prediction at x, where ᾱ is `alpha_bar`, into the x_0 and ε that it implies."""
         a, s = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
         if self.prediction == "epsilon":
             return (x - s * prediction) / a, prediction
@@ -144,7 +144,7 @@ class Schedule:
 
 
 def posterior(alpha_bar: float, alpha_bar_previous: float) -> tuple[float, float, float]:
-    """q(x_s | x_t, x_0) for s before t: (weight of x_0, weight of x_t, variance) of the normal.
+    """Posterior q(x_s | x_t, x_0) for s before t: (weight of x_0, weight of x_t, variance).
 
     Ho et al. 2020, eq. 6 and 7, with β and α taken between the two steps, however far apart.
     """

@@ -23,7 +23,7 @@ IMPLEMENTED_OF_DPM_SOLVER = IMPLEMENTED | {
     "use_lu_lambdas": (None, False),
     "thresholding": (None, False),
     "solver_order": (None, 2),
-    # Of DEIS and UniPC: from their configs, diffusers makes a DPM-Solver++ of the usual kind.
+    # Keys of DEIS and UniPC, from whose configs diffusers builds an ordinary DPM-Solver++.
     "solver_type": (None, "midpoint", "logrho", "bh1", "bh2"),
     "euler_at_final": (None, False),
     "algorithm_type": (None, "dpmsolver++", "sde-dpmsolver++", "deis"),
@@ -31,16 +31,16 @@ IMPLEMENTED_OF_DPM_SOLVER = IMPLEMENTED | {
 
 
 def check_steps(schedule: Schedule, steps: int) -> None:
-    """ValueError for fewer sampling steps than one, or more than were trained."""
+    """Raise ValueError for fewer sampling steps than one, or more than were trained."""
     if not 1 <= steps <= len(schedule):
         raise ValueError(f"steps: expected 1…{len(schedule)}, found {steps}")
 
 
 def spaced(schedule: Schedule, steps: int, default: str) -> np.ndarray:
-    """Time steps t (steps,), falling, as the scheduler config's `timestep_spacing` says.
+    """Return the time steps t (steps,), falling, spaced as the config's `timestep_spacing` says.
 
     "leading" visits 0, T/n, 2T/n … plus `steps_offset`, "trailing" T−1, T−1−T/n …, "linspace" both
-    ends, and between them steps that are not whole. Raises ValueError for an unknown spacing.
+    ends, and fractional steps between them. Raises ValueError for an unknown spacing.
     """
     total = len(schedule)
     spacing = schedule.config.get("timestep_spacing", default)
@@ -54,7 +54,7 @@ def spaced(schedule: Schedule, steps: int, default: str) -> np.ndarray:
 
 
 def timesteps(schedule: Schedule, steps: int) -> np.ndarray:
-    """The steps t (steps,) to visit, falling, as the scheduler config's `timestep_spacing` says.
+    """Return the steps t (steps,) to visit, falling, as the config's `timestep_spacing` says.
 
     By default "leading". Where the offset would lead past the last trained step, that is taken.
 
@@ -66,7 +66,7 @@ def timesteps(schedule: Schedule, steps: int) -> np.ndarray:
 
 
 def sigma_steps(schedule: Schedule, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """The time steps t (steps,), not always whole, and σ (steps + 1,), both falling.
+    """Return the time steps t (steps,), possibly fractional, and σ (steps + 1,), both falling.
 
     Spaced as the scheduler config's `timestep_spacing` says, by default "linspace"; with
     `use_karras_sigmas` as Karras et al. 2022, eq. 5, between the same ends. σ ends with 0. Raises
@@ -82,7 +82,7 @@ def sigma_steps(schedule: Schedule, steps: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def dpm_solver_steps(schedule: Schedule, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same for DPM-Solver++, which leaves out the last of one step more, and rounds t.
+    """Return t and σ of DPM-Solver++, which drops the last of one step more and rounds t.
 
     σ ends with the smallest trained where `final_sigmas_type` is "sigma_min".
     """
@@ -123,7 +123,7 @@ def _karras(least, most, steps):
 
 
 def _time_of(schedule, sigmas):
-    """The time steps, not always whole, at which log σ has these values."""
+    """Return the time steps, possibly fractional, at which log σ has these values."""
     return np.interp(np.log(sigmas), np.log(schedule.sigmas), np.arange(len(schedule)))
 
 

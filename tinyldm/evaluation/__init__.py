@@ -1,1 +1,1 @@
-"""Judging what was painted: attributes read back, metrics, and pictures to look at."""
+"""Evaluation of generated images: attributes read back, metrics, and figures to look at."""

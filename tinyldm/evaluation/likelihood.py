@@ -1,4 +1,4 @@
-"""How probable a diffusion model finds data: the variational bound, in bits for each number.
+"""Likelihood of data under a diffusion model: the variational bound, in bits per dimension.
 
 Ho et al. 2020, eq. 5, with their larger choice of the reverse variance, β, which is the right one
 for data of variance 1, as latents are.
@@ -18,10 +18,10 @@ PredictAt = Callable[[Array, np.ndarray], Array]  # x_t, t (n,) on the host → 
 def bound_terms(
     predict: PredictAt, schedule: Schedule, x0: Array, noise: Array, t: np.ndarray
 ) -> np.ndarray:
-    """What step t adds to the bound, in nats for each number: (n,), float64, on the host.
+    """Compute the term of step t in the bound, in nats per dimension: (n,), float64, on the host.
 
     For t > 0 the divergence of q(x_{t−1} | x_t, x_0) from the model's normal distribution; for
-    t = 0 the model's −log p(x_0 | x_1), a density. x0, noise (n, …); t (n,) whole numbers.
+    t = 0 the model's −log p(x_0 | x_1), a density. x0, noise (n, …); t (n,) integers.
     """
     x = schedule.add_noise(x0, noise, t)
     prediction = predict(x, t)
@@ -43,7 +43,7 @@ def bound_terms(
 
 
 def prior_term(schedule: Schedule, x0: Array) -> np.ndarray:
-    """The divergence of q(x_T | x_0) from N(0, 1), in nats for each number: (n,)."""
+    """Compute the divergence of q(x_T | x_0) from N(0, 1), in nats per dimension: (n,)."""
     last = float(schedule.alphas_bar[-1])
     axes = tuple(range(1, x0.ndim))
     square = np.square(to_device(x0, "cpu").astype(np.float64)).mean(axis=axes)
@@ -53,10 +53,10 @@ def prior_term(schedule: Schedule, x0: Array) -> np.ndarray:
 def bits_per_dim(
     predict: PredictAt, schedule: Schedule, x0: Array, rng: np.random.Generator, draws: int = 1
 ) -> float:
-    """The bound on −log₂ p(x_0) for each number of x0 (n, …), estimated.
+    """Estimate the bound on −log₂ p(x_0), in bits per dimension of x0 (n, …).
 
-    Each sample is looked at once a draw, at a step t from its own share of all; the noise is drawn
-    anew. It is a density: of pictures with levels a width of w apart, log₂(1/w) is to be added.
+    Each draw evaluates every sample at one time step, stratified over the samples, with fresh
+    noise. It is a density: for images with levels a width of w apart, add log₂(1/w).
     """
     n, total = len(x0), len(schedule)
     terms = []

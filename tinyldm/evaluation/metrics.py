@@ -1,4 +1,4 @@
-"""How good is a model, in numbers, each beside the number that it should be compared with."""
+"""Metrics of a model, each with a reference value to compare it with."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,22 +24,22 @@ from tinyldm.evaluation.statistics import (
 from tinyldm.models import ClassNames
 from tinyldm.sampling.pipeline import Pipeline
 
-SEED = 20_260_101  # of pictures, captions and noise for scoring: none of them is in a training set
+SEED = 20_260_101  # of images, captions and noise for scoring: none of them is in a training set
 BATCH = 50
-DRAWS = 4  # of noise, for each picture whose likelihood is estimated
+DRAWS = 4  # of noise, for each image whose likelihood is estimated
 BANDS = 5  # of noise levels, from the least to the most
-FEWEST_FOR_COPIES = 19  # held-out pictures, to know what the nearest 5 % of them are
-NEIGHBOURS = 3  # among which a picture counts as real
+FEWEST_FOR_COPIES = 19  # held-out images, to know what the nearest 5 % of them are
+NEIGHBOURS = 3  # the k-th nearest, of precision and recall
 CELLS = 4  # positions along each side of the latents that features are averaged over
 
-Describe = Callable[[np.ndarray], np.ndarray]  # of uint8 pictures (n, h, w, 3): float64 (n, d)
+Describe = Callable[[np.ndarray], np.ndarray]  # of uint8 images (n, h, w, 3): float64 (n, d)
 
 
 def loss_by_noise(pipeline: Pipeline, data: Dataset, bands: int = BANDS) -> list[float]:
-    """The denoiser's mean squared error on pictures, in equal bands of the time step t.
+    """Measure the denoiser's mean squared error on images, in equal bands of the time step t.
 
     A loss over all t hides what is learnt: at low noise little is left to remove, at high noise
-    only the caption says what to paint. Noise and steps are always the same.
+    only the caption says what to generate. Noise and steps are always the same.
     """
     rng = np.random.default_rng(SEED)
     xp, schedule = pipeline.xp, pipeline.schedule
@@ -58,9 +58,9 @@ def loss_by_noise(pipeline: Pipeline, data: Dataset, bands: int = BANDS) -> list
 
 
 def likelihood(pipeline: Pipeline, data: Dataset) -> float:
-    """Bits for each number of the latents, given the captions; of pixels where there is no f.
+    """Estimate bits per dimension of the latents given the captions; of pixels where f = 1.
 
-    Of latents it is a density, which can be negative; of pixels that of one level of 256.
+    For latents it is a density, which can be negative; for pixels it is that of one of 256 levels.
     """
     latents, condition = pipeline.encode(data.images), pipeline.embed(data.captions)
     beside = seen_beside(pipeline, data)
@@ -85,14 +85,14 @@ def evaluate(
     shapes: Callable[[str], str] | None = None,
     features: Describe | None = None,
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """Score a model against the pictures it was trained on and those it never saw.
+    """Score a model against its training images and the held-out ones.
 
-    count: pictures to paint. shapes: read attributes back by rule, of text half of them of held-out
-    pairs; it turns a caption into what the model paints from. A model with a task is given what it
-    needs of held-out pictures, and is compared with them. features: what Fréchet and kernel
-    distance, precision and recall are measured in, which the caller then notes as
-    result["features"]; by default `latent_features`.
-    Returns what eval.json holds, and the pictures nearest to training ones beside those:
+    count: images to generate. shapes: turns a caption into the model's prompt; with it attributes
+    are read back by rule, for text half of them of held-out pairs. A model with a task is
+    conditioned on held-out images and compared with them. features: the features in which Fréchet
+    and kernel distance, precision and recall are measured, by default `latent_features`; the caller
+    notes others as result["features"].
+    Returns what eval.json holds, and the samples nearest to training images with those images:
     {"samples", "nearest": uint8 (n, h, w, 3)}.
     """
     true = held_out if len(held_out) else training
@@ -112,7 +112,7 @@ def evaluate(
         for name, data in (("training", training), ("held_out", held_out))
         if len(data)
     }
-    with tqdm(total=count, desc="painting", unit="picture", disable=None) as bar:
+    with tqdm(total=count, desc="sampling", unit="image", disable=None) as bar:
 
         def painted_of(prompts, scene=None):
             return _paint(pipeline, prompts, scene, bar, steps=steps, guidance=guidance)
@@ -130,7 +130,7 @@ def evaluate(
 
 
 def _score_shapes(pipeline, painted_of, count, prompt_of, result):
-    """Attributes read back by rule, of true pictures, reconstructions and painted ones."""
+    """Score attributes by rule, on real, reconstructed and generated images."""
     side = pipeline.size[0]
     sets = {"seen": False}
     if not isinstance(pipeline.tokenizer, ClassNames):  # a held-out pair is no class
@@ -149,7 +149,7 @@ def _score_shapes(pipeline, painted_of, count, prompt_of, result):
 
 
 def _score_task(pipeline, painted_of, count, true, shapes, result):
-    """What a model makes of what its task gives it of true pictures."""
+    """Score a model with a task, conditioned on real images."""
     truth = true.pick([i % len(true) for i in range(count)])
     scene = given(pipeline.task, truth, shapes is not None)
     painted = painted_of(truth.captions, scene)
@@ -176,14 +176,14 @@ def _paint(pipeline, prompts, scene, bar, **options) -> np.ndarray:
 
 
 def _compare(features, painted, training, held_out, result):
-    """How the painted pictures lie among the true ones; → pictures beside their nearest."""
+    """Compare generated with real images; → those nearest to training images, and the latter."""
     at, distance = nearest_images(painted, training.images)
     result["nearest"] = {"painted": float(np.median(distance))}
     n = min(len(painted), len(held_out)) if len(held_out) > 1 else len(painted)
     made = features(painted[:n])  # equally many, to compare like with like
     some = training.pick(np.linspace(0, len(training) - 1, min(len(training), 2048)).astype(int))
     real = features(some.images)
-    if min(len(made), len(some)) > 1:  # one picture has no spread
+    if min(len(made), len(some)) > 1:  # one image has no covariance
         result["frechet"] = {"painted": frechet_distance(made, real)}
         result["kernel"] = {"painted": kernel_distance(made, real)}
     if len(made) > NEIGHBOURS and len(some) > NEIGHBOURS:
@@ -205,7 +205,7 @@ def _compare(features, painted, training, held_out, result):
 
 
 def latent_features(pipeline: Pipeline, pictures: np.ndarray) -> np.ndarray:
-    """Features (n, d) of pictures: the first stage's latents, averaged over a coarse grid."""
+    """Features (n, d) of images: the first stage's latents, averaged over a coarse grid."""
     latents = to_device(pipeline.encode(pictures), "cpu")
     n, h, w, c = latents.shape
     rows, columns = (np.array_split(np.arange(side), min(side, CELLS)) for side in (h, w))
@@ -214,16 +214,16 @@ def latent_features(pipeline: Pipeline, pictures: np.ndarray) -> np.ndarray:
 
 
 def table(result: dict) -> str:
-    """The result of `evaluate` as lines of text, each number with what it means."""
+    """Format the result of `evaluate` as lines of text, each value with what it means."""
     lines = []
     if "seen" in result:
         rows = {
-            "the reader on true pictures": result["reader"],
+            "attribute reader, real images": result["reader"],
             "first stage, reconstructions": result["reconstructed"],
-            "painted, combinations seen": result["seen"],
+            "generated, combinations seen": result["seen"],
         }
         if "held_out" in result:
-            rows["painted, combinations held out"] = result["held_out"]
+            rows["generated, combinations held out"] = result["held_out"]
         names = [*ATTRIBUTES, "all"]
         lines.append("right by rule, in %".ljust(32) + "".join(f"{name:>12}" for name in names))
         for title, row in rows.items():
@@ -231,14 +231,14 @@ def table(result: dict) -> str:
                 f"{100 * row[name]:12.1f}" if name in row else " " * 12 for name in names
             )
             lines.append(title.ljust(32) + shares)
-        lines.append(f"{result['captions']} captions painted\n")
+        lines.append(f"{result['captions']} captions generated\n")
     unseen = "held_out" in result["loss_by_noise"]
-    which = "held-out pictures" if unseen else "training pictures (none are held out)"
+    which = "held-out images" if unseen else "training images (none are held out)"
     lines += [
         f"{which}: {result['pictures']['held_out' if unseen else 'trained_on']}",
         _row("first stage, PSNR", f"{result['psnr']:.1f} dB",
-             "decoded against the picture; 30 is soft, 40 is hard to tell apart"),
-        _row("first stage, SSIM", f"{result['ssim']:.3f}", "the same for structure; 1 is equal"),
+             "decoded against the image; 30 is soft, 40 is hard to tell apart"),
+        _row("first stage, SSIM", f"{result['ssim']:.3f}", "structural similarity; 1 is equal"),
     ]  # fmt: skip
     lines += _rows_of_task(result.get("task", {}))
     for name, losses in result["loss_by_noise"].items():
@@ -248,16 +248,16 @@ def table(result: dict) -> str:
     bits = f"{result['bits']['training']:.3f}"
     if unseen:
         bits += f" (held-out {result['bits']['held_out']:.3f})"
-    meaning = "at most, to write down a number of the latents (of the pixels, if f = 1)"
-    lines.append(_row("bits per number", bits, meaning))
+    meaning = "upper bound, per latent value (per pixel value, if f = 1)"
+    lines.append(_row("bits per dimension", bits, meaning))
     if "frechet" in result:
         lines.append(_compared_by(result["features"]))
     meanings = {
-        "frechet": ("Fréchet distance", "of painted to training pictures; 0 is alike"),
-        "kernel": ("kernel distance", "the same without assuming Gaussians; about 0 is alike"),
-        "precision": ("precision", "share of the painted that lie among training pictures"),
-        "recall": ("recall", "share of training pictures that lie among the painted"),
-        "nearest": ("nearest training picture", "median difference, in levels of 255"),
+        "frechet": ("Fréchet distance", "of generated to training images; 0 is alike"),
+        "kernel": ("kernel distance", "KID, without assuming Gaussians; about 0 is alike"),
+        "precision": ("precision", "share of generated images that lie among training images"),
+        "recall": ("recall", "share of training images that lie among generated ones"),
+        "nearest": ("nearest training image", "median difference, in levels of 255"),
     }
     for key, (title, meaning) in meanings.items():
         if key not in result:
@@ -269,7 +269,7 @@ def table(result: dict) -> str:
     if "copied" in result["nearest"]:
         share = f"{100 * result['nearest']['copied']:.1f} %"
         lines.append(_row("copied from training", share,
-                          "nearer to a training picture than 95 % of held-out ones are; "
+                          "nearer to a training image than 95 % of held-out ones are; "
                           "about 5 % means that nothing is copied"))  # fmt: skip
     return "\n".join(lines)
 
@@ -279,9 +279,9 @@ def _rows_of_task(task):
         return []
     name = task["name"]
     if "psnr_seen" in task:
-        meaning = "of the part that was not hidden, painted against the picture"
+        meaning = "of the unmasked part, generated against the image"
         return [_row(f"{name}, PSNR", f"{task['psnr_seen']:.1f} dB", meaning)]
-    meaning = "painted against the picture (in brackets: what was given)"
+    meaning = "generated against the image (in brackets: the input)"
     psnrs = f"{task['psnr']:.1f} dB (given {task['psnr_given']:.1f} dB)"
     ssims = f"{task['ssim']:.3f} (given {task['ssim_given']:.3f})"
     return [_row(f"{name}, PSNR", psnrs, meaning), _row(f"{name}, SSIM", ssims, "")]
@@ -289,9 +289,9 @@ def _rows_of_task(task):
 
 def _compared_by(features):
     if features["kind"] == "latents":
-        return _row("pictures compared by", "latents", "averaged over a coarse grid")
-    meaning = f"right on {100 * features['accuracy']:.1f} % of held-out pictures"
-    return _row("pictures compared by", "features of a classifier", meaning)
+        return _row("images compared by", "latents", "averaged over a coarse grid")
+    meaning = f"right on {100 * features['accuracy']:.1f} % of held-out images"
+    return _row("images compared by", "features of a classifier", meaning)
 
 
 def _row(title, numbers, meaning):

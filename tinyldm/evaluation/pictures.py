@@ -1,4 +1,4 @@
-"""Pictures about pictures: grids, strips, animations and curves, drawn with Pillow."""
+"""Figures: grids, strips, animations and curves of images, drawn with Pillow."""
 
 import errno
 import os
@@ -27,7 +27,7 @@ def grid(
     tile: int = 96,
     labels: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Pictures, uint8 (n, h, w, 3), in rows, each enlarged to about `tile` pixels → a PIL image.
+    """Arrange images, uint8 (n, h, w, 3), in rows, enlarged to about `tile` pixels → a PIL image.
 
     captions: a line of text, wrapped, under each; labels: one to the left of each row.
     """
@@ -56,7 +56,7 @@ def grid(
 
 
 def latents_as_pictures(latents: np.ndarray) -> np.ndarray:
-    """Latents (n, h, w, c) → uint8 (n, h, w, 3): three channels, from −3 black to 3 white."""
+    """Show latents (n, h, w, c) as uint8 (n, h, w, 3): three channels, from −3 black to 3 white."""
     shown = np.zeros((*latents.shape[:3], 3), np.float32)
     channels = min(3, latents.shape[3])
     shown[..., :channels] = latents[..., :channels]
@@ -71,9 +71,9 @@ def enlarge(pictures: np.ndarray, factor: int) -> np.ndarray:
 
 
 def curves(series: dict[str, tuple], title: str, logarithmic: bool = True) -> Image.Image:
-    """{name: (steps, values)} as lines → a PIL image.
+    """Plot {name: (steps, values)} as lines → a PIL image.
 
-    The height is logarithmic, without what is 0, or else linear from 0.
+    The vertical axis is logarithmic, without values of 0, or else linear from 0.
     """
     width, height, left, right, bottom = 640, 360, 60, 16, 34
     top = 14 + 15 * len(series)  # the names of the lines, one above the other
@@ -113,16 +113,16 @@ def curves(series: dict[str, tuple], title: str, logarithmic: bool = True) -> Im
 
 
 def picture_format(file: Path) -> str:
-    """The format that the name of a file asks for. ValueError where that is none."""
+    """Return the format that the name of a file asks for. ValueError where that is none."""
     known = Image.registered_extensions()
     kind = known.get(file.suffix.lower())
     if kind not in Image.SAVE:
-        raise ValueError(f"{file}: expected the name of a picture, such as {file.stem or 'a'}.png")
+        raise ValueError(f"{file}: expected the name of an image, such as {file.stem or 'a'}.png")
     return kind
 
 
 def check_picture(file: Path) -> None:
-    """ValueError or OSError where `save_picture` would fail, as far as that can be known before."""
+    """Raise ValueError or OSError where `save_picture` would fail, as far as is known before."""
     kind = picture_format(file)
     try:
         Image.new("RGB", (8, 8)).save(BytesIO(), format=kind)

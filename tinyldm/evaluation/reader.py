@@ -1,8 +1,8 @@
-"""Attributes read back from a picture by rule: no network judges what a network painted.
+"""Attribute reader: reads the attributes of a shape back from its image, by rule, not a network.
 
-The reader sees what is there and knows nothing of the caption. It measures the two colours and how
-much of each pixel the shape covers, and takes the circle, square or triangle that explains this
-best. Every picture gets an answer, the best guess.
+The reader is given the image alone, not the caption. It measures the two colours and how much of
+each pixel the shape covers, and takes the circle, square or triangle that explains this best.
+Every image gets an answer, the best guess.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,10 +26,10 @@ DROP = {"circle": 0, "square": 0, "triangle": (-1 + 0.8 + 0.8) / 3}
 
 
 def read_attributes(image: np.ndarray) -> Attributes:
-    """Read a uint8 picture (side, side, 3). ValueError for any other array, never for a picture."""
+    """Read the attributes of a uint8 image (side, side, 3). ValueError for any other array."""
     side = len(image) if image.ndim else 0
     if image.dtype != np.uint8 or image.shape != (side, side, 3) or side == 0:
-        raise ValueError(f"need a uint8 (side, side, 3) picture, got {image.dtype} {image.shape}")
+        raise ValueError(f"need a uint8 (side, side, 3) image, got {image.dtype} {image.shape}")
     pixels = image.astype(np.float64)
     ground, ink = seen_colours(pixels)
     background = nearest_colour(ground, COLOURS)
@@ -48,7 +48,7 @@ def read_attributes(image: np.ndarray) -> Attributes:
 
 
 def seen_colours(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The colours of ground and shape as painted, two rgb vectors, from float (side, side, 3)."""
+    """Measure the colours of ground and shape, two rgb vectors, in float (side, side, 3)."""
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.median(border, axis=0)  # shapes stay clear of it, stray pixels are outvoted
 
@@ -60,15 +60,15 @@ def seen_colours(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nearest_colour(rgb: np.ndarray, names: Iterable[str]) -> str:
-    """The name of the colour that is nearest to rgb."""
+    """Return the name of the colour that is nearest to rgb."""
     return min(names, key=lambda name: np.square(COLOURS[name] - rgb).sum())
 
 
 def fit_shape(coverage: np.ndarray) -> tuple[str, float, float, float]:
-    """The (shape, x, y, r) nearest to a coverage (side, side) in [0, 1], lengths in pixels."""
+    """Fit the (shape, x, y, r) nearest to a coverage (side, side) in [0, 1], lengths in pixels."""
     # Area and centre of mass hardly change with blur, but faint noise far away adds to them: a
     # steeper coverage drops it, and moves no edge because it is the same at one half.
-    # The tiny constant puts the centre of an empty picture in the middle.
+    # The tiny constant puts the centre of an empty image in the middle.
     mass = np.clip(2 * coverage - 0.5, 0, 1) + 1e-6
     grid = np.arange(len(mass)) + 0.5  # pixel centres
     area = mass.sum()
@@ -84,7 +84,7 @@ def fit_shape(coverage: np.ndarray) -> tuple[str, float, float, float]:
 
 
 def shape_coverage(shape: str, dx: np.ndarray, dy: np.ndarray, r: float) -> np.ndarray:
-    """How much of the pixels at offsets (dx, dy) from its centre a shape covers, in [0, 1]."""
+    """Compute the share of pixels at offsets (dx, dy) from its centre that a shape covers, 0…1."""
     match shape:  # distance from the outline, negative inside
         case "circle":
             distance = np.hypot(dx, dy) - r
@@ -98,7 +98,7 @@ def shape_coverage(shape: str, dx: np.ndarray, dy: np.ndarray, r: float) -> np.n
 
 
 def box_around(image: np.ndarray, margin: int) -> np.ndarray:
-    """bool (h, w), True in the box of what is not ground, and so many pixels around it."""
+    """Return bool (h, w), True in the box around the shape, `margin` pixels larger on each side."""
     pixels = image.astype(np.float64)
     ground, ink = seen_colours(pixels)
     contrast = np.linalg.norm(pixels - ground, axis=2)
@@ -111,13 +111,13 @@ def box_around(image: np.ndarray, margin: int) -> np.ndarray:
 
 
 def score(images: Sequence[np.ndarray], prompts: Sequence[str]) -> dict[str, float]:
-    """The fraction of pictures that show what was asked for: {attribute: 0 … 1, "all": 0 … 1}.
+    """Compute the fraction of images that match their prompts: {attribute: 0 … 1, "all": 0 … 1}.
 
-    prompts: captions, or classes, which say the shape alone. ValueError for one that is none of
-    ours, for unequal numbers, or for no picture at all.
+    prompts: captions, or classes, which name the shape alone. ValueError for a prompt that is
+    neither, for unequal numbers, or for no image at all.
     """
     if len(images) != len(prompts) or len(images) == 0:
-        raise ValueError(f"need a caption per picture, got {len(images)} and {len(prompts)}")
+        raise ValueError(f"need a caption per image, got {len(images)} and {len(prompts)}")
     said = [attributes_in(prompt) for prompt in prompts]
     seen = [read_attributes(image) for image in images]
     right = {

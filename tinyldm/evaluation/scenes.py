@@ -1,4 +1,4 @@
-"""What a task gives of pictures whose truth is known, and what a model makes of that."""
+"""Task inputs made from images with known ground truth, and how near the results come to it."""
 
 import numpy as np
 
@@ -10,15 +10,15 @@ from tinyldm.evaluation.statistics import psnr, ssim
 from tinyldm.sampling.init_image import Scene
 from tinyldm.sampling.pipeline import Pipeline
 
-SEED = 20_260_102  # of the hidden parts
-AROUND = LANCZOS_REACH + 1  # pixels around a shape, so that none that it changed is seen
-GREY = 128  # a hidden part, where it is shown
+SEED = 20_260_102  # of the masks
+AROUND = LANCZOS_REACH + 1  # pixels around a shape, so that the mask covers all that it changed
+GREY = 128  # a masked part, in figures
 
 
 def given(task: str, data: Dataset, shapes: bool = False) -> Scene | None:
-    """The same for the same pictures, always; None for generation, which is given nothing.
+    """Make the input of a task from these images, always the same; None for generation.
 
-    shapes: hide just what is drawn on the ground, and what its outline reaches.
+    shapes: mask just what is drawn on the ground, and what its outline reaches.
     """
     if task == "generation":
         return None
@@ -29,7 +29,7 @@ def given(task: str, data: Dataset, shapes: bool = False) -> Scene | None:
 
 
 def seen_beside(pipeline: Pipeline, data: Dataset) -> Array | None:
-    """What the U-Net sees of these pictures beside their noisy latents, if anything."""
+    """Return the concatenation conditioning of the U-Net for these images, if any."""
     scene = given(pipeline.task, data)
     return scene and scene.beside(pipeline.task, pipeline.to_latents, pipeline.vae.factor)
 
@@ -37,7 +37,7 @@ def seen_beside(pipeline: Pipeline, data: Dataset) -> Array | None:
 def paint(
     pipeline: Pipeline, prompts: list[str], scene: Scene | None = None, **options: object
 ) -> np.ndarray:
-    """Generate one image a prompt, uint8 (n, h, w, 3), in the size of the scene."""
+    """Generate one image per prompt, uint8 (n, h, w, 3), in the size of the scene."""
     size = scene and scene.pictures.shape[1:3]
     for x, _ in pipeline.denoise(
         pipeline.sampling_params(prompts, size=size, **options), None, scene
@@ -47,16 +47,16 @@ def paint(
 
 
 def as_shown(scene: Scene) -> np.ndarray:
-    """The pictures of a scene, grey where they are hidden."""
+    """Return the images of a scene, grey where they are masked."""
     if scene.hidden is None:
         return scene.pictures
     return np.where(scene.hidden[..., None], np.uint8(GREY), scene.pictures)
 
 
 def compare(scene: Scene, painted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """How near the painted pictures are to the true ones, beside what was given to begin with.
+    """Compare generated images with the ground truth, and the input with it as a baseline.
 
-    Of inpainting it is the part that was not hidden, which should stay.
+    For inpainting it compares the unmasked part, which should stay.
     """
     if scene.hidden is not None:
         seen = ~scene.hidden[..., None]

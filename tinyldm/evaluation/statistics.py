@@ -1,4 +1,4 @@
-"""The numbers that judge pictures, from NumPy arrays alone: no model, no files."""
+"""Image metrics, from NumPy arrays alone: no model, no files."""
 
 from collections.abc import Iterator
 from math import isqrt
@@ -7,15 +7,15 @@ import numpy as np
 from scipy.linalg import orthogonal_procrustes
 from scipy.ndimage import gaussian_filter
 
-BLOCK = 2**22  # float64 numbers that one block of a large product holds: 32 MiB
+BLOCK = 2**22  # float64 values that one block of a large product holds: 32 MiB
 WINDOW = 11  # pixels along each side that SSIM compares at a time
-TAIL = 0.05  # share of held-out pictures, the nearest to training pictures, that pass for copies
+TAIL = 0.05  # share of held-out images, the nearest to training images, that pass for copies
 
 
 def psnr(pictures: np.ndarray, truth: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB, the mean over pictures, uint8 (n, h, w, 3).
+    """Peak signal-to-noise ratio in dB, the mean over images, uint8 (n, h, w, 3).
 
-    10 log₁₀(255² / mean squared error): 30 looks soft, 40 is hard to tell apart, equal pictures
+    10 log₁₀(255² / mean squared error): 30 looks soft, 40 is hard to tell apart, equal images
     have 148. ValueError for anything but two such arrays of one shape.
     """
     _check_alike(pictures, truth)
@@ -27,12 +27,12 @@ def psnr(pictures: np.ndarray, truth: np.ndarray) -> float:
 
 
 def ssim(pictures: np.ndarray, truth: np.ndarray) -> float:
-    """Structural similarity, the mean over pictures, uint8 (n, h, w, 3), positions and channels.
+    """Structural similarity, the mean over images, uint8 (n, h, w, 3), positions and channels.
 
-    Do edges and textures lie where they should? 1 is equal, 0 unrelated. Wang, Bovik, Sheikh and
+    It compares local structure: 1 is equal, 0 unrelated. Wang, Bovik, Sheikh and
     Simoncelli (2004), equation 13, in a Gaussian window of σ = 1.5 and 11×11 pixels, wherever it
-    fits; along a side shorter than that at every pixel, of the picture continued by its mirror
-    image. ValueError for anything but two such arrays of one shape.
+    fits. Along a shorter side the image is extended by its mirror image, and every pixel is
+    compared. ValueError for anything but two such arrays of one shape.
     """
     _check_alike(pictures, truth)
     inside = tuple(
@@ -54,11 +54,11 @@ def ssim(pictures: np.ndarray, truth: np.ndarray) -> float:
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """The Fréchet distance of the Gaussians through two sets of features, (n, d) and (m, d).
+    """Fréchet distance of the Gaussians through two sets of features, (n, d) and (m, d).
 
-    How far a set of pictures is from another in mean and spread: 0 is alike. Heusel et al. (2017),
-    equation 6: |μ_a − μ_b|² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½). Few pictures make it larger, so only
-    distances of equal n and m compare. ValueError for features that are not finite numbers, or
+    It compares mean and covariance of two sets of images: 0 is alike. Heusel et al. (2017),
+    equation 6: |μ_a − μ_b|² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½). Few images make it larger, so only
+    distances of equal n and m compare. ValueError for features that are not finite, or
     fewer than two.
     """
     a, b = _check_features(a, b)
@@ -71,19 +71,19 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _covariance_root(features: np.ndarray) -> np.ndarray:
-    """R (d, d) such that RᵀR is the covariance of features (n, d), of any rank."""
+    """Return R (d, d) such that RᵀR is the covariance of features (n, d), of any rank."""
     n, d = features.shape
     r = np.linalg.qr((features - features.mean(axis=0)) / np.sqrt(n - 1), mode="r")
     return np.pad(r, ((0, d - len(r)), (0, 0)))
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """The kernel distance (KID) of two sets of features, (n, d) and (m, d).
+    """Kernel distance (KID) of two sets of features, (n, d) and (m, d).
 
-    How far a set of pictures is from another in every moment up to the third: 0 is alike, and the
-    mean over sets of one origin at any n and m, so it may be negative. Bińkowski et al. (2018),
+    It compares every moment of two sets of images up to the third: 0 is alike. Its mean over sets
+    of one distribution is 0 at any n and m, so it may be negative. Bińkowski et al. (2018),
     section 4: Gretton et al. (2012), equation 3, with the kernel (x·y / d + 1)³. ValueError for
-    features that are not finite numbers, or fewer than two.
+    features that are not finite, or fewer than two.
     """
     a, b = _check_features(a, b)
     across = _kernel_sum(a, b) / (len(a) * len(b))
@@ -91,7 +91,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _kernel_mean(x: np.ndarray) -> float:
-    """The mean of the kernel over all pairs of different rows."""
+    """Compute the mean of the kernel over all pairs of different rows."""
     n, d = x.shape
     equal = (np.square(x).sum(axis=1) / d + 1) ** 3
     return (_kernel_sum(x, x) - equal.sum()) / (n * (n - 1))
@@ -103,10 +103,10 @@ def _kernel_sum(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def precision_recall(made: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """Fidelity and variety of features (n, d) and (m, d): two shares, 0…1.
+    """Precision and recall of features (n, d) and (m, d): fidelity and diversity, shares 0…1.
 
-    Precision: how many of `made` lie among `real`, that is within the distance of some real one
-    from its k-th nearest. Recall: how many of `real` lie among `made`. Kynkäänniemi et al. 2019,
+    Precision: the share of `made` that lie within the k-nearest-neighbour distance of a real one.
+    Recall: the share of `real` that lie near `made` in the same way. Kynkäänniemi et al. 2019,
     section 2. ValueError for fewer than k + 1 of either.
     """
     made, real = _check_features(made, real)
@@ -117,7 +117,7 @@ def precision_recall(made: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[fl
         return np.maximum((a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * (a @ b.T), 0)
 
     def within(a):
-        """The squared radius around each: to its k-th nearest, itself not counted."""
+        """Return the squared radius around each: to its k-th nearest, itself not counted."""
         return np.partition(squares(a, a), k, axis=1)[:, k]
 
     between = squares(made, real)
@@ -127,11 +127,11 @@ def precision_recall(made: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[fl
 
 
 def nearest_images(queries: np.ndarray, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the pictures is nearest to each query, and how near: index and distance, (q,) each.
+    """Find the image nearest to each query, and its distance: index and distance, (q,) each.
 
     queries: uint8 (q, h, w, 3); pictures: uint8 (n, h, w, 3), of which a few hundred are unpacked
     at a time. Distances are root mean square differences in levels of 255, exactly 0 for a copy;
-    the first of equals is taken. ValueError for other arrays, or pictures of another size.
+    the first of equals is taken. ValueError for other arrays, or images of another size.
     """
     _check_pictures("queries", queries)
     _check_pictures("pictures", pictures)
@@ -147,7 +147,7 @@ def nearest_images(queries: np.ndarray, pictures: np.ndarray) -> tuple[np.ndarra
         a, a_square = _unpack(queries[rows])
         for columns in _blocks(len(pictures), width):
             b, b_square = _unpack(pictures[columns])
-            # |a − b|², exact because all are whole numbers below 2⁵³; in float32 most would not be.
+            # |a − b|², exact because all are integers below 2⁵³; in float32 most would not be.
             square = a_square[:, None] + b_square - 2 * (a @ b.T)
             at = square.argmin(axis=1)
             square = square[np.arange(len(a)), at]
@@ -157,32 +157,32 @@ def nearest_images(queries: np.ndarray, pictures: np.ndarray) -> tuple[np.ndarra
 
 
 def _unpack(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures as float64 rows (n, h·w·3), and the squared length of each."""
+    """Unpack images to float64 rows (n, h·w·3) → the rows, and the squared length of each."""
     x = pictures.reshape(len(pictures), -1).astype(np.float64)
     return x, np.einsum("ij,ij->i", x, x)
 
 
 def copied(samples_distance: np.ndarray, real_distance: np.ndarray) -> float:
-    """The share of samples as near to a training picture as the nearest 5 % of held-out ones are.
+    """Estimate the share of samples as near to training images as the nearest 5 % of held-out ones.
 
     About 0.05 where nothing is copied, towards 1 where everything is. The distances, (n,) and
-    (m,), are those that `nearest` finds in the training pictures; that held-out pictures are the
-    measure of them is the idea of Meehan, Chaudhuri and Dasgupta (2020). Blurred pictures are near
+    (m,), are those that `nearest` finds in the training images; held-out images as the reference
+    are the idea of Meehan, Chaudhuri and Dasgupta (2020). Blurred images are near
     to many: a high share is a reason to look at the pairs, not a proof. With m < 19 the nearest
-    held-out picture is the limit, and 1 / (m + 1) is expected. ValueError for distances that are
+    held-out image is the limit, and 1 / (m + 1) is expected. ValueError for distances that are
     not finite, or none.
     """
     named = {"samples_distance": samples_distance, "real_distance": real_distance}
     for name, distance in named.items():
         if distance.ndim != 1 or not distance.size or not _finite(distance):
-            raise ValueError(f"{name}: expected finite numbers (n ≥ 1,), {_found(distance)}")
+            raise ValueError(f"{name}: expected finite values (n ≥ 1,), {_found(distance)}")
     # Weibull's quantile is the one that a new draw falls below in 5 % of cases even at small m.
     limit = np.quantile(real_distance, TAIL, method="weibull")
     return float(np.mean(samples_distance <= limit))
 
 
 def _blocks(n: int, width: int) -> Iterator[slice]:
-    """Slices of n rows such that each, `width` numbers a row, holds at most BLOCK."""
+    """Yield slices of n rows such that each, `width` values a row, holds at most BLOCK."""
     step = max(1, BLOCK // width)
     return (slice(start, start + step) for start in range(0, n, step))
 
@@ -200,11 +200,11 @@ def _check_alike(pictures: np.ndarray, truth: np.ndarray) -> None:
 
 
 def _check_features(*sets: np.ndarray) -> list[np.ndarray]:
-    """Both sets in float64."""
+    """Convert both sets to float64, checked."""
     d = sets[0].shape[-1] if sets[0].ndim else 0
     for name, x in zip("ab", sets, strict=True):
         if x.ndim != 2 or len(x) < 2 or x.shape[1] != d or d == 0 or not _finite(x):
-            raise ValueError(f"{name}: expected finite numbers (n ≥ 2, {d or 'd'}), {_found(x)}")
+            raise ValueError(f"{name}: expected finite values (n ≥ 2, {d or 'd'}), {_found(x)}")
     return [x.astype(np.float64) for x in sets]
 
 

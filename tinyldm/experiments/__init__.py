@@ -1,6 +1,6 @@
-"""Claims of the field, tried at small scale: each a short file that a reader can change.
+"""Experiments: claims of the literature at small scale, each in a short file to read and change.
 
-Each has `run(subject, out, say)`, which writes results.json, table.md and pictures to the folder
-`out`. subject: for how many seconds to train, or for those in `commands.ON_A_RUN` the folder of a
-trained run. `cli.EXPERIMENTS` lists them all.
+Each has `run(subject, out, say)`, which writes results.json, table.md and images to the folder
+`out`. subject: for how many seconds to train, or for those in `ON_A_RUN` the folder of a
+trained run. `cli.experiment` lists them all.
 """

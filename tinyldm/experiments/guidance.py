@@ -1,10 +1,10 @@
-"""How strongly should the caption be followed? (Ho & Salimans 2022)
+"""Guidance scale: how strongly should the caption be followed? (Ho & Salimans 2022)
 
-The same captions are painted from the same noise at rising guidance, at the highest also with its
-standard deviation taken back (Lin et al. 2023, section 3.4). Obedience is the share of captions
-painted right, by rule. What it costs is seen beside true pictures of these very captions: the
-Fréchet distance, precision (how many are like true ones) and recall (how much of their variety is
-there), and the share of pixels that are burnt, with a channel at 0 or 255.
+The same captions are sampled from the same noise at rising guidance, the highest also with
+guidance rescale (Lin et al. 2023, section 3.4). Accuracy is the share of captions whose image
+is right, by rule. Its cost is measured against real images of these very captions: the Fréchet
+distance, precision (fidelity) and recall (diversity), and the share of saturated pixels, with a
+channel at 0 or 255.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ from tinyldm.training.preparation import Say
 from tinyldm.training.signals import Interruptible
 
 GUIDANCE = (1, 1.5, 2, 3, 4, 6, 8)
-RESCALED, RESCALE = (4, 6, 8), 0.7  # the guidance at which it is tried, and how far
+RESCALED, RESCALE = (4, 6, 8), 0.7  # the guidance scales with rescale, and its strength
 CAPTIONS = 500
 SHOWN = 9  # in a row of the sheet
 COLUMNS = {
@@ -31,12 +31,12 @@ COLUMNS = {
     "frechet": ("Fréchet distance", ".3f"),
     "precision": ("precision", ".3f"),
     "recall": ("recall", ".3f"),
-    "saturated": ("burnt pixels", ".2%"),
+    "saturated": ("saturated pixels", ".2%"),
 }
 
 
 def run(folder: Path, out: Path, say: Say) -> list[dict]:
-    """On a run trained on shapes; writes results.json, table.md, guidance.png and samples.png."""
+    """Try guidance scales on a run; writes results.json, table.md, guidance.png and samples.png."""
     pipeline = Pipeline.load(folder)
     side = pipeline.size[0]
     truth, captions = make_shapes(CAPTIONS, side, SEED)
@@ -58,7 +58,7 @@ def run(folder: Path, out: Path, say: Say) -> list[dict]:
     sheet, names = [], []
     with Interruptible() as stop:
         report = Report(out, COLUMNS, stop)
-        # What no denoiser can be better than: other true pictures, through the first stage.
+        # The best that any denoiser can reach: other real images, through the first stage.
         others = pipeline.decode(pipeline.encode(drawn_again(captions, side)))
         report.add({"name": "true pictures", "guidance": None, "rescale": None} | judged(others))
         for guidance, rescale in trials:
@@ -66,26 +66,26 @@ def run(folder: Path, out: Path, say: Say) -> list[dict]:
             pictures = paint(pipeline, captions, guidance=guidance, rescale=rescale, seed=SEED)
             row = {"name": name, "guidance": guidance, "rescale": rescale} | judged(pictures)
             report.add(row)
-            say(f"guidance {name}: {row['accuracy_all']:.1%} of the captions are painted right")
+            say(f"guidance {name}: {row['accuracy_all']:.1%} of the captions are right")
             sheet.append(pictures[:SHOWN])
             names.append(name.replace(", ", "\n"))
     save_picture(
         out / "samples.png", grid(np.concatenate(sheet), columns=len(sheet[0]), labels=names)
     )
-    title = "how far from true pictures, against guidance"
+    title = "Fréchet distance from real images, against guidance"
     save_picture(out / "guidance.png", curves(lines(report.rows), title, logarithmic=False))
     return report.rows
 
 
 def drawn_again(captions: list[str], side: int) -> np.ndarray:
-    """True pictures of these captions, with other geometry, uint8 (n, side, side, 3)."""
+    """Draw real images of these captions, with other geometry, uint8 (n, side, side, 3)."""
     rngs = [np.random.default_rng((SEED + 1, i)) for i in range(len(captions))]
     pairs = zip(captions, rngs, strict=True)
     return np.stack([draw(Attributes.parse(caption), rng, side) for caption, rng in pairs])
 
 
 def lines(rows: list[dict]) -> dict[str, tuple]:
-    """The Fréchet distance against guidance, beside that of true pictures."""
+    """Return the curves: Fréchet distance against guidance, and that of real images."""
 
     def of(chosen):
         return [row["guidance"] for row in chosen], [row["frechet"] for row in chosen]

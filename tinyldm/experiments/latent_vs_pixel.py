@@ -1,10 +1,10 @@
-"""Is diffusion cheaper in latents than in pixels, at the same quality? (Rombach et al. 2022, 4.1)
+"""Latents against pixels: cheaper at the same quality? (Rombach et al. 2022, section 4.1)
 
-The same U-Net is trained on 64×64 shapes at f = 1 (pixels), 2, 4 and 8: for as many seconds each,
-and for as many steps as f = 1 makes in them. What the first stage costs is counted by itself, as
-there. Measured are images a second in training and in sampling (decoding included), how many
-captions are painted right, by rule, how far what is painted is from true pictures in the features
-of a classifier (kernel distance), and what the first stage loses.
+The same U-Net is trained on 64×64 shapes at f = 1 (pixels), 2, 4 and 8: for equal time, and for
+as many steps as f = 1 makes in it. The cost of the first stage is counted by itself, as in the
+paper. Measured are images a second in training and in sampling (decoding included), and the
+share of captions whose image is right, by rule. So are the kernel distance from real images in
+the features of a classifier, and the PSNR of the first stage.
 """
 
 import time
@@ -38,11 +38,11 @@ WIDTHS = (16, 32, 64, 64)  # of the autoencoder, as many as its levels
 BASE = Config(
     preset="latent-vs-pixel", side=64, pictures=8192 + 256, unet_widths=(48, 64, 96), text_width=64
 )
-LOOKS = (0.25, 0.5)  # shares of the time after which quality is measured, beside the end
+LOOKS = (0.25, 0.5)  # shares of the time after which quality is measured, besides the end
 JUDGE_SECONDS = 30.0  # of training, for the classifier
-SHOWN = 9  # pictures of each f
-CAPTIONS = 10, 100  # to paint for a measurement, at least and at most
-TIMED, LONG_ENOUGH = 8, 3.0  # pictures that are painted at once, and again for so many seconds
+SHOWN = 9  # images of each f
+CAPTIONS = 10, 100  # to generate for a measurement, at least and at most
+TIMED, LONG_ENOUGH = 8, 3.0  # images of a batch, repeated for so many seconds
 
 Say = Callable[[str], None]
 
@@ -54,12 +54,12 @@ class Trained:
     pipeline: Pipeline
     steps: int
     seconds: float  # of training, nothing else
-    quality: list[tuple[float, float]]  # (seconds so far, share of captions painted right)
-    pictures: np.ndarray  # that it painted in the end
+    quality: list[tuple[float, float]]  # (seconds so far, share of captions right)
+    pictures: np.ndarray  # generated in the end
 
 
 def run(seconds: float, out: Path, say: Say) -> list[dict]:
-    """All of it; writes results.json, table.md, quality.png and samples.png; → the rows."""
+    """Train and score all f; writes results.json, table.md, quality.png and samples.png; → rows."""
     base, captions = BASE, None
     data = load_data(base)
     training, held_out = data.split(256 / base.pictures, base.seed)
@@ -80,7 +80,7 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
             config = replace(config, **stages)
             tokenizer = Tokenizer.train(data.captions, config.vocabulary, config.tokens)
             place = Place(out / f"f{f}", config, tokenizer, training, held_out, stop, say)
-            if captions is None:  # as many for all as f = 1, the slowest, paints in half the time
+            if captions is None:  # as many for all as f = 1, the slowest, samples in half the time
                 speed = sampling_speed(place.untrained())
                 captions = int(np.clip(speed * seconds / 2, *CAPTIONS))
                 say(f"quality is measured on {captions} captions")
@@ -111,14 +111,14 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
                 }
             rows.append(row)
             write_json(out / "results.json", rows)
-            say(f"f = {f}: {row['accuracy_all']:.0%} of the captions are painted right")
+            say(f"f = {f}: {row['accuracy_all']:.0%} of the captions are right")
     sheets = [one.pictures[:SHOWN] for one in trained.values()]
     save_picture(
         out / "samples.png",
         grid(np.concatenate(sheets), columns=len(sheets[0]), labels=[f"f = {f}" for f in FACTORS]),
     )
     lines = {f"f = {f}": tuple(zip(*one.quality, strict=True)) for f, one in trained.items()}
-    title = "captions painted right against seconds of training"
+    title = "captions right against seconds of training"
     save_picture(out / "quality.png", curves(lines, title, logarithmic=False))
     with replacing(out / "table.md") as temporary:
         temporary.write_text(table(rows), encoding="utf-8")
@@ -127,7 +127,7 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
 
 @dataclass
 class Place:
-    """Where and on what one f is trained."""
+    """The folder, config and data with which one f is trained."""
 
     folder: Path
     config: Config
@@ -143,7 +143,7 @@ class Place:
         (self.folder / "training").mkdir(parents=True, exist_ok=True)
 
     def train_first_stage(self) -> dict:
-        """→ its averaged weights; none for pixels."""
+        """Train the first stage → its averaged weights; none for pixels."""
         params = self.models.vae.init(np.random.default_rng((self.config.seed, 0)))
         if not params:
             return {}
@@ -152,11 +152,11 @@ class Place:
         return dict(run.state.average)
 
     def untrained(self) -> Pipeline:
-        """What pixels are painted with before anything is learnt."""
+        """Return a pipeline in pixels before any training, to time sampling."""
         return self._export(self._second_stage(self.config, {}))
 
     def train_unet(self, first_stage: dict, stage: Stage, looks: tuple[float, ...]) -> Trained:
-        """The same U-Net from the same start, for the length of `stage`."""
+        """Train the same U-Net from the same start, for the length of `stage`."""
         config = replace(self.config, denoiser=stage)
         state = self._second_stage(config, first_stage)
         batch_at, _ = self._run(state).latent_batches()
@@ -192,37 +192,37 @@ class Place:
 
 
 class Clock:
-    """Seconds that it has run."""
+    """A stopwatch: the seconds that it has run."""
 
     def __init__(self):
         self.passed, self.since = 0.0, None
 
     def go(self) -> None:
-        """From now on."""
+        """Start or resume the stopwatch."""
         self.since = time.monotonic()
 
     def stop(self) -> None:
-        """Until now."""
+        """Pause the stopwatch."""
         self.passed, self.since = self.read(), None
 
     def read(self) -> float:
-        """So far."""
+        """Return the seconds so far."""
         return self.passed + (time.monotonic() - self.since if self.since else 0.0)
 
 
 def prompts() -> list[str]:
-    """Captions to paint, none of whose pictures were trained on."""
+    """Return captions to generate, none of whose images were trained on."""
     return make_shapes(CAPTIONS[1], 16, seed=20_261_125)[1]
 
 
 def painted(pipeline: Pipeline, count: int) -> tuple[np.ndarray, list[str]]:
-    """So many pictures, uint8 (n, 64, 64, 3), and their captions."""
+    """Generate `count` images, uint8 (n, 64, 64, 3) → images, captions."""
     captions = prompts()[:count]
     return paint(pipeline, captions), captions
 
 
 def sampling_speed(pipeline: Pipeline) -> float:
-    """Pictures a second, from caption to pixels."""
+    """Measure images a second, from caption to pixels."""
     captions, painted = prompts()[:TIMED], 0
     pipeline(captions[:2], steps=1)
     started = time.monotonic()
@@ -232,18 +232,18 @@ def sampling_speed(pipeline: Pipeline) -> float:
 
 
 def first_stage_psnr(pipeline: Pipeline, held_out: Dataset) -> float:
-    """Of held-out pictures, in dB; 100 where nothing is lost."""
+    """Compute the PSNR of held-out images, in dB; 100 where nothing is lost."""
     pictures = held_out.images[:128]
     decoded = pipeline.decode(pipeline.encode(pictures))
     return min(100.0, psnr(decoded, pictures))
 
 
 def table(rows: list[dict]) -> str:
-    """The rows in Markdown, each beside f = 1."""
+    """Format the rows in Markdown, each relative to f = 1."""
     first = rows[0]
     lines = [
         "| f | steps | training, images/s | sampling, images/s | captions right | the same after "
-        f"{first['steps']:,} steps | distance from true pictures | first stage |",
+        f"{first['steps']:,} steps | distance from real images | first stage |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -1,10 +1,10 @@
-"""How many steps does which sampler need?
+"""Samplers: how many steps does each of them need?
 
-Every sampler paints the same captions from the same noise, in few steps and in many. What a step
-costs differs, so network calls are counted: how often the U-Net sees each picture, twice a
-prediction where there is guidance. Those that draw no noise on the way all solve one differential
-equation: how far they are from where DDIM gets in 200 steps is their error, but for a little that
-stays, because where their steps begin and end differs, as in diffusers.
+Every sampler generates the same captions from the same noise, in few steps and in many. The cost
+of a step differs, so network calls are counted: U-Net evaluations per image, two a prediction
+with guidance. Samplers that draw no noise on the way all solve one differential equation: their
+error is the distance from the result of DDIM in 200 steps. A little of it stays, because their
+first and last time steps differ, as in diffusers.
 """
 
 import contextlib
@@ -31,15 +31,15 @@ CAPTIONS = 200
 COLUMNS = {
     "sampler": ("sampler", ""),
     "steps": ("steps", "d"),
-    "network_calls": ("network calls a picture", "g"),
-    "seconds": ("seconds a picture", ".3g"),
+    "network_calls": ("network calls per image", "g"),
+    "seconds": ("seconds per image", ".3g"),
     "accuracy_all": ("captions right", ".1%"),
     "distance": ("distance, levels of 255", ".2f"),
 }
 
 
 class Counting(Pipeline):
-    """A pipeline that counts the samples that its U-Net has seen."""
+    """A pipeline that counts the samples that its U-Net evaluates."""
 
     seen = 0
 
@@ -57,7 +57,7 @@ class Counting(Pipeline):
 
 
 def run(folder: Path, out: Path, say: Say) -> list[dict]:
-    """On a run trained on shapes; writes results.json, table.md, plots and samples.png."""
+    """Try samplers and steps on a run; writes results.json, table.md, plots and samples.png."""
     pipeline = Counting.load(folder)
     _, captions = make_shapes(CAPTIONS, pipeline.size[0], SEED)
 
@@ -89,14 +89,14 @@ def run(folder: Path, out: Path, say: Say) -> list[dict]:
     labels = list(SAMPLERS)
     save_picture(out / "samples.png", grid(np.stack(sheet), columns=len(STEPS), labels=labels))
     for key, title in (("accuracy_all", "captions right"), ("distance", "distance")):
-        title = f"{title} against network calls a picture"
+        title = f"{title} against network calls per image"
         plot = curves(lines(report.rows, key), title, logarithmic=key == "distance")
         save_picture(out / f"{key.partition('_')[0]}.png", plot)
     return report.rows
 
 
 def lines(rows: list[dict], key: str) -> dict[str, tuple]:
-    """{sampler: (network calls, numbers)} of those that have one."""
+    """Return {sampler: (network calls, values)} of the samplers that have a value."""
     found = {}
     for sampler in SAMPLERS:
         points = [row for row in rows if row["sampler"] == sampler and row[key] is not None]

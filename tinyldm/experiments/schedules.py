@@ -1,11 +1,11 @@
-"""Which noise schedule, and what should the network predict?
+"""Noise schedules: which one, and what should the network predict?
 
 The same U-Net is trained on the same first stage from the same start, on the same batches and for
 as many steps: with each schedule and each prediction, and two of them with the weights of Hang et
-al. 2023. Their losses measure different things and do not compare; what is painted does, so the
-captions painted right are counted, by rule, of pairs of colour and shape seen in training and of
-others. A schedule without signal at its end (Lin et al. 2023) is tried with v alone: from there a
-prediction of ε does not lead back to a picture, and the schedule refuses it.
+al. 2023. Their losses measure different things and do not compare; their samples do. So the
+captions that are right are counted, by rule, for pairs of colour and shape seen in training and
+for held-out ones. Zero terminal SNR (Lin et al. 2023) is tried with v alone: at its end a
+prediction of ε does not determine the image, and the schedule refuses it.
 """
 
 import time
@@ -38,7 +38,7 @@ TRIALS = [  # schedule, prediction, weighting
     ("linear", "epsilon", "min-snr"),
     ("linear", "v_prediction", "min-snr"),
 ]
-CAPTIONS = 200  # of pairs that were seen, and as many of others
+CAPTIONS = 200  # of pairs seen in training, and as many of held-out ones
 SHOWN = 9  # in a row of the sheet
 COLUMNS = {
     "schedule": ("schedule", ""),
@@ -52,7 +52,7 @@ COLUMNS = {
 
 
 def run(seconds: float, out: Path, say: Say) -> list[dict]:
-    """All of it; writes results.json, table.md, signal-to-noise.png and samples.png; → the rows."""
+    """Run all trials; writes results.json, table.md, signal-to-noise.png, samples.png; → rows."""
     data = load_data(BASE)
     pictures = split(data, BASE)
     tokenizer, base = fit_tokenizer(BASE, data.captions, say)
@@ -101,7 +101,7 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
                 if name == "seen":
                     sheet.append(painted[:SHOWN])
             report.add(row)
-            say(f"{row['accuracy_seen']:.1%} of the captions are painted right")
+            say(f"{row['accuracy_seen']:.1%} of the captions are right")
     labels = ["\n".join(trial) for trial in TRIALS]
     save_picture(
         out / "samples.png", grid(np.concatenate(sheet), columns=len(sheet[0]), labels=labels)
@@ -112,7 +112,7 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
 
 
 def signal_to_noise() -> dict[str, tuple]:
-    """{schedule: (time steps, ᾱ / (1 − ᾱ))}."""
+    """Return {schedule: (time steps, ᾱ / (1 − ᾱ))}."""
     found = {}
     for name, keys in SCHEDULES.items():
         schedule = Schedule(keys | {"prediction_type": "v_prediction"})

@@ -1,4 +1,4 @@
-"""How many captions are painted right, and the rows that say so."""
+"""The accuracy of generated images, and the report of an experiment."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +11,12 @@ from tinyldm.training.signals import Interruptible, Stopped
 
 
 def accuracy(pictures: np.ndarray, captions: Sequence[str]) -> float:
-    """Share of captions of which all five attributes are painted right, by rule."""
+    """Compute the share of captions whose five attributes are all right in the image, by rule."""
     return score(pictures, captions)["all"]
 
 
 class Report:
-    """results.json and table.md, both of them whole after every row.
+    """Report of an experiment: results.json and table.md, both of them whole after every row.
 
     columns: {key of a row: (title, how to format it)} of the table; None is shown as a dash.
     """
@@ -26,7 +26,7 @@ class Report:
         self.rows = []
 
     def add(self, row: dict) -> None:
-        """One more row. Stopped after a signal, once it is written."""
+        """Add a row and write both files. Raises Stopped once it is written, after a signal."""
         self.rows.append(row)
         write_json(self.out / "results.json", self.rows)
         lines = [[title for title, _ in self.columns.values()], ["---"] * len(self.columns)]

@@ -1,4 +1,4 @@
-"""The run that an experiment looks at."""
+"""The trained run on which an experiment works."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from tinyldm.training.state import load_notes, state_files
 
 
 def trained_run(run: str | Path | None, seconds: float, out: Path, say: Say) -> Path:
-    """The folder of a run trained on shapes: `run`, or the demo's model, for `seconds`, in out/run.
+    """Return the folder of a run on shapes: `run`, or the demo's model trained now, in out/run.
 
-    DataError for a run that does not paint captions of them, FileExistsError where out/run holds
-    one already.
+    seconds: of training. Raises DataError for a run on other data, FileExistsError where out/run
+    holds one already.
     """
     if run is None:
         run = out / "run"

@@ -1,13 +1,13 @@
 """Attention in blocks of queries, on any device; the twin of `nn.attention.attention`.
 
-The matrix of scores is made a block at a time and thrown away. What is kept for the backward pass
-is the output and, per query, the logarithm of the softmax's denominator, from which a block's
-probabilities are made again: memory is linear in the number of tokens (Rabe & Staats 2021; Dao et
+The matrix of scores is computed a block at a time and discarded. The backward pass keeps the
+output and, per query, the logarithm of the softmax's denominator, from which a block's
+probabilities are recomputed: memory is linear in the number of tokens (Rabe & Staats 2021; Dao et
 al. 2022, algorithm 4).
 
-A pass over the scores costs as much as the matrix products, so on the way back those do what they
-can: one more column of q with one more row of ones in kᵀ subtracts the logarithm from each row of
-scores, and one more column of dy with one more of ones in v the mean of a row's gradients.
+A pass over the scores costs as much as the matrix products, so these do two subtractions of the
+backward pass. One more column of q with a row of ones in kᵀ subtracts the logarithm from each row
+of scores; one more column of dy with one of ones in v subtracts the mean of a row's gradients.
 """
 
 import functools
@@ -94,7 +94,7 @@ def attention(
 
 
 def _scores(*pairs):
-    """The products a b of pairs (a, b, a, b, …), in scratch memory."""
+    """Compute the products a b of pairs (a, b, a, b, …), in scratch memory."""
     shapes = [(*a.shape[:-1], b.shape[-1]) for a, b in zip(pairs[::2], pairs[1::2], strict=True)]
     memory = scratch(pairs[0], *map(math.prod, shapes))
     products = [part.reshape(shape) for part, shape in zip(memory, shapes, strict=True)]
@@ -104,7 +104,7 @@ def _scores(*pairs):
 
 
 def _score_blocks(n, heads, l, m, budget):
-    """[(samples, heads)], [queries]: any of both together have at most `budget` scores."""
+    """Cut into [(samples, heads)], [queries]: any of both together have at most `budget` scores."""
     if n * heads * l * m <= budget:
         return [(slice(0, n), slice(0, heads))], [slice(0, l)]
     queries = blocks(1, l, m, max(budget, 1) if l * m > budget else l * m)
@@ -112,7 +112,7 @@ def _score_blocks(n, heads, l, m, budget):
 
 
 def _within(limit, q, k, heads, scale):
-    """Whether no score can exceed `limit`: |q·k| ≤ |q| |k|. Not asked on a GPU: it would wait."""
+    """Return whether all scores are within `limit`: |q·k| ≤ |q| |k|. No on a GPU: it would wait."""
     if not on_host(q):
         return False
     of_heads = _head_sums(heads, q.shape[2], q.real.dtype.char)
@@ -122,17 +122,17 @@ def _within(limit, q, k, heads, scale):
 
 @functools.cache
 def _head_sums(heads, d, dtype):
-    """What to multiply (n, l, d) by for the sums over each head, (n, l, heads)."""
+    """Return the matrix that sums (n, l, d) over the features of each head, to (n, l, heads)."""
     return np.repeat(np.eye(heads, dtype=dtype), d // heads, axis=0)
 
 
 def _hidden(xp, ls, m):
-    """−∞ where token i of `ls` may not see token j (l, m), else 0."""
+    """Return the causal mask (l, m): −∞ where token i of `ls` must not attend to token j, or 0."""
     return xp.where(xp.arange(m) > xp.arange(ls.start, ls.stop)[:, None], -math.inf, 0)
 
 
 def _widened(x, heads):
-    """(n, l, d) → (n, heads, l, d / heads + 1), a copy; the last column is not set."""
+    """Copy (n, l, d) → (n, heads, l, d / heads + 1); the last column is not set."""
     x_ = split_heads(x, heads)
     wide = empty((*x_.shape[:3], x_.shape[3] + 1), x)
     wide[..., :-1] = x_

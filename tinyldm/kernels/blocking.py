@@ -15,7 +15,7 @@ from tinyldm.threads import free_cores, map_threads
 # Elements of one array that a memory-bound loop touches at a time: 512 KiB of float32. With fewer,
 # calls would take as long as their work; more would no longer lie in the cache.
 PIECE = 2**17
-WORTH_THREADS = 2**20  # numbers; for less, waking a thread takes too long
+WORTH_THREADS = 2**20  # elements; for fewer, waking a thread takes too long
 
 
 def pieces(*arrays: Array) -> Iterator[tuple[Array, ...]]:
@@ -64,7 +64,7 @@ def runs(x: Array) -> tuple[list[slice], list[slice]]:
 
 
 def shares(work: list, size: int, like: Array) -> list[list]:
-    """Deal work on `size` numbers out to the cores that are free: a run of the list to each.
+    """Deal work on `size` elements out to the cores that are free: a run of the list to each.
 
     There is one run where the work is little, or on a GPU.
     """
@@ -75,7 +75,7 @@ def shares(work: list, size: int, like: Array) -> list[list]:
 
 
 def on_free_cores(function: Callable, work: list, size: int, like: Array) -> list:
-    """`[function(item) for item in work]`, dealt out as by `shares`."""
+    """Compute `[function(item) for item in work]` on the free cores, dealt out as by `shares`."""
     if len(work) == 1:
         return [function(work[0])]
     dealt = shares(work, size, like)
@@ -86,7 +86,7 @@ def on_free_cores(function: Callable, work: list, size: int, like: Array) -> lis
 
 
 def each_piece(function: Callable, *arrays: Array) -> list:
-    """`function` of each of their `pieces`, on the cores that are free."""
+    """Apply `function` to each of the arrays' `pieces`, on the cores that are free."""
     if arrays[0].size <= PIECE:
         return [function(*arrays)]
     cut = list(pieces(*arrays))

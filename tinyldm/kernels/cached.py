@@ -1,4 +1,4 @@
-"""Results for inputs that stay the same, such as the text over all steps of sampling.
+"""Cached results for inputs that stay the same, such as the text over all steps of sampling.
 
     with fixed(context):
         for t in steps:
@@ -52,7 +52,7 @@ def _cost(x, *_, **__):
 
 
 def cached(twin: str) -> Callable:
-    """Make the kernel of a plain function whose first array may be fixed."""
+    """Make the caching kernel of a plain function whose first array may be fixed."""
     module, _, name = twin.rpartition(".")
     plain = getattr(importlib.import_module(f"tinyldm.{module}"), name).__wrapped__
 

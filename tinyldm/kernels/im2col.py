@@ -30,7 +30,7 @@ def _cost(x, w, b=None, stride=1, padding=1):
 
 @functools.lru_cache(maxsize=4096)
 def _cost_of_shapes(x, w, stride, padding):
-    """Fits to measurements of 3×3 kernels on one core (`python -m bench conv`)."""
+    """Estimate the cost, by measurements of 3×3 kernels on one core (`python -m bench conv`)."""
     n, h, width, _ = output_shape(x, w, stride, padding)
     kh, kw, c_in, c_out = w
     of_kernel = 12  # the pixels whose products take as long as BLAS takes to order the kernel
@@ -65,7 +65,7 @@ def im2col(
 
 
 def _rows(seen):
-    """The windows as rows of a matrix, in scratch memory."""
+    """Return the windows as rows of a matrix, in scratch memory."""
     (rows,) = scratch(seen, seen.size)
     rows.reshape(seen.shape)[...] = seen
     return rows.reshape(-1, math.prod(seen.shape[3:]))
@@ -103,7 +103,7 @@ def _weight_gradient(x, dy, shape, stride, padding):
 
 
 def _scatter(dy, w, stride, padding, shape):
-    """Send each dy (n, h', w', c_out) back to the pixels it was computed from."""
+    """Scatter dy (n, h', w', c_out) back to the pixels it was computed from, and add it up."""
     xp = array_module(dy)
     kh, kw, c_in, c_out = w.shape
     top, bottom, left, right = padding

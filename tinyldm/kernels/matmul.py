@@ -13,14 +13,14 @@ from tinyldm.threads import has_small_products
 
 SMALL = 10**6
 TILE = (32, 64)  # rows and columns of a small product
-PANEL = 2**14  # numbers in a right-hand matrix that stays in the first-level cache, nearly
+PANEL = 2**14  # elements of a right-hand matrix that stays in the first-level cache, nearly
 LEAST_ROWS = 64  # with no more, copying the right-hand matrix takes longest: k is halved
 FEW = 256  # rows too few to be worth copying the matrices
 STRIPS = (1024, 768)  # columns at a time of a product with very few rows
 
 
 def product(a: Array, b: Array, out: Array) -> None:
-    """out = a b, for a (..., m, k), b (..., k, n), out (..., m, n) with equal leading axes."""
+    """Compute out = a b, for a (..., m, k), b (..., k, n), out (..., m, n), equal leading axes."""
     if a.ndim > 2 and _too_long(*a.shape[-2:], b.shape[-1], a):
         middle = a.shape[-1] // 2
         product(a[..., :middle], b[..., :middle, :], out)
@@ -35,7 +35,7 @@ def product(a: Array, b: Array, out: Array) -> None:
     n = b.shape[-1]
     rows, columns = _tile(k, n)
     end = m - m % rows
-    b = np.ascontiguousarray(b)  # small products do not like to turn a matrix
+    b = np.ascontiguousarray(b)  # small products are slow with a transposed matrix
     # Cutting an axis in two never copies, so what is written to these views is written to `out`.
     np.matmul(
         a[..., :end, :].reshape(*lead, end // rows, 1, rows, k),
@@ -47,7 +47,7 @@ def product(a: Array, b: Array, out: Array) -> None:
 
 
 def _too_long(m, k, n, like):
-    """Whether halves of k would be small products, where the whole is none and m is few rows."""
+    """Return whether to halve k: halves are small products, the whole is not, and m is few rows."""
     return (
         m <= LEAST_ROWS
         and n <= TILE[1]
@@ -73,7 +73,7 @@ def _tiled(m, k, n, like):
 
 
 def spread(matrix: Array, x: Array, out: Array) -> None:
-    """out = matrix x, for a small matrix (p, q), x (q, n), out (p, n)."""
+    """Compute out = matrix x, for a small matrix (p, q), x (q, n), out (p, n)."""
     n = x.shape[1]
     strip = next((strip for strip in STRIPS if n % strip == 0), STRIPS[0])
     end = n - n % strip if on_host(x) else 0

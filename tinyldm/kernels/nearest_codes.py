@@ -1,4 +1,4 @@
-"""The nearest codes in blocks of vectors, on any device; of `nn.quantize.nearest_codes`."""
+"""Nearest codes in blocks of vectors, on any device; the twin of `nn.quantize.nearest_codes`."""
 
 from tinyldm.backend import Array, array_module
 from tinyldm.kernels.registry import NEVER, kernel
@@ -12,7 +12,7 @@ def _cost(z, codebook):
 
 @kernel("nn.quantize.nearest_codes", cost=_cost)
 def nearest_codes(z: Array, codebook: Array) -> Array:
-    """Compare BLOCK_DISTANCES distances at a time, for less memory."""
+    """Find the nearest codes, BLOCK_DISTANCES distances at a time, for less memory."""
     xp = array_module(z)
     vectors, table = z.real.reshape(-1, z.shape[-1]), codebook.real
     lengths = 0.5 * (table * table).sum(axis=1)

@@ -1,4 +1,4 @@
-"""How a kernel stands in for its plain twin."""
+"""The registry of kernels: faster versions that replace their plain twins."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -13,12 +13,12 @@ NEVER = float("inf")  # the cost of a call that a kernel cannot do
 
 
 def on_cpu(x: Array, *_: object, **__: object) -> float:
-    """Cost of a kernel that does every call whose first array lies on the CPU."""
+    """Return the cost of a kernel that does every call whose first array lies on the CPU."""
     return 0.0 if isinstance(x, np.ndarray) else NEVER
 
 
 def any_device(*_: object, **__: object) -> float:
-    """Cost of a kernel that does every call, on any device."""
+    """Return the cost of a kernel that does every call, on any device."""
     return 0.0
 
 
@@ -39,7 +39,7 @@ def kernel(twin: str, cost: Callable[..., float] = on_cpu) -> Callable[[Callable
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """Within `with plain():` no kernel runs, only the plain functions, in one thread.
+    """Run only the plain functions, no kernel and one thread, within `with plain():`.
 
     For the whole process, set the environment variable TINYLDM_KERNELS to "plain".
     """

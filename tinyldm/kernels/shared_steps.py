@@ -1,4 +1,4 @@
-"""The steps of sampling shared between the cores, what depends on the condition computed once.
+"""Sampling steps shared between the cores, with cached results of the condition.
 
 On any device; the twin of `sampling.pipeline.predictor`.
 """
@@ -20,7 +20,7 @@ from tinyldm.threads import cores, map_threads
 def predictor(
     network: Callable[[Array, Array, Any], Array], condition: Array, at_once: int
 ) -> Iterator[Callable[[Array, float], Array]]:
-    """Cut the batch: `at_once` samples on a core; processes share them where there can be any."""
+    """Cut the batch: `at_once` samples on a core; processes share them where a fork is safe."""
     n, on_cpu, xp = len(condition), on_host(condition), array_module(condition)
     processes = available() if on_cpu else 1
     workers = min(n, processes if processes > 1 else cores() if on_cpu else 1)

@@ -1,4 +1,4 @@
-"""What the kernels of the convolution share: windows, block by block, and small gradients."""
+"""Windows of x for the convolution kernels, block by block, and their small gradients."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from tinyldm.kernels.blocking import shares
 def cut(
     n: int, rows: int, row_bytes: int, budget: int, like: Array
 ) -> list[list[tuple[slice, slice]]]:
-    """The outputs of n samples in blocks (samples, rows), dealt out to the free cores."""
+    """Cut the outputs of n samples into blocks (samples, rows), dealt out to the free cores."""
     budget = budget if on_host(like) else 64 * budget
     size = n * rows * row_bytes // like.itemsize
     return shares(list(cut_blocks(n, rows, row_bytes, budget)), size, like)
@@ -26,7 +26,7 @@ def windows(
     out_w: int,
     blocks: list[tuple[slice, slice]],
 ) -> Iterator[tuple[slice, slice, Array]]:
-    """Yield (samples, output rows, windows): what the outputs of a block see, zeros around x.
+    """Yield (samples, output rows, windows): the windows of a block's outputs, zeros around x.
 
     windows [n, y, x, i, j, c] = x[n, y·stride + i − top, x·stride + j − left, c] is a view of a
     buffer that is filled anew for the next block. blocks: (samples, output rows).
@@ -35,7 +35,7 @@ def windows(
     n, h, w, c = x.shape
     kh, kw = kernel
     top, _, left, _ = padding
-    width = (out_w - 1) * stride + kw  # of x with its padding, as far as it is seen
+    width = (out_w - 1) * stride + kw  # of x with its padding, as far as windows reach
     left_in, right_in = _inside(width, left, w)
     padded = None
     for ns, hs in blocks:
@@ -46,7 +46,7 @@ def windows(
             sn, sh, sw, sc = padded.strides
             shape = (samples, rows, out_w, kh, kw, c)
             strides = (sn, sh * stride, sw * stride, sh, sw, sc)
-            if on_host(x):  # the same without the long way through as_strided
+            if on_host(x):  # the same view as by as_strided, made faster
                 seen = np.ndarray(shape, x.dtype, padded, 0, strides)
             else:
                 seen = xp.lib.stride_tricks.as_strided(padded, shape, strides)
@@ -63,7 +63,7 @@ def windows(
 
 
 def _inside(size, start, length):
-    """The part of 0…size that a picture of this length covers from `start` on."""
+    """Return the part of 0…size that an image of this length covers from `start` on."""
     begin = min(size, max(0, start))
     return begin, max(begin, min(size, start + length))
 

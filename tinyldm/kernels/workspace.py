@@ -13,15 +13,15 @@ from tinyldm.backend import Array, array_module, on_host
 # store, and NumPy aligns its arrays to 16 bytes only.
 
 ALIGNMENT = 64  # bytes
-UNALIGNED = 4096  # numbers; what is smaller is as it comes: the call would cost more
+UNALIGNED = 4096  # elements; smaller arrays stay as they come: the call would cost more
 
 _thread = threading.local()
 
 
 def empty(shape: tuple[int, ...], *like: Array) -> Array:
-    """An array for results of `like`: of their device and common dtype, aligned to cache lines.
+    """Allocate an array for results of `like`: their device and common dtype, on a cache line.
 
-    Its numbers are not set.
+    Its values are not set.
     """
     dtype = like[0].dtype
     for x in like[1:]:
@@ -41,7 +41,7 @@ def _aligned(size, dtype):
 
 
 def scratch(like: Array, *sizes: int) -> list[Array]:
-    """Flat arrays of these sizes in memory that this thread uses again and again.
+    """Return flat arrays of these sizes, in memory that this thread uses again and again.
 
     Valid until the thread asks for scratch again: for use within one function, between two calls
     of others. What is in the cache from the last use need not be fetched from memory.
@@ -57,13 +57,13 @@ def scratch(like: Array, *sizes: int) -> list[Array]:
 
 
 def scratch_like(x: Array, count: int = 1) -> list[Array]:
-    """Arrays of the shape of x in the memory of `scratch`."""
+    """Return arrays of the shape of x in the memory of `scratch`."""
     return [flat.reshape(x.shape) for flat in scratch(x, *[x.size] * count)]
 
 
 @functools.lru_cache(maxsize=4096)
 def _layout(sizes, itemsize):
-    """Where arrays of these sizes lie one after the other, aligned, and the bytes of all."""
+    """Place arrays of these sizes one after the other, aligned → their places, bytes of all."""
     step = ALIGNMENT // itemsize
     starts = [0, *itertools.accumulate(-(-size // step) * step for size in sizes)]
     spans = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]

@@ -1,4 +1,4 @@
-"""The first stage: pictures to latents and back, diffusers' AutoencoderKL.
+"""The first stage: images to latents and back, diffusers' AutoencoderKL.
 
 The encoder gives the moments of a Gaussian over latents, from which z is drawn and decoded (Kingma
 & Welling 2013; Rombach et al. 2022, section 3.1).
@@ -23,7 +23,7 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 
 class AutoencoderKL(coders.Autoencoder):
-    """Pictures (n, h, w, 3) in −1…1 ↔ latents (n, h/f, w/f, latent_channels).
+    """Images (n, h, w, 3) in −1…1 ↔ latents (n, h/f, w/f, latent_channels).
 
     config: the keys of diffusers' AutoencoderKL; f = 2^(number of blocks − 1). ConfigError names
     what is not implemented. Every backward pass is (dy, grads) → dx.
@@ -71,7 +71,7 @@ class AutoencoderKL(coders.Autoencoder):
     def to_latents(
         self, params: Params, images: Array, noise: Array | None = None
     ) -> tuple[Array, Backward]:
-        """Pictures → latents at the scale of the diffusion: (z − shift) · scaling_factor.
+        """Encode images → latents at the scale of the diffusion: (z − shift) · scaling_factor.
 
         `noise` (n, h/f, w/f, latent_channels), standard normal, draws z from the Gaussian;
         without it z is the mean. Raises ValueError for noise of another shape.
@@ -89,7 +89,7 @@ class AutoencoderKL(coders.Autoencoder):
         return (z - shift) * scale, backward
 
     def from_latents(self, params: Params, latents: Array) -> tuple[Array, Backward]:
-        """The way back: latents / scaling_factor + shift, decoded."""
+        """Decode latents at the scale of the diffusion: latents / scaling_factor + shift."""
         scale, shift = self.config.scaling_factor, self.config.shift_factor or 0
         images, decode_back = self.decode(params, latents * (1 / scale) + shift)
 
@@ -100,7 +100,7 @@ class AutoencoderKL(coders.Autoencoder):
 
 
 def split_moments(moments: Array) -> tuple[Array, Array, Array]:
-    """(n, h, w, 2c) → mean, log-variance and where it is within its bounds, all (n, h, w, c).
+    """Split (n, h, w, 2c) → mean, log-variance, where it is within bounds, all (n, h, w, c).
 
     The log-variance is clamped to LOGVAR_RANGE; a clamped entry has slope 0.
     """
@@ -114,7 +114,7 @@ def split_moments(moments: Array) -> tuple[Array, Array, Array]:
 
 @differentiable
 def sample_gaussian(moments: Array, noise: Array | None = None) -> tuple[Array, Backward]:
-    """z = mean + e^(logvar/2) · noise, or the mean (Kingma & Welling 2013, section 2.4).
+    """Draw z = mean + e^(logvar/2) · noise, or the mean (Kingma & Welling 2013, section 2.4).
 
     moments (n, h, w, 2c), noise and z (n, h, w, c).
     """

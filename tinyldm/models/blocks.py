@@ -1,4 +1,4 @@
-"""What the networks are built of: ResNet blocks, attention, transformers, down- and upsampling.
+"""Building blocks of the networks: ResNet blocks, attention, transformers, down- and upsampling.
 
 x (n, h, w, c) features, time (n, d) the embedded time step, context (n, l, d) the embedded text.
 Every parameter has the name it has in a checkpoint. A backward pass is its forward pass read
@@ -19,15 +19,15 @@ from tinyldm.nn.protocol import Backward, Params
 
 
 def plus(a: Array | None, b: Array | None) -> Array | None:
-    """The sum of two gradients, either of which may be None."""
+    """Add two gradients, either of which may be None."""
     return b if a is None else a if b is None else a + b
 
 
 class ResnetBlock(Layer):
-    """x → x + conv(silu(norm(conv(silu(norm(x))) + time))), of diffusers' ResnetBlock2D.
+    """ResNet block: x + conv(silu(norm(conv(silu(norm(x))) + time))), diffusers' ResnetBlock2D.
 
     x (n, h, w, c_in), time (n, d_time) → (n, h, w, c_out); backward gives (dx, dtime). The time
-    has passed its SiLU, which diffusers has here, once for each block. Where
+    has already passed the SiLU that diffusers applies in every block. Where
     c_in ≠ c_out, x passes a 1×1 convolution before it is added (He et al. 2015, eq. 2).
     `init` is that of the last convolution: with zeros the block starts as the identity.
     """
@@ -146,7 +146,7 @@ class FeedForward(Layer):
 
 
 class TransformerBlock(Layer):
-    """Self-attention, attention to the context, feed-forward, each as x + f(norm(x)).
+    """Self-attention, cross-attention to the context, feed-forward, each as x + f(norm(x)).
 
     x (n, l, d), context (n, m, d_context); backward gives (dx, dcontext).
     """
@@ -282,7 +282,7 @@ def downsample(name: str, c: int, padding: Padding) -> Conv2d:
 
 
 class AttentionPool(Layer):
-    """The text as one token (n, l, d) → (n, 1, d): its mean attends to its tokens.
+    """Attention pooling of the text (n, l, d) → (n, 1, d): its mean attends to its tokens.
 
     diffusers' AttentionPooling, after DeepFloyd IF and CLIP's image encoder.
     """
@@ -315,7 +315,7 @@ class AttentionPool(Layer):
 
 
 class TextTimeEmbedding(Layer):
-    """The pooled text as an addition to the time embedding: (n, l, d) → (n, d_time)."""
+    """Pool the text to an addition to the time embedding: (n, l, d) → (n, d_time)."""
 
     def __init__(self, name: str, d: int, d_time: int, heads: int):
         self.norm1 = LayerNorm(f"{name}.norm1", d)

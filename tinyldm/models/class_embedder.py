@@ -13,9 +13,9 @@ DEFAULTS = {"num_classes": 1001, "hidden_size": 512}  # ImageNet's, and the unco
 
 
 class ClassEmbedder(Layer):
-    """class_embedder(params, labels (n,)) → the token of each class (n, 1, d), and backward.
+    """Embed classes: class_embedder(params, labels (n,)) → tokens (n, 1, d), and backward.
 
-    config: num_classes, the one of what has none included, and hidden_size, d.
+    config: num_classes, the unconditional class included, and hidden_size, d.
     """
 
     def __init__(self, config: dict):
@@ -23,7 +23,7 @@ class ClassEmbedder(Layer):
         self.embedding = Embedding("embedding", c.num_classes, c.hidden_size, std=1.0)
 
     def __call__(self, params: Params, labels: Array) -> tuple[Array, Backward]:
-        """backward(dy, grads) → None: labels have no gradient. ValueError for other labels."""
+        """Look up labels; backward(dy, grads) → None: no gradient. ValueError for other shapes."""
         if labels.ndim != 1:
             raise ValueError(f"class_embedder: expected labels (n,), found {labels.shape}")
         y, embedding_back = self.embedding(params, labels)

@@ -1,6 +1,6 @@
-"""A small ResNet that tells what pictures show. Pictures that look alike have features alike.
+"""A small ResNet classifier, whose features compare images: those that look alike are near.
 
-He et al. 2015 with the ResNet blocks of the autoencoder; every attribute of a picture has a linear
+He et al. 2015 with the ResNet blocks of the autoencoder; every attribute of an image has a linear
 layer of its own, on features that all share.
 """
 
@@ -16,7 +16,7 @@ DEFAULTS = {
     "in_channels": 3,
     "widths": [16, 32, 64, 64],  # channels of each level; the sides halve from one to the next
     "norm_num_groups": 8,
-    "stride": 1,  # of the first convolution, as in AlexNet: large pictures become small at once
+    "stride": 1,  # of the first convolution, as in AlexNet: large images become small at once
     "classes": {},  # {attribute: the words that it can take}
 }
 EPS = 1e-6  # of every group norm
@@ -24,10 +24,10 @@ HALVING = (0, 1, 0, 1)  # padding with which a stride of 2 turns h into h // 2, 
 
 
 class Classifier(Layer):
-    """Pictures (n, h, w, in_channels) → for each attribute logits (n, number of its words).
+    """Images (n, h, w, in_channels) → for each attribute logits (n, number of its words).
 
     A side of h pixels has h // stride at the first level, and at the last 1 or more: ValueError
-    for smaller pictures, ConfigError for a config without classes.
+    for smaller images, ConfigError for a config without classes.
     """
 
     def __init__(self, config: dict):
@@ -48,13 +48,13 @@ class Classifier(Layer):
         self.heads = [Linear(f"heads.{name}", before, len(c.classes[name])) for name in c.classes]
 
     def features(self, params: Params, x: Array) -> tuple[list[Array], Backward]:
-        """The features of every level, (n, h, w, c) each, from fine to coarse.
+        """Compute the features of every level, (n, h, w, c) each, from fine to coarse.
 
         backward(dys, grads) → dx takes the gradient of each, or None where there is none.
         """
         if x.ndim != 4 or min(x.shape[1:3]) < self.least:
             raise ValueError(
-                "classifier: expected pictures (n, h, w, c) of at least "
+                "classifier: expected images (n, h, w, c) of at least "
                 f"{self.least}×{self.least}, found {x.shape}"
             )
         h, in_back = self.conv_in(params, x)
@@ -79,7 +79,7 @@ class Classifier(Layer):
         return maps, backward
 
     def pooled(self, params: Params, x: Array) -> tuple[Array, Backward]:
-        """The features of the last level, normalised and averaged over positions: (n, d)."""
+        """Normalise the features of the last level and average them over positions: (n, d)."""
         maps, features_back = self.features(params, x)
         h, norm_back = self.norm_out(params, maps[-1])
         y, mean_back = F.mean(h, (1, 2))

@@ -31,11 +31,11 @@ EPS = 1e-6  # of every group norm in an autoencoder
 
 
 class Autoencoder(Layer):
-    """Pictures (n, h, w, in_channels) ↔ features (n, h/f, w/f, c), f = 2^(number of blocks − 1).
+    """Images (n, h, w, in_channels) ↔ features (n, h/f, w/f, c), f = 2^(number of blocks − 1).
 
-    c: the config. encoded, features: channels that the encoder makes, and that `quant_conv`, if it
-    is there, turns them into. latent_channels: of what `decode` takes, which `post_quant_conv`, if
-    it is there, turns into as many as the config's.
+    c: the config. encoded: output channels of the encoder. features: channels after `quant_conv`,
+    if there is one. latent_channels: channels that `decode` takes; `post_quant_conv`, if any,
+    maps them to the config's.
     """
 
     def __init__(
@@ -61,17 +61,17 @@ class Autoencoder(Layer):
         self.decoder = Decoder("decoder", c)
 
     def recompute(self) -> None:
-        """From now on keep no activations inside a layer: less memory, one more forward pass."""
+        """Keep no activations inside a layer from now on: less memory, one more forward pass."""
         for coder in (self.encoder, self.decoder):
             coder.layers = [Recomputed(layer) for layer in coder.layers]
 
     def init(self, rng: Generator) -> Params:
-        """Fresh parameters. Biases start at 0, unlike the U-Net's: a faster, steadier start."""
+        """Draw parameters. Biases start at 0, unlike the U-Net's: a faster, steadier start."""
         params = super().init(rng)
         return {name: w * 0 if name.endswith(".bias") else w for name, w in params.items()}
 
     def encode(self, params: Params, images: Array) -> tuple[Array, Backward]:
-        """→ features (n, h/f, w/f, c). backward(dy, grads) → dimages.
+        """Encode images → features (n, h/f, w/f, c). backward(dy, grads) → dimages.
 
         Raises ValueError for another number of channels, or a size that f does not divide.
         """
@@ -96,7 +96,7 @@ class Autoencoder(Layer):
         return h, backward
 
     def decode(self, params: Params, z: Array) -> tuple[Array, Backward]:
-        """Latents (n, h/f, w/f, latent_channels) → pictures (n, h, w, out_channels)."""
+        """Decode latents (n, h/f, w/f, latent_channels) → images (n, h, w, out_channels)."""
         h, features_back = self.decode_features(params, z)
         images, conv_back = self.decoder.conv_out(params, h)
 
@@ -106,7 +106,7 @@ class Autoencoder(Layer):
         return images, backward
 
     def decode_features(self, params: Params, z: Array) -> tuple[Array, Backward]:
-        """`decode` without its last convolution: → features (n, h, w, c) that it is applied to."""
+        """Decode without the last convolution: → features (n, h, w, c) that it is applied to."""
         if self.post_quant:
             z, quant_back = self.post_quant(params, z)
         h, decoder_back = self.decoder(params, z)
@@ -119,7 +119,7 @@ class Autoencoder(Layer):
 
 
 class Encoder(Layer):
-    """Pictures (n, h, w, in_channels) → (n, h/f, w/f, moments); `c` is the config."""
+    """Encode images (n, h, w, in_channels) → (n, h/f, w/f, moments); `c` is the config."""
 
     def __init__(self, name: str, c: SimpleNamespace, moments: int):
         widths = list(c.block_out_channels)
@@ -193,7 +193,7 @@ def _middle(name, width, c):
 
 
 def _chain(layers, params, x):
-    """The layers one after the other."""
+    """Apply the layers one after the other."""
     backs = []
     for layer in layers:
         x, layer_back = layer(params, x)

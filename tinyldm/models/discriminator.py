@@ -1,4 +1,4 @@
-"""Real or decoded? A network that judges patches of pictures, so that a decoder learns detail."""
+"""Patch discriminator: real or decoded? By deceiving it a decoder learns detail."""
 
 from tinyldm.backend import Array
 from tinyldm.nn.activations import leaky_relu
@@ -11,14 +11,14 @@ EPS = 1e-5  # of every group norm
 
 
 class PatchDiscriminator(Layer):
-    """Pictures (n, h, w, c_in) → logits (n, h', w', 1), high where a patch looks real.
+    """Images (n, h, w, c_in) → logits (n, h', w', 1), high where a patch looks real.
 
     `layers` convolutions of stride 2 and two of stride 1, all 4×4 (Isola et al. 2017, section 6.1;
-    latent diffusion's NLayerDiscriminator). Each logit sees 34 pixels each way with two layers, 70
-    with three. Where those have BatchNorm there is GroupNorm here: a batch's own statistics would
+    latent diffusion's NLayerDiscriminator). The receptive field of a logit is 34 pixels wide with
+    two layers, 70 with three. GroupNorm replaces BatchNorm: a batch's own statistics would
     give a batch that is split, over cores or in parts, other gradients than the whole.
 
-    Raises ValueError, as `conv2d` does, for pictures that are too small: 16 pixels will do for two
+    Raises ValueError, as `conv2d` does, for images that are too small: 16 pixels will do for two
     layers.
     """
 

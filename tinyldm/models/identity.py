@@ -9,7 +9,7 @@ DEFAULTS = {"in_channels": 3, "scaling_factor": 1.0, "sample_size": 32}
 
 
 class IdentityFirstStage(Layer):
-    """Pictures (n, h, w, in_channels) ↔ the same, times scaling_factor; f = 1, no parameters.
+    """Identity as first stage: images ↔ images · scaling_factor; f = 1, no parameters.
 
     It stands where AutoencoderKL and VQModel do, for diffusion in pixels (Ho et al. 2020).
     """
@@ -24,7 +24,7 @@ class IdentityFirstStage(Layer):
     def to_latents(
         self, params: Params, images: Array, noise: Array | None = None
     ) -> tuple[Array, Backward]:
-        """Pictures → pictures at the scale of the diffusion. `noise` is not used."""
+        """Scale images to the scale of the diffusion. `noise` is not used."""
         return self._scaled(images, self.config.scaling_factor)
 
     def latent_distribution(self, params: Params, images: Array) -> tuple[Array, Array | None]:
@@ -32,7 +32,7 @@ class IdentityFirstStage(Layer):
         return self.to_latents(params, images)[0], None
 
     def from_latents(self, params: Params, latents: Array) -> tuple[Array, Backward]:
-        """The way back."""
+        """Divide latents by scaling_factor, the inverse of `to_latents`."""
         return self._scaled(latents, 1 / self.config.scaling_factor)
 
     def _scaled(self, x, scale):

@@ -37,7 +37,7 @@ class UNetLayer(Layer):
 def run_layers(
     layers: list[UNetLayer], params: Params, x: Array, time: Array, context: Array | None
 ) -> tuple[Array, Backward]:
-    """The layers one after the other, as in the middle of the U-Net."""
+    """Run the layers one after the other, as in the middle of the U-Net."""
     backs = []
     for layer in layers:
         x, layer_back = layer(params, x, time, context)
@@ -54,7 +54,7 @@ def run_layers(
 
 
 class DownBlock(Layer):
-    """Layers, then half the size; everything on the way is a skip for the way up."""
+    """Layers, then downsampling; everything on the way is a skip for the way up."""
 
     def __init__(self, layers: list[UNetLayer], down: Conv2d | None):
         self.layers, self.down = layers, down
@@ -62,7 +62,7 @@ class DownBlock(Layer):
     def __call__(
         self, params: Params, x: Array, time: Array, context: Array | None
     ) -> tuple[list[Array], Backward]:
-        """→ the skips, of which the last one is the block's result."""
+        """Run the block → its skips, of which the last one is its result."""
         skips, backs = [], []
         for layer in self.layers:
             x, layer_back = layer(params, x, time, context)
@@ -73,7 +73,7 @@ class DownBlock(Layer):
             skips.append(x)
 
         def backward(dy, dskips, grads):
-            """→ dx, dtime, dcontext; takes this block's own gradients from the end of `dskips`."""
+            """Return dx, dtime, dcontext; takes its own gradients from the end of `dskips`."""
             dtime = dcontext = None
             if self.down:
                 dy = down_back(dy + dskips.pop(), grads)
@@ -86,7 +86,7 @@ class DownBlock(Layer):
 
 
 class UpBlock(Layer):
-    """Layers, each joined by the skip of its size, then twice the size."""
+    """Layers, each joined by the skip of its size, then upsampling."""
 
     def __init__(self, layers: list[UNetLayer], up: Upsample | None):
         self.layers, self.up = layers, up
@@ -100,7 +100,7 @@ class UpBlock(Layer):
         context: Array | None,
         size: tuple[int, int] | None,
     ) -> tuple[Array, Backward]:
-        """`skips`: one a layer, the last one down first. `size`: (h, w) of y, None for twice x."""
+        """Run the block. `skips`: one a layer, newest first. `size`: of y, None for twice x."""
         backs = []
         for layer, skip in zip(self.layers, skips, strict=True):
             x, join_back = F.concatenate(x, skip)
@@ -110,7 +110,7 @@ class UpBlock(Layer):
             x, up_back = self.up(params, x, size)
 
         def backward(dy, grads):
-            """→ dx, the gradients of `skips` in their order, dtime, dcontext."""
+            """Return dx, the gradients of `skips` in their order, dtime, dcontext."""
             dskips, dtime, dcontext = [], None, None
             if self.up:
                 dy = up_back(dy, grads)

@@ -24,7 +24,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
 class TextEncoder(Layer):
-    """text(params, token_ids (n, l)) → hidden states after the last norm (n, l, d), and backward.
+    """CLIP's text model: token_ids (n, l) → hidden states after the last norm (n, l, d), backward.
 
     config: the keys of transformers' CLIPTextConfig; ConfigError names what is not implemented.
     """
@@ -41,7 +41,7 @@ class TextEncoder(Layer):
             )
         d = c.hidden_size
         root = "text_model"
-        # Words start far apart. CLIP, with 0.02, has far longer to pull them from one another.
+        # Embeddings start far apart. CLIP starts with 0.02, and trains far longer to separate them.
         self.tokens = Embedding(f"{root}.embeddings.token_embedding", c.vocab_size, d, std=1.0)
         self.positions = Offset(
             f"{root}.embeddings.position_embedding.weight", c.max_position_embeddings, d, std=0.1
@@ -52,7 +52,7 @@ class TextEncoder(Layer):
         self.norm = LayerNorm(f"{root}.final_layer_norm", d, c.layer_norm_eps)
 
     def __call__(self, params: Params, token_ids: Array) -> tuple[Array, Backward]:
-        """backward(dy, grads) → None: token ids have no gradient.
+        """Encode token ids; backward(dy, grads) → None: they have no gradient.
 
         Raises ValueError for ids that are not (n, l), outside the vocabulary, or too many.
         """
@@ -76,7 +76,7 @@ class TextEncoder(Layer):
 
 
 class EncoderLayer(Layer):
-    """x → x + attention(norm(x)), then x → x + mlp(norm(x)); x (n, l, d), `c` the config."""
+    """Transformer layer, x (n, l, d): x + attention(norm(x)), then x + mlp(norm(x)). c: config."""
 
     def __init__(self, name: str, c: SimpleNamespace):
         d = c.hidden_size

@@ -79,7 +79,7 @@ UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
 
 class UNet(Layer):
-    """unet(params, x, t, context, labels) → prediction of the shape of x, and backward.
+    """U-Net: unet(params, x, t, context, labels) → prediction of the shape of x, and backward.
 
     config: the keys of diffusers' UNet2DConditionModel; ConfigError names what is not implemented.
     """
@@ -93,7 +93,7 @@ class UNet(Layer):
             if c.cross_attention_dim != widths:
                 raise ConfigError(
                     f"unet config: cross_attention_dim = {c.cross_attention_dim} is not "
-                    f"implemented, only one number, or {widths}, with which levels attend to "
+                    f"implemented, only one integer, or {widths}, with which levels attend to "
                     "themselves"
                 )
 
@@ -203,7 +203,7 @@ class UNet(Layer):
         self.needs_context = (attends and not to_itself) or self.add_embedding is not None
 
     def recompute(self) -> None:
-        """From now on keep no activations inside a layer: less memory, one more forward pass."""
+        """Keep no activations inside a layer from now on: less memory, one more forward pass."""
         for block in [*self.down_blocks, *self.up_blocks]:
             block.layers = [Recomputed(layer) for layer in block.layers]
         self.mid_layers = [Recomputed(layer) for layer in self.mid_layers]
@@ -216,7 +216,7 @@ class UNet(Layer):
         context: Array | None = None,
         labels: Array | None = None,
     ) -> tuple[Array, Backward]:
-        """x (n, h, w, c) noisy latents, t (n,) time steps, context (n, l, d), labels (n,) classes.
+        """Denoise latents x (n, h, w, c) at t (n,), with context (n, l, d), class labels (n,).
 
         Where cross_attention_dim lists the widths of the levels there is no context: the levels
         attend to themselves.
@@ -260,7 +260,7 @@ class UNet(Layer):
         return y, backward
 
     def _embed_time(self, params, x, t, context, labels):
-        """Time step, and with them label and pooled text, as one vector (n, d_time)."""
+        """Embed the time step, and with it label and pooled text, as one vector (n, d_time)."""
         c = self.config
         waves = F.time_embedding(t, self.linear_1.d_in, c.flip_sin_to_cos, c.freq_shift)
         h, back_1 = self.linear_1(params, waves.astype(x.dtype))
@@ -272,14 +272,14 @@ class UNet(Layer):
         if self.add_embedding:
             text, text_back = self.add_embedding(params, context)
             time = time + text
-        time, time_back = silu(time)  # as every ResNet block wants it
+        time, time_back = silu(time)  # once for all ResNet blocks
 
         def backward(dtime, grads):
             dtime = time_back(dtime)
             if self.class_embedding:
                 label_back(dtime, grads)
             dcontext = text_back(dtime, grads) if self.add_embedding else None
-            back_1(silu_back(back_2(dtime, grads)), grads)  # whole numbers have no gradient
+            back_1(silu_back(back_2(dtime, grads)), grads)  # integers have no gradient
             return dcontext
 
         return time, backward

@@ -1,7 +1,7 @@
-"""The other first stage: latents that are made of a codebook's vectors, diffusers' VQModel.
+"""The vector-quantised first stage: latents from a learned codebook, diffusers' VQModel.
 
-Rombach et al. 2022, section 3.1 and appendix D.1: the diffusion sees the latents before they are
-quantised, and to quantise them is the first thing that the decoder does.
+Rombach et al. 2022, section 3.1 and appendix D.1: the diffusion works on the latents before
+quantisation, and the decoder quantises them first of all.
 """
 
 from tinyldm.backend import Array, array_module
@@ -20,7 +20,7 @@ FIXED = coders.FIXED | {"norm_type": ["group"], "lookup_from_codebook": [False]}
 
 
 class VQModel(coders.Autoencoder):
-    """Pictures (n, h, w, 3) in −1…1 ↔ latents (n, h/f, w/f, c) before quantisation.
+    """Images (n, h, w, 3) in −1…1 ↔ latents (n, h/f, w/f, c) before quantisation.
 
     c is vq_embed_dim or, where that is None, latent_channels. config: the keys of diffusers'
     VQModel; ConfigError names what is not implemented.
@@ -32,7 +32,7 @@ class VQModel(coders.Autoencoder):
         super().__init__(c, c.latent_channels, d, d)
         self.quantize = Codebook("quantize.embedding", c.num_vq_embeddings, d)
 
-    draws_noise = False  # latents are what the encoder makes
+    draws_noise = False  # latents are the encoder's output
 
     def sample(
         self, params: Params, images: Array, noise: Array | None = None
@@ -63,7 +63,7 @@ class VQModel(coders.Autoencoder):
         return {"usage": float(used.mean()), "perplexity": quantize.perplexity(codes, count)}
 
     def decode_features(self, params: Params, z: Array) -> tuple[Array, Backward]:
-        """Latents at the autoencoder's own scale, quantised and decoded → features."""
+        """Quantise latents at the autoencoder's own scale and decode them → features."""
         z, quantize_back = self.quantize(params, z)
         h, features_back = super().decode_features(params, z)
 
@@ -75,7 +75,7 @@ class VQModel(coders.Autoencoder):
     def to_latents(
         self, params: Params, images: Array, noise: Array | None = None
     ) -> tuple[Array, Backward]:
-        """Pictures → latents at the scale of the diffusion. `noise` is not used: none is drawn."""
+        """Encode images → latents at the scale of the diffusion. `noise` is not used."""
         z, encode_back = self.encode(params, images)
         scale = self.config.scaling_factor
 
@@ -85,7 +85,7 @@ class VQModel(coders.Autoencoder):
         return z * scale, backward
 
     def from_latents(self, params: Params, latents: Array) -> tuple[Array, Backward]:
-        """The way back: latents / scaling_factor, quantised and decoded."""
+        """Decode latents at the scale of the diffusion: divided by scaling_factor, quantised."""
         scale = self.config.scaling_factor
         images, decode_back = self.decode(params, latents * (1 / scale))
 
@@ -96,7 +96,7 @@ class VQModel(coders.Autoencoder):
 
 
 class Codebook(Layer):
-    """z (..., d) → the nearest of `count` learned vectors each, with the gradient of z."""
+    """Codebook: z (..., d) → the nearest of `count` learned vectors, with the gradient of z."""
 
     def __init__(self, name: str, count: int, d: int):
         self.weight, self.count, self.d = f"{name}.weight", count, d
@@ -105,7 +105,7 @@ class Codebook(Layer):
         return {self.weight: ((self.count, self.d), uniform_fan_in(self.count**2))}  # ± 1/count
 
     def codes(self, params: Params, z: Array) -> Array:
-        """The number of the nearest vector, (...)."""
+        """Return the index of the nearest vector, (...)."""
         return quantize.nearest_codes(z, params[self.weight])
 
     def __call__(self, params: Params, z: Array) -> tuple[Array, Backward]:
@@ -117,7 +117,7 @@ class Codebook(Layer):
         return y, backward
 
     def loss(self, params: Params, z: Array, commitment: float = 0.25) -> tuple[Array, Backward]:
-        """How far z and the vectors are apart, see `codebook_loss`; backward(dloss, grads) → dz."""
+        """Codebook loss between z and the vectors, `codebook_loss`; backward(dloss, grads) → dz."""
         codes = self.codes(params, z)
         loss, loss_back = quantize.codebook_loss(z, params[self.weight], codes, commitment)
 

@@ -35,64 +35,64 @@ def elementwise(derivative: Callable[[Array], Array]) -> Callable:
 
 
 def sigmoid(x: Array) -> Array:
-    """σ(x) = 1 / (1 + e⁻ˣ), computed as ½ + ½ tanh(x/2), which cannot overflow."""
+    """Sigmoid σ(x) = 1 / (1 + e⁻ˣ), computed as ½ + ½ tanh(x/2), which cannot overflow."""
     return 0.5 + 0.5 * array_module(x).tanh(0.5 * x)
 
 
 def normal_cdf(x: Array) -> Array:
-    """Φ(x), the standard normal distribution function, ½ (1 + erf(x/√2))."""
+    """Standard normal distribution function, Φ(x) = ½ (1 + erf(x/√2))."""
     return 0.5 * (1 + erf(x * math.sqrt(0.5)))
 
 
 def silu_derivative(x: Array) -> Array:
-    """σ(x) (1 + x (1 − σ(x)))."""
+    """Derivative of silu: σ(x) (1 + x (1 − σ(x)))."""
     s = sigmoid(x)
     return s * (1 + x * (1 - s))
 
 
 @elementwise(silu_derivative)
 def silu(x: Array) -> Array:
-    """y = x σ(x) (Ramachandran et al. 2017, "Searching for activation functions")."""
+    """SiLU: y = x σ(x) (Ramachandran et al. 2017, "Searching for activation functions")."""
     return x * sigmoid(x)
 
 
 def quick_gelu_derivative(x: Array) -> Array:
-    """σ(1.702 x) (1 + 1.702 x (1 − σ(1.702 x)))."""
+    """Derivative of quick_gelu: σ(1.702 x) (1 + 1.702 x (1 − σ(1.702 x)))."""
     return silu_derivative(1.702 * x)
 
 
 @elementwise(quick_gelu_derivative)
 def quick_gelu(x: Array) -> Array:
-    """y = x σ(1.702 x), CLIP's approximation of GELU (Hendrycks & Gimpel 2016, section 2)."""
+    """CLIP's approximation of GELU: y = x σ(1.702 x) (Hendrycks & Gimpel 2016, section 2)."""
     return x * sigmoid(1.702 * x)
 
 
 def gelu_derivative(x: Array) -> Array:
-    """Φ(x) + x φ(x), with the normal density φ(x) = e^(−x²/2) / √(2π)."""
+    """Derivative of gelu: Φ(x) + x φ(x), with the normal density φ(x) = e^(−x²/2) / √(2π)."""
     density = array_module(x).exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
     return normal_cdf(x) + x * density
 
 
 @elementwise(gelu_derivative)
 def gelu(x: Array) -> Array:
-    """y = x Φ(x), with Φ the exact normal distribution (Hendrycks & Gimpel 2016, section 2)."""
+    """GELU: y = x Φ(x), with Φ the exact normal distribution (Hendrycks & Gimpel 2016, sec. 2)."""
     return x * normal_cdf(x)
 
 
 def leaky_relu_derivative(x: Array) -> Array:
-    """1 where x > 0, elsewhere LEAKY_SLOPE, also at 0."""
+    """Derivative of leaky_relu: 1 where x > 0, elsewhere LEAKY_SLOPE, also at 0."""
     return array_module(x).where(x.real > 0, 1.0, LEAKY_SLOPE).astype(x.dtype)
 
 
 @elementwise(leaky_relu_derivative)
 def leaky_relu(x: Array) -> Array:
-    """y = x where x > 0, elsewhere LEAKY_SLOPE · x (Maas et al. 2013)."""
+    """Leaky ReLU: y = x where x > 0, elsewhere LEAKY_SLOPE · x (Maas et al. 2013)."""
     return x * leaky_relu_derivative(x)
 
 
 @differentiable
 def geglu(x: Array) -> tuple[Array, Backward]:
-    """y = value · gelu(gate) for x = [value, gate] (..., 2d) → (..., d) (Shazeer 2020, eq. 5)."""
+    """GEGLU: value · gelu(gate), x = [value, gate] (..., 2d) → (..., d) (Shazeer 2020, eq. 5)."""
     d = x.shape[-1] // 2
     value, gate = x[..., :d], x[..., d:]
     activated, gelu_back = gelu(gate)

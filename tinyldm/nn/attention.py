@@ -13,7 +13,7 @@ def attention(
     """Attend from q (n, l, d) to k (n, m, d), v (n, m, e), each split into `heads` → (n, l, e).
 
     softmax(q kᵀ / √(d / heads)) v of each head (Vaswani et al. 2017, eq. 1, section 3.2.2).
-    `causal`: token i sees tokens 0…i only.
+    `causal`: token i attends to tokens 0…i only.
 
     Backward, for each head, with probabilities p and y = p v:
 

@@ -3,7 +3,7 @@
 `backward(dy)` returns the gradients of the arrays in their order. Where there are weights,
 `backward(dy, weights=False)` leaves out theirs, and the work for them.
 
-Shapes: n batch, h height, w width, c channels, l tokens, d features. Pictures lie as (n, h, w, c),
+Shapes: n batch, h height, w width, c channels, l tokens, d features. Images lie as (n, h, w, c),
 so that channels are neighbours in memory and a matrix product over them needs no transpose.
 
 Each function works in float32, float64 and complex128. Complex numbers are there for the
@@ -21,7 +21,7 @@ from tinyldm.nn.protocol import Backward, differentiable
 
 @differentiable
 def linear(x: Array, w: Array, b: Array | None = None) -> tuple[Array, Backward]:
-    """y = x wᵀ + b, for x (..., d_in), w (d_out, d_in), b (d_out,) → (..., d_out).
+    """Linear map: y = x wᵀ + b, for x (..., d_in), w (d_out, d_in), b (d_out,) → (..., d_out).
 
     dx = dy w, dw = dyᵀ x and db = Σ dy, both summed over all rows of x.
     """
@@ -64,7 +64,7 @@ def embedding(ids: Array, table: Array) -> tuple[Array, Backward]:
 
 @differentiable
 def offset(x: Array, table: Array) -> tuple[Array, Backward]:
-    """x (n, l, d) plus the first l rows of `table` (length, d), the same for every sample.
+    """Add the first l rows of `table` (length, d) to x (n, l, d), the same for every sample.
 
     Raises ValueError for more tokens than rows.
     """
@@ -89,7 +89,7 @@ def offset(x: Array, table: Array) -> tuple[Array, Backward]:
 def upsample_nearest(x: Array, size: tuple[int, int] | None = None) -> tuple[Array, Backward]:
     """Double height and width by repetition; x (n, h, w, c) → (n, 2h, 2w, c).
 
-    `size` (height, width) may ask for one row or column less, for pictures of odd size. Raises
+    `size` (height, width) may ask for one row or column less, for images of odd size. Raises
     ValueError for any other size.
     """
     xp = array_module(x)
@@ -150,10 +150,10 @@ def time_embedding(
     freq_shift: float = 0,
     max_period: float = 10_000,
 ) -> Array:
-    """Sinusoids of the time steps t (n,) → (n, d), float64 (Vaswani et al. 2017, section 3.5).
+    """Sinusoidal embedding of time steps t (n,) → (n, d), float64 (Vaswani et al. 2017, sec. 3.5).
 
     Frequencies are max_period^(−i / (d/2 − freq_shift)); cosines come first if `flip_sin_to_cos`.
-    Not differentiable: time steps are whole numbers. An odd `d` ends in a zero. Raises ValueError
+    Not differentiable: time steps are integers. An odd `d` ends in a zero. Raises ValueError
     where `d` leaves no frequency.
     """
     xp = array_module(t)
@@ -172,12 +172,12 @@ def time_embedding(
 
 # ------------------------------------------------------------------------------------------- losses
 #
-# Each returns one number, an array without axes that stays on the device, and backward(dloss = 1).
+# Each returns a scalar, an array without axes that stays on the device, and backward(dloss = 1).
 
 
 @differentiable
 def mse(x: Array, target: Array, weight: Array | None = None) -> tuple[Array, Backward]:
-    """Mean of (x − target)², both (n, ...), optionally weighted per sample by `weight` (n,)."""
+    """Mean squared error, both (n, ...), optionally weighted per sample by `weight` (n,)."""
     difference = x - target
     scaled = difference if weight is None else difference * _per_sample(weight, x)
 
@@ -190,9 +190,9 @@ def mse(x: Array, target: Array, weight: Array | None = None) -> tuple[Array, Ba
 
 @differentiable
 def kl_to_standard_normal(mean: Array, logvar: Array) -> tuple[Array, Backward]:
-    """KL(N(mean, e^logvar) ‖ N(0, 1)) summed over a sample, averaged over samples; both (n, ...).
+    """KL divergence of N(mean, e^logvar) from N(0, 1), summed over a sample, averaged over samples.
 
-    Kingma & Welling 2013, appendix B.
+    mean, logvar (n, ...). Kingma & Welling 2013, appendix B.
     """
     xp = array_module(mean)
     variance = xp.exp(logvar)
@@ -206,9 +206,9 @@ def kl_to_standard_normal(mean: Array, logvar: Array) -> tuple[Array, Backward]:
 
 @differentiable
 def hinge(real: Array, fake: Array) -> tuple[Array, Backward]:
-    """½ mean max(0, 1 − real) + ½ mean max(0, 1 + fake), of a discriminator's logits (n, ...).
+    """Hinge loss ½ mean max(0, 1 − real) + ½ mean max(0, 1 + fake), of logits (n, ...).
 
-    It wants logits above 1 for real pictures and below −1 for others, and no more than that (Lim &
+    It wants logits above 1 for real images and below −1 for others, and no more than that (Lim &
     Ye 2017, "Geometric GAN"; Miyato et al. 2018, eq. 16). The slope at both ends is taken as 0.
     """
     real_short = (1 - real) * (real.real < 1)
@@ -235,7 +235,7 @@ def weighted_mean(x: Array, weight: Array | float) -> tuple[Array, Backward]:
 
 @differentiable
 def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Backward]:
-    """Mean of −log softmax(logits)[label], for logits (n, k) and whole numbers labels (n,).
+    """Cross entropy: mean of −log softmax(logits)[label], logits (n, k), integer labels (n,).
 
     Its backward pass returns dlogits alone. Raises ValueError for a label outside 0…k − 1, on the
     CPU only.

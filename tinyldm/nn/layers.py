@@ -21,13 +21,13 @@ Initialiser = Callable[[Generator, Shape], Array]
 
 
 class Layer:
-    """Anything with parameters: `layer(params, *inputs) → (y, backward)`.
+    """Base of everything with parameters: `layer(params, *inputs) → (y, backward)`.
 
     A leaf overrides `parameters`; the parameters of everything else are those of its attributes.
     """
 
     def parameters(self) -> dict[str, tuple[Shape, Initialiser]]:
-        """{name: (shape in memory, initialiser)}, children in the order of construction."""
+        """Return {name: (shape in memory, initialiser)}, children in the order of construction."""
         merged = {}
         for value in vars(self).values():
             for child in value if isinstance(value, list) else [value]:
@@ -36,11 +36,11 @@ class Layer:
         return merged
 
     def shapes(self) -> dict[str, Shape]:
-        """{name: shape}: what a checkpoint of this layer must hold (4-D as kh, kw, c_in, c_out)."""
+        """Return {name: shape} that a checkpoint must hold (4-D: kh, kw, c_in, c_out)."""
         return {name: shape for name, (shape, _) in self.parameters().items()}
 
     def init(self, rng: Generator) -> Params:
-        """Fresh parameters {name: float32 array} drawn from `rng`, a numpy.random.Generator."""
+        """Draw fresh parameters {name: float32 array} from `rng`, a numpy.random.Generator."""
         return {
             name: initialise(rng, shape).astype("float32")
             for name, (shape, initialise) in self.parameters().items()
@@ -48,7 +48,7 @@ class Layer:
 
 
 class Recomputed(Layer):
-    """A layer that forgets its activations and makes them again in its backward pass."""
+    """A layer that forgets its activations and recomputes them in its backward pass."""
 
     def __init__(self, layer: Layer):
         self.layer = layer
@@ -61,27 +61,27 @@ class Recomputed(Layer):
 
 
 def uniform_fan_in(fan_in: int) -> Initialiser:
-    """U(±1/√fan_in), of weights and biases: activations keep about their size (LeCun et al. 1998).
+    """Uniform ±1/√fan_in, for weights and biases: activations keep their size (LeCun et al. 1998).
 
     Biases matter in a U-Net: with all of them zero, zero padding leaves no trace in the features,
-    and the network is slow to find out where in the picture it is.
+    and the network is slow to find out where in the image it is.
     """
     bound = 1 / math.sqrt(fan_in)
     return lambda rng, shape: rng.uniform(-bound, bound, shape)
 
 
 def normal(std: float) -> Initialiser:
-    """N(0, std²)."""
+    """Normal distribution N(0, std²)."""
     return lambda rng, shape: rng.normal(0, std, shape)
 
 
 def zeros(rng: Generator, shape: Shape) -> Array:
-    """0. Draws as `uniform_fan_in` does: what comes after it starts the same with either."""
+    """Zeros. Draws as `uniform_fan_in` does: what comes after it starts the same with either."""
     return rng.uniform(0, 0, shape)
 
 
 def ones(rng: Generator, shape: Shape) -> Array:
-    """1. Draws as `zeros` does."""
+    """Ones. Draws as `zeros` does."""
     return zeros(rng, shape) + 1
 
 

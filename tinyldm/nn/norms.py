@@ -9,7 +9,7 @@ from tinyldm.nn.protocol import Backward, differentiable
 
 
 def normalise(x: Array, axes: tuple[int, ...], eps: float) -> tuple[Array, Backward]:
-    """x̂ = (x − mean) / √(variance + eps), both over `axes`; the shape stays.
+    """Normalise over `axes`: x̂ = (x − mean) / √(variance + eps); the shape stays.
 
     With r = 1 / √(variance + eps), the mean and the variance depend on every x of their set, so
 

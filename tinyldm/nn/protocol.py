@@ -1,4 +1,4 @@
-"""How a forward pass and its backward pass are paired.
+"""The protocol that pairs a forward pass with its backward pass.
 
 A function on arrays returns its result and a closure that carries the gradient back through it:
 
@@ -45,7 +45,7 @@ def _set_recording(value):
 
 
 def no_grad() -> contextlib.AbstractContextManager[None]:
-    """Within `with no_grad():` functions return `(y, None)`, and nothing is kept alive."""
+    """Record nothing within `with no_grad():`: functions return `(y, None)`, nothing is kept."""
     return _set_recording(False)
 
 
@@ -100,7 +100,7 @@ def differentiable(
 
 
 def _once(result, name):
-    """(y, backward) with a backward pass that runs once, or none under `no_grad`."""
+    """Wrap (y, backward) so that the backward pass runs once, or is None under `no_grad`."""
     y, backward = result
     if not _recording.get():
         return y, None

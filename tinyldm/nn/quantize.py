@@ -1,9 +1,9 @@
 """Vector quantisation: each vector becomes the nearest of a codebook (van den Oord et al. 2017).
 
-Shapes: z (..., d), codebook (k, d), codes (...) whole numbers. To choose has no gradient; as its
-substitute that of the result is passed on as it is ("straight through"). What is held constant in a
-formula, its `sg`, is here the real part: the same for real numbers, and for the complex-step
-derivative of `check_gradients` it is exactly that.
+Shapes: z (..., d), codebook (k, d), codes (...) integers. The choice of a code has no gradient;
+the gradient of the result is passed on unchanged instead ("straight through"). The stop-gradient
+of a formula, its `sg`, is the real part here: the same for real numbers, and for the complex-step
+derivative of `check_gradients` exactly a constant.
 """
 
 from tinyldm.backend import Array, array_module
@@ -24,7 +24,7 @@ def nearest_codes(z: Array, codebook: Array) -> Array:
 
 @differentiable
 def straight_through(z: Array, codebook: Array, codes: Array) -> tuple[Array, Backward]:
-    """z + sg(codebook[codes] − z): the codes' vectors, with the gradient of z.
+    """Straight-through quantisation z + sg(codebook[codes] − z), with the gradient of z.
 
     backward(dy) → dz; the codebook learns from `codebook_loss` alone.
     """
@@ -40,7 +40,7 @@ def straight_through(z: Array, codebook: Array, codes: Array) -> tuple[Array, Ba
 def codebook_loss(
     z: Array, codebook: Array, codes: Array, commitment: float = 0.25
 ) -> tuple[Array, Backward]:
-    """mean (e − sg z)² + commitment · mean (sg e − z)², e = codebook[codes] (their eq. 3).
+    """Codebook loss: mean (e − sg z)² + commitment · mean (sg e − z)², e = codebook[codes] (eq. 3).
 
     backward(dloss) → dz, dcodebook.
     """
@@ -58,7 +58,7 @@ def codebook_loss(
 
 
 def perplexity(codes: Array, count: int) -> float:
-    """How many codes are in use, counted by how often: e^entropy, 1…count."""
+    """Perplexity of the codes in use: e^entropy of their frequencies, 1…count."""
     xp = array_module(codes)
     share = xp.bincount(codes.reshape(-1), minlength=count) / codes.size
     return float(xp.exp(-(share * xp.log(xp.maximum(share, 1e-30))).sum()))

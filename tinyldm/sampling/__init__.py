@@ -1,1 +1,1 @@
-"""From a prompt to images: the reverse process in latents, and what can go into it."""
+"""From a prompt to images: the reverse process in latents, and the inputs that it takes."""

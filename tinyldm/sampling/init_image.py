@@ -1,4 +1,4 @@
-"""Pictures to begin with: a sketch, one of which a part is painted anew, a small one, a map."""
+"""Image inputs of a sampling call: img2img, inpainting, super-resolution, layout."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,10 +18,10 @@ Images = Image.Image | Sequence[Image.Image]  # one for all, or one for each pro
 
 @dataclass(frozen=True)
 class Scene:
-    """pictures: uint8 (n, height, width, 3). hidden: bool (n, height, width), True where they are
-    to be painted anew while the rest stays; None: everywhere, the pictures being a sketch, or what
-    the model's task asks for: small ones enlarged again, or maps. n may be 1 for all of a batch:
-    then the autoencoder sees it once.
+    """Image inputs of a sampling call. pictures: uint8 (n, height, width, 3), init images or, for a
+    task, enlarged low-resolution images or maps. hidden: the mask, bool (n, height, width), True
+    where to generate while the rest stays; None: everywhere. n may be 1 for all of a batch: then
+    the autoencoder encodes it once.
     """
 
     pictures: np.ndarray
@@ -31,7 +31,7 @@ class Scene:
     def of(
         cls, image: Images, mask: Images | None, params: SamplingParams, task: str = TASKS[0]
     ) -> "Scene":
-        """From PIL images, stretched to the params' size. ValueError where they do not fit."""
+        """Convert PIL images, resized to the params' size. ValueError where they do not fit."""
         alike = all(one is None or isinstance(one, Image.Image) for one in (image, mask))
         n, sides = 1 if alike else len(params.prompts), (params.height, params.width)
         small = [side // times_larger(task) for side in sides]
@@ -45,9 +45,9 @@ class Scene:
     def example(
         cls, task: str, pictures: np.ndarray, maps: np.ndarray | None, rng: np.random.Generator
     ) -> "Scene":
-        """What a task gives of pictures that are known, uint8 (n, h, w, 3), to learn it from.
+        """Make the input of a task from known images, uint8 (n, h, w, 3), to learn it from.
 
-        maps: of layout, like the pictures. rng: draws the hidden parts of inpainting.
+        maps: the layout maps, like the images. rng: draws the masks of inpainting.
         """
         h, w = pictures.shape[1:3]
         if task == "inpainting":
@@ -57,12 +57,12 @@ class Scene:
         return cls(stretched(reduced(pictures, times_larger(task)), h, w))
 
     def pick(self, some: slice) -> "Scene":
-        """Only these of its pictures."""
+        """Select a slice of the images."""
         return Scene(self.pictures[some], None if self.hidden is None else self.hidden[some])
 
     def beside(self, task: str, to_latents: Callable[[np.ndarray], Array], factor: int) -> Array:
-        """What the U-Net sees of it (n, h, w, c + 1) for inpainting: where it is hidden, and the
-        rest; else (n, h, w, c). to_latents: of pixels in −1…1, `factor` a side for each latent.
+        """Return the concatenation conditioning, (n, h, w, c + 1) for inpainting: mask and masked
+        image; else (n, h, w, c). to_latents: of pixels in −1…1, `factor` a side for each latent.
         """
         if task != "inpainting":
             return to_latents(from_uint8(self.pictures))
@@ -71,16 +71,16 @@ class Scene:
         return xp.concatenate([xp.asarray(self.hidden_latents(factor)), seen], axis=-1)
 
     def rest(self) -> np.ndarray:
-        """Its pixels in −1…1, 0 where they are hidden."""
+        """Return the pixels of the images in −1…1, 0 where they are masked."""
         return from_uint8(self.pictures) * ~self.hidden[..., None]
 
     def hidden_latents(self, factor: int) -> np.ndarray:
-        """float32 (n, h, w, 1): 1 where a latent is hidden, by its nearest pixel (as diffusers)."""
+        """Return the latents' mask, float32 (n, h, w, 1): 1 by the nearest pixel (as diffusers)."""
         return self.hidden[:, ::factor, ::factor, None].astype(np.float32)
 
 
 def each(name: str, images: Images, n: int) -> list[Image.Image]:
-    """One for each of n prompts. ValueError where it is not that."""
+    """Return one image for each of n prompts. ValueError for any other number or type."""
     images = [images] * n if isinstance(images, Image.Image) else list(images)
     if len(images) != n or not all(isinstance(image, Image.Image) for image in images):
         kinds = ", ".join(dict.fromkeys(type(image).__name__ for image in images))
@@ -91,15 +91,15 @@ def each(name: str, images: Images, n: int) -> list[Image.Image]:
 
 
 def strength_of(task: str, image: bool, mask: bool, strength: float | None) -> float | None:
-    """The strength of a call that has an image and a mask or has not.
+    """Return the strength of a sampling call, with or without image and mask.
 
-    ValueError where the task wants an image, or leaves no place for a mask or strength.
+    ValueError where the task needs an image, or allows no mask or strength.
     """
     if sees_all(task):
         if not image:
-            raise ValueError(f"image: expected one: what this model does is {task}")
+            raise ValueError(f"image: expected one, which the task {task} needs")
         if mask or strength is not None:
-            raise ValueError(f"mask and strength: not for {task}, which sees all of the image")
+            raise ValueError(f"mask and strength: not for {task}, which needs all of the image")
         return None
     if not image:
         if mask or strength is not None:
@@ -110,11 +110,11 @@ def strength_of(task: str, image: bool, mask: bool, strength: float | None) -> f
 
 @dataclass(frozen=True)
 class Entry:
-    """Where the reverse process begins, and what it is given on the way."""
+    """Start of the reverse process, and its conditioning by concatenation."""
 
     x: Array  # noise or noisy latents (n, h, w, c)
     options: dict = field(default_factory=dict)  # of the sampler
-    beside: Array | None = None  # (n or 1, h, w, …): what the model's task has it see beside x
+    beside: Array | None = None  # (n or 1, h, w, …): concatenated to x
 
 
 def enter(
@@ -126,11 +126,11 @@ def enter(
     factor: int,
     task: str,
 ) -> Entry:
-    """The entry of a scene, or of noise alone.
+    """Return the start of the reverse process, from a scene or from noise alone.
 
-    A sketch enters with so much noise as the params' strength says (Meng et al. 2021, SDEdit).
-    Where a part is hidden, a model that inpaints sees the rest of it, and where that is; with any
-    other the known part is put back after each step, as noisy as the rest then is (Lugmayr et al.
+    An init image starts at the noise level of the params' strength (Meng et al. 2021, SDEdit).
+    With a mask, an inpainting model is conditioned on the mask and the masked image; with any other
+    the known part is put back after each step, at the noise level of that step (Lugmayr et al.
     2022, eq. 8).
 
     noise: unit normal (n, h, w, c). alphas_bar: ᾱ at which each of the params' steps begins.
@@ -142,7 +142,7 @@ def enter(
     inpaints = task == "inpainting"
     if scene is None and not inpaints:
         return Entry(noise)
-    if scene is None:  # to a model that inpaints: nothing is known
+    if scene is None:  # for an inpainting model: everything is masked
         scene = Scene(np.zeros((1, params.height, params.width, 3), np.uint8))
     masked = scene.hidden is not None
     if not masked:
@@ -151,7 +151,7 @@ def enter(
     if not anew.any(axis=(1, 2, 3)).all():
         raise ValueError(
             f"mask: expected white areas of {factor} pixels or more, the size of a latent, where "
-            "to paint anew; found none"
+            "to generate; found none"
         )
     anew = xp.asarray(anew)
     begin = params.steps - params.steps_taken
@@ -175,7 +175,7 @@ def enter(
 
 
 def seeing(predict: Predict, beside: Array) -> Predict:
-    """A `predict` of x, from that of x and what is beside it, as often as it takes."""
+    """Make a `predict` that concatenates `beside` to x, repeated to the length of the batch."""
     xp = array_module(beside)
 
     def predict_beside(x, t):

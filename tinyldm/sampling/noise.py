@@ -1,4 +1,4 @@
-"""The random numbers of sampling: drawn on the host, one stream a picture, the same everywhere."""
+"""Random numbers of sampling: drawn on the host, one stream per image, the same everywhere."""
 
 from collections.abc import Sequence
 
@@ -7,25 +7,25 @@ from numpy.random import Generator
 
 
 def streams(seed: int, n: int) -> list[Generator]:
-    """A stream of numbers for each of n pictures; that of picture i depends on (seed, i) alone."""
+    """Return a random stream for each of n images; that of image i depends on (seed, i) alone."""
     return [np.random.default_rng((seed, i)) for i in range(n)]
 
 
 def variation_streams(seed: int, n: int) -> list[Generator]:
-    """The same for the ways that variations go; none is one of `streams`."""
+    """Return the streams for the directions of variations; none is one of `streams`."""
     return [np.random.default_rng((seed, i, 1)) for i in range(n)]
 
 
 def draw(streams: Sequence[Generator], shape: tuple[int, ...]) -> np.ndarray:
-    """The next standard normal numbers of each stream, float32 (n, *shape)."""
+    """Draw the next standard normal values of each stream, float32 (n, *shape)."""
     return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
 
 
 def slerp(a: np.ndarray, b: np.ndarray, amount: float) -> np.ndarray:
-    """Between a and b (n, …), each on the great circle from one to the other (Shoemake 1985).
+    """Spherical interpolation from a to b (n, …), on the great circle (Shoemake 1985).
 
-    amount: 0 is a, 1 is b. Normal numbers stay about normal; on the straight line they would be too
-    small. Of directions that are nearly the same it is that line.
+    amount: 0 is a, 1 is b. Normal values stay about normal; on the straight line they would be too
+    small. For nearly parallel directions it is that line.
     """
     axes = tuple(range(1, a.ndim))
     lengths = (np.square(x, dtype=np.float64).sum(axes, keepdims=True) for x in (a, b))

@@ -7,18 +7,18 @@ from numbers import Integral, Real
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.options import check_options, option
 
-BY_RUN = "the run's"  # where the folder of the model says what it is by default
+BY_RUN = "the run's"  # the default, where the model's folder states it
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Everything that images depend on, beside the weights and the init image or mask.
+    """All parameters of a sampling call, besides the weights and the init image or mask.
 
     Raises ValueError for a value that is not what is expected.
     """
 
     prompts: tuple[str, ...]
-    negative_prompts: tuple[str, ...]  # as many
+    negative_prompts: tuple[str, ...]  # one per prompt
     height: int  # of the images, pixels
     width: int
     steps: int = option("number of sampling steps", least=1, default_text=BY_RUN)
@@ -26,11 +26,11 @@ class SamplingParams:
     sampler: str = option(f"sampler: {', '.join(SAMPLERS)}", choices=SAMPLERS, default_text=BY_RUN)
     seed: int = option("seed of the noise", least=0, default_text="0")
     strength: float | None = option(
-        "share of the steps that the init image goes through", None, least=0.001, most=1,
+        "share of the steps applied to the init image", None, least=0.001, most=1,
         default_text="0.8, with a mask 1",
     )  # fmt: skip
     rescale: float = option(
-        "guidance rescale against burnt colours (Lin et al. 2023)", 0.0, least=0, most=1
+        "guidance rescale against over-saturation (Lin et al. 2023)", 0.0, least=0, most=1
     )
     variation: float | None = option(
         "distance of each image from that of the seed, each in another direction", None,
@@ -54,7 +54,7 @@ class SamplingParams:
         check_options(self)
 
     def _check_strength(self):
-        """Its range depends on the steps, of which it is to leave one at least."""
+        """Check the strength, whose range depends on the steps: it must leave one at least."""
         if not isinstance(self.strength, Real) or not isinstance(self.steps, Integral):
             return
         if self.steps >= 1 and not (0 < self.strength <= 1 and self.steps_taken >= 1):
@@ -66,5 +66,5 @@ class SamplingParams:
 
     @property
     def steps_taken(self) -> int:
-        """The number of steps: all, or with an init image the last ones."""
+        """Return the number of steps taken: all, or with an init image the last ones."""
         return self.steps if self.strength is None else int(self.steps * self.strength)

@@ -1,4 +1,4 @@
-"""Text → latents → picture, from noise alone or from a picture that is there already."""
+"""The sampling pipeline: text → latents → image, from noise alone or from an init image."""
 
 import contextlib
 import math
@@ -36,18 +36,18 @@ from tinyldm.threads import map_batch
 DEFAULTS = {"steps": 50, "guidance": 7.5}  # Stable Diffusion's own
 POSITIONS_AT_ONCE = 2**14  # of latents, on a core: more would need more memory, and be no faster
 SAMPLES_AT_ONCE = 64
-LARGEST_UPSCALED = 1024  # pixels of a side that an upscaled picture may have unasked
+LARGEST_UPSCALED = 1024  # pixels, the longest side of an upscaled image without --size
 
 
 class Pipeline:
-    """Paints pictures from captions, or of classes.
+    """Generates images from captions, or of classes.
 
     configs: {"unet", "vae", "text_encoder", "scheduler": the contents of its config file}.
     params: {"unet", "vae", "text_encoder": {name: array}}, all on one device.
-    defaults: any of steps, guidance and sampler; what a call uses where it says nothing. And task,
-    where the number of channels does not say it.
+    defaults: any of steps, guidance and sampler, for calls that do not set them. And task, where
+    the number of channels does not determine it.
 
-    There is no text_encoder where the U-Net has an embedding of classes itself.
+    There is no text_encoder where the U-Net embeds classes itself.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Pipeline:
         """Read a folder that tinyldm trained, or Stable Diffusion as a folder or in one file.
 
         device: "cpu", or "cuda" for CuPy. Weights become float32. vae: a folder or a file of an
-        autoencoder to take instead.
+        autoencoder to use instead.
         """
         return cls(*load_checkpoint(folder, device, vae))
 
@@ -104,17 +104,17 @@ class Pipeline:
         callback: Callable[[int, Array, Array], None] | None = None,
         **options: float | str | None,
     ) -> list[Image.Image]:
-        """Generate one image a prompt: str or list of str → list of PIL images.
+        """Generate one image per prompt: str or list of str → list of PIL images.
 
-        negative_prompt: what guidance leads away from, one for all or one a prompt.
-        size: pixels, one number or (height, width); None is the size trained on or, with an image,
+        negative_prompt: what guidance leads away from, one for all or one per prompt.
+        size: pixels, one integer or (height, width); None is the size trained on or, with an image,
         its aspect ratio.
         latents: (n, h, w, c) standard normal noise to start from instead.
-        image: the init image, PIL, one for all or one a prompt. A model of upscaling takes the
-        small image, one of layout the map.
+        image: the init image, PIL, one for all or one per prompt. An upscaling model takes the
+        low-resolution image, a layout model the map.
         mask: PIL; where it is white the image is generated, all the rest stays.
         callback: called with (i, x, x0) after the i-th step, both (n, h, w, c): the latents so far,
-        and where they lead. What it raises ends the work.
+        and the clean latents predicted from them. What it raises ends the work.
         options: of SamplingParams, such as steps, guidance, sampler and seed; None or left out is
         the folder's default. Image i starts from the noise of (seed, i), whatever the batch and the
         device.
@@ -169,7 +169,7 @@ class Pipeline:
         latents: Array | None = None,
         scene: Scene | None = None,
     ) -> Iterator[tuple[Array, Array]]:
-        """The reverse process, as a generator of (x, x0): latents so far, and where they lead.
+        """Run the reverse process: yields (x, x0), the latents so far and the clean ones predicted.
 
         Both are (n, h, w, c). latents: unit normal noise to start from instead of the params'.
         scene: the init image, where the params have a strength.
@@ -178,13 +178,13 @@ class Pipeline:
         h, w = params.height // f, params.width // f
         sides = h, w, self.vae.latent_channels
         streams = noise.streams(params.seed, n)
-        if params.variation is not None:  # all of them begin, and go on, as the first
+        if params.variation is not None:  # all of them start from, and draw, the noise of the first
             streams = [noise.streams(params.seed, 1)[0] for _ in range(n)]
 
         def fresh():
             return self.xp.asarray(noise.draw(streams, sides))
 
-        x = fresh()  # in any case: DDPM's later noise is the same with latents of your own
+        x = fresh()  # in any case: so DDPM's later noise is the same with given latents
         if params.variation is not None:
             ways = noise.draw(noise.variation_streams(params.variation_seed, n), sides)
             first = to_device(x, "cpu")
@@ -211,9 +211,9 @@ class Pipeline:
     def predict(
         self, x: Array, t: int | np.ndarray, condition: Array, beside: Array | None = None
     ) -> Array:
-        """The U-Net's prediction at latents x (n, h, w, c) for a condition (n, …) of `embed`.
+        """Return the U-Net's prediction at latents x (n, h, w, c), for a condition of `embed`.
 
-        t: the time step, one for all or (n,) on the host. beside: (n, h, w, …), of a task.
+        t: the time step, one for all or (n,) on the host. beside: concatenated to x, (n, h, w, …).
         """
         t = self.xp.asarray(t) if np.ndim(t) else self.xp.full(len(x), int(t))
         if beside is not None:
@@ -228,14 +228,14 @@ class Pipeline:
     def predictor(
         self, condition: Array, at_once: int = SAMPLES_AT_ONCE
     ) -> AbstractContextManager[Predict]:
-        """`predict` for many steps with the same condition (n, …): yields (x, t) → prediction.
+        """Make a `predict` for many steps with one condition (n, …): yields (x, t) → prediction.
 
-        What depends on a text alone is made at the first step. at_once: samples on a core.
+        What depends on a text alone is cached at the first step. at_once: samples on a core.
         """
         return predictor(self._unet, condition, at_once)
 
     def embed(self, texts: Sequence[str]) -> Array:
-        """Texts → what the U-Net takes of them: hidden states (n, l, d), or labels (n,)."""
+        """Embed texts as the U-Net takes them: hidden states (n, l, d), or labels (n,)."""
         ids = self.xp.asarray(self.tokenizer(texts))
         if self.text_encoder is None:
             return ids
@@ -243,10 +243,10 @@ class Pipeline:
             return self.text_encoder(self.params["text_encoder"], ids)[0]
 
     def decode(self, latents: Array, tile: int | None = None) -> np.ndarray:
-        """Latents (n, h, w, c) → pictures, uint8 (n, height, width, 3) on the host.
+        """Decode latents (n, h, w, c) → images, uint8 (n, height, width, 3) on the host.
 
-        tile: pixels, the side of the tiles in which to do it, for less memory; 0 never, None where
-        the pictures are large.
+        tile: pixels, the side of the tiles in which to decode, for less memory; 0 never, None where
+        the images are large.
         """
 
         def part(x):
@@ -258,20 +258,20 @@ class Pipeline:
         return to_uint8(to_device(pictures, "cpu"))
 
     def check_tile(self, tile: int | None) -> None:
-        """ValueError for tiles that are too small to be of use."""
+        """Raise ValueError for tiles that are too small to be of use."""
         least = 8 * self.vae.factor
         if tile is not None and 0 != tile < least:
             raise ValueError(f"tile: expected 0, for none, or {least} pixels or more, found {tile}")
 
     def encode(self, pictures: np.ndarray, tile: int | None = None) -> Array:
-        """Pictures, uint8 (n, height, width, 3) → the means of their latents (n, h, w, c).
+        """Encode images, uint8 (n, height, width, 3) → the means of their latents (n, h, w, c).
 
         tile: as for `decode`.
         """
         return self.to_latents(from_uint8(pictures), tile)
 
     def to_latents(self, pixels: np.ndarray, tile: int | None = None) -> Array:
-        """The same for pixels in −1…1."""
+        """Encode pixels in −1…1 → the means of their latents; tile: as for `decode`."""
         pixels = in_channels(pixels, self.vae.config.in_channels)
 
         def part(x):
@@ -284,14 +284,14 @@ class Pipeline:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels that the model was trained on."""
+        """Return (height, width) in pixels that the model was trained on."""
         h, w = both_sides(self.unet.config.sample_size or 64)
         return h * self.vae.factor, w * self.vae.factor
 
     def size_like(self, height: int, width: int) -> tuple[int, int]:
-        """The same for a picture of these proportions, in steps that the U-Net halves evenly.
+        """Return a size for an image of these proportions, which the U-Net can halve evenly.
 
-        Of a model of upscaling it is the size that the small picture becomes: ValueError above 1024
+        For an upscaling model it is the size of the upscaled image: ValueError above 1024
         pixels of a side.
         """
         times, factor = times_larger(self.task), self.vae.factor
@@ -303,7 +303,7 @@ class Pipeline:
         if times > 1 and max(size) > LARGEST_UPSCALED:
             raise ValueError(
                 f"image: {height}×{width} pixels would become {size[0]}×{size[1]}; give a smaller "
-                "one, or say --size"
+                "one, or set --size"
             )
         return size
 

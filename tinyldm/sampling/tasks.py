@@ -1,8 +1,8 @@
-"""What a U-Net is given of a picture, beside noisy latents: conditioning by concatenation.
+"""Tasks, which condition the U-Net on an image: conditioning by concatenation.
 
-Rombach et al. 2022, sections 4.3.2 to 4.5: what is known of a picture becomes latents too, and
-these are further channels of the input. A task says what is known: all but a hidden part, a
-smaller picture, or a map.
+Rombach et al. 2022, sections 4.3.2 to 4.5: the image is encoded to latents, which become further
+channels of the U-Net's input. The task says which image: a masked one, a smaller
+one, or a layout map.
 """
 
 import numpy as np
@@ -11,30 +11,30 @@ from PIL import Image
 from tinyldm.config import ConfigError, unknown
 from tinyldm.threads import map_threads
 
-TASKS = ("generation", "inpainting", "upscaling-2", "upscaling-4", "layout")  # the first: nothing
-ALL_HIDDEN = 0.25  # share of the masks, as Stable Diffusion's model for inpainting was trained
+TASKS = ("generation", "inpainting", "upscaling-2", "upscaling-4", "layout")  # the first: no image
+ALL_HIDDEN = 0.25  # share of masks that cover all, as in Stable Diffusion's inpainting model
 RECTANGLES = 3  # at most, in the others
 
 
 def channels_beside(task: str, latents: int) -> int:
-    """How many there are beside those of the noisy latents."""
+    """Return the number of channels concatenated to the noisy latents."""
     return {"generation": 0, "inpainting": latents + 1}.get(task, latents)
 
 
 def sees_all(task: str) -> bool:
-    """Whether the picture that is given is one that the model sees whole, small or as a map."""
+    """Return whether the model is conditioned on a whole image, smaller or as a map, not masked."""
     return task not in ("generation", "inpainting")
 
 
 def times_larger(task: str) -> int:
-    """How much larger the picture becomes that is given, each side."""
+    """Return the upscaling factor of a task, each side."""
     return int(task.removeprefix("upscaling-")) if task.startswith("upscaling") else 1
 
 
 def task_of(channels: int, latents: int, said: str | None = None) -> str:
-    """The task of a U-Net with so many input channels; `said`: what its folder says of it.
+    """Return the task of a U-Net with so many input channels; `said`: what its folder says of it.
 
-    ConfigError where it is none that is implemented.
+    ConfigError for a task that is not implemented.
     """
     if said is not None and said not in TASKS:
         raise ConfigError(f"model_index.json: task: {unknown(said, TASKS)}")
@@ -49,7 +49,7 @@ def task_of(channels: int, latents: int, said: str | None = None) -> str:
 
 
 def stretched(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 (n, h, w, 3) → (n, height, width, 3), bicubic, smoothed where they become smaller."""
+    """Resize uint8 (n, h, w, 3) → (n, height, width, 3), bicubic, smoothed where they shrink."""
 
     def one(picture):
         size = (width, height)
@@ -59,7 +59,7 @@ def stretched(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def reduced(pictures: np.ndarray, times: int) -> np.ndarray:
-    """Pictures that are `times` smaller, each side; ValueError where that does not divide them."""
+    """Downsample images by `times`, each side; ValueError where that does not divide them."""
     h, w = pictures.shape[1:3]
     if h % times or w % times:
         raise ValueError(f"upscaling: expected sides that {times} divides, found {h}×{w}")
@@ -67,7 +67,7 @@ def reduced(pictures: np.ndarray, times: int) -> np.ndarray:
 
 
 def random_masks(rng: np.random.Generator, n: int, height: int, width: int) -> np.ndarray:
-    """bool (n, height, width), True where something is hidden: a few rectangles, or all of it."""
+    """Draw masks, bool (n, height, width), True where masked: a few rectangles, or everything."""
     masks = np.zeros((n, height, width), bool)
     for mask in masks:
         if rng.random() < ALL_HIDDEN:

@@ -1,4 +1,4 @@
-"""A function of pictures, some at a time; of a large one tile by tile, for the memory of a tile."""
+"""Apply a function to images, some at a time; to a large one tile by tile, for less memory."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +8,7 @@ import numpy as np
 from tinyldm.backend import Array, array_module
 from tinyldm.threads import map_batch
 
-ALONE = 2**16  # pixels of a picture that goes through an autoencoder by itself, on all cores
+ALONE = 2**16  # pixels: a larger image goes through an autoencoder by itself, on all cores
 WHOLE, TILE = 768, 512  # pixels: a larger square than the first is worked on in tiles of the second
 OVERLAP = 0.25  # of a tile, at least, with each neighbour
 
@@ -20,10 +20,10 @@ def in_parts(
     factor: int,
     tile: int | None,
 ) -> Array:
-    """`function` of x (n, h, w, c), pictures or their latents: small ones together, large in tiles.
+    """Apply `function` to x (n, h, w, c), images or latents: small ones together, large in tiles.
 
     grid: (rows, columns) of the latents, `factor` pixels a side each. tile: pixels, the side of a
-    tile; 0 never, None where the pictures are large.
+    tile; 0 never, None where the images are large.
     """
     pixels = grid[0] * grid[1] * factor**2
     if tile is None:
@@ -41,7 +41,7 @@ def in_tiles(
     grid: tuple[int, int],
     side: int,
 ) -> Array:
-    """`function` of x (n, h, w, c) → (n, h', w', c'), by overlapping tiles, blended.
+    """Apply `function` to x (n, h, w, c) → (n, h', w', c'), in overlapping tiles, blended.
 
     grid: (rows, columns) of which h, w, h' and w' are multiples; for an autoencoder the positions
     of its latents. side: of a tile, in such positions. Where tiles overlap, each counts by its
@@ -69,7 +69,7 @@ def in_tiles(
 
 
 def _spans(length, side):
-    """Slices of `side`, or of all there is, evenly spaced from end to end."""
+    """Return slices of `side`, or of all there is, evenly spaced from end to end."""
     side = min(side, length)
     most = max(1, int(side * (1 - OVERLAP)))  # from the start of one to the next
     count = 1 + -(-(length - side) // most)
@@ -82,7 +82,7 @@ def _scaled(span, scale):
 
 
 def _ramp(span, length, scale):
-    """Weights along one axis, rising from the border of the tile; not at the picture's own."""
+    """Return weights along one axis, rising from the tile's border, but not at the image's own."""
     size = (span.stop - span.start) * scale
     i = np.arange(size) + 0.5
     rise = np.full(size, np.inf)

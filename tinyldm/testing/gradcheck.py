@@ -1,4 +1,4 @@
-"""Is a hand-written backward pass right? `check_gradients` compares it with the function itself.
+"""Gradient checks: `check_gradients` compares a backward pass with its forward pass.
 
 The main instrument is the complex step (Squire & Trapp 1998): for an analytic f,
 
@@ -22,7 +22,7 @@ CENTRAL_STEP = 1e-3  # for the five-point stencil, whose error falls with its fo
 
 
 class GradientError(AssertionError):
-    """A gradient is missing, misshapen or wrong; the message names the tensor and both numbers."""
+    """A gradient is missing, misshapen or wrong; the message names the tensor and both values."""
 
 
 def check_gradients(
@@ -37,7 +37,7 @@ def check_gradients(
 
     f: `f(*inputs) → (y, backward)` with `backward(dy) → the gradients of the inputs`, or with
         `params` a layer: `f(params, *inputs)` and `backward(dy, grads)`.
-    inputs: an array or a sequence of them; whole numbers, booleans and None are passed through.
+    inputs: an array or a sequence of them; integers, booleans and None are passed through.
     rng: seed or numpy.random.Generator, for the random directions and the random dy.
     tol: largest accepted mismatch, relative to Σ |dx_i u_i| and to the terms of the numeric side.
     method: "complex", or "central" for a function that cannot take complex numbers
@@ -128,7 +128,7 @@ def _is_floating(x):
 
 
 def _random_like(rng, x):
-    """Random signs and sizes in 0.5…1.5: no entry of x is left out by chance."""
+    """Draw random signs and sizes in 0.5…1.5: no entry of x is left out by chance."""
     values = rng.uniform(0.5, 1.5, x.shape) * rng.choice([-1.0, 1.0], x.shape)
     return array_module(x).asarray(values)
 

@@ -1,4 +1,4 @@
-"""Training both stages, and the state that survives anything."""
+"""Training of both stages, and the state that survives interruptions."""
 
 from tinyldm.training.step import value_and_grad
 

@@ -30,9 +30,9 @@ class Adversarial:
 
 
 def with_discriminator(criterion: Callable, discriminator: PatchDiscriminator) -> Callable:
-    """The criterion − weight · mean logit of the reconstructions: they are to look real.
+    """Return the criterion − weight · mean logit of the reconstructions, which are to look real.
 
-    The criterion takes the weight (n,), equal for all of a batch, after the pictures. The
+    The criterion takes the weight (n,), equal for all of a batch, after the images. The
     discriminator gets no gradient.
     """
 
@@ -52,10 +52,10 @@ def with_discriminator(criterion: Callable, discriminator: PatchDiscriminator) -
 def discriminator_loss(
     vae: AutoencoderKL | VQModel, criterion: Callable, discriminator: PatchDiscriminator
 ) -> Callable:
-    """The discriminator's hinge loss on pictures and their reconstructions.
+    """The discriminator's hinge loss on images and their reconstructions.
 
-    The reconstructions pass no gradient on to the autoencoder. Beside its parameters' gradients,
-    backward(grads) gives those by which the autoencoder's next step is weighed: of the decoder's
+    The reconstructions pass no gradient on to the autoencoder. Besides its parameters' gradients,
+    backward(grads) gives two that set the weight in the autoencoder's next step: of the decoder's
     last kernel, of the criterion (OF_ERROR) and of −mean logit (OF_ADVERSARIAL). Both are means
     over the batch, like all gradients, and so the same however the batch is split.
     """
@@ -99,11 +99,11 @@ def alternating(
     generator: Gradient,
     discriminator: Gradient,
 ) -> Gradient:
-    """The autoencoder's gradient with the discriminator frozen, and the other way round.
+    """Compute both gradients of a step, each network's with the other one frozen.
 
     Both are taken before either network moves, so the discriminator sees exactly the
     reconstructions that the generator loss was computed on. Its gradient is clipped here, on its
-    own. numbers: is given what else is known of a step.
+    own. numbers: receives further values of a step.
     """
 
     def gradient_of(batch):
@@ -123,12 +123,12 @@ def alternating(
 
 
 def discriminates(state: State) -> bool:
-    """Whether the discriminator counts in this step; never before the stage's length is known."""
+    """Return whether the discriminator counts in this step; never before the length is known."""
     return state.total is not None and state.step >= state.config.adversarial_start * state.total
 
 
 def adaptive_weight(of_error: Array, of_adversarial: Array) -> Array:
-    """|∇ error| / (|∇ adversarial| + 1e-4), at most 1e4: both pull equally at the last kernel.
+    """Adaptive weight |∇ error| / (|∇ adversarial| + 1e-4), at most 1e4: both pull equally.
 
     The gradients are those of the decoder's last kernel (Esser et al. 2021, eq. 7; Rombach et al.
     2022, appendix G). A constant to the loss: nothing is differentiated through it.

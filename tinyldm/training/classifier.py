@@ -1,8 +1,8 @@
-"""A classifier of a run's own pictures, whose features compare what is painted with what is true.
+"""A classifier of a run's own images, whose features compare generated with real images.
 
-The field compares pictures in the features of a network that was trained on photographs (Heusel et
+The field compares images in the features of a network that was trained on photographs (Heusel et
 al. 2017) and has to be downloaded. This one learns in seconds, from the captions of the run: the
-five attributes of the embedded shapes, or else which caption a picture has. It is kept in the run's
+five attributes of the embedded shapes, or else which caption an image has. It is kept in the run's
 folder as one file, written whole or not at all, whose header says what it was trained on.
 """
 
@@ -38,7 +38,7 @@ from tinyldm.training.step import gradient
 
 SECONDS = 30.0  # of training, where nothing else is asked for
 FILE = "training/classifier.safetensors"  # in the folder of the run
-FEWEST, MOST = 4, 1000  # pictures to a word, on average; words of an attribute
+FEWEST, MOST = 4, 1000  # images to a word, on average; words of an attribute
 LEAST = 8  # pixels of a side, that the levels halve
 SIDE = 16  # pixels, at least, that the first convolution leaves of a side that has as many
 BATCH, RATE, MAX_NORM, EMA = 64, 3e-3, 1.0, 0.99
@@ -47,12 +47,12 @@ TICKS, WARMUP = 10_000, 300  # of the learning rate, whether it goes by steps or
 
 @dataclass(frozen=True)
 class Notes:
-    """What a classifier says of itself. accuracy: the share of held-out pictures it is right on."""
+    """Notes in a classifier's file. accuracy: the share of held-out images it is right on."""
 
     config: dict
     accuracy: float
     seconds: float  # of training
-    data: str  # fingerprint of the pictures and captions
+    data: str  # fingerprint of the images and captions
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class Judge:
     device: str
 
     def features(self, pictures: np.ndarray) -> np.ndarray:
-        """uint8 (n, height, width, 3) → float64 (n, d), on the host."""
+        """Compute features of uint8 (n, height, width, 3) → float64 (n, d), on the host."""
         model = Classifier(self.notes.config)
         pooled = _pooled(model, self.params, pictures, self.device)
         return to_device(pooled, "cpu").astype(np.float64)
 
     def maps(self, images: Array) -> tuple[list[Array], Backward]:
-        """Its features of pictures (n, height, width, 3) in −1…1: a network for a perceptual loss.
+        """Return the feature maps of images (n, height, width, 3) in −1…1, for a perceptual loss.
 
         backward(the gradients of the maps) → dimages.
         """
@@ -79,7 +79,7 @@ class Judge:
 
 
 def _pooled(model, params, pictures, device):
-    """The features of uint8 pictures, on the device, made in parts."""
+    """Compute the features of uint8 images, on the device, in parts."""
 
     def part(x):
         with no_grad():
@@ -98,9 +98,9 @@ def classifier_of(
     device: str = "cpu",
     say: Say = print,
 ) -> Judge | None:
-    """The run's classifier: the one in its folder, or else one that is trained now and saved there.
+    """Return the run's classifier: the one in its folder, or else one trained now and saved there.
 
-    data: fingerprint of the pictures and captions. One that has seen others, or was trained for
+    data: fingerprint of the images and captions. One trained on others, or for
     less than `seconds`, is replaced. None where the captions say too little, or for 0 seconds.
     WeightsError for a file that is damaged.
     """
@@ -132,25 +132,25 @@ def fit_classifier(
     data: str = "",
     say: Say = print,
 ) -> Judge | None:
-    """Train for so many seconds, or exactly `steps`: then equal seeds give equal weights.
+    """Train a classifier for `seconds`, or exactly `steps`: then equal seeds give equal weights.
 
-    None where the captions tell nothing apart or too much, or no picture is left to try it on.
+    None where the captions distinguish nothing or too much, or no held-out image is left.
     """
     n = len(training)
     said = attributes_of([*training.captions, *held_out.captions])
     words = {name: sorted(set(column[:n])) for name, column in said.items()}
     words = {name: seen for name, seen in words.items() if len(seen) > 1}
     if min(training.images.shape[1:3]) < LEAST:
-        say(f"no classifier: the pictures are smaller than {LEAST} pixels")
+        say(f"no classifier: the images are smaller than {LEAST} pixels")
         return None
     if not words or not len(held_out) or max(map(len, words.values())) > min(MOST, n // FEWEST):
-        say("no classifier: the captions are all equal, or have too few pictures each")
+        say("no classifier: the captions are all equal, or have too few images each")
         return None
     labels = np.array([_indices(said[name], seen) for name, seen in words.items()]).T
     side = min(training.images.shape[1:3])
     halvings = max(0, int(math.log2(side / SIDE)))
     config = {"classes": words, "stride": 2**halvings}
-    say(f"a classifier learns what the captions say: {', '.join(words)}")
+    say(f"a classifier is trained to predict from images: {', '.join(words)}")
     model = Classifier(config)
     fresh = to_device(model.init(np.random.default_rng((seed, 6))), device)
     params = Flat(fresh, shared=True)
@@ -169,12 +169,12 @@ def fit_classifier(
             done = step / steps if steps else (time.monotonic() - begun) / seconds
     trained = {name: w.copy() for name, w in average.items()}
     accuracy = _accuracy(model, trained, held_out.images, labels[n:], device)
-    say(f"it is right on {accuracy:.1%} of {len(held_out)} held-out pictures ({step} steps)")
+    say(f"classifier right on {accuracy:.1%} of {len(held_out)} held-out images ({step} steps)")
     return Judge(Notes(config, accuracy, 0.0 if steps else seconds, data), trained, device)
 
 
 def attributes_of(captions: Sequence[str]) -> dict[str, list[str]]:
-    """{attribute: its word in each caption}: those that the embedded shapes have there, or all."""
+    """Return {attribute: its word in each caption} of the shapes, or else {"caption": captions}."""
     try:
         said = [attributes_in(caption) for caption in captions]
     except ValueError:
@@ -185,13 +185,13 @@ def attributes_of(captions: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _indices(column, words):
-    """Where each word of the column stands among the words, −1 for one that training never saw."""
+    """Return the index of each word of the column in words, −1 for one unseen in training."""
     at = {word: i for i, word in enumerate(words)}
     return [at.get(word, -1) for word in column]
 
 
 def classifier_loss(model: Classifier) -> Callable:
-    """Cross entropy, summed over the attributes, of uint8 pictures and labels (n, attributes)."""
+    """Make the cross entropy summed over attributes, of uint8 images and labels (n, attributes)."""
 
     def loss_fn(params, pictures, labels):
         logits, model_back = model(params, from_uint8(pictures))
@@ -208,7 +208,7 @@ def classifier_loss(model: Classifier) -> Callable:
 
 
 def _accuracy(model, params, pictures, labels, device):
-    """The share of pictures on which every attribute is right."""
+    """Compute the share of images on which every attribute is right."""
     pooled = _pooled(model, params, pictures, device)
     right = np.ones(len(pictures), bool)
     for head, column in zip(model.heads, labels.T, strict=True):
@@ -222,13 +222,13 @@ def _accuracy(model, params, pictures, labels, device):
 
 
 def save_classifier(file: str | Path, judge: Judge) -> None:
-    """Write it whole or not at all."""
+    """Write a classifier to a file, whole or not at all."""
     notes = {"tinyldm": json.dumps(asdict(judge.notes))}
     save_weights(file, to_device(judge.params, "cpu"), notes)
 
 
 def load_classifier(file: str | Path, device: str = "cpu") -> Judge:
-    """The inverse of `save_classifier`. WeightsError for a file that is damaged or another's."""
+    """Read what `save_classifier` wrote. WeightsError for a damaged file or another's."""
     try:
         notes = Notes(**json.loads(load_metadata(file)["tinyldm"]))
         params = load_weights(file)

@@ -1,4 +1,4 @@
-"""Codes that nothing is near to learn nothing. They begin again where there is something."""
+"""Dead codes of a codebook, nearest to no latent, are re-initialised from encoder outputs."""
 
 import numpy as np
 
@@ -9,18 +9,18 @@ from tinyldm.threads import map_batch
 from tinyldm.training.state import State
 
 EVERY = 25  # steps, in the first half of the stage
-PICTURES = 128  # that are looked at
+PICTURES = 128  # images in which unused codes are looked for
 
 
 def due(state: State) -> bool:
-    """Whether to look for dead codes after this step."""
+    """Return whether to look for dead codes after this step."""
     return state.step % EVERY == 0 and state.step <= (state.total or 10**9) // 2
 
 
 def revive(vae: VQModel, state: State, pixels: np.ndarray, rng: np.random.Generator) -> int:
-    """Move every code that none of these pictures uses to one of their latents; → how many.
+    """Re-initialise every code that none of these images uses to one of their latents; → how many.
 
-    pixels (n, h, w, 3) in −1…1, on the device. Their average starts there too, and their moments
+    pixels (n, h, w, 3) in −1…1, on the device. The codes' average starts there too, their moments
     at 0 (van den Oord et al. leave such codes dead; Dhariwal et al. 2020, Jukebox, section 3.2,
     restart them).
     """

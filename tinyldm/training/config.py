@@ -1,4 +1,4 @@
-"""What a run is made of: everything that it depends on, and the configs of its networks."""
+"""The config of a run: everything that it depends on, and the configs of its networks."""
 
 import math
 from collections.abc import Iterable
@@ -53,7 +53,7 @@ class Stage:
     steps: int | None = None
     seconds: float | None = None
     parts: int = 1  # of a batch, one after the other, for less memory
-    decay: str = "cosine"  # of the rate after its peak, or "linear" or "constant"
+    decay: str = "cosine"  # of the learning rate after its peak, or "linear" or "constant"
 
     def __post_init__(self):
         if self.decay not in DECAYS:
@@ -75,7 +75,7 @@ class Config:
     flip: bool = option(
         "train on mirror images, too (not where captions say left and right)", False, group=IMAGES
     )
-    held_out: float = 0.05  # share of the pictures that validate and are never trained on
+    held_out: float = 0.05  # share of the images that validate and are never trained on
     skip_bad: bool = option(
         "leave out files that cannot be read, and name them", False, group=IMAGES
     )
@@ -88,7 +88,7 @@ class Config:
         FIRST_STAGES, group=MODEL,
     )  # fmt: skip
     codes: int = 256  # of the codebook
-    kl_weight: float = 1e-4  # of the mean KL a latent number, beside the mean squared error
+    kl_weight: float = 1e-4  # of the mean KL per latent value, relative to the mean squared error
     perceptual: float = 0.0  # weight of the perceptual loss, on a network given in Python
     adversarial: float = option(
         "weight of a discriminator in the second half of stage 1", 0.0, least=0, most=1000,
@@ -100,7 +100,7 @@ class Config:
         "condition: captions, classes as a token or with the time step, or none", CONDITIONS,
         group=MODEL,
     )  # fmt: skip
-    caption_dropout: float = 0.1  # share of captions left out, so that guidance has a "without"
+    caption_dropout: float = 0.1  # share of captions dropped, for classifier-free guidance
     checkpointing: bool = option(
         "compute activations again in the backward pass, for less memory", False, group=RESOURCES
     )
@@ -153,7 +153,7 @@ class Config:
 
     @classmethod
     def from_json(cls, content: dict) -> "Config":
-        """The inverse of dataclasses.asdict, after a trip through JSON."""
+        """Rebuild a Config from the JSON of dataclasses.asdict."""
         content = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
         for stage in ("autoencoder", "denoiser"):
             content[stage] = Stage(**content[stage])
@@ -161,37 +161,37 @@ class Config:
 
     @property
     def sides(self) -> tuple[int, int]:
-        """(height, width) of a picture."""
+        """Return (height, width) of an image."""
         return both_sides(self.side)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(h, w, c) of a picture's latents."""
+        """Return (h, w, c) of an image's latents."""
         height, width = self.sides
         return height // self.factor, width // self.factor, self.channels
 
     @property
     def picture_channels(self) -> int:
-        """Of the pictures, as the networks see them."""
+        """Return the number of channels of the images, as the networks take them."""
         return 1 if self.grey else 3
 
     @property
     def factor(self) -> int:
-        """Pixels of a side for each latent."""
+        """Return the downsampling factor: pixels of a side for each latent."""
         return 1 if self.first_stage == "none" else 2 ** (len(self.vae_widths) - 1)
 
     @property
     def channels(self) -> int:
-        """Of the latents."""
+        """Return the number of latent channels."""
         return self.picture_channels if self.first_stage == "none" else self.latent_channels
 
     @property
     def has_classes(self) -> bool:
-        """Whether it is a class that says what to paint, and not a text."""
+        """Return whether classes, not texts, are the condition."""
         return self.condition.startswith("class")
 
     def configs(self, tokenizer: Tokenizer | ClassNames) -> dict[str, dict]:
-        """The config of each component; there is no text encoder where the U-Net knows classes."""
+        """Return the config of each component; no text encoder where the U-Net embeds classes."""
         configs = {
             "unet": self.unet_config(len(tokenizer)),
             "vae": self.vae_config(),
@@ -206,7 +206,7 @@ class Config:
         return configs
 
     def vae_config(self) -> dict:
-        """diffusers' AutoencoderKL or VQModel, or our IdentityFirstStage."""
+        """Return the config of diffusers' AutoencoderKL or VQModel, or our IdentityFirstStage."""
         kind = {"_class_name": FIRST_STAGES[self.first_stage]}
         if self.first_stage == "none":
             sizes = {"in_channels": self.picture_channels, "sample_size": max(self.sides)}
@@ -229,7 +229,7 @@ class Config:
         }
 
     def unet_config(self, classes: int | None = None) -> dict:
-        """diffusers' UNet2DConditionModel.
+        """Return the config of diffusers' UNet2DConditionModel.
 
         Where a class comes with the time, there is no context: positions attend to one another.
         """
@@ -260,7 +260,7 @@ class Config:
         }
 
     def text_config(self, tokenizer: Tokenizer) -> dict:
-        """transformers' CLIPTextModel."""
+        """Return the config of transformers' CLIPTextModel."""
         return {
             "architectures": ["CLIPTextModel"],
             "model_type": "clip_text_model",
@@ -277,7 +277,7 @@ class Config:
         }
 
     def scheduler_config(self) -> dict:
-        """diffusers' DDIMScheduler."""
+        """Return the config of diffusers' DDIMScheduler."""
         return {
             "_class_name": "DDIMScheduler",
             "_diffusers_version": DIFFUSERS_VERSION,

@@ -1,4 +1,4 @@
-"""What a run will take, measured before it starts: real steps on random data, timed and weighed."""
+"""Estimate of a run's time and memory before it starts: real steps on random data, measured."""
 
 import contextlib
 import math
@@ -23,48 +23,48 @@ from tinyldm.training.networks import Models, denoiser_loss, new_discriminator
 from tinyldm.training.state import State
 from tinyldm.training.step import stage_gradient, train_step
 
-CALLS = 8  # of a step; more would tell no more
+CALLS = 8  # of a step, at most; more would add nothing
 CAPTION = "a large red circle on blue at the left"  # any will do
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a run will take. What differs by stage is {"autoencoder": …, "denoiser": …}."""
+    """Estimate of a run. What differs by stage is {"autoencoder": …, "denoiser": …}."""
 
     step_seconds: dict[str, float]
     steps: dict[str, int]
-    encoding: float  # seconds between the stages, in which every picture becomes latents
+    encoding: float  # seconds between the stages, in which every image is encoded
     memory: int  # bytes, the most that its processes will hold
     held: int  # of them, what it held before
     free: int | None  # bytes that it could take beside those; None if unknown
 
     @property
     def seconds(self) -> float:
-        """Of training, without the pictures that are painted on the way."""
+        """Return the seconds of training, without the images sampled on the way."""
         steps = sum(seconds * self.steps[stage] for stage, seconds in self.step_seconds.items())
         return steps + self.encoding
 
     @property
     def fits(self) -> bool:
-        """Whether the memory suffices, as far as it is known."""
+        """Return whether the memory suffices, as far as it is known."""
         return self.free is None or self.memory - self.held <= self.free
 
     @property
     def hopeless(self) -> bool:
-        """Whether it cannot suffice, even if the estimate is half as much again too high."""
+        """Return whether it cannot suffice, even if the estimate is half as much again too high."""
         return self.free is not None and self.memory - self.held > 1.5 * self.free
 
     def announce(self, say: Callable[[str], None]) -> None:
-        """Tell a person: a line, and one with what to do if the memory does not suffice."""
+        """Print the estimate, and what to do if the memory does not suffice."""
         steps = " + ".join(f"{steps:,}" for steps in self.steps.values())
         free = "" if self.free is None else f" ({gigabytes(self.free)} are free)"
         say(
-            f"{steps} steps will take about {duration(self.seconds)}, beside the pictures painted "
+            f"{steps} steps will take about {duration(self.seconds)}, plus the images sampled "
             f"on the way, and {gigabytes(self.memory)} of memory{free}"
         )
         if not self.fits:
             say(
-                "  that is more than is free: close other programs, or take fewer pictures, a "
+                "  that is more than is free: close other programs, or take fewer images, a "
                 "smaller --size or --preset, --accumulate or --checkpointing"
             )
 
@@ -76,9 +76,9 @@ def rehearse(
     features: Features | None = None,
     seconds: float = 2.0,
 ) -> Rehearsal:
-    """Measure what a run of `config` takes on this machine.
+    """Estimate what a run of `config` takes on this machine.
 
-    pictures: how many are trained on. They are in memory already, as when a run begins.
+    pictures: number of training images. They are in memory already, as when a run begins.
     features: the network of a perceptual loss, where the config has one.
     seconds: to spend at the most; a step of each stage is made even where it takes longer.
     Memory is that of the host, on a GPU too. DeviceError where the device is not there.
@@ -108,14 +108,14 @@ def rehearse(
                 step_seconds[name] = mean_seconds(config, before, step_seconds[name])
         del state, loss_fn, batch, threads, in_training, step
     encoding, encoded = _encoding(models, pictures, device, seconds / 10)
-    copies = 1 + sees_all(config.task)  # of every picture that become latents
+    copies = 1 + sees_all(config.task)  # of every image, encoded
     encoding *= copies
     latents = 4 * pictures * math.prod(config.latent_shape) * copies
     saving = 2 * sum(states)  # copies: in the order of the file, and as the file's bytes
     # What is freed is rarely given back to the system, so what is needed in turn adds up. Of the
     # latents there are the mean, the standard deviation, the moments they came from, and a copy.
     memory = held + sum(states) + max(*peaks, saving) + encoded + 4 * latents
-    # A process that shares the work keeps what it was made with and is overwritten here, and what
+    # A worker process keeps the memory it was forked with, which is overwritten here, and
     # its own work has freed.
     others = available() - 1 if device == "cpu" else 0
     memory += others * (max(states) + max(peaks))
@@ -124,12 +124,12 @@ def rehearse(
 
 
 def mean_seconds(config: Config, before: float, after: float) -> float:
-    """Of a step of stage 1, from those before and after its discriminator has begun."""
+    """Average the seconds of a step of stage 1 over its steps without and with discriminator."""
     return config.adversarial_start * before + (1 - config.adversarial_start) * after
 
 
 def _some_tokenizer(config):
-    """One of about the size that the run will have."""
+    """Make a tokenizer of about the size that the run will have."""
     if config.has_classes:
         return ClassNames(["a class", "another"])
     return Tokenizer.train([CAPTION], config.vocabulary, config.tokens)
@@ -140,7 +140,7 @@ def _steps(stage, step_seconds):
 
 
 def _autoencoder(models, rng, device):
-    """What a step of stage 1 is made of: state, loss, batch."""
+    """Return what a step of stage 1 needs: state, loss, batch."""
     config = models.config
     n = config.autoencoder.batch
     pictures = _normal(rng, n, *config.sides, config.picture_channels)
@@ -151,7 +151,7 @@ def _autoencoder(models, rng, device):
 
 
 def _denoiser(models, rng, device):
-    """What a step of stage 2 is made of: state, loss, batch."""
+    """Return what a step of stage 2 needs: state, loss, batch."""
     config = models.config
     n = config.denoiser.batch
     h, w, c = config.latent_shape
@@ -180,11 +180,11 @@ def _step(state, gradient_of, batch):
     float(loss)  # waits for a GPU
 
 
-def _encoding(models, pictures, device, seconds):
-    """Seconds that it takes to encode so many pictures, and bytes for those that are at once."""
+def _encoding(models, count, device, seconds):
+    """Measure the seconds to encode so many images, and the bytes for those encoded at once."""
     config, rng = models.config, np.random.default_rng(0)
     params = to_device(models.vae.init(rng), device)
-    n = min(pictures, 8 * cores())
+    n = min(count, 8 * cores())
     images = to_device(_normal(rng, n, *config.sides, config.picture_channels), device)
 
     def part(x):
@@ -193,9 +193,9 @@ def _encoding(models, pictures, device, seconds):
     def encode():
         return float(map_batch(part, images).sum())
 
-    encode()  # each thread has its scratch memory now, which does not grow with the pictures
+    encode()  # each thread has its scratch memory now, which does not grow with the images
     each, peak = _measure(encode, seconds, device)
-    return each * pictures / n, peak * min(pictures, AT_ONCE * cores()) / n
+    return each * count / n, peak * min(count, AT_ONCE * cores()) / n
 
 
 def _normal(rng, *shape):
@@ -203,7 +203,7 @@ def _normal(rng, *shape):
 
 
 def _measure(function, seconds, device):
-    """Call it for so long, within reason → seconds of a call, and the most bytes that one takes."""
+    """Time calls for so many seconds, within reason → seconds of a call, and its peak bytes."""
     least = 1 if device == "cpu" else 2  # the first is slower, on a GPU by far
     with _traced() as traced:
         times = [_timed(function)]
@@ -221,7 +221,7 @@ def _timed(function):
 
 @contextlib.contextmanager
 def _traced():
-    """Yields a function → bytes allocated since the block began: (now, at the most)."""
+    """Yield a function → bytes allocated since the block began: (now, at the most)."""
     ours = not tracemalloc.is_tracing()
     if ours:
         tracemalloc.start()
@@ -235,7 +235,7 @@ def _traced():
 
 
 def duration(seconds: float) -> str:
-    """Such as "45 s", "4 min 20 s", "2 h 5 min"."""
+    """Format a duration, such as "45 s", "4 min 20 s", "2 h 5 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -245,5 +245,5 @@ def duration(seconds: float) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """Bytes, such as "0.8 GB"."""
+    """Format bytes, such as "0.8 GB"."""
     return f"{size / 1e9:.1f} GB"

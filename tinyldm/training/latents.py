@@ -1,4 +1,4 @@
-"""The pictures of stage 2, as what its U-Net learns from: latents, and what is seen beside them."""
+"""The inputs of stage 2's U-Net: latents, and their conditioning by concatenation."""
 
 from collections.abc import Callable
 
@@ -14,13 +14,13 @@ from tinyldm.threads import map_batch
 from tinyldm.training.networks import Models
 from tinyldm.training.state import State
 
-AT_ONCE = 16  # pictures a thread, when all become latents between the stages
+AT_ONCE = 16  # images a thread, when all are encoded between the stages
 
 
 def all_gaussians(
     models: Models, params: Params, images: np.ndarray, device: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Mean and standard deviation, or None, of the latents of uint8 pictures, on the host."""
+    """Encode uint8 images → mean and standard deviation, or None, of their latents, on the host."""
 
     def part(x):
         mean, std = models.vae.latent_distribution(params, models.pixels(x))
@@ -36,10 +36,10 @@ def all_gaussians(
 def shown(
     state: State, models: Models, data: Dataset, device: str
 ) -> Callable[[np.ndarray, np.random.Generator], tuple[Array, ...]]:
-    """`of(chosen, rng)` → what a batch holds of these pictures for the task, if anything.
+    """Return `of(chosen, rng)` → the conditioning arrays of these images for the task, if any.
 
-    A small picture or a map becomes latents here, once for all. Of inpainting it is the mask, which
-    is another in every batch, and the pixels that it leaves: see `beside`.
+    Low-resolution images and maps are encoded here, once for all. For inpainting it returns masks,
+    drawn anew for every batch, and the masked images in pixels: see `beside`.
     """
     task = state.config.task
 
@@ -59,9 +59,9 @@ def shown(
 
 
 def beside(state: State, models: Models) -> Callable[..., Array]:
-    """Of what is `shown` for a task: what the U-Net sees beside its latents.
+    """Map a batch's conditioning arrays to the channels concatenated to the U-Net input.
 
-    It is a part of the loss, so that all cores share the work for what is encoded in every step.
+    This is part of the loss, so that all cores share the encoding that every step needs.
     """
     scale = np.float32(state.scaling_factor)
 

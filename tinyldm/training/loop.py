@@ -1,4 +1,4 @@
-"""The loop of training, the same for both stages."""
+"""The training loop, the same for both stages."""
 
 import time
 from collections.abc import Callable
@@ -30,10 +30,10 @@ def _nothing():
 
 @dataclass(frozen=True)
 class Job:
-    """What a stage trains on, and what is done beside its steps.
+    """The batches of a stage, and what is done besides its steps.
 
     batch_at: `batch_at(step) → the batch of that step`, whatever came before. report: measures now
-    and then, `report() → ({name: number}, line of text)`. after_step: called after every step,
+    and then, `report() → ({name: value}, line of text)`. after_step: called after every step,
     before the state is saved. say: takes lines of progress.
     """
 
@@ -47,14 +47,14 @@ class Job:
 def fit(folder: Path, state: State, job: Job, stop: Interruptible) -> None:
     """Take steps of AdamW until the present stage is done; save the state at least every minute.
 
-    Raises Stopped after a signal, with the state saved, and Diverged where the loss is no number.
+    Raises Stopped after a signal, with the state saved, and Diverged where the loss is not finite.
     """
     stage: Stage = getattr(state.config, state.stage)
     if state.total is None:
         state.total = stage.steps
     pace = Pace(stage)
     saved = reported = time.monotonic()
-    extra = {}  # what else is known of the last step
+    extra = {}  # further values of the last step, for the log
     with (
         stage_gradient(job.loss_fn, state, stage.parts, extra) as gradient_of,
         MetricsLog(folder, state) as log,
@@ -106,7 +106,7 @@ def _progress_bar(state):
 
 @dataclass
 class Pace:
-    """How long the steps of a stage take."""
+    """Pace of a stage: the seconds that its steps take."""
 
     stage: Stage
     seconds: list[float] = field(default_factory=list)  # of each step since the loop began

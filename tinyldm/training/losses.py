@@ -1,7 +1,7 @@
-"""What the first stage learns from (Rombach et al. 2022, section 3.1 and appendix G).
+"""The losses of the first stage (Rombach et al. 2022, section 3.1 and appendix G).
 
 A loss is `loss_fn(params, *batch) → (loss, backward(grads))`. Within it, a criterion says how far
-reconstructions (n, h, w, c) are from their pictures, as a layer does: `criterion(params,
+reconstructions (n, h, w, c) are from their images, as a layer does: `criterion(params,
 reconstruction, images) → (error, backward(grads) → dreconstruction)`.
 """
 
@@ -21,7 +21,7 @@ Features = Callable[[Array], tuple[list[Array], Backward]]
 def squared_error(
     params: Params, reconstruction: Array, images: Array
 ) -> tuple[Array, Callable[[Params], Array]]:
-    """The criterion of every first stage: the mean squared error."""
+    """Mean squared error, the criterion of every first stage."""
     error, error_back = F.mse(reconstruction, images)
 
     def backward(grads):
@@ -34,7 +34,7 @@ def squared_error(
 def autoencoder_loss(
     vae: AutoencoderKL | VQModel, weight: float, criterion: Callable = squared_error
 ) -> Callable:
-    """Error of the reconstruction + weight · what the first stage adds, see its `sample`.
+    """Make the loss: reconstruction error + weight · what the first stage adds, see its `sample`.
 
     A batch holds images, noise for a first stage that draws it, and what else the criterion takes.
     """
@@ -58,10 +58,10 @@ def autoencoder_loss(
 
 
 def perceptual_loss(features: Features) -> Callable[[Array, Array], tuple[Array, Backward]]:
-    """How far apart pictures are to a network: `distance(reconstruction, images)`.
+    """Make the perceptual distance between images: `distance(reconstruction, images)`.
 
     Its maps, each position's channels brought to length 1, are compared by squared difference:
-    summed over channels, mean over positions and pictures, summed over maps. That is LPIPS (Zhang
+    summed over channels, mean over positions and images, summed over maps. That is LPIPS (Zhang
     et al. 2018, eq. 1) without the weights learnt for each channel. backward(dloss = 1) gives the
     gradient of the reconstruction alone.
     """
@@ -88,11 +88,11 @@ def perceptual_loss(features: Features) -> Callable[[Array, Array], tuple[Array,
 
 
 def with_perception(criterion: Callable, features: Features, weight: float) -> Callable:
-    """The criterion + weight · perceptual loss, whose network sees three channels of grey ones."""
+    """Add weight · perceptual loss to a criterion; grey images enter its network in 3 channels."""
     distance = perceptual_loss(features)
 
-    def in_colour(pictures):
-        return pictures.repeat(3, axis=-1) if pictures.shape[-1] == 1 else pictures
+    def in_colour(x):
+        return x.repeat(3, axis=-1) if x.shape[-1] == 1 else x
 
     def both(params, reconstruction, images):
         error, error_back = criterion(params, reconstruction, images)

@@ -1,4 +1,4 @@
-"""The log of a run's numbers, `training/metrics.jsonl`: a line of JSON for a step."""
+"""The metrics log of a run, `training/metrics.jsonl`: a line of JSON for a step."""
 
 import contextlib
 import json
@@ -13,11 +13,11 @@ from tinyldm.training.state import State
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a number. The last state was saved before that."""
+    """The loss is no longer finite. The last state was saved before that."""
 
 
 def finite(number: float | Array, state: State) -> float:
-    """Return a number of the last step as a float. Raises Diverged where it is not finite."""
+    """Return a value of the last step as a float. Raises Diverged where it is not finite."""
     number = float(number)
     if not math.isfinite(number):
         raise Diverged(
@@ -29,7 +29,7 @@ def finite(number: float | Array, state: State) -> float:
 
 
 class MetricsLog:
-    """`with MetricsLog(folder, state) as log:` adds lines about the state's present step."""
+    """Metrics log: `with MetricsLog(folder, state) as log:` adds lines about the present step."""
 
     def __init__(self, folder: str | Path, state: State):
         self.file, self.state = Path(folder) / "training" / "metrics.jsonl", state

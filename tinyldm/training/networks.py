@@ -53,19 +53,19 @@ class Models:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Those that there are to train."""
+        """Return the names of the stages that there are to train."""
         return STAGES if self.vae.shapes() else STAGES[1:]
 
     def init_denoiser(self, rng: Generator) -> Params:
-        """Fresh parameters of all that stage 2 trains."""
+        """Draw fresh parameters of all that stage 2 trains."""
         return self.unet.init(rng) | (self.text.init(rng) if self.text else {})
 
     def pixels(self, images: Array) -> Array:
-        """uint8 (n, h, w, 3) → what the first stage takes: float32 in −1…1, grey if it is."""
+        """Convert uint8 (n, h, w, 3) → the first stage's input: float32 in −1…1, grey if it is."""
         return in_channels(from_uint8(images), self.config.picture_channels)
 
     def first_stage_loss(self) -> Callable | Adversarial:
-        """Of a batch of pictures and, for a KL autoencoder, of noise like their latents.
+        """Make the loss of stage 1 for a batch of images and, for a KL autoencoder, noise.
 
         Raises ConfigError for a perceptual weight without a network, or a network without one.
         """
@@ -96,10 +96,10 @@ class Models:
 
 
 def denoiser_loss(models: Models, beside: Callable[..., Array] | None = None) -> Callable:
-    """The diffusion loss of U-Net and text encoder, whose parameters share one dict.
+    """Make the diffusion loss of U-Net and text encoder, whose parameters share one dict.
 
-    ids: token ids (n, l), or classes (n,). beside: what the U-Net sees beside the latents, made of
-    what else a batch holds for its task; None where that is nothing.
+    ids: token ids (n, l), or classes (n,). beside: maps the batch's conditioning arrays to the
+    channels concatenated to the latents; None where there are none.
     """
     weighting = WEIGHTINGS[models.config.weighting]
 
@@ -128,7 +128,7 @@ def denoiser_loss(models: Models, beside: Callable[..., Array] | None = None) ->
 
 
 def new_discriminator(models: Models) -> Params:
-    """Fresh parameters of the discriminator, on the host; none where there is none."""
+    """Draw fresh parameters of the discriminator, on the host; none where there is none."""
     if models.discriminator is None:
         return {}
     return models.discriminator.init(np.random.default_rng((models.config.seed, 7)))

@@ -17,7 +17,7 @@ DECAYS = {  # name → how much of its peak the learning rate has left at a shar
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int, decay: str = "cosine") -> float:
-    """Linear from 0 to `peak` in `warmup` steps, then half a cosine or a line to 0 at `total`.
+    """Learning rate: linear from 0 to `peak` in `warmup` steps, then `decay` to 0 at `total`.
 
     It depends on the step alone, so a resumed run goes on with the right one.
     """
@@ -29,7 +29,7 @@ def learning_rate(step: int, total: int, peak: float, warmup: int, decay: str = 
 
 @replaceable
 def global_norm(grads: dict[str, Array]) -> Array:
-    """√Σ g² over all gradients: an array without axes that stays on the device."""
+    """Global norm √Σ g² over all gradients: an array without axes that stays on the device."""
     squares = 0.0
     for g in grads.values():
         squares = squares + (g * g).sum()
@@ -37,12 +37,12 @@ def global_norm(grads: dict[str, Array]) -> Array:
 
 
 def clip_factor(norm: Array, limit: float) -> Array:
-    """What to multiply gradients of this norm by so that it is at most `limit`."""
+    """Return the factor that scales gradients of this norm to at most `limit`."""
     return array_module(norm).minimum(limit / (norm + 1e-12), 1.0)
 
 
 def adam_state(params: Params) -> dict[str, Params]:
-    """The first and second moments m and v of each parameter, at the start: zeros."""
+    """Return the first and second moments m and v of each parameter, at the start: zeros."""
     return {
         moment: {name: array_module(w).zeros_like(w) for name, w in params.items()}
         for moment in ("m", "v")
@@ -61,7 +61,7 @@ def adamw(
     decay: float = 0.01,
     ema: float = 0.999,
 ) -> None:
-    """One step of AdamW (Loshchilov & Hutter 2017, algorithm 2), and of the moving average.
+    """Take one step of AdamW (Loshchilov & Hutter 2017, algorithm 2), and of the moving average.
 
     step: from 0. scale: multiplies the gradients (`clip_factor`). decay: weight decay, of matrices
     and kernels only. `params`, `state` and `average` are changed in place.
@@ -78,5 +78,5 @@ def adamw(
 
 
 def ema_decay(step: int, limit: float) -> float:
-    """min(limit, (1 + n) / (10 + n)) for the n-th update: soon after the start, recent weights."""
+    """Decay of the n-th average, min(limit, (1 + n) / (10 + n)): recent weights at the start."""
     return min(limit, (2 + step) / (11 + step))

@@ -1,7 +1,7 @@
-"""The self-test of a training: on one batch, again and again, the loss must fall to nearly none.
+"""Overfitting self-test: trained on one batch again and again, the loss must fall to nearly 0.
 
-Pictures, noise and time steps stay the same, so that all of it can be learnt by heart. Where that
-fails, something is wrong with the networks, their gradients or the rates, and not with the data.
+Images, noise and time steps stay the same, so that the batch can be memorised. Where that
+fails, the networks, their gradients or the learning rates are wrong, and not the data.
 """
 
 from dataclasses import replace
@@ -24,9 +24,9 @@ ENOUGH = 0.2  # of the first loss
 
 
 def overfit(config: Config, device: str, say: Say) -> dict[str, tuple[float, float]]:
-    """{stage: (first loss, last loss)}, each after 300 steps on the same eight pictures.
+    """Train 300 steps on the same eight images → {stage: (first loss, last loss)}.
 
-    ConfigError with a discriminator.
+    Raises ConfigError with a discriminator.
     """
     if config.adversarial:
         raise ConfigError(
@@ -67,7 +67,7 @@ def _learn(state, loss_fn, batch):
 
 
 def report(losses: dict[str, tuple[float, float]], say: Say) -> bool:
-    """Say how it went; → whether both stages learnt."""
+    """Print the losses of `overfit`; → whether both stages learnt."""
     learnt = {name: last < ENOUGH * first for name, (first, last) in losses.items()}
     for name, (first, last) in losses.items():
         verdict = "it learns" if learnt[name] else "IT DOES NOT LEARN"

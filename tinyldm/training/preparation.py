@@ -1,4 +1,4 @@
-"""What comes before the first step: the pictures, the tokenizer, and a folder to write to."""
+"""Preparation of a run: the images, the tokenizer, and a folder to write to."""
 
 import shutil
 import warnings
@@ -26,7 +26,7 @@ Say = Callable[[str], None]
 
 
 def load_data(config: Config) -> Dataset:
-    """All the pictures of a run. DataError where they cannot be used."""
+    """Load all the images of a run. DataError where they cannot be used."""
     maps = config.task == "layout"
     if config.data == "shapes":
         drawn = config.pictures, config.side, config.seed
@@ -38,7 +38,7 @@ def load_data(config: Config) -> Dataset:
     elif (arrays := find_arrays(Path(config.data))) and not holds_pictures(Path(config.data)):
         if maps:
             raise DataError(
-                f"{config.data}: layout needs maps, as files beside those of a folder of pictures; "
+                f"{config.data}: layout needs maps, as files beside those of a folder of images; "
                 "found arrays"
             )
         data = load_arrays(arrays, config.sides)
@@ -51,7 +51,7 @@ def load_data(config: Config) -> Dataset:
 
 
 def prompts_of(config: Config) -> Callable[[str], str]:
-    """What a caption is turned into, to be what the run paints from."""
+    """Return the function from a caption to the run's prompt: itself, its class, or nothing."""
     if config.condition == "none":
         return lambda caption: ""
     if config.has_classes and config.data == "shapes":
@@ -60,7 +60,7 @@ def prompts_of(config: Config) -> Callable[[str], str]:
 
 
 def split(data: Dataset, config: Config) -> tuple[Dataset, Dataset]:
-    """(for training, held out of it); with `config.flip` the mirror images are trained on, too."""
+    """Split the data → (training, held out); with `config.flip`, mirror images join training."""
     training, held_out = data.split(config.held_out, config.seed)
     return (training.with_mirror_images() if config.flip else training), held_out
 
@@ -68,9 +68,9 @@ def split(data: Dataset, config: Config) -> tuple[Dataset, Dataset]:
 def fit_tokenizer(
     config: Config, captions: list[str], say: Say
 ) -> tuple[Tokenizer | ClassNames, Config]:
-    """A tokenizer trained on the captions, and the config with as many tokens as they need.
+    """Train a tokenizer on the captions → it, and the config with as many tokens as they need.
 
-    For a run with classes it is their names. DataError where the captions are no classes.
+    For a run with classes it holds their names. DataError where the captions are no classes.
     """
     if config.has_classes:
         names = sorted(set(captions))
@@ -78,7 +78,7 @@ def fit_tokenizer(
             raise DataError(
                 f"{config.data}: expected 2…{MOST_CLASSES} classes, such as one sub-folder each, "
                 f"found {len(names)} different captions"
-                + " and pictures without one" * ("" in names)
+                + " and images without one" * ("" in names)
                 + "; take --condition text, or none"
             )
         say(f"{len(names)} classes: {', '.join(names[:12])}{', …' * (len(names) > 12)}")
@@ -98,14 +98,14 @@ def fit_tokenizer(
 
 
 def refuse_folder(run: Path, config: Config, overwrite: bool) -> None:
-    """FileExistsError or ConfigError rather than lose or mix up what is there."""
+    """Raise FileExistsError or ConfigError rather than lose or mix up what is there."""
     if run.exists() and not run.is_dir():
         raise FileExistsError(f"{run}: expected a folder, or nothing, found a file")
     holds_one = state_files(run) or (run / "model_index.json").exists()
     if holds_one and not overwrite:
         raise FileExistsError(
-            f"{run}: holds a run already; go on with it (--resume), take another --out, or lose it "
-            "(--overwrite)"
+            f"{run}: holds a run already; go on with it (--resume), take another --out, or replace "
+            "it (--overwrite)"
         )
     in_the_way = [name for name in OF_A_RUN if any((run / name).glob("[!.]*"))]
     if in_the_way and not holds_one:
@@ -118,7 +118,7 @@ def refuse_folder(run: Path, config: Config, overwrite: bool) -> None:
     data = Path(config.data).resolve()
     if run.resolve().is_relative_to(data):
         raise ConfigError(
-            f"{run}: lies in the folder of pictures, and what it paints would become one of them; "
+            f"{run}: lies in the folder of images, and its samples would become training data; "
             "take an --out outside"
         )
     if any(data.is_relative_to((run / name).resolve()) for name in OF_A_RUN):
@@ -134,10 +134,10 @@ def remove(run: Path) -> None:
 
 
 def describe_data(training: Dataset, held_out: Dataset, say: Say) -> None:
-    """Say what a person should know of the data before hours are spent on them."""
+    """Print what to know of the data before hours are spent on them."""
     side = training.images.shape[1]
     say(
-        f"{len(training):,} pictures of {side}×{side} to train on"
+        f"{len(training):,} images of {side}×{side} to train on"
         + (f", {len(held_out)} held out" if len(held_out) else "")
     )
     for remark in training.remarks:
@@ -147,4 +147,4 @@ def describe_data(training: Dataset, held_out: Dataset, say: Say) -> None:
     if not held_out:
         say("  too few to hold any out: there will be no validation loss")
     if (training.images == training.images[0]).all():
-        say("  they are all equal: this picture is all that can be learnt")
+        say("  they are all equal: this image is all that can be learnt")

@@ -1,4 +1,4 @@
-"""The presets: sizes, rates, and how long each stage takes; and what a command makes of them."""
+"""The presets: sizes, learning rates and lengths of the stages; and configs made of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from tinyldm.training.config import (
 )
 from tinyldm.training.optim import DECAYS
 
-PRESET = "the preset's"  # where it says what an option is by default
+PRESET = "the preset's"  # the default, where the preset states it
 
 PRESETS = {
     "tiny": Config(
@@ -62,7 +62,7 @@ FOR_TESTS = "tiny"  # too small to be chosen by size
 
 @dataclass(frozen=True)
 class NewRun:
-    """What a new run may be asked for beside the fields of its Config; None is the preset's."""
+    """Options of a new run besides the fields of its Config; None is the preset's value."""
 
     preset: str | None = option(
         "preset: tiny (16 px, seconds, to try things out), demo (32 px, 5 minutes), "
@@ -143,7 +143,7 @@ def make_config(
 
 
 def _widths(widths, factor):
-    """Of the levels of an autoencoder: as many as halve a side to 1/factor, the last repeated."""
+    """Return the widths of an autoencoder's levels for a factor, with the last one repeated."""
     levels = factor.bit_length()
     return (*widths, *[widths[-1]] * levels)[:levels]
 
@@ -154,7 +154,7 @@ def _one_if_equal(size):
 
 
 def with_length(config: Config, seconds: float, stages: Sequence[str] = STAGES) -> Config:
-    """The config whose `stages` take `seconds` together, in the proportion that they have in it."""
+    """Return a config whose `stages` take `seconds` together, in the proportion they have in it."""
     parts = {name: getattr(config, name) for name in stages}
     lengths = {name: part.seconds or part.steps for name, part in parts.items()}
     whole = sum(lengths.values())
@@ -166,9 +166,9 @@ def with_length(config: Config, seconds: float, stages: Sequence[str] = STAGES) 
 
 
 def changed(config: Config, **settings: object) -> Config:
-    """The config of a run that is resumed with other settings; those that are None stay the same.
+    """Return the config of a resumed run with other settings; those that are None stay the same.
 
-    keep, data (if the pictures have moved), skip_bad and checkpointing may change. ConfigError for
+    keep, data (if the images have moved), skip_bad and checkpointing may change. ConfigError for
     others that differ, such as size or seed: the result would not be the run that was begun.
     """
     given = {name: value for name, value in settings.items() if value is not None}
@@ -180,6 +180,6 @@ def changed(config: Config, **settings: object) -> Config:
             raise ConfigError(
                 f"--{name.replace('_', '-')} {settings[name]}: the run began with {began[name]}, "
                 "which stays; what may change on --resume: --minutes, --keep, --device, "
-                "--skip-bad, --checkpointing, and --data if the same pictures have moved"
+                "--skip-bad, --checkpointing, and --data if the same images have moved"
             )
     return replace(config, **given)

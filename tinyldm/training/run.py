@@ -1,7 +1,7 @@
 """A run: both stages of training, in the open.
 
-Stage 1 teaches the autoencoder to pack pictures into latents. Stage 2 encodes the whole data set
-once, and teaches the U-Net and the text encoder together to undo noise in latents.
+Stage 1 trains the autoencoder to compress images into latents. Stage 2 encodes the whole data set
+once, and trains the U-Net and the text encoder together to remove noise from latents.
 """
 
 import warnings
@@ -62,7 +62,7 @@ def train(
     rehearsal = rehearse(config, len(training), device, features)
     rehearsal.announce(say)
     if rehearsal.hopeless:
-        raise ConfigError(f"{run}: not begun, for want of memory")
+        raise ConfigError(f"{run}: not started: there is not enough memory")
     models = Models(config, tokenizer, features)
     params = to_device(models.vae.init(np.random.default_rng((config.seed, 0))), device)
     fingerprint = data.fingerprint()
@@ -71,7 +71,7 @@ def train(
         state = State(
             config, STAGES[0], params, tokenizer, fingerprint, discriminator=discriminator
         )
-    else:  # nothing of the first stage is learnt
+    else:  # the first stage has no parameters
         state = second_stage(config, models, params, training, fingerprint, 0, device, say)
     if overwrite:
         remove(run)
@@ -80,7 +80,7 @@ def train(
         report = run / "training" / "skipped.txt"
         report.write_text("".join(f"{line}\n" for line in data.skipped), encoding="utf-8")
     snapshots.data(run, training)
-    say(f"what is to be learnt: {run / 'samples' / 'data.png'}")
+    say(f"training images: {run / 'samples' / 'data.png'}")
     return Run(run, state, models, training, held_out, device, say).finish()
 
 
@@ -92,11 +92,11 @@ def resume(
     features: Features | None = None,
     **settings: object,
 ) -> Pipeline:
-    """Go on with a run as if it had never stopped; → the finished Pipeline.
+    """Resume a run as if it had never stopped; → the finished Pipeline.
 
     minutes: train this long from now on, instead of what was left. settings: others that may change
     (see `presets.changed`). features: the network that the run began with, if it had one.
-    DataError if the pictures or captions are no longer the same.
+    DataError if the images or captions are no longer the same.
     """
     run = Path(run)
     state = load_state(run, device)
@@ -107,18 +107,18 @@ def resume(
     data = load_data(state.config)
     if data.fingerprint() != state.data:
         raise DataError(
-            f"{state.config.data}: the {len(data):,} pictures and captions are no longer those "
+            f"{state.config.data}: the {len(data):,} images and captions are no longer those "
             f"that {run} was begun with; bring them back, or begin a new run"
         )
     models = Models(state.config, state.tokenizer, features)
     training, held_out = split(data, state.config)
-    say(f"going on with {state.stage}, step {state.step}")
+    say(f"resuming {state.stage}, step {state.step}")
     return Run(run, state, models, training, held_out, device, say).finish()
 
 
 @dataclass
 class Run:
-    """A run in progress: where it is kept, how far it is, and what it learns from."""
+    """A run in progress: its folder, its state, its networks and its data."""
 
     folder: Path
     state: State
@@ -133,7 +133,7 @@ class Run:
 
     def finish(self) -> Pipeline:
         """Train to the end of both stages, or until a signal (Stopped)."""
-        # Which captions are cut was said when the run began.
+        # Captions that are cut were reported when the run began.
         with warnings.catch_warnings(action="ignore", category=CaptionCut):
             with Interruptible() as stop:
                 if self.state.stage == "autoencoder":
@@ -146,14 +146,14 @@ class Run:
         return pipeline
 
     def export(self) -> Pipeline:
-        """Write the model as it is now."""
+        """Export the model as it is now."""
         return export(self.folder, self.state, self.models)
 
     # ------------------------------------------------------------------------------------- stage 1
 
     def fit_autoencoder(self, stop: Interruptible) -> None:
-        """Stage 1: pictures (n, side, side, 3) become reconstructions of the same."""
-        self.say("stage 1 of 2: the autoencoder learns to pack pictures into latents, and back")
+        """Train stage 1: images (n, side, side, 3) to reconstructions of the same."""
+        self.say("stage 1 of 2: the autoencoder learns to compress images into latents, and back")
         config, models = self.state.config, self.models
         batch_at = self.picture_batches()
 
@@ -169,12 +169,12 @@ class Run:
         fit(self.folder, self.state, job, stop)
 
     def pixels(self, rng: np.random.Generator, count: int) -> Array:
-        """Pictures drawn from those of training, (count, height, width, channels) in −1…1."""
+        """Draw training images, (count, height, width, channels) in −1…1."""
         images = self.training.images
         return self.xp.asarray(self.models.pixels(images[rng.integers(0, len(images), count)]))
 
     def picture_batches(self) -> Callable[[int], tuple]:
-        """Stage 1's `batch_at(step)`: pictures, and noise for a KL autoencoder's latents."""
+        """Return stage 1's `batch_at(step)`: images, and noise for a KL autoencoder's latents."""
         config = self.state.config
 
         def batch_at(step):
@@ -188,7 +188,7 @@ class Run:
         return batch_at
 
     def begin_denoiser(self) -> None:
-        """From the end of stage 1 to the start of 2."""
+        """Go from the end of stage 1 to the start of stage 2."""
         before = self.state
         self.state = second_stage(
             before.config, self.models, before.average, self.training, before.data, before.step,
@@ -199,10 +199,10 @@ class Run:
     # ------------------------------------------------------------------------------------- stage 2
 
     def fit_denoiser(self, stop: Interruptible) -> None:
-        """Stage 2: every picture becomes latents (h, w, c) once, and noise is removed from them."""
+        """Train stage 2: encode all images to latents (h, w, c) once, and learn to denoise them."""
         self.say(
-            "stage 2 of 2: the U-Net learns to remove noise from latents, guided by what it is "
-            "given; its loss goes flat early, and that is normal: most of it is noise that nobody "
+            "stage 2 of 2: the U-Net learns to remove noise from latents, given its condition; "
+            "its loss goes flat early, and that is normal: most of it is noise that no network "
             "could predict. Look at samples/, and at the loss at high noise"
         )
         state = self.state
@@ -222,9 +222,9 @@ class Run:
             raise
 
     def latent_batches(self) -> tuple[Callable[[int], tuple], np.ndarray]:
-        """Stage 2's `batch_at(step)`, and the first picture's latents (h, w, c).
+        """Return stage 2's `batch_at(step)`, and the first image's latents (h, w, c).
 
-        Every picture is encoded here, once; its latents are drawn anew in every batch.
+        Every image is encoded here, once; its latents are drawn anew in every batch.
         """
         state, models = self.state, self.models
         config, n = state.config, len(self.training)
@@ -264,7 +264,7 @@ def second_stage(
     device: str,
     say: Say,
 ) -> State:
-    """The state in which stage 2 begins: the latent scale is measured, the U-Net is fresh."""
+    """Return the state in which stage 2 begins: latent scale measured, fresh U-Net."""
     z, std = all_gaussians(models, first_stage, training.images[:2048], device)
     if std is not None:
         z = z + std * np.random.default_rng((config.seed, 2)).standard_normal(z.shape)
@@ -317,6 +317,6 @@ def whole_run(run: str, say: Say) -> str:
     folder = Path(run)
     if folder.is_dir() and not (folder / "model_index.json").exists() and state_files(run):
         if load_notes(run)["stage"] == "denoiser":
-            say(f"{run}: the export is not whole; making it again from the state")
+            say(f"{run}: the export is incomplete; exporting again from the state")
         rebuild(run)
     return run

@@ -14,7 +14,7 @@ class Stopped(Exception):
 
 
 class Interruptible(contextlib.AbstractContextManager):
-    """Within the block Ctrl-C and SIGTERM only set `number`; a second one acts at once."""
+    """Context in which Ctrl-C and SIGTERM only set `number`; a second one acts at once."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -1,4 +1,4 @@
-"""What a run shows of itself on its way: pictures in `samples/`, and numbers on unseen pictures."""
+"""Snapshots of a run in training: images in `samples/`, and metrics of held-out images."""
 
 import json
 from pathlib import Path
@@ -39,20 +39,20 @@ ONE_WORD_CHANGED = [
     "a large red circle on white at the left",
     "a large red circle on blue at the right",
 ]
-SCENES = 9  # pictures of which a task is given something
-FEW = slice(6)  # of the pictures, to watch them become
-MOST = 128  # held-out pictures that a report looks at
+SCENES = 9  # images that a task is conditioned on
+FEW = slice(6)  # of the images, in the film of the reverse process
+MOST = 128  # held-out images that a report looks at
 
 
 def due(step: int, total: int | None, seconds: float) -> bool:
-    """Whether to report after this step of `total`, `seconds` after the last report."""
+    """Return whether to report after this step of `total`, `seconds` after the last report."""
     if total is None:
         return False
     return seconds > EVERY or step in {round(share * total) for share in SHARES}
 
 
 def data(run: Path, training: Dataset) -> None:
-    """data.png: what the model is to learn."""
+    """Save data.png, training images with their captions."""
     some = training.pick(range(min(18, len(training))))
     save_picture(run / "samples" / "data.png", grid(some.images, some.captions, columns=6))
     if some.maps is not None:
@@ -62,7 +62,7 @@ def data(run: Path, training: Dataset) -> None:
 def autoencoder(
     vae: AutoencoderKL | VQModel, params: dict[str, Array], held_out: Dataset
 ) -> tuple[dict, str]:
-    """How well stage 1 does on pictures that it never saw: ({name: number}, a text)."""
+    """Measure stage 1 on held-out images: ({name: value}, a text)."""
     if not len(held_out):
         return {}, ""
     images = held_out.images[:MOST]
@@ -84,9 +84,9 @@ def autoencoder(
 
 
 def first_stage(run: Path, pipeline: Pipeline, training: Dataset, latents: np.ndarray) -> None:
-    """forward.png (the forward process) and reconstructions.png, once stage 1 is done.
+    """Save forward.png (the forward process) and reconstructions.png, once stage 1 is done.
 
-    latents: those of the first picture, (h, w, c).
+    latents: those of the first image, (h, w, c).
     """
     folder, schedule = run / "samples", pipeline.schedule
     noise = np.random.default_rng(0).standard_normal(latents.shape, dtype=np.float32)
@@ -104,19 +104,19 @@ def first_stage(run: Path, pipeline: Pipeline, training: Dataset, latents: np.nd
     save_picture(folder / "forward.png", strip)
     some = training.images[:9]
     back = pipeline.decode(pipeline.encode(some))
-    pair = grid(np.concatenate([some, back]), columns=len(some), labels=["picture", "decoded"])
+    pair = grid(np.concatenate([some, back]), columns=len(some), labels=["image", "decoded"])
     save_picture(folder / "reconstructions.png", pair)
 
 
 def denoiser(
     run: Path, pipeline: Pipeline, training: Dataset, held_out: Dataset, step: int
 ) -> tuple[dict, str]:
-    """step-….png, and how well stage 2 does: ({name: number}, a text)."""
+    """Save step-….png, and measure stage 2: ({name: value}, a text)."""
     numbers, text = {}, ""
     if len(held_out):
         bands = loss_by_noise(pipeline, held_out.pick(range(min(MOST, len(held_out)))))
         numbers = {"validation": float(np.mean(bands)), "by_noise": bands}
-        text = f"; held-out pictures: {numbers['validation']:.4f}, from little noise to much: "
+        text = f"; held-out images: {numbers['validation']:.4f}, from little noise to much: "
         text += " ".join(f"{loss:.3f}" for loss in bands)
     file = run / "samples" / f"step-{step:06d}.png"
     if pipeline.task == "generation":
@@ -133,9 +133,9 @@ def denoiser(
 
 
 def finished(run: Path, pipeline: Pipeline, training: Dataset, held_out: Dataset) -> None:
-    """samples.png, reverse.png and .webp, loss.png, loss-by-noise.png; in any case.
+    """Save samples.png, reverse.png and .webp, loss.png and loss-by-noise.png.
 
-    guidance.png and, of captions of shapes, words.png where nothing is given but a prompt.
+    For generation it also saves guidance.png and, of captions of shapes, words.png.
     """
     folder = run / "samples"
     if pipeline.task == "generation":
@@ -155,50 +155,50 @@ def finished(run: Path, pipeline: Pipeline, training: Dataset, held_out: Dataset
 def reverse_process(
     pipeline: Pipeline, prompts: list[str], scene: Scene | None, folder: Path
 ) -> None:
-    """reverse.webp, noise becoming pictures, and reverse.png, the first of them."""
+    """Save reverse.webp, noise becoming images, and reverse.png, the first of them."""
     frames, states, goals = [], [], []
     for x, x0 in pipeline.denoise(pipeline.sampling_params(prompts), None, scene):
         states.append(pipeline.decode(x))
         goals.append(pipeline.decode(x0))
         both = np.concatenate([states[-1], goals[-1]])
-        frames.append(grid(both, columns=len(x), labels=["so far", "its goal"]))
+        frames.append(grid(both, columns=len(x), labels=["noisy", "predicted"]))
     save_animation(folder / "reverse.webp", frames)
     chosen = np.linspace(0, len(states) - 1, min(9, len(states))).astype(int)
     rows = [[states[i][0] for i in chosen], [goals[i][0] for i in chosen]]
-    strip = grid(np.concatenate(rows), columns=len(chosen), labels=["so far", "its goal"])
+    strip = grid(np.concatenate(rows), columns=len(chosen), labels=["noisy", "predicted"])
     save_picture(folder / "reverse.png", strip)
 
 
 def paint_samples(pipeline: Pipeline, prompts: list[str], file: Path) -> np.ndarray:
-    """One picture a prompt, always from the same noise → uint8 (n, h, w, 3), saved as a grid."""
+    """Generate an image per prompt from the same noise → uint8 (n, h, w, 3); save a grid."""
     pictures = np.stack([np.asarray(picture) for picture in pipeline(prompts)])
     save_picture(file, grid(pictures, prompts, columns=6))
     return pictures
 
 
 def paint_scenes(pipeline: Pipeline, data: Dataset, file: Path) -> tuple[list[str], np.ndarray]:
-    """What the task gives of some pictures, what the model makes of it, and the pictures.
+    """Generate images of a task, and save rows of its inputs, the results and the real images.
 
-    → their captions, and what is painted: uint8 (n, h, w, 3); saved as three rows.
+    → their captions, and what is generated: uint8 (n, h, w, 3).
     """
     some = data.pick(range(min(SCENES, len(data))))
     prompts = list(some.captions)
     scene = given(pipeline.task, some, some.readable)
     painted = paint(pipeline, prompts, scene)
     rows = np.concatenate([as_shown(scene), painted, some.images])
-    save_picture(file, grid(rows, columns=len(some), labels=["given", "painted", "picture"]))
+    save_picture(file, grid(rows, columns=len(some), labels=["input", "generated", "image"]))
     return prompts, painted
 
 
 def sweep_guidance(pipeline: Pipeline, prompts: list[str], file: Path) -> None:
-    """The same noise and captions at rising guidance: obedience grows, variety and tones suffer."""
+    """Save images at rising guidance, same noise and captions: variety and tones suffer."""
     rows = [np.stack(list(map(np.asarray, pipeline(prompts, guidance=g)))) for g in GUIDANCES]
     labels = [f"guidance {g}" for g in GUIDANCES]
     save_picture(file, grid(np.concatenate(rows), columns=len(prompts), labels=labels))
 
 
 def change_words(pipeline: Pipeline, file: Path) -> None:
-    """One noise, one caption, and the same caption with one word changed at a time."""
+    """Save images of one noise and one caption, with one word changed at a time."""
     h, w = (side // pipeline.vae.factor for side in pipeline.size)
     shape = (1, h, w, pipeline.vae.latent_channels)
     noise = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
@@ -208,7 +208,7 @@ def change_words(pipeline: Pipeline, file: Path) -> None:
 
 
 def prompts_for(training: Dataset) -> list[str]:
-    """Eighteen captions to paint: the first different ones, and for shapes also unseen pairs."""
+    """Return 18 captions to generate: the first different ones, for shapes also held-out pairs."""
     prompts = list(dict.fromkeys(training.captions))[:18]
     if not _has_captions_of_shapes(training):
         return (prompts * 18)[:18] if len(prompts) < 6 else prompts
@@ -224,12 +224,12 @@ def prompts_for(training: Dataset) -> list[str]:
 
 
 def _has_captions_of_shapes(training):
-    """Not only their classes."""
+    """Return whether the captions are sentences on shapes, not only their classes."""
     return training.readable and len(attributes_in(training.captions[0])) > 1
 
 
 def draw_losses(run: Path, window: int = 20) -> None:
-    """loss.png: both stages' losses, averaged over `window` lines of metrics; loss-by-noise.png."""
+    """Plot both stages' losses, averaged over `window` lines: loss.png, and loss-by-noise.png."""
     lines = (run / "training" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
     series = {}
@@ -252,5 +252,5 @@ def draw_losses(run: Path, window: int = 20) -> None:
             f"noise band {i + 1}": (steps, [e["by_noise"][i] for e in banded])
             for i in range(len(banded[0]["by_noise"]))
         }
-        title = "denoiser, held-out pictures, from little noise (1) to much (5)"
+        title = "denoiser, held-out images, from little noise (1) to much (5)"
         save_picture(run / "samples" / "loss-by-noise.png", curves(series, title))

@@ -2,7 +2,7 @@
 
 `training/state-<step>.safetensors` holds every array that training changes, and as notes in its
 header the run's config and how far it is. Random numbers need no state: those of a step are drawn
-from (seed, stage, step). The component folders beside it are exports, which can be made again.
+from (seed, stage, step). The component folders beside it are exports, which can be recreated.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ GROUPS += ("discriminator", "discriminator_m", "discriminator_v")  # where there
 
 @dataclass
 class State:
-    """Where a run stands. `params` are what the present stage trains; `first_stage` is finished.
+    """State of a run. `params` are what the present stage trains; `first_stage` is finished.
 
     `discriminator` is trained beside them, where stage 1 has one.
     """
@@ -32,7 +32,7 @@ class State:
     stage: str
     params: dict
     tokenizer: Tokenizer | ClassNames
-    data: str  # fingerprint of the pictures and captions
+    data: str  # fingerprint of the images and captions
     moments: dict = None  # of Adam
     average: dict = None  # moving average of params
     first_stage: dict = field(default_factory=dict)
@@ -55,12 +55,12 @@ class State:
 
     @property
     def finished(self) -> bool:
-        """Whether the last stage has made all its steps."""
+        """Return whether the last stage has made all its steps."""
         return self.stage == STAGES[-1] and self.step == self.total
 
 
 def _moments(params, found):
-    """Those that were found, or those of the start."""
+    """Return the moments that were found, or those of the start."""
     if not found:
         found = adam_state(params)
     return {moment: Flat(named) for moment, named in found.items()}
@@ -98,12 +98,12 @@ def save_state(run: str | Path, state: State) -> Path:
 
 
 def state_files(run: str | Path) -> list[Path]:
-    """The state files of a run, oldest first."""
+    """List the state files of a run, oldest first."""
     return sorted((Path(run) / "training").glob("state-*.safetensors"))
 
 
 def load_notes(run: str | Path) -> dict:
-    """What the newest state of a run says of itself: its config, its stage, how far it is."""
+    """Read the notes of a run's newest state: its config, its stage, how far it is."""
     file = _newest(run)
     try:
         notes = json.loads(load_metadata(file)["tinyldm"])
@@ -138,7 +138,7 @@ def _newest(run):
 
 
 def load_state(run: str | Path, device: str = "cpu") -> State:
-    """The newest state of a run. FileNotFoundError if it has none, WeightsError if damaged."""
+    """Load the newest state of a run. FileNotFoundError if it has none, WeightsError if damaged."""
     notes = load_notes(run)
     file = _newest(run)
     groups = {name: {} for name in GROUPS}

@@ -17,7 +17,7 @@ from tinyldm.training.state import State
 def train_step(
     state: State, loss_and_grads: Gradient, batch: tuple[Array, ...], rate: float, ema: float
 ) -> tuple[Array, Array]:
-    """One step of the optimizer on one batch → loss and norm of the gradient, on the device.
+    """Take one optimizer step on one batch → loss and norm of the gradient, on the device.
 
     loss_and_grads: of a batch, at the state's parameters. Where the gradients have those of a
     discriminator too, that makes a step of its own optimizer.
@@ -83,7 +83,7 @@ def gradient(loss_fn: Callable, params: Params, processes: int | None = None) ->
 
 
 def accumulated(gradient_of: Gradient, parts: int) -> Gradient:
-    """Take the gradient in so many parts of a batch, one after the other, for the memory of one."""
+    """Accumulate the gradient over so many parts of a batch, for the memory of one part."""
     if parts == 1:
         return gradient_of
 
@@ -107,9 +107,9 @@ def stage_gradient(
     numbers: dict[str, Array],
     processes: int | None = None,
 ) -> Iterator[Gradient]:
-    """The gradient of a stage's loss for many steps: yields batch → (loss, gradients).
+    """Yield the gradient of a stage's loss for many steps: batch → (loss, gradients).
 
-    parts: of a batch, one after the other. numbers: is given what else is known of a step, for its
+    parts: of a batch, one after the other. numbers: receives further values of a step, for its
     log. processes: see `gradients`.
     """
     keep_freed_memory()

@@ -24,7 +24,7 @@ def _of_host_arrays(grads):
 
 @kernel("training.optim.global_norm", cost=_of_host_arrays)
 def global_norm(grads: dict[str, Array]) -> Array:
-    """Share the gradients between the cores, about as many elements to each."""
+    """Compute the norm with the gradients shared between the cores, about equally."""
     names = sorted(grads, key=lambda name: grads[name].size)
 
     def squares(part):
@@ -53,7 +53,7 @@ def adamw(
     ema: float = 0.999,
 ) -> None:
     """Update one block of every buffer at a time, the blocks shared between the cores."""
-    # w −= lr m̂ / (√v̂ + ε), with what corrects m̂ and v̂ moved out of the arrays
+    # w −= lr m̂ / (√v̂ + ε), with the bias corrections of m̂ and v̂ moved into scalars
     correction = math.sqrt(1 - BETA2 ** (step + 1))
     rate = lr * correction / (1 - BETA1 ** (step + 1))
     small = EPSILON * correction

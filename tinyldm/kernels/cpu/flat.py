@@ -14,10 +14,10 @@ from tinyldm.kernels.workspace import empty
 
 
 class Flat(dict):
-    """{name: array} whose arrays are views of one buffer, `flat`: a copy of those it is made of.
+    """A dict {name: array} whose arrays are views of one buffer, `flat`, copied from `named`.
 
-    In the buffer matrices and kernels come first, `decayed` numbers: only they are to decay.
-    `shared`: on the CPU, processes that are copied from this one read and write the same numbers.
+    Matrices and kernels come first in the buffer, `decayed` elements: only they have weight decay.
+    `shared`: on the CPU, forked copies of this process read and write the same memory.
     """
 
     def __init__(self, arrays: dict[str, Array], shared: bool = False):
@@ -35,11 +35,11 @@ class Flat(dict):
             self[name][...] = w
 
     def copy(self) -> "Flat":
-        """The same numbers in another buffer."""
+        """Copy the values into another buffer."""
         return Flat(self)
 
     def parts(self, start: int, stop: int) -> list[tuple[str, slice, slice]]:
-        """What lies in start…stop of the buffer: (name, where in that array, where from start)."""
+        """List the arrays in start…stop of the buffer: (name, slice of it, slice from start)."""
         found = []
         i = bisect.bisect_right(self.starts, start) - 1
         while i < len(self.order) and self.starts[i] < stop:

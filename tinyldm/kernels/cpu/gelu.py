@@ -13,7 +13,7 @@ from tinyldm.nn.protocol import Backward
 
 @kernel("nn.activations.gelu")
 def gelu(x: Array) -> tuple[Array, Backward]:
-    """Multiply blocks by Φ."""
+    """Compute x Φ(x), block by block."""
     y = np.empty(x.shape, x.dtype)
 
     def piece(x_, y_):
@@ -35,7 +35,7 @@ def gelu(x: Array) -> tuple[Array, Backward]:
 
 @kernel("nn.activations.geglu")
 def geglu(x: Array) -> tuple[Array, Backward]:
-    """Multiply blocks by Φ and their gates."""
+    """Compute value · gate Φ(gate), block by block."""
     d = x.shape[-1] // 2
     y = np.empty((*x.shape[:-1], d), x.dtype)
 

@@ -1,6 +1,6 @@
 """Group norm, alone and with SiLU, in blocks that fit the cache; twins of `nn.norms`.
 
-Where a sample is so large that it must be cut, each of its two rounds is over all its parts.
+A sample too large for the cache is cut, and each of its two passes runs over all its parts.
 """
 
 import functools
@@ -18,7 +18,7 @@ from tinyldm.nn.protocol import Backward
 
 @kernel("nn.norms.group_norm")
 def group_norm(x: Array, w: Array, b: Array, groups: int, eps: float) -> tuple[Array, Backward]:
-    """Normalise in two rounds over each sample, first for the moments and then for the result."""
+    """Normalise in two passes over each sample, first for the moments and then for the result."""
     return _group_norm(x, w, b, groups, eps, silu=False)
 
 
@@ -26,7 +26,7 @@ def group_norm(x: Array, w: Array, b: Array, groups: int, eps: float) -> tuple[A
 def group_norm_silu(
     x: Array, w: Array, b: Array, groups: int, eps: float
 ) -> tuple[Array, Backward]:
-    """Apply the activation while the data are in the cache; backward computes its input again."""
+    """Normalise, and activate while the data are in the cache; backward recomputes SiLU's input."""
     return _group_norm(x, w, b, groups, eps, silu=True)
 
 
@@ -130,9 +130,9 @@ def _group_norm(x, w, b, groups, eps, silu):
 
 
 def _sums(*arrays_and_divisor):
-    """Σ over positions / divisor, (n, p, c) → (n, 1, c), as a product: faster than `sum` here.
+    """Sum over positions and divide, (n, p, c) → (n, 1, c), as a product: faster than `sum` here.
 
-    Those of several arrays come in one, as (number of arrays, n, 1, c).
+    The sums of several arrays come in one, as (number of arrays, n, 1, c).
     """
     *arrays, divisor = arrays_and_divisor
     n, p, c = arrays[0].shape
@@ -152,7 +152,7 @@ def _equal_weights(p, divisor, dtype):
 
 @functools.cache
 def _group_means(c, groups, dtype):
-    """A function that replaces each channel (..., c) by the mean of its group."""
+    """Return a function that replaces each channel (..., c) by the mean of its group."""
     size = c // groups
     members = (np.arange(groups)[:, None] == np.arange(c) // size).astype(dtype)  # (groups, c)
     weights = members.T * (1 / size)

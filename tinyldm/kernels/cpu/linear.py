@@ -1,4 +1,4 @@
-"""Linear maps, all rows in one product into aligned memory; of `nn.functional.linear`."""
+"""Linear maps, all rows in one product into aligned memory; twin of `nn.functional.linear`."""
 
 import numpy as np
 

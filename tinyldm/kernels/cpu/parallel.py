@@ -47,9 +47,9 @@ def gradients(
 ) -> Iterator[list[Gradient]]:
     """Share every batch with copies of this process, as many as are `available` by default.
 
-    The result is the same to the last bit as with threads. The other processes see what becomes of
-    `params`, and nothing else that changes in the meantime. Gradients under names that no parameter
-    has are to be small: they come back through a pipe.
+    The result is the same to the last bit as with threads. The other processes see later changes of
+    `params`, and of nothing else. Gradients under names that no parameter
+    has must be small: they come back through a pipe.
     """
     named = params | others if others else params
     processes = processes or available()

@@ -29,15 +29,15 @@ PRESET = "TINYLDM_PROCESSES"
 
 
 def shared(size: int, dtype: np.dtype) -> np.ndarray:
-    """A flat array of zeros that copies of this process, made later, read and write too."""
+    """Allocate a flat array of zeros that processes forked later read and write too."""
     return np.frombuffer(mmap.mmap(-1, max(1, size * dtype.itemsize)), dtype, size)
 
 
 def available() -> int:
-    """How many processes can share work: the cores, or 1 where a copy would not be safe.
+    """Return how many processes can share work: the cores, or 1 where a fork would not be safe.
 
-    A copy has the thread alone that made it, and whatever lock another one held stays locked. So
-    there must be no other; ours, and those of BLAS, wait idle and are made anew. The environment
+    A fork has only the thread that made it, and a lock that another one held stays locked. So
+    there must be no other; ours, and those of BLAS, wait idle and are restarted. The environment
     variable TINYLDM_PROCESSES sets another number; ValueError where that is none.
     """
     if sys.platform != "linux" or not use_kernels.get() or not only_thread():
@@ -46,24 +46,24 @@ def available() -> int:
     if not preset:
         return cores()
     if not (preset.isdecimal() and int(preset) >= 1):
-        raise ValueError(f"{PRESET}: expected a number from 1 on, found {preset!r}")
+        raise ValueError(f"{PRESET}: expected an integer ≥ 1, found {preset!r}")
     return int(preset)
 
 
 class TeamError(RuntimeError):
-    """A process of the team has ended, as where memory is short."""
+    """A process of the worker pool has ended, as where memory is short."""
 
 
 class Team:
-    """Calls a function with several shares of some work at once, each in a process of its own."""
+    """Worker pool: calls a function with several shares of some work, each in its own process."""
 
     def __init__(self, function: Callable, connections: list[Connection]):
         self._function, self._connections = function, connections
 
     def __call__(self, shares: list[tuple]) -> list:
-        """`[function(*share) for share in shares]`; of at most as many shares as processes.
+        """Return `[function(*share) for share in shares]`, for at most as many shares as processes.
 
-        The first is done here. What is passed to the others and returned from them is copied. An
+        The first share is done here; arguments and results of the others are copied. An
         exception is raised here, once all have ended.
         """
         others = self._connections[: len(shares) - 1]
@@ -81,7 +81,7 @@ class Team:
 
 @contextlib.contextmanager
 def team(function: Callable, size: int) -> Iterator[Team]:
-    """A team of `size` processes, this one among them, for the length of a `with` block.
+    """Open a worker pool of `size` processes, this one included, for the length of a `with` block.
 
     Within it BLAS has one thread.
     """
@@ -91,7 +91,7 @@ def team(function: Callable, size: int) -> Iterator[Team]:
             here, there = Pipe()
             sys.stdout.flush(), sys.stderr.flush()  # or the copy would say it a second time
             with warnings.catch_warnings():
-                # Python warns of threads: those of BLAS, which knows what to do.
+                # Python warns of forking with threads: those of BLAS, which handles it.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process = os.fork()
             if process == 0:
@@ -111,7 +111,7 @@ def team(function: Callable, size: int) -> Iterator[Team]:
 
 
 def _serve(function, connection, not_ours):
-    """What a copy does until the other end of the connection is closed. Does not return."""
+    """Serve shares until the other end of the connection is closed. Does not return."""
     try:
         ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)  # in the middle of work, too
         threading.current_thread().name = WORKER  # its pool of threads was not copied

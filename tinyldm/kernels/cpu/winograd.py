@@ -1,4 +1,4 @@
-"""A 3×3 convolution with few multiplications, by Winograd's algorithm; of `nn.conv.conv2d`.
+"""3×3 convolution with few multiplications, Winograd's algorithm; a kernel of `nn.conv.conv2d`.
 
 F(m×m, 3×3) of Winograd 1980, as in Lavin & Gray 2015, section 4.1. A tile is a window of
 (m + 2)×(m + 2) pixels of x, the next one m pixels on; it gives m×m outputs. With ⊙ the product
@@ -10,10 +10,10 @@ On tiles laid out flat Bᵀ x B is the matrix Bᵀ ⊗ Bᵀ times x, and the sam
 
 A convolution is a product of polynomials, which is known from its values at m + 2 points, ∞ among
 them: G w and A dy are such values, and B leads back from them. With m = 4 float32 keeps about 3e-6
-of the largest output, with m = 2 about 1e-6, as the direct sum does (tests/test_winograd.py).
+of the largest output, with m = 2 about 1e-6, as the direct sum does (see its tests).
 
-Bytes of transformed kernels are many times those of the kernel. Where one block holds all tiles,
-the kernels are made and used for some of the outputs' channels at a time.
+Transformed kernels take several times the memory of the kernel. Where one block holds all tiles,
+the kernels are transformed and used for some of the output channels at a time.
 """
 
 import functools
@@ -44,7 +44,7 @@ LEAST_CHANNELS = 32  # of input and output: with fewer the transforms take longe
 
 @functools.lru_cache(maxsize=4096)
 def _cost(m, x, w, stride, padding):
-    """Fits to measurements of 3×3 kernels on one core (`python -m bench conv`)."""
+    """Estimate the cost, by measurements of 3×3 kernels on one core (`python -m bench conv`)."""
     c_in, c_out = w[2:]
     if w[:2] != (3, 3) or stride != 1 or min(c_in, c_out) < LEAST_CHANNELS:
         return NEVER
@@ -56,7 +56,7 @@ def _cost(m, x, w, stride, padding):
 
 
 def _convolution(m):
-    """The kernel with tiles of m×m outputs."""
+    """Make the kernel with tiles of m×m outputs."""
 
     def cost(x, w, b=None, stride=1, padding=1):
         return _cost(m, x.shape, w.shape, stride, padding) if on_host(x) else NEVER
@@ -96,7 +96,7 @@ def winograd(
 ) -> Array:
     """Convolve x (n, h, w, c_in) with w (3, 3, c_in, c_out), b (c_out,) → y (n, h', w', c_out).
 
-    padding: zeros (top, bottom, left, right). outputs: (n, h', w'). m: of a tile, each way.
+    padding: zeros (top, bottom, left, right). outputs: (n, h', w'). m: side of a tile's outputs.
     """
     c_in, c_out = w.shape[2:]
     n, out_h, out_w = outputs
@@ -140,7 +140,7 @@ def winograd(
 
 
 def weight_gradient(x: Array, dy: Array, padding: tuple[int, int, int, int], m: int) -> Array:
-    """dw (3, 3, c_in, c_out) from x (n, h, w, c_in) and dy (n, h', w', c_out)."""
+    """Compute dw (3, 3, c_in, c_out) from x (n, h, w, c_in) and dy (n, h', w', c_out)."""
     n, out_h, out_w, c_out = dy.shape
     c_in = x.shape[3]
     places, grid = (m + 2) ** 2, (-(-out_h // m), -(-out_w // m))
@@ -186,7 +186,7 @@ def _cut_tiles(n, grid, places, x, block_bytes):
 
 
 def _columns(places, w, like):
-    """The outputs' channels in runs whose transformed kernels stay in the cache."""
+    """Cut the output channels into runs whose transformed kernels stay in the cache."""
     c_in, c_out = w.shape[2:]
     step = max(1, KERNEL_BYTES // (LEAST_COLUMNS * places * c_in * like.itemsize)) * LEAST_COLUMNS
     if not on_host(like):
@@ -195,13 +195,13 @@ def _columns(places, w, like):
 
 
 def _squares(y, m):
-    """The m×m squares of y (n, m i, m j, c), their places first: (m, m, n, i, j, c), a view."""
+    """View y (n, m i, m j, c) as m×m squares, their places first: (m, m, n, i, j, c)."""
     n, h, w, c = y.shape
     return y.reshape(n, h // m, m, w // m, m, c).transpose(2, 4, 0, 1, 3, 5)
 
 
 def _tiles(seen, m, spare, tiles):
-    """Windows [n, y, x, i, j, c] → Bᵀ x B of each, the places (i, j) first, in `tiles`."""
+    """Transform windows [n, y, x, i, j, c] to Bᵀ x B each, the places (i, j) first, in `tiles`."""
     taps_first = seen.transpose(3, 4, 0, 1, 2, 5)
     spare = spare[: seen.size]
     spare.reshape(taps_first.shape)[...] = taps_first
@@ -209,7 +209,7 @@ def _tiles(seen, m, spare, tiles):
 
 
 def _kernels(w, m, memory=None):
-    """w (3, 3, c_in, c_out) → G w Gᵀ (places, c_in, c_out), at the beginning of `memory`."""
+    """Transform w (3, 3, c_in, c_out) → G w Gᵀ (places, c_in, c_out), at the start of `memory`."""
     shape = ((m + 2) ** 2, *w.shape[2:])
     out = empty(shape, w) if memory is None else memory[: math.prod(shape)].reshape(shape)
     _transform("kernel", m, array_module(w).ascontiguousarray(w), out)
@@ -217,7 +217,7 @@ def _kernels(w, m, memory=None):
 
 
 def _transform(name, m, x, out):
-    """out = M ⊗ M x, for x whose first numbers run over the places of a tile, square or kernel."""
+    """Compute out = (M ⊗ M) x; the first axes of x are the places of a tile, square or kernel."""
     matrix = _transform_matrix(name, m, array_module(x), x.dtype.char)
     spread(matrix, x.reshape(matrix.shape[1], -1), out.reshape(matrix.shape[0], -1))
 
