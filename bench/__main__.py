@@ -19,7 +19,7 @@ from types import ModuleType
 
 from threadpoolctl import threadpool_info
 
-from bench import against, conv, hops, ops, picture, sample, scaling, sd, train
+from bench import against, conv, hops, image, ops, sample, scaling, sd, train
 from bench.compare import Run, load_peer
 from bench.measure import Limits
 from bench.report import write
@@ -31,7 +31,7 @@ TABLES = {
     "train": train.table,
     "sample": sample.table,
     "sd": sd.table,
-    "picture": picture.table,
+    "image": image.table,
     "conv": conv.table,
     "scaling": scaling.table,
     "ops": ops.table,

@@ -69,7 +69,7 @@ class Function:
         errors = []
         for i, (parts, other) in enumerate(zip(zip(*shards, strict=True), theirs, strict=True)):
             own = np.concatenate(parts) if i <= last else sum(parts)
-            other = peer.to_numpy(other, peer.PICTURE if i <= last else peer.KERNEL)
+            other = peer.to_numpy(other, peer.IMAGE if i <= last else peer.KERNEL)
             errors.append(np.abs(own - other).max() / np.abs(other).max())
         return float(np.max(errors))  # not a number, if one of them is not
 

@@ -78,8 +78,8 @@ def step_difference(ours: Sequence, theirs: Sequence) -> float:
     return max(relative(loss, their_loss), relative(*flat))
 
 
-def picture_difference(ours: Array, theirs: Any) -> float:
-    """Of pictures (n, h, w, c), and PyTorch's; relative."""
+def image_difference(ours: Array, theirs: Any) -> float:
+    """Of images (n, h, w, c), and PyTorch's; relative."""
     from bench.peer import to_numpy
 
     return relative(to_device(ours, "cpu"), to_numpy(theirs))
@@ -176,7 +176,7 @@ class UNetStep(TrainStep):
 
 @dataclass(frozen=True)
 class AutoencoderStep(TrainStep):
-    """side: of pictures with 3 channels."""
+    """side: of images with 3 channels."""
 
     widths: tuple[int, ...]
     layers: int
@@ -198,7 +198,7 @@ class AutoencoderStep(TrainStep):
         return AutoencoderKL(self.config())
 
     def batch(self) -> list[Array]:
-        """Pictures, and the noise with which latents are drawn."""
+        """Images, and the noise with which latents are drawn."""
         rng = np.random.default_rng(1)
         small = self.side // self.net().factor
         images = rng.standard_normal((self.samples, self.side, self.side, 3), np.float32)

@@ -58,13 +58,13 @@ def functions(n: int, side: int, c: int) -> list[Function]:
         return function_at, i, n, side, c
 
     w, b = 1 + normal(c) / 4, normal(c) / 4
-    picture, tokens = (n, side, side, c), (n, side * side, c)
+    image, tokens = (n, side, side, c), (n, side * side, c)
     return [
         Function(
             "group norm + SiLU",
             partial(group_norm_silu, groups=GROUPS, eps=EPS),
             lambda torch, x, w, b: torch.silu(torch.group_norm(x, GROUPS, w, b, EPS)),
-            (normal(*picture),), (w, b), normal(*picture), made(0), ("contiguous", "channels_last"),
+            (normal(*image),), (w, b), normal(*image), made(0), ("contiguous", "channels_last"),
         ),
         Function(
             "layer norm",

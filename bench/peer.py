@@ -23,11 +23,11 @@ __all__ = [
     "functional",
 ]
 
-FORMATS = {  # how pictures and kernels lie in memory
+FORMATS = {  # how images and kernels lie in memory
     "contiguous": torch.contiguous_format,
     "channels_last": torch.channels_last,
 }
-PICTURE, KERNEL = (
+IMAGE, KERNEL = (
     (0, 2, 3, 1),
     (2, 3, 1, 0),
 )  # our order of the axes, of (n, c, h, w) and (k, c, h, w)
@@ -57,9 +57,9 @@ def load(
 
 
 def tensor(
-    x: np.ndarray, layout: str, device: str = "cpu", axes: tuple[int, ...] = PICTURE
+    x: np.ndarray, layout: str, device: str = "cpu", axes: tuple[int, ...] = IMAGE
 ) -> torch.Tensor:
-    """One of our arrays. axes: what its four axes are, if it has as many, PICTURE or KERNEL."""
+    """One of our arrays. axes: what its four axes are, if it has as many, IMAGE or KERNEL."""
     if x.ndim < 4:
         return torch.from_numpy(x).to(device)
     x = torch.from_numpy(x.transpose(np.argsort(axes)))
@@ -75,7 +75,7 @@ def to_arrays(result: Any) -> Any:
     return result.detach().cpu().numpy() if isinstance(result, torch.Tensor) else result
 
 
-def to_numpy(x: torch.Tensor | np.ndarray, axes: tuple[int, ...] = PICTURE) -> np.ndarray:
+def to_numpy(x: torch.Tensor | np.ndarray, axes: tuple[int, ...] = IMAGE) -> np.ndarray:
     """A tensor, or such an array, in our order of axes."""
     x = to_arrays(x)
     return x if x.ndim < 4 else x.transpose(axes)

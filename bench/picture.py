@@ -1,4 +1,4 @@
-"""One picture by Stable Diffusion 1.5 at full size, from a folder on disk, beside diffusers."""
+"""One image by Stable Diffusion 1.5 at full size, from a folder on disk, beside diffusers."""
 
 import contextlib
 import subprocess
@@ -128,7 +128,7 @@ def _held(pid):
 
 
 def table(run: Run) -> Rows:
-    """One picture by Stable Diffusion 1.5
+    """One image by Stable Diffusion 1.5
 
     512×512, 20 steps of DDIM with guidance, random weights in a folder on disk. First the steps, in
     turn with those of diffusers (contiguous, its faster format here); then the whole command, a
@@ -164,7 +164,7 @@ def _whole(folder, run):
     numbers = ["--steps", str(STEPS), "--guidance", str(GUIDANCE), "-o", f"{folder}.png"]
     command = [sys.executable, "-m", "tinyldm", "sample", str(folder), PROMPT, *numbers]
     seconds, held = run_measured(command)
-    row = {"case": f"picture, {STEPS} steps", "tinyldm ms": f"{1e3 * seconds:.0f}"}
+    row = {"case": f"image, {STEPS} steps", "tinyldm ms": f"{1e3 * seconds:.0f}"}
     row["MB"] = f"{held / 1e6:.0f}"
     if run.peer:
         command = [sys.executable, "-c", THEIRS, str(folder), PROMPT, str(STEPS), str(GUIDANCE)]

@@ -7,7 +7,7 @@ import numpy as np
 
 from bench.compare import Rows, Run, speed
 from bench.measure import Step, entered
-from bench.nets import NetworkCase, Params, picture_difference, random_params
+from bench.nets import NetworkCase, Params, image_difference, random_params
 from tinyldm.backend import Array, array_module, to_device
 from tinyldm.diffusion.guidance import guided
 from tinyldm.diffusion.samplers import ddim
@@ -28,16 +28,16 @@ class SamplingStep(NetworkCase):
     """Predictions with and without text as one batch, guidance, one step of DDIM."""
 
     preset: str
-    pictures: int
+    images: int
 
-    difference = staticmethod(picture_difference)
+    difference = staticmethod(image_difference)
 
     @property
     def name(self) -> str:
         """As in the table."""
         c = self.config
         side = c.unet_config()["sample_size"]
-        return f"U-Net {c.unet_widths}, {side}×{side}, {self.pictures} × 2 predictions"
+        return f"U-Net {c.unet_widths}, {side}×{side}, {self.images} × 2 predictions"
 
     @property
     def config(self) -> Config:
@@ -53,8 +53,8 @@ class SamplingStep(NetworkCase):
         rng = np.random.default_rng(1)
         c = self.config
         side = c.unet_config()["sample_size"]
-        x = rng.standard_normal((self.pictures, side, side, c.latent_channels), np.float32)
-        context = (self.pictures, c.tokens, c.text_width)
+        x = rng.standard_normal((self.images, side, side, c.latent_channels), np.float32)
+        context = (self.images, c.tokens, c.text_width)
         return [x, *(rng.standard_normal(context, np.float32) for _ in range(2))]
 
     def sampler(self, params: Params, device: str) -> Callable:
@@ -100,5 +100,5 @@ def table(run: Run) -> Rows:
     The demo's U-Net, with and without text as one batch, then one step of DDIM. Of the limit:
     SGEMM.
     """
-    for pictures in (2, 1) if run.tiny else (16, 1):
-        yield speed(SamplingStep("tiny" if run.tiny else "demo", pictures), run)[0]
+    for images in (2, 1) if run.tiny else (16, 1):
+        yield speed(SamplingStep("tiny" if run.tiny else "demo", images), run)[0]

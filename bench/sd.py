@@ -11,7 +11,7 @@ from bench.nets import (
     NetworkCase,
     Params,
     autoencoder_config,
-    picture_difference,
+    image_difference,
     random_params,
     unet_config,
 )
@@ -25,14 +25,14 @@ ROUNDS = 3  # a call takes seconds
 
 @dataclass(frozen=True)
 class Prediction(NetworkCase):
-    """The U-Net on the two samples that one picture with guidance needs. context: (l, d)."""
+    """The U-Net on the two samples that one image with guidance needs. context: (l, d)."""
 
     widths: tuple[int, ...] = (320, 640, 1280, 1280)
     layers: int = 2
     side: int = 64
     context: tuple[int, int] = (77, 768)
 
-    difference = staticmethod(picture_difference)
+    difference = staticmethod(image_difference)
 
     @property
     def name(self) -> str:
@@ -72,13 +72,13 @@ class Prediction(NetworkCase):
 
 @dataclass(frozen=True)
 class Decoding(NetworkCase):
-    """The autoencoder's way from the latents of one picture to its pixels."""
+    """The autoencoder's way from the latents of one image to its pixels."""
 
     widths: tuple[int, ...] = (128, 256, 512, 512)
     layers: int = 2
     side: int = 64
 
-    difference = staticmethod(picture_difference)
+    difference = staticmethod(image_difference)
 
     @property
     def name(self) -> str:
@@ -95,11 +95,11 @@ class Decoding(NetworkCase):
         return random_params(AutoencoderKL(self.config()).shapes())
 
     def latents(self) -> np.ndarray:
-        """Of one picture, at the autoencoder's own scale."""
+        """Of one image, at the autoencoder's own scale."""
         return np.random.default_rng(1).standard_normal((1, self.side, self.side, 4), np.float32)
 
     def ours(self, params: Params, device: str) -> Step:
-        """→ picture."""
+        """→ image."""
         vae, params = AutoencoderKL(self.config()), to_device(params, device)
         z = to_device(self.latents(), device)
 

@@ -25,12 +25,12 @@ for i, (image, caption) in enumerate(zip(*make_shapes(24, side=32, seed=0), stri
 folder = Path(__file__).parent / "examples"
 folder.mkdir(exist_ok=True)
 CHOSEN = 5
-pictures, captions = make_shapes(CHOSEN + 1, side=32, seed=1)
+images, captions = make_shapes(CHOSEN + 1, side=32, seed=1)
 maps, _ = make_shapes(CHOSEN + 1, side=32, seed=1, maps=True)
-mask = 255 * box_around(pictures[CHOSEN], margin=4).astype("uint8")
+mask = 255 * box_around(images[CHOSEN], margin=4).astype("uint8")
 examples = {
-    "picture.png": pictures[CHOSEN],
-    "small.png": reduced(pictures[CHOSEN:], 4)[0],
+    "image.png": images[CHOSEN],
+    "small.png": reduced(images[CHOSEN:], 4)[0],
     "mask.png": mask,
     "map.png": maps[CHOSEN],
 }

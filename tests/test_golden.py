@@ -8,7 +8,7 @@ from pathlib import Path
 import golden_cases as cases
 import numpy as np
 import pytest
-from model_cases import numbers, random_params, unet_inputs, whole_numbers
+from model_cases import integers, numbers, random_params, unet_inputs
 
 from tinyldm.models import AutoencoderKL, TextEncoder, UNet
 
@@ -62,7 +62,7 @@ def test_decoder(golden):
 def test_text_encoder(golden):
     model = TextEncoder(cases.TEXT)
     params = random_params(model.shapes())
-    y, backward = model(params, whole_numbers("ids", cases.TEXT["vocab_size"], 2, 5))
+    y, backward = model(params, integers("ids", cases.TEXT["vocab_size"], 2, 5))
     grads = {}
     backward(numbers("dy", 2, 5, 12), grads)
     assert_golden(golden, "text", y, grads, cases.TEXT_GRADIENTS)

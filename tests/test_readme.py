@@ -10,7 +10,7 @@ import pytest
 from original_layout import narrow, random_model, to_original
 from PIL import Image
 from slow import mostly_slow
-from small_run import CONFIG, without_pictures
+from small_run import CONFIG, without_images
 
 from tinyldm import cli
 from tinyldm.checkpoints import single_file as original
@@ -125,22 +125,22 @@ def test_a_command(place, monkeypatch, capfd, command):
     count = int(arguments[arguments.index("--n") + 1]) if "--n" in arguments else 1
     assert len(names) == count + ("--film" in arguments)
     for name in names:
-        with Image.open(name) as picture:
-            assert np.asarray(picture.convert("RGB")).std() > 5
+        with Image.open(name) as image:
+            assert np.asarray(image.convert("RGB")).std() > 5
             if "--film" in arguments and name == names[-1]:
-                assert picture.n_frames == 10
+                assert image.n_frames == 10
             elif "--tile" in arguments:
-                assert picture.size == (96, 96)
+                assert image.size == (96, 96)
             elif "--size" in command:
-                assert picture.size == (width // 8, height // 8)
+                assert image.size == (width // 8, height // 8)
             elif "--image" in arguments:  # 4 : 3, in multiples of 64
-                assert picture.size == (64, 64)
+                assert image.size == (64, 64)
 
 
 @pytest.mark.slow
 def test_the_commands_of_the_tasks(tmp_path, monkeypatch, call):
     """One after the other, with a model that is small and has hardly learnt."""
-    without_pictures(monkeypatch)
+    without_images(monkeypatch)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "data" / "examples", tmp_path / "data" / "examples")
     monkeypatch.setitem(presets.PRESETS, "demo", CONFIG)
@@ -155,5 +155,5 @@ def test_the_commands_of_the_tasks(tmp_path, monkeypatch, call):
         if arguments[0] == "sample":
             assert len(names) == (4 if "--n" in arguments else 1)
             for name in names:
-                with Image.open(name) as picture:
-                    assert picture.size == sizes.get(name, (16, 16))
+                with Image.open(name) as image:
+                    assert image.size == sizes.get(name, (16, 16))

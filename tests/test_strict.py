@@ -422,18 +422,18 @@ def test_autoencoder(config):
     vae = AutoencoderKL(config)
     params, factor = random_params(vae.shapes()), vae.factor
     rng = np.random.default_rng(0)
-    pictures = random_array(rng, (2, 2 * factor, 3 * factor, config["in_channels"]))
+    images = random_array(rng, (2, 2 * factor, 3 * factor, config["in_channels"]))
     z, noise = (random_array(rng, (2, 2, 3, config["latent_channels"])) for _ in range(2))
-    same_network_on_the_device(vae.to_latents, params, [pictures])
-    same_network_on_the_device(vae.to_latents, params, [pictures, noise])
+    same_network_on_the_device(vae.to_latents, params, [images])
+    same_network_on_the_device(vae.to_latents, params, [images, noise])
     same_network_on_the_device(vae.from_latents, params, [z])
     same_network_on_the_device(partial(recompute, vae.decode), params, [z])
 
 
 def test_classifier():
     model = Classifier({"norm_num_groups": 4, "classes": {"a": "xy", "b": "xyz"}})
-    pictures = random_array(np.random.default_rng(0), (2, 9, 8, 3))
-    same_network_on_the_device(joined(model), random_params(model.shapes()), [pictures])
+    images = random_array(np.random.default_rng(0), (2, 9, 8, 3))
+    same_network_on_the_device(joined(model), random_params(model.shapes()), [images])
 
 
 @pytest.mark.parametrize("far", [1, 40])  # where the log-variance is clamped, too
@@ -497,9 +497,9 @@ def models():
 
 def autoencoder_run(models):
     rng = np.random.default_rng(0)
-    pictures, noise = rng.uniform(-1, 1, (4, 8, 8, 3)), rng.normal(size=(4, 4, 4, 2))
+    images, noise = rng.uniform(-1, 1, (4, 8, 8, 3)), rng.normal(size=(4, 4, 4, 2))
     loss_fn = autoencoder_loss(models.vae, CONFIG.kl_weight)
-    return loss_fn, random_params(models.vae.shapes()), (pictures, noise), ()
+    return loss_fn, random_params(models.vae.shapes()), (images, noise), ()
 
 
 def denoiser_run(models, weighting="simple"):
@@ -615,29 +615,27 @@ def pipeline(models, to=lambda x: x, dtype="float64"):
 
 @pytest.mark.parametrize("guidance", [1, 3.0])
 @pytest.mark.parametrize("sampler, noises", [("ddim", 0), ("ddpm", 3)])
-def test_sampling_waits_once_for_the_pictures(sampler, noises, guidance, models):
-    painter, painter_there = pipeline(models), pipeline(models, strict.asarray)
+def test_sampling_waits_once_for_the_images(sampler, noises, guidance, models):
+    model, model_there = pipeline(models), pipeline(models, strict.asarray)
     prompts, options = CAPTIONS[:2], {"steps": 4, "guidance": guidance, "sampler": sampler}
     with strict.counting() as counts:
-        path_there = list(painter_there.denoise(painter_there.sampling_params(prompts, **options)))
+        path_there = list(model_there.denoise(model_there.sampling_params(prompts, **options)))
     assert counts.synchronisations == 0
     assert counts.uploads == 1 + noises + (1 if guidance == 1 else 2)  # start, noise, token ids
-    near(
-        path_there, list(painter.denoise(painter.sampling_params(prompts, **options))), tol=FLOAT32
-    )
+    near(path_there, list(model.denoise(model.sampling_params(prompts, **options))), tol=FLOAT32)
     with strict.counting() as counts:
-        pictures_there = painter_there(prompts, **options)
+        images_there = model_there(prompts, **options)
     assert counts.synchronisations == 1
-    for picture_there, picture in zip(pictures_there, painter(prompts, **options), strict=True):
-        levels = np.int64(picture_there) - np.int64(picture)
+    for image_there, image in zip(images_there, model(prompts, **options), strict=True):
+        levels = np.int64(image_there) - np.int64(image)
         assert np.abs(levels).max() <= 1 and (levels != 0).mean() < 0.01
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_sampling_keeps_float32(sampler, models):
-    painter = pipeline(models, strict.asarray, "float32")
-    recipe = painter.sampling_params(CAPTIONS[:2], steps=3, guidance=2.0, sampler=sampler)
-    for x, x0 in painter.denoise(recipe):
+    model = pipeline(models, strict.asarray, "float32")
+    recipe = model.sampling_params(CAPTIONS[:2], steps=3, guidance=2.0, sampler=sampler)
+    for x, x0 in model.denoise(recipe):
         assert x.dtype == x0.dtype == "float32"
 
 
@@ -651,7 +649,7 @@ TASKS = {  # what a run is made with, and what its pipeline is given beside a pr
 
 @pytest.mark.parametrize("name", TASKS)
 def test_tasks_and_classes_never_wait(name, monkeypatch):
-    """From the first latents to a step of training, and on to what the model paints."""
+    """From the first latents to a step of training, and on to what the model generates."""
     monkeypatch.setattr(backend, "_cupy", lambda device: strict)
     config = replace(CONFIG, **TASKS[name])
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
@@ -684,35 +682,35 @@ def test_tasks_and_classes_never_wait(name, monkeypatch):
             for part in ("unet", "vae", "text_encoder")
             if part in configs
         }
-        painter = Pipeline(configs, weights, tokenizer, {"task": config.task})
+        model = Pipeline(configs, weights, tokenizer, {"task": config.task})
         image = Image.fromarray(images[0])
         mask = image.point(lambda level: 255 * (level > 99)) if "inpainting" in name else None
-        recipe = painter.sampling_params("circle", steps=2, guidance=2.0)
-        scene = Scene.of(image, mask, recipe, painter.task)
-        found.append((result, list(painter.denoise(recipe, None, scene))))
+        recipe = model.sampling_params("circle", steps=2, guidance=2.0)
+        scene = Scene.of(image, mask, recipe, model.task)
+        found.append((result, list(model.denoise(recipe, None, scene))))
     near(found[0], found[1], tol=1e-4)
 
 
-def test_latents_and_pictures_of_the_user(models):
-    painter, painter_there = pipeline(models), pipeline(models, strict.asarray)
+def test_latents_and_images_of_the_user(models):
+    model, model_there = pipeline(models), pipeline(models, strict.asarray)
     rng = np.random.default_rng(0)
     latents = rng.standard_normal((1, 4, 4, 2), dtype="float32")
-    pictures = rng.integers(0, 256, (3, 8, 8, 3), dtype="uint8")
+    images = rng.integers(0, 256, (3, 8, 8, 3), dtype="uint8")
     last_there, last = (
         list(p.denoise(p.sampling_params("a red circle", steps=2), latents))
-        for p in (painter_there, painter)
+        for p in (model_there, model)
     )
     near(last_there, last, tol=FLOAT32)
     with strict.counting() as counts:
-        encoded = painter_there.encode(pictures)
-        decoded = painter_there.decode(encoded)
+        encoded = model_there.encode(images)
+        decoded = model_there.decode(encoded)
     assert (counts.synchronisations, counts.uploads) == (1, 1)
-    near(encoded, painter.encode(pictures), tol=FLOAT32)
-    assert np.abs(np.int64(decoded) - painter.decode(painter.encode(pictures))).max() <= 1
+    near(encoded, model.encode(images), tol=FLOAT32)
+    assert np.abs(np.int64(decoded) - model.decode(model.encode(images))).max() <= 1
 
 
 def test_a_pipeline_is_saved_from_the_device(tmp_path, models):
-    painter = pipeline(models, strict.asarray, "float32")
-    painter.save(tmp_path)
+    model = pipeline(models, strict.asarray, "float32")
+    model.save(tmp_path)
     loaded = Pipeline.load(tmp_path)
-    near(painter.params, loaded.params, tol=0)
+    near(model.params, loaded.params, tol=0)

@@ -147,7 +147,7 @@ def test_bfloat16_becomes_float32_exactly(file, bits):
 
 
 def test_bfloat16_kernels_are_turned_too(tmp_path):
-    kernel = np.arange(24, dtype="float32").reshape(2, 3, 4, 1)  # small whole numbers are exact
+    kernel = np.arange(24, dtype="float32").reshape(2, 3, 4, 1)  # small integers are exact
     halves = (kernel.view("uint32") >> 16).astype("<u2")
     header = {"x": entry("BF16", [2, 3, 4, 1], 0, 48)}
     (tmp_path / "a").write_bytes(pack(header, halves.tobytes()))

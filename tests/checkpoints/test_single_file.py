@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 from original_layout import narrow, random_model, to_original
-from small_model import paint
+from small_model import generate
 
 from tinyldm.checkpoints import single_file as original
 from tinyldm.checkpoints.safetensors import WeightsError, load_weights, save_weights
@@ -82,15 +82,15 @@ def test_averaged_weights_are_taken_where_there_are_any(made, known, tmp_path):
 
 
 @one_version
-def test_a_picture_from_a_file_is_that_from_the_folder(made, known, tmp_path):
+def test_an_image_from_a_file_is_that_from_the_folder(made, known, tmp_path):
     _, configs, pad, params, stored = made
     save_weights(tmp_path / "model.safetensors", stored)
     one = Pipeline.load(tmp_path / "model.safetensors")
     one.save(tmp_path / "folder")
     options = {"size": 64, "steps": 2, "seed": 3}
     np.testing.assert_array_equal(
-        paint(one, "a cat", **options),
-        paint(Pipeline.load(tmp_path / "folder"), "a cat", **options),
+        generate(one, "a cat", **options),
+        generate(Pipeline.load(tmp_path / "folder"), "a cat", **options),
     )
     assert one.defaults == {"steps": 50, "guidance": 7.5, "sampler": "pndm"}
 
@@ -277,7 +277,7 @@ def test_other_models_are_named(tmp_path):
 
 @one_version
 def test_in_channels_that_mean_something_else(made, known, tmp_path):
-    """Such as those of the model that edits pictures by instruction."""
+    """Such as those of the model that edits images by instruction."""
     stored = dict(made[-1])
     stored["model.diffusion_model.input_blocks.0.0.weight"] = np.zeros((3, 3, 8, 32), np.float32)
     save_weights(tmp_path / "model.safetensors", stored)

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 import tinyldm
 from tinyldm import backend, cli
 from tinyldm.cli import evaluate as commands
-from tinyldm.cli import sample as painting
+from tinyldm.cli import sample as generating
 from tinyldm.diffusion import SAMPLERS
 from tinyldm.diffusion.loss import WEIGHTINGS
 from tinyldm.diffusion.schedule import PREDICTIONS
@@ -38,7 +38,7 @@ STEPS = 3  # of each stage
 STAGE = Stage(batch=4, rate=1e-3, warmup=2, ema=0.9, steps=STEPS)
 SMALL = dataclasses.replace(
     presets.PRESETS["tiny"],
-    pictures=32,
+    images=32,
     held_out=0.6,
     autoencoder=STAGE,
     denoiser=STAGE,
@@ -175,7 +175,7 @@ def test_the_help_names_every_preset(call):
     ("arguments", "parts"),
     [
         ([], ["COMMAND"]),
-        (["paint"], ["demo, train, sample, eval, experiment or doctor, found 'paint'"]),
+        (["generate"], ["demo, train, sample, eval, experiment or doctor, found 'generate'"]),
         (["smaple", "run", "p"], ["found 'smaple'; did you mean 'sample'?"]),
         (["sample"], ["expected RUN and PROMPT"]),
         (["sample", "run"], ["expected RUN and PROMPT"]),
@@ -208,7 +208,7 @@ SAMPLE = ["sample", "no-such-run", PROMPT]
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "ten", "nan", "", "1e3"])
 @pytest.mark.parametrize("option", ["--steps", "--n"])
-def test_whole_numbers(call, option, text):
+def test_integers(call, option, text):
     found = f"found {text!r}"
     assert_usage(call(*SAMPLE, f"{option}={text}"), option, "expected an integer", "1", found)
 
@@ -223,7 +223,7 @@ def test_whole_numbers(call, option, text):
         (["eval", "no-such-run"], "--steps", 1),
     ],
 )
-def test_the_least_of_whole_numbers(call, arguments, option, least):
+def test_the_least_of_integers(call, arguments, option, least):
     for text in (str(least - 1), "-1", "1.5", "ten", "nan"):
         assert_usage(call(*arguments, option, text), option, str(least), f", found {text!r}")
 
@@ -280,7 +280,7 @@ def test_train_on_a_folder(call, small, tmp_path):
     assert load_state(tmp_path / "run").config.data == str(tmp_path / "data")
     result = call("eval", tmp_path / "run", "--captions", 4)
     assert result.code == 0
-    assert "first stage, PSNR" in result.out and "training pictures (none are held" in result.out
+    assert "first stage, PSNR" in result.out and "training images (none are held" in result.out
     assert call("sample", tmp_path / "run", "red", "-o", tmp_path / "a.png").code == 0
 
 
@@ -300,14 +300,14 @@ def test_what_train_cannot_begin_with(call, tmp_path):
     result = call(*TRAIN, nowhere, "--resume")
     assert_mistake_after_device(result, nowhere, "holds no run")
     result = call(*TRAIN, nowhere, "--data", data)
-    assert_mistake_after_device(result, data, "expected a folder of pictures")
+    assert_mistake_after_device(result, data, "expected a folder of images")
     data.mkdir()
     result = call(*TRAIN, nowhere, "--data", data)
-    assert_mistake_after_device(result, data, "no picture among its 0 files")
+    assert_mistake_after_device(result, data, "no image among its 0 files")
     (data / "a.png").write_bytes(b"")
     result = call(*TRAIN, nowhere, "--data", data)
-    assert_mistake(result, f"  {data / 'a.png'}: not a picture", lines=3, begins="  ")
-    assert f"tinyldm: {data}: 1 problems with 1 pictures" in result.err
+    assert_mistake(result, f"  {data / 'a.png'}: not an image", lines=3, begins="  ")
+    assert f"tinyldm: {data}: 1 problems with 1 images" in result.err
     assert not nowhere.exists()
 
 
@@ -355,7 +355,7 @@ def test_a_full_disk_is_a_failure_and_not_a_mistake(call, copy, monkeypatch, tmp
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "a.png"))
 
-    monkeypatch.setattr(painting, "save_picture", full)
+    monkeypatch.setattr(generating, "save_image", full)
     result = call("sample", copy, PROMPT, "-o", tmp_path / "a.png")
     assert (result.code, result.out) == (1, "")
     assert result.err.startswith("tinyldm: ") and "No space left on device" in result.err
@@ -384,7 +384,7 @@ def test_demo(call, small, tmp_path, monkeypatch):
     first, *lines = result.out.splitlines()
     assert first == str(tmp_path / "run")
     assert lines[0].startswith("right by rule, in %")
-    assert "4 captions painted" in lines
+    assert "4 captions generated" in lines
     assert (tmp_path / "run" / "eval.json").exists()
     assert f'tinyldm sample {tmp_path / "run"} "' in result.err
 
@@ -392,14 +392,14 @@ def test_demo(call, small, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------ sample
 
 
-def test_sample_one_picture(call, run, tmp_path, monkeypatch):
+def test_sample_one_image(call, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = call("sample", run, PROMPT)
     assert (result.code, result.out, result.err) == (0, "sample.png\n", "")
-    with Image.open(tmp_path / "sample.png") as picture:
-        assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (16, 16))
+    with Image.open(tmp_path / "sample.png") as image:
+        assert (image.format, image.mode, image.size) == ("PNG", "RGB", (16, 16))
         (expected,) = Pipeline.load(run)(PROMPT)
-        assert picture.tobytes() == expected.tobytes()
+        assert image.tobytes() == expected.tobytes()
 
 
 def test_sample_several_with_every_option(call, run, tmp_path):
@@ -416,26 +416,26 @@ def test_sample_several_with_every_option(call, run, tmp_path):
         [PROMPT] * 3, steps=1, guidance=1.5, sampler="ddpm", seed=7, size=(8, 12),
         negative_prompt="a circle",
     )  # fmt: skip
-    for file, picture in zip(files, expected, strict=True):
+    for file, image in zip(files, expected, strict=True):
         with Image.open(file) as found:
             assert found.size == (12, 8)
-            assert found.tobytes() == picture.tobytes()
-    assert len({picture.tobytes() for picture in expected}) == 3
+            assert found.tobytes() == image.tobytes()
+    assert len({image.tobytes() for image in expected}) == 3
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.webp", "a.gif"])
 def test_sample_in_other_formats(call, run, tmp_path, name):
     result = call("sample", run, PROMPT, "-o", tmp_path / name)
     assert (result.code, result.out) == (0, f"{tmp_path / name}\n")
-    assert "only a .png says how it was generated" in result.err
-    with Image.open(tmp_path / name) as picture:
-        assert picture.size == (16, 16)
+    assert "only a .png stores how it was generated" in result.err
+    with Image.open(tmp_path / name) as image:
+        assert image.size == (16, 16)
 
 
 @pytest.mark.parametrize("name", ["a", "a.xyz", "a.npz", ""])
 def test_a_format_that_is_none_is_noticed_before_the_work(call, run, tmp_path, monkeypatch, name):
     def too_late(*args):
-        raise AssertionError("painted before it looked at the name")
+        raise AssertionError("generated before it looked at the name")
 
     monkeypatch.setattr(Pipeline, "denoise", too_late)
     assert_mistake(call("sample", run, PROMPT, "-o", tmp_path / name), tmp_path / name)
@@ -470,7 +470,7 @@ def test_folders_that_are_spoilt(call, copy, file, action):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_weights_that_are_no_numbers_give_no_picture(call, copy, tmp_path):
+def test_weights_that_are_no_numbers_give_no_image(call, copy, tmp_path):
     pipeline = Pipeline.load(copy)
     pipeline.params["unet"]["conv_in.bias"][:] = math.nan
     pipeline.save(copy)
@@ -486,10 +486,10 @@ OPTIONS = ["--n", 3, "--steps", 2, "--guidance", 1.3, "--sampler", "ddpm", "--se
            "8x12", "--negative", "a circle, déjà vu"]  # fmt: skip
 
 
-def test_a_picture_says_how_it_was_painted(call, run, tmp_path):
+def test_an_image_says_how_it_was_generated(call, run, tmp_path):
     call("sample", run, PROMPT, "-o", tmp_path / "a.png", *OPTIONS)
-    with Image.open(tmp_path / "a-1.png") as picture:
-        assert picture.text == {
+    with Image.open(tmp_path / "a-1.png") as image:
+        assert image.text == {
             "software": f"tinyldm {tinyldm.__version__}",
             "prompt": PROMPT,
             "negative_prompt": "a circle, déjà vu",
@@ -505,7 +505,7 @@ def test_a_picture_says_how_it_was_painted(call, run, tmp_path):
 
 
 @pytest.mark.parametrize("options", [[], OPTIONS], ids=["defaults", "all options"])
-def test_painted_again_it_has_the_same_bytes(call, run, tmp_path, options):
+def test_generated_again_it_has_the_same_bytes(call, run, tmp_path, options):
     call("sample", run, PROMPT, "-o", tmp_path / "a.png", *options)
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
     assert len(before) == (3 if options else 1)
@@ -519,22 +519,22 @@ def test_painted_again_it_has_the_same_bytes(call, run, tmp_path, options):
     assert all(file.read_bytes() == content for file, content in before.items())
 
 
-def test_the_model_of_a_picture_may_have_moved_but_not_changed(call, copy, tmp_path):
-    picture, moved = tmp_path / "a.png", tmp_path / "moved"
-    call("sample", copy, PROMPT, "-o", picture)
+def test_the_model_of_an_image_may_have_moved_but_not_changed(call, copy, tmp_path):
+    image, moved = tmp_path / "a.png", tmp_path / "moved"
+    call("sample", copy, PROMPT, "-o", image)
     copy.rename(moved)
-    assert_mistake(call("sample", "--again", picture), copy, "no such file or folder")
-    assert call("sample", moved, "--again", picture).code == 0
-    assert picture.with_stem("a-again").read_bytes() == picture.read_bytes()
+    assert_mistake(call("sample", "--again", image), copy, "no such file or folder")
+    assert call("sample", moved, "--again", image).code == 0
+    assert image.with_stem("a-again").read_bytes() == image.read_bytes()
     pipeline = Pipeline.load(moved)
     pipeline.params["text_encoder"]["text_model.final_layer_norm.bias"][0] += 1e-7
     pipeline.save(moved)
-    result = call("sample", moved, "--again", picture, "-o", tmp_path / "b.png")
+    result = call("sample", moved, "--again", image, "-o", tmp_path / "b.png")
     assert_mistake(result, "was generated with weights", "tinyldm sample RUN --again FILE")
     assert not (tmp_path / "b.png").exists()
 
 
-def test_pictures_that_say_nothing(call, run, tmp_path):
+def test_images_that_say_nothing(call, run, tmp_path):
     file = tmp_path / "a.png"
     assert_mistake(call("sample", "--again", file), file)
     Image.new("RGB", (8, 8)).save(file)
@@ -544,11 +544,11 @@ def test_pictures_that_say_nothing(call, run, tmp_path):
     call("sample", run, PROMPT, "-o", tmp_path / "b.jpg")
     assert_mistake(call("sample", "--again", tmp_path / "b.jpg"), "expected a PNG")
     call("sample", run, PROMPT, "-o", file)
-    with Image.open(file) as picture:
+    with Image.open(file) as image:
         notes = PngInfo()
-        for key, text in (picture.text | {"steps": "many"}).items():
+        for key, text in (image.text | {"steps": "many"}).items():
             notes.add_itxt(key, text)
-        picture.save(file, pnginfo=notes)
+        image.save(file, pnginfo=notes)
     assert_mistake(call("sample", "--again", file), file, "its notes are not those of tinyldm")
 
 
@@ -563,7 +563,7 @@ def test_eval(call, copy):
     assert head.split() == ["right", "by", "rule,", "in", "%", "size", "colour", "shape",
                             "background", "position", "all"]  # fmt: skip
     found = json.loads((copy / "eval.json").read_text())
-    assert found["captions"] == 6 and "6 captions painted" in rows
+    assert found["captions"] == 6 and "6 captions generated" in rows
     for row, name in zip(rows[:4], ("reader", "reconstructed", "seen", "held_out"), strict=True):
         shares = [float(text) for text in row.split()[-6:]]
         assert shares == pytest.approx([100 * x for x in found[name].values()], abs=0.05)
@@ -572,10 +572,10 @@ def test_eval(call, copy):
     for name in ("training", "held_out"):
         assert len(found["loss_by_noise"][name]) == 5 and min(found["loss_by_noise"][name]) > 0
     for name in ("frechet", "kernel", "nearest"):
-        assert {"painted", "held_out"} <= set(found[name])
+        assert {"generated", "held_out"} <= set(found[name])
     assert 0 <= found["nearest"]["copied"] <= 1
-    with Image.open(copy / "samples" / "nearest.png") as picture:
-        assert picture.height > 2 * 90
+    with Image.open(copy / "samples" / "nearest.png") as image:
+        assert image.height > 2 * 90
     again = call("eval", copy, "--captions", 6, "--steps", 1, "--guidance", 1)
     assert again.out == result.out
 
@@ -583,7 +583,9 @@ def test_eval(call, copy):
 def test_eval_with_a_classifier(call, copy, monkeypatch):
     monkeypatch.setattr(classifier, "FEWEST", 1)
     command = ["eval", copy, "--captions", 6, "--steps", 1, "--guidance", 1]
-    learning = "a classifier learns what the captions say: size, colour, shape, background, pos"
+    learning = (
+        "a classifier is trained to predict from images: size, colour, shape, background, pos"
+    )
     result = call(*command, "--classifier-seconds", 0.1)
     assert result.code == 0 and learning in result.err
     found = json.loads((copy / "eval.json").read_text())
@@ -602,13 +604,13 @@ def test_eval_with_a_classifier(call, copy, monkeypatch):
     assert load_state(copy).finished and call(*TRAIN, copy, "--resume").code == 0
 
 
-def test_eval_of_a_run_of_one_picture(call, small, tmp_path):
+def test_eval_of_a_run_of_one_image(call, small, tmp_path):
     (tmp_path / "data").mkdir()
     Image.new("RGB", (20, 30), "red").save(tmp_path / "data" / "only.png")
     assert call(*TRAIN, tmp_path / "run", "--data", tmp_path / "data").code == 0
     result = call("eval", tmp_path / "run", "--captions", 4)
     assert result.code == 0
-    assert "nearest training picture" in result.out and "Fréchet" not in result.out
+    assert "nearest training image" in result.out and "Fréchet" not in result.out
 
 
 @pytest.mark.filterwarnings("default")
@@ -635,7 +637,7 @@ def test_a_cut_off_export_is_made_again(call, copy, run, command):
     options = {"sample": [PROMPT, "-o", copy / "a.png"], "eval": ["--captions", 4]}[command]
     result = call(command, copy, *options)
     assert result.code == 0
-    said = f"{copy}: the export is not whole; making it again from the state"
+    said = f"{copy}: the export is incomplete; exporting again from the state"
     assert result.err.splitlines()[0] == said
     for file in ("model_index.json", "unet/diffusion_pytorch_model.safetensors"):
         assert (copy / file).read_bytes() == (run / file).read_bytes()

@@ -205,7 +205,7 @@ def test_too_slow_for_the_demo(patient):
 
 
 def test_too_little_memory(patient):
-    """The pictures, 0.13 GB, are not in memory yet as they are when a run is rehearsed."""
+    """The images, 0.13 GB, are not in memory yet as they are when a run is rehearsed."""
     patient.setattr(rehearsal, "rehearse", lambda *args: replace(DEMO, free=820_000_000))
     assert the_problem().startswith("the demo needs 0.9 GB of memory and 0.8 GB are free: close")
     patient.setattr(rehearsal, "rehearse", lambda *args: replace(DEMO, free=830_000_000))

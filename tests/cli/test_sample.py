@@ -1,4 +1,4 @@
-"""What `tinyldm sample` can do beside a prompt: begin with pictures, films, tiles, other VAEs."""
+"""What `tinyldm sample` can do beside a prompt: begin with images, films, tiles, other VAEs."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ from tinyldm.sampling.pipeline import Pipeline
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("painting") / "run"
+    folder = tmp_path_factory.mktemp("generating") / "run"
     make_pipeline().save(folder)
     return folder
 
@@ -32,8 +32,8 @@ def files(tmp_path):
 
 
 def same_call(pipe, **options):
-    (picture,) = pipe(PROMPTS[0], **options)
-    return np.asarray(picture)
+    (image,) = pipe(PROMPTS[0], **options)
+    return np.asarray(image)
 
 
 def opened(file):
@@ -85,7 +85,7 @@ def test_another_autoencoder(call, run, files):
 # -------------------------------------------------------------------------------------------- films
 
 
-def test_a_strip_has_a_row_for_each_picture(call, run, files):
+def test_a_strip_has_a_row_for_each_image(call, run, files):
     result = call(
         "sample", run, PROMPTS[0], "-o", files / "a.png", "--n", 2, "--steps", 7,
         "--film", files / "film.png", "--every", 3,
@@ -96,11 +96,11 @@ def test_a_strip_has_a_row_for_each_picture(call, run, files):
     shown = [pipe.decode(path[i]) for i in (2, 5, 6)]  # the last one is there in any case
     film = opened(files / "film.png")
     assert film.shape[1] > film.shape[0]
-    width, height = 96 + 4, 96 + 4  # small pictures are enlarged six times
-    for column, pictures in enumerate(shown):
-        for row, picture in enumerate(pictures):
+    width, height = 96 + 4, 96 + 4  # small images are enlarged six times
+    for column, images in enumerate(shown):
+        for row, image in enumerate(images):
             place = film[4 + row * height :, 4 + column * width :][:96:6, :96:6]
-            np.testing.assert_array_equal(place, picture)
+            np.testing.assert_array_equal(place, image)
 
 
 @pytest.mark.parametrize("kind", ["webp", "gif"])
@@ -123,7 +123,7 @@ def test_which_steps_a_film_shows(tmp_path, every, steps, shown):
     assert sum(film.shows(i, steps) for i in range(1, steps + 1)) == shown
 
 
-def test_the_pictures_of_a_strip_are_not_huge(tmp_path):
+def test_the_images_of_a_strip_are_not_huge(tmp_path):
     film = Film(tmp_path / "film.png", None)
     for _ in range(3):
         film.add(np.zeros((1, 512, 1024, 3), np.uint8))
@@ -138,11 +138,11 @@ MANY = ["--strength", 0.9, "--rescale", 0.25, "--variation", 0.2, "--variation-s
         16, "--size", "24x32", "--n", 2]  # fmt: skip
 
 
-def test_a_picture_says_what_it_began_with(call, run, files):
+def test_an_image_says_what_it_began_with(call, run, files):
     given = ["--image", files / "image.png", "--mask", files / "mask.png", "--vae", run]
     call("sample", run, PROMPTS[0], "-o", files / "a.png", *given, *MANY)
-    with Image.open(files / "a-1.png") as picture:
-        notes = picture.text
+    with Image.open(files / "a-1.png") as image:
+        notes = image.text
     assert {name: notes[name] for name in notes.keys() - {"image", "mask", "software"}} == {
         "prompt": PROMPTS[0],
         "negative_prompt": "",
@@ -166,7 +166,7 @@ def test_a_picture_says_what_it_began_with(call, run, files):
         assert len(digest) == 16 and file == str(files / f"{name}.png")
 
 
-def test_it_is_painted_again_with_all_of_that(call, run, files):
+def test_it_is_generated_again_with_all_of_that(call, run, files):
     given = ["--image", files / "image.png", "--mask", files / "mask.png", "--vae", run]
     call("sample", run, PROMPTS[0], "-o", files / "a.png", *given, *MANY)
     for name in ("a-0", "a-1"):
@@ -183,7 +183,7 @@ def test_not_where_what_it_began_with_has_changed(call, run, files, name):
     Image.new("RGB", (9, 9), "white").save(files / name)
     result = call("sample", "--again", files / "a.png")
     assert (result.code, result.out) == (2, "")
-    assert f"{name}: the image that it began with was" in result.err
+    assert f"{name}: the input image was" in result.err
     (files / name).unlink()
     assert call("sample", "--again", files / "a.png").code == 2
 
@@ -197,8 +197,8 @@ def test_not_where_what_it_began_with_has_changed(call, run, files, name):
         ("--mask {files}/mask.png", "--mask: expected --image FILE with it"),
         ("--strength 0.5", "--strength: expected --image FILE with it"),
         ("--image {files}/nothing.png", "No such file.*nothing.png"),
-        ("--image {files}/text.png", "text.png: not a picture in a format that is read"),
-        ("--image {files}/image.png --mask {files}/text.png", "text.png: not a picture"),
+        ("--image {files}/text.png", "text.png: not an image in a format that is read"),
+        ("--image {files}/image.png --mask {files}/text.png", "text.png: not an image"),
         ("--image {files}/image.png --mask {files}/black.png", "mask: expected white"),
         ("--image {files}/image.png --strength 0", "--strength: expected a number 0.001…1"),
         ("--image {files}/image.png --strength 0.2", "strength: expected 0.334…1"),
@@ -207,14 +207,14 @@ def test_not_where_what_it_began_with_has_changed(call, run, files, name):
         ("--rescale 2", "--rescale: expected a number 0…1, found '2'"),
         ("--variation 1.5", "--variation: expected a number 0…1"),
         ("--tile 3", "tile: expected 0, for none, or 16 pixels or more, found 3"),
-        ("--film {files}/film.txt", "film.txt: expected the name of a picture, such as film.png"),
+        ("--film {files}/film.txt", "film.txt: expected the name of an image, such as film.png"),
         ("--every 0 --film {files}/film.png", "--every: expected an integer ≥ 1"),
         ("--vae {files}/nothing", "nothing: no such file or folder"),
         ("--vae {files}/text.png", "text.png: not a safetensors file"),
     ],
 )
 def test_a_mistake_gets_one_line_and_leaves_nothing(call, run, files, arguments, says):
-    (files / "text.png").write_text("not a picture")
+    (files / "text.png").write_text("not an image")
     Image.new("L", (50, 30)).save(files / "black.png")
     before = sorted(files.iterdir())
     arguments = arguments.format(files=files).split()
@@ -249,7 +249,7 @@ def test_what_it_began_with_may_have_moved(call, run, files, tmp_path):
     assert call("sample", "--again", files / "a-again.png", "-o", files / "b.png").code == 0
     places[1] = moved / "mask.png"
     result = call("sample", "--again", files / "a.png", *places)
-    assert result.code == 2 and "the image that it began with was" in result.err
+    assert result.code == 2 and "the input image was" in result.err
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_nothing_replaces_what_is_needed(call, run, files, arguments):
     arguments = arguments.format(files=files, name=files.name).split()
     result = call("sample", run, PROMPTS[0], *arguments)
     assert (result.code, result.out) == (2, "")
-    assert "would replace a picture that is needed; take another name" in result.err
+    assert "would replace an image that is needed; take another name" in result.err
     assert {file: file.read_bytes() for file in files.iterdir()} == before
 
 

@@ -1,4 +1,4 @@
-"""Pictures with captions: what is kept away from training, and whether they are still the same."""
+"""Images with captions: what is kept away from training, and whether they are still the same."""
 
 import numpy as np
 from hypothesis import given
@@ -10,11 +10,11 @@ from tinyldm.data.dataset import FEWEST_TO_SPLIT, MOST_HELD_OUT, Dataset
 def some(n, side=2):
     images = np.arange(n * side * side * 3, dtype=np.uint64).reshape(n, side, side, 3)
     names = [str(i) for i in range(n)]
-    return Dataset((images % 251).astype(np.uint8), [f"picture {i}" for i in names], names)
+    return Dataset((images % 251).astype(np.uint8), [f"image {i}" for i in names], names)
 
 
 @given(st.integers(1, 200), st.floats(0, 1), st.integers(0, 5))
-def test_every_picture_is_on_one_side_with_its_caption(n, share, seed):
+def test_every_image_is_on_one_side_with_its_caption(n, share, seed):
     data = some(n)
     training, held_out = data.split(share, seed)
     assert sorted([*training.names, *held_out.names], key=int) == data.names
@@ -23,7 +23,7 @@ def test_every_picture_is_on_one_side_with_its_caption(n, share, seed):
     for part in (training, held_out):
         assert part.names == sorted(part.names, key=int)
         for image, caption, name in zip(part.images, part.captions, part.names, strict=True):
-            assert caption == f"picture {name}"
+            assert caption == f"image {name}"
             np.testing.assert_array_equal(image, data.images[int(name)])
 
 
@@ -44,9 +44,9 @@ def test_the_fingerprint_sees_every_pixel_and_every_caption():
     other.images[2, 1, 1, 2] ^= 1
     assert other.fingerprint() != data.fingerprint()
     for captions in (
-        ["picture 0", "picture 1", "picture 3"],
-        ["picture 1", "picture 0", "picture 2"],
-        ["picture 0picture 1", "", "picture 2"],
+        ["image 0", "image 1", "image 3"],
+        ["image 1", "image 0", "image 2"],
+        ["image 0image 1", "", "image 2"],
     ):
         assert Dataset(data.images, captions, data.names).fingerprint() != data.fingerprint()
     assert data.pick([0, 1]).fingerprint() != data.fingerprint()

@@ -1,4 +1,4 @@
-"""A folder of anybody's pictures: every kind there is, captions, and what cannot be read."""
+"""A folder of anybody's images: every kind there is, captions, and what cannot be read."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from PIL.Image import Transpose
 
 from tinyldm.data import folder as folder_module
 from tinyldm.data.dataset import DataError
-from tinyldm.data.folder import FORMATS, load_folder, load_picture
+from tinyldm.data.folder import FORMATS, load_folder, load_image
 
 SIDE = 8
 
@@ -23,19 +23,19 @@ def solid(mode, colour, size=(12, 12)):
 
 
 def palette(colour, **info):
-    picture = Image.new("P", (12, 12), 3)
-    picture.putpalette([9] * 9 + list(colour))
-    picture.info.update(info)
-    return picture
+    image = Image.new("P", (12, 12), 3)
+    image.putpalette([9] * 9 + list(colour))
+    image.info.update(info)
+    return image
 
 
 def gray16(level, **options):
     return Image.fromarray(np.full((12, 12), level, np.uint16), **options)
 
 
-def save(picture, file, **options):
+def save(image, file, **options):
     file.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(file, **options)
+    image.save(file, **options)
     return file
 
 
@@ -52,11 +52,11 @@ def one_line(caught, file):
         assert "1 problems with " in lines[0] and "(--skip-bad):" in lines[0]
 
 
-# -------------------------------------------------------------------------------- kinds of picture
+# -------------------------------------------------------------------------------- kinds of image
 
 
 @pytest.mark.parametrize(
-    ("picture", "suffix", "expected"),
+    ("image", "suffix", "expected"),
     [
         (solid("RGB", (200, 30, 90)), "png", (200, 30, 90)),
         (solid("RGB", (200, 30, 90)), "bmp", (200, 30, 90)),
@@ -83,9 +83,9 @@ def one_line(caught, file):
     ],
     ids=lambda x: x.mode if isinstance(x, Image.Image) else str(x),
 )  # fmt: skip
-def test_every_mode_becomes_the_colours_that_are_seen(tmp_path, picture, suffix, expected):
-    file = save(picture, tmp_path / f"a.{suffix}")
-    found = load_picture(file, SIDE)
+def test_every_mode_becomes_the_colours_that_are_seen(tmp_path, image, suffix, expected):
+    file = save(image, tmp_path / f"a.{suffix}")
+    found = load_image(file, SIDE)
     assert (found.shape, found.dtype) == ((SIDE, SIDE, 3), np.uint8)
     tolerance = 2 if suffix in ("jpeg", "webp") else 1
     assert abs(found.astype(int) - expected).max() <= tolerance
@@ -98,14 +98,14 @@ def test_a_transparent_colour_without_an_alpha_channel(tmp_path):
     """One colour of a PNG in RGB or L may be declared transparent."""
     for mode, key, other in (("RGB", (1, 2, 3), (200, 30, 90)), ("L", 7, 100)):
         file = save(solid(mode, key), tmp_path / f"{mode}.png", transparency=key)
-        assert (load_picture(file, SIDE) == 255).all(), mode
+        assert (load_image(file, SIDE) == 255).all(), mode
         file = save(solid(mode, other), tmp_path / f"{mode}-other.png", transparency=key)
-        assert (load_picture(file, SIDE) == np.array(other)).all(), mode
+        assert (load_image(file, SIDE) == np.array(other)).all(), mode
 
 
 def test_cmyk(tmp_path):
     file = save(solid("CMYK", (0, 255, 255, 0)), tmp_path / "a.jpg", quality=95)
-    assert abs(load_picture(file, SIDE).astype(int) - (255, 0, 0)).max() <= 3
+    assert abs(load_image(file, SIDE).astype(int) - (255, 0, 0)).max() <= 3
 
 
 def test_the_first_frame_of_an_animation(tmp_path):
@@ -114,7 +114,7 @@ def test_the_first_frame_of_an_animation(tmp_path):
         file = tmp_path / f"a.{suffix}"
         options = {"lossless": True} if suffix == "webp" else {}
         save(red, file, save_all=True, append_images=[blue], **options)
-        assert (load_picture(file, SIDE) == (255, 0, 0)).all(), suffix
+        assert (load_image(file, SIDE) == (255, 0, 0)).all(), suffix
 
 
 UPRIGHT = np.zeros((24, 24, 3), np.uint8)  # every quarter in a colour of its own
@@ -137,13 +137,13 @@ UPRIGHT[12:, :12], UPRIGHT[12:, 12:] = (0, 0, 250), (250, 250, 250)
 )
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 def test_a_turned_photograph_is_turned_back(tmp_path, orientation, as_stored, suffix):
-    picture = Image.fromarray(UPRIGHT)
+    image = Image.fromarray(UPRIGHT)
     if as_stored is not None:
-        picture = picture.transpose(as_stored)
+        image = image.transpose(as_stored)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    file = save(picture, tmp_path / f"a.{suffix}", exif=exif, quality=95)
-    found = load_picture(file, 24).astype(int)
+    file = save(image, tmp_path / f"a.{suffix}", exif=exif, quality=95)
+    found = load_image(file, 24).astype(int)
     corners = np.s_[2::19, 2::19]
     assert abs(found[corners] - UPRIGHT[corners]).max() < 60
 
@@ -158,20 +158,20 @@ def test_the_square_in_the_middle_is_kept(tmp_path, size):
     cut = max(size) // 3
     middle = np.s_[:, cut:-cut] if wide else np.s_[cut:-cut]
     pixels[middle] = (10, 200, 30)
-    found = load_picture(save(Image.fromarray(pixels), tmp_path / "a.png"), SIDE)
+    found = load_image(save(Image.fromarray(pixels), tmp_path / "a.png"), SIDE)
     assert abs(found[2:-2, 2:-2].astype(int) - (10, 200, 30)).max() <= 4  # the filter reaches out
 
 
-def test_a_picture_of_the_right_size_is_left_as_it_is(tmp_path):
+def test_an_image_of_the_right_size_is_left_as_it_is(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     file = save(Image.fromarray(pixels), tmp_path / "a.png")
-    np.testing.assert_array_equal(load_picture(file, SIDE), pixels)
+    np.testing.assert_array_equal(load_image(file, SIDE), pixels)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (3, 2), (7, 9)])
-def test_smaller_pictures_are_enlarged(tmp_path, size):
+def test_smaller_images_are_enlarged(tmp_path, size):
     file = save(solid("RGB", (200, 30, 90), size), tmp_path / "a.png")
-    assert abs(load_picture(file, SIDE).astype(int) - (200, 30, 90)).max() <= 1
+    assert abs(load_image(file, SIDE).astype(int) - (200, 30, 90)).max() <= 1
 
 
 def test_mixed_sizes_and_modes_in_one_folder(tmp_path):
@@ -190,7 +190,7 @@ def test_folders_are_searched_for_all_formats_in_any_case(tmp_path):
     for i, suffix in enumerate([*FORMATS, ".PNG", ".JpG"]):
         kind = {"jpg": "JPEG"}.get(suffix[1:].lower(), suffix[1:].upper())
         save(solid("RGB", (i, i, i)), tmp_path / "deep" / "er" / f"{i}{suffix}", format=kind)
-    (tmp_path / "notes.md").write_text("no picture")
+    (tmp_path / "notes.md").write_text("no image")
     images, captions, _ = read(tmp_path, SIDE)
     assert len(images) == len(FORMATS) + 2
     assert set(captions) == {"er"}
@@ -201,7 +201,7 @@ def test_folders_are_searched_for_all_formats_in_any_case(tmp_path):
 
 @pytest.fixture
 def shelf(tmp_path):
-    """One picture for each way to say what it shows, and for none."""
+    """One image for each way to say what it shows, and for none."""
     for name in ("listed.png", "told.png", "both.png", "silent.png", "red_circles/one.png",
                  "red_circles/told.png", "a/b/deep.png"):  # fmt: skip
         save(solid("RGB", (1, 2, 3)), tmp_path / name)
@@ -313,15 +313,15 @@ def test_the_order_is_that_of_the_names_however_they_are_listed(tmp_path, monkey
 # ----------------------------------------------------------------------------- what cannot be read
 
 
-def test_no_folder_or_no_picture(tmp_path):
-    with pytest.raises(DataError, match="expected a folder of pictures") as caught:
+def test_no_folder_or_no_image(tmp_path):
+    with pytest.raises(DataError, match="expected a folder of images") as caught:
         load_folder(tmp_path / "none", SIDE)
     one_line(caught, tmp_path / "none")
     (tmp_path / "a.txt").write_text("lonely")
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path, tmp_path / "empty"):
         with pytest.raises(
-            DataError, match=r"no picture among its \d files; formats read are \.png"
+            DataError, match=r"no image among its \d files; formats read are \.png"
         ) as caught:
             load_folder(folder, SIDE)
         one_line(caught, folder)
@@ -330,7 +330,7 @@ def test_no_folder_or_no_picture(tmp_path):
     one_line(caught, tmp_path / "a.txt")
 
 
-def test_a_folder_that_is_called_like_a_picture(tmp_path):
+def test_a_folder_that_is_called_like_an_image(tmp_path):
     save(solid("RGB", (1, 2, 3)), tmp_path / "scans.png" / "a.png")
     images, captions, _ = read(tmp_path, SIDE)
     assert len(images) == 1 and captions == ["scans.png"]
@@ -340,7 +340,7 @@ def test_a_folder_that_is_called_like_a_picture(tmp_path):
     ("name", "content"),
     [
         ("zero.png", b""),
-        ("text.png", b"this is no picture\n"),
+        ("text.png", b"this is no image\n"),
         ("page.jpg", b"<!DOCTYPE html><title>404</title>"),
         ("start.png", b"\x89PNG\r\n\x1a\n"),
         ("start.gif", b"GIF89a"),
@@ -349,7 +349,7 @@ def test_a_folder_that_is_called_like_a_picture(tmp_path):
         ("start.jpg", b"\xff\xd8\xff\xe0"),
     ],
 )
-def test_what_is_no_picture_is_named(tmp_path, name, content):
+def test_what_is_no_image_is_named(tmp_path, name, content):
     save(solid("RGB", (1, 2, 3)), tmp_path / "a.png")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match="problems with .*; mend or remove them") as caught:
@@ -367,14 +367,14 @@ def encoded(suffix):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif"])
-def test_a_picture_cut_off_anywhere_is_named(tmp_path, suffix):
+def test_an_image_cut_off_anywhere_is_named(tmp_path, suffix):
     """Or, cut off so near to its end that all of it is there, it is read."""
     data, file = encoded(suffix), tmp_path / f"a.{suffix}"
     refused = 0
     for length in range(0, len(data), max(1, len(data) // 150)):
         file.write_bytes(data[:length])
         try:
-            load_picture(file, SIDE)
+            load_image(file, SIDE)
         except DataError as error:
             assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
             refused += 1
@@ -384,13 +384,13 @@ def test_a_picture_cut_off_anywhere_is_named(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif"])
 @given(place=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255))
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's own, about EXIF it cannot read
-def test_a_picture_with_a_wrong_byte_is_read_or_named(tmp_path_factory, suffix, place, byte):
+def test_an_image_with_a_wrong_byte_is_read_or_named(tmp_path_factory, suffix, place, byte):
     data = bytearray(encoded(suffix))
     data[int(place * len(data))] = byte
     file = tmp_path_factory.getbasetemp() / f"wrong-byte.{suffix}"
     file.write_bytes(data)
     try:
-        assert load_picture(file, SIDE).shape == (SIDE, SIDE, 3)
+        assert load_image(file, SIDE).shape == (SIDE, SIDE, 3)
     except DataError as error:
         assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
 
@@ -414,7 +414,7 @@ def test_all_that_is_damaged_is_named_at_once_or_left_out(tmp_path):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "lost.png", "text": "a"}\n[]\n')
-    with pytest.raises(DataError, match="6 problems with 7 pictures .*--skip-bad") as caught:
+    with pytest.raises(DataError, match="6 problems with 7 images .*--skip-bad") as caught:
         load_folder(tmp_path, SIDE)
     lines = str(caught.value).splitlines()[1:]
     named = [
@@ -432,7 +432,7 @@ def test_all_that_is_damaged_is_named_at_once_or_left_out(tmp_path):
     assert [f"  {line}" for line in data.skipped] == lines
     for i in range(3):
         (tmp_path / f"fine-{i}.png").unlink()
-    with pytest.raises(DataError, match="none of its 4 pictures can be read") as caught:
+    with pytest.raises(DataError, match="none of its 4 images can be read") as caught:
         load_folder(tmp_path, SIDE, skip_bad=True)
 
 
@@ -445,7 +445,7 @@ def test_names_in_the_list_may_be_written_in_any_way(tmp_path):
     for name in ("../a.png", str(tmp_path / "deep" / "a.png"), "deep"):
         line = json.dumps({"file_name": name, "text": "elsewhere"})
         (tmp_path / "metadata.jsonl").write_text(line)
-        with pytest.raises(DataError, match="line 1: there is no picture"):
+        with pytest.raises(DataError, match="line 1: there is no image"):
             load_folder(tmp_path, SIDE)
 
 
@@ -455,16 +455,16 @@ def test_a_wrong_checksum_is_noticed(tmp_path):
     data[-20] ^= 1  # in the checksum of the pixels
     (tmp_path / "a.png").write_bytes(data)
     with pytest.raises(DataError):
-        load_picture(tmp_path / "a.png", SIDE)
+        load_image(tmp_path / "a.png", SIDE)
 
 
-def test_a_picture_that_would_fill_the_memory(tmp_path, monkeypatch):
+def test_an_image_that_would_fill_the_memory(tmp_path, monkeypatch):
     file = save(solid("L", 3, (101, 100)), tmp_path / "a.png")
     monkeypatch.setattr(folder_module, "MOST_PIXELS", 10_000)
     with pytest.raises(DataError, match="million pixels, found 101×100"):
-        load_picture(file, SIDE)
+        load_image(file, SIDE)
     save(solid("L", 3, (100, 100)), file)
-    assert (load_picture(file, SIDE) == 3).all()
+    assert (load_image(file, SIDE) == 3).all()
 
 
 def test_what_is_said_of_a_folder(shelf):
@@ -476,23 +476,23 @@ def test_what_is_said_of_a_folder(shelf):
     data = load_folder(shelf, 16)
     assert data.remarks == (
         "captions: 3 from metadata.jsonl, 2 from .txt files, "
-        "1 from the name of a sub-folder, 1 pictures without one",
-        "7 of 7 pictures are enlarged to 16 pixels",
-        "files of other kinds, left alone: 2 .tif, 1 .db",
+        "1 from the name of a sub-folder, 1 images without one",
+        "7 of 7 images are enlarged to 16 pixels",
+        "files of other kinds, ignored: 2 .tif, 1 .db",
     )
     assert load_folder(shelf, 12).remarks[1].startswith("files of other kinds")
 
 
 def test_a_suffix_may_be_wrong(tmp_path):
     save(solid("RGB", (200, 30, 90)), tmp_path / "a.png", format="BMP")
-    assert (load_picture(tmp_path / "a.png", SIDE) == (200, 30, 90)).all()
+    assert (load_image(tmp_path / "a.png", SIDE) == (200, 30, 90)).all()
 
 
-def test_a_large_photograph_is_the_same_picture(tmp_path):
+def test_a_large_photograph_is_the_same_image(tmp_path):
     """JPEG is decoded at a fraction of its size where that is enough."""
     x = np.linspace(0, 255, 400)
     pixels = np.stack([x + 0 * x[:, None], x[:, None] + 0 * x, 128 + 0 * np.add.outer(x, x)], 2)
-    picture = Image.fromarray(pixels.astype(np.uint8))
-    plain = load_picture(save(picture, tmp_path / "a.png"), 16).astype(int)
-    photograph = load_picture(save(picture, tmp_path / "a.jpg", quality=95), 16)
+    image = Image.fromarray(pixels.astype(np.uint8))
+    plain = load_image(save(image, tmp_path / "a.png"), 16).astype(int)
+    photograph = load_image(save(image, tmp_path / "a.jpg", quality=95), 16)
     assert abs(photograph - plain).max() <= 4

@@ -20,14 +20,14 @@ def idx(array):
     return head + b"".join(struct.pack(">I", side) for side in array.shape) + array.tobytes()
 
 
-def random_pictures(*shape, seed=0):
+def random_images(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
 @pytest.fixture
 def mnist(tmp_path):
     """A folder as Yann LeCun's: images and labels, for training and for testing."""
-    images, labels = random_pictures(7, 28, 28), np.uint8([3, 1, 0, 9, 9, 2, 5])
+    images, labels = random_images(7, 28, 28), np.uint8([3, 1, 0, 9, 9, 2, 5])
     for part, n in (("train", 7), ("t10k", 2)):
         for kind, array in (("images-idx3", images[:n]), ("labels-idx1", labels[:n])):
             file = tmp_path / f"{part}-{kind}-ubyte.gz"
@@ -35,18 +35,18 @@ def mnist(tmp_path):
     return tmp_path, images, labels
 
 
-def cifar_record(label, picture):
-    return bytes([label]) + b"".join(picture[:, :, channel].tobytes() for channel in range(3))
+def cifar_record(label, image):
+    return bytes([label]) + b"".join(image[:, :, channel].tobytes() for channel in range(3))
 
 
 @pytest.fixture
 def cifar(tmp_path):
-    pictures, labels = random_pictures(5, 32, 32, 3), [0, 2, 1, 2, 0]
-    records = [cifar_record(*pair) for pair in zip(labels, pictures, strict=True)]
+    images, labels = random_images(5, 32, 32, 3), [0, 2, 1, 2, 0]
+    records = [cifar_record(*pair) for pair in zip(labels, images, strict=True)]
     (tmp_path / "data_batch_1.bin").write_bytes(b"".join(records[:3]))
     (tmp_path / "data_batch_2.bin").write_bytes(b"".join(records[3:]))
     (tmp_path / "test_batch.bin").write_bytes(records[0])
-    return tmp_path, pictures, labels
+    return tmp_path, images, labels
 
 
 # ------------------------------------------------------------------------------------- round trips
@@ -54,7 +54,7 @@ def cifar(tmp_path):
 
 @given(shape=st.lists(st.integers(0, 6), min_size=1, max_size=3), zipped=st.booleans())
 def test_idx(tmp_path_factory, shape, zipped):
-    array = random_pictures(*shape)
+    array = random_images(*shape)
     file = tmp_path_factory.mktemp("idx") / "array"
     file.write_bytes(gzip.compress(idx(array)) if zipped else idx(array))
     np.testing.assert_array_equal(read_idx(file, len(shape)), array)
@@ -85,11 +85,11 @@ def test_mnist_unpacked_and_without_labels(mnist):
 
 
 def test_cifar(cifar):
-    folder, pictures, labels = cifar
+    folder, images, labels = cifar
     files = find_arrays(folder)
     assert [file.name for file in files] == ["data_batch_1.bin", "data_batch_2.bin"]
     data = load_arrays(files, 32)
-    np.testing.assert_array_equal(data.images, pictures)
+    np.testing.assert_array_equal(data.images, images)
     assert data.captions == [str(label) for label in labels]
     (folder / "batches.meta.txt").write_text("\n".join(NAMES) + "\n\n")
     assert load_arrays(files, 16).captions == [NAMES[label] for label in labels]
@@ -108,7 +108,7 @@ def test_cifar(cifar):
 )
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz(tmp_path, shape, more, captions, save):
-    images = random_pictures(*shape)
+    images = random_images(*shape)
     save(tmp_path / "data.npz", images=images, **more)
     data = load_arrays(find_arrays(tmp_path), 20)
     rgb = images if shape[3:] == (3,) else images.reshape(4, 20, 20, 1).repeat(3, axis=3)
@@ -116,7 +116,7 @@ def test_npz(tmp_path, shape, more, captions, save):
     assert data.captions == captions
 
 
-def test_pictures_that_are_not_square_are_cropped_in_their_middle(tmp_path):
+def test_images_that_are_not_square_are_cropped_in_their_middle(tmp_path):
     images = np.zeros((1, 10, 30), np.uint8)
     images[:, :, 10:20] = 200
     np.savez(tmp_path / "data.npz", images=images)
@@ -157,7 +157,7 @@ def test_a_damaged_idx_file(mnist, change, says):
 def test_labels_of_another_number(mnist):
     folder, images, labels = mnist
     (folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels[:5])))
-    with pytest.raises(DataError, match="5 labels for the 7 pictures"):
+    with pytest.raises(DataError, match="5 labels for the 7 images"):
         load_arrays(find_arrays(folder), 28)
     (folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
     (folder / "labels.txt").write_text("only\nthree\nnames")
@@ -177,14 +177,14 @@ def test_a_damaged_cifar_file(cifar):
 @pytest.mark.parametrize(
     "arrays, says",
     [
-        ({"pictures": random_pictures(2, 8, 8)}, "expected an array `images`, found pictures"),
+        ({"photos": random_images(2, 8, 8)}, "expected an array `images`, found photos"),
         ({"images": np.zeros((2, 8, 8))}, "found float64 (2, 8, 8)"),
-        ({"images": random_pictures(2, 8)}, "found uint8 (2, 8)"),
-        ({"images": random_pictures(2, 8, 8, 4)}, "found uint8 (2, 8, 8, 4)"),
-        ({"images": random_pictures(2, 8, 8), "captions": np.array(["a"])}, "1 captions for 2"),
-        ({"images": random_pictures(2, 8, 8), "labels": np.ones(2)}, "whole numbers, found"),
+        ({"images": random_images(2, 8)}, "found uint8 (2, 8)"),
+        ({"images": random_images(2, 8, 8, 4)}, "found uint8 (2, 8, 8, 4)"),
+        ({"images": random_images(2, 8, 8), "captions": np.array(["a"])}, "1 captions for 2"),
+        ({"images": random_images(2, 8, 8), "labels": np.ones(2)}, "integers, found"),
         ({"images": np.array([{}], object)}, "not an .npz of plain arrays"),
-        ({"images": random_pictures(0, 8, 8)}, "hold no picture"),
+        ({"images": random_images(0, 8, 8)}, "hold no image"),
     ],
 )  # fmt: skip
 def test_an_npz_of_something_else(tmp_path, arrays, says):
@@ -197,7 +197,7 @@ def test_an_npz_of_something_else(tmp_path, arrays, says):
 @pytest.mark.parametrize("cut", [0, 10, -30])
 def test_a_damaged_npz(tmp_path, cut):
     file = tmp_path / "data.npz"
-    np.savez(file, images=random_pictures(2, 8, 8))
+    np.savez(file, images=random_images(2, 8, 8))
     file.write_bytes(file.read_bytes()[:cut])
     assert_refused(file, "not an .npz of plain arrays")
 

@@ -1,4 +1,4 @@
-"""The embedded data set: captions, what is held out, repeatability, geometry of the pictures."""
+"""The embedded data set: captions, what is held out, repeatability, geometry of the images."""
 
 import json
 from collections import Counter
@@ -35,11 +35,11 @@ seeds = st.integers(0, 2**32 - 1)
 sides = st.sampled_from([16, 17, 32, 50, 64])
 
 
-def coverage(picture, attributes):
+def coverage(image, attributes):
     """How much of each pixel the shape covers: 0 is background, 1 is shape, (side, side)."""
     ground = np.array(COLOURS[attributes.background], float)
     towards = COLOURS[attributes.colour] - ground
-    return (picture - ground) @ towards / (towards @ towards)
+    return (image - ground) @ towards / (towards @ towards)
 
 
 def inside(shape, dx, dy, r):
@@ -196,10 +196,10 @@ def test_centre_by_hand():
 
 @given(attributes_, seeds, sides)
 @settings(deadline=None)
-def test_the_picture_shows_the_drawn_geometry(attributes, seed, side):
-    picture = draw(attributes, np.random.default_rng(seed), side)
+def test_the_image_shows_the_drawn_geometry(attributes, seed, side):
+    image = draw(attributes, np.random.default_rng(seed), side)
     x, y, r = place(attributes, np.random.default_rng(seed), side)
-    seen = coverage(picture, attributes)
+    seen = coverage(image, attributes)
     ideal = ideal_coverage(attributes.shape, x, y, r, side)
 
     # Drawing rounds outlines to a quarter of a pixel; the area follows by that times the perimeter.
@@ -215,7 +215,7 @@ def test_the_picture_shows_the_drawn_geometry(attributes, seed, side):
 
 
 def test_shapes_are_drawn_without_bias():
-    # One picture is off by the rounding of its outline; on average nothing may be left of it.
+    # One image is off by the rounding of its outline; on average nothing may be left of it.
     for shape in SHAPES:
         attributes = Attributes("small", "black", shape, "white", "center")
         off = []
@@ -233,7 +233,7 @@ def test_shapes_are_drawn_without_bias():
 @given(attributes_, seeds, sides)
 @settings(deadline=None)
 def test_colours_are_exact_away_from_the_outline(attributes, seed, side):
-    picture = draw(attributes, np.random.default_rng(seed), side)
+    image = draw(attributes, np.random.default_rng(seed), side)
     x, y, r = place(attributes, np.random.default_rng(seed), side)
     # Lanczos mixes what lies within 3 px along each axis, so ask of a box that is a little larger.
     steps = np.linspace(-3.3, 3.3, 23)
@@ -245,15 +245,15 @@ def test_colours_are_exact_away_from_the_outline(attributes, seed, side):
             for dy in steps
         ]
     )
-    assert (picture[near.all(0)] == COLOURS[attributes.colour]).all()
-    assert (picture[~near.any(0)] == COLOURS[attributes.background]).all()
+    assert (image[near.all(0)] == COLOURS[attributes.colour]).all()
+    assert (image[~near.any(0)] == COLOURS[attributes.background]).all()
 
 
 def test_the_middle_of_every_shape_has_its_colour():
     for i, attributes in enumerate(EVERY):
         x, y, r = place(attributes, np.random.default_rng(i), 32)
-        picture = draw(attributes, np.random.default_rng(i), 32)
-        middle = picture[int(y), int(x)].astype(int)  # may ring a little in the smallest shapes
+        image = draw(attributes, np.random.default_rng(i), 32)
+        middle = image[int(y), int(x)].astype(int)  # may ring a little in the smallest shapes
         assert abs(middle - COLOURS[attributes.colour]).max() <= 24
 
 

@@ -74,7 +74,7 @@ def test_equals_the_formula(prediction, name, seed, n):
     np.testing.assert_allclose(found, np.mean(terms), rtol=1e-12)
 
 
-def test_the_network_sees_the_noisy_picture_and_the_step():
+def test_the_network_sees_the_noisy_image_and_the_step():
     schedule = schedule_for("epsilon")
     x0, noise, values, t = batch()
     seen = []

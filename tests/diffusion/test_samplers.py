@@ -150,8 +150,8 @@ def test_every_count_of_steps_runs(spacing, name, steps):
 @pytest.mark.parametrize(
     "options", [{"sampler": ddim}, {"sampler": ddim, "eta": 1}, {"sampler": ddpm}]
 )
-def test_yields_where_it_stands_and_the_picture_ahead(prediction, options):
-    """With one point of data the picture ahead is that point, and the last x is there too."""
+def test_yields_where_it_stands_and_the_image_ahead(prediction, options):
+    """With one point of data the image ahead is that point, and the last x is there too."""
     schedule = Schedule(DDPM | {"prediction_type": prediction})
     rng = np.random.default_rng(0)
     x = rng.normal(size=5)
@@ -180,16 +180,16 @@ def test_start_noise_is_not_written_to_and_float32_stays_float32(options):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
-def test_clipping_holds_the_picture_in_range(name, prediction):
-    def pictures(**config):
+def test_clipping_holds_the_image_in_range(name, prediction):
+    def images(**config):
         schedule = Schedule({"prediction_type": prediction} | config)
         x = np.array([-30.0, 0.1, 30.0])
         steps = SAMPLERS[name](lambda x, t: -5 * x, schedule, x, 5, noise=lambda: np.ones(3))
         return np.array([x0 for _, x0 in steps])
 
-    assert abs(pictures(clip_sample=False)).max() > 10
-    assert abs(pictures()).max() == 1  # as when nothing is said
-    assert abs(pictures(clip_sample=True, clip_sample_range=2.5)).max() == 2.5
+    assert abs(images(clip_sample=False)).max() > 10
+    assert abs(images()).max() == 1  # as when nothing is said
+    assert abs(images(clip_sample=True, clip_sample_range=2.5)).max() == 2.5
 
 
 def test_clipping_leaves_the_predicted_noise_alone():

@@ -115,7 +115,7 @@ def test_signal_and_noise_are_two_sides_of_a_right_angle(schedule):
     assert (np.diff(schedule.snr(t)) < 0).all() and (np.diff(schedule.sigmas) > 0).all()
 
 
-def test_tables_stay_float64_and_pictures_float32():
+def test_tables_stay_float64_and_images_float32():
     schedule = known("Stable Diffusion")
     t = np.array([0, 500, 999])
     x0, noise = np.random.default_rng(0).normal(size=(2, 3, 4, 5, 6))
@@ -191,7 +191,7 @@ def test_every_sample_of_a_batch_has_its_own_step(shape):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", ["Stable Diffusion", "DDPM", "cosine"])
-def test_a_right_prediction_gives_back_picture_and_noise_at_every_step(prediction, name):
+def test_a_right_prediction_gives_back_image_and_noise_at_every_step(prediction, name):
     schedule = known(name, prediction_type=prediction)
     t = np.arange(len(schedule))
     x0, noise = np.random.default_rng(0).uniform(-10, 10, (2, len(t), 5))
@@ -207,7 +207,7 @@ def test_a_right_prediction_gives_back_picture_and_noise_at_every_step(predictio
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @given(data=st.data())
-def test_any_prediction_stands_for_a_picture_and_a_noise_that_make_x(prediction, data):
+def test_any_prediction_stands_for_an_image_and_a_noise_that_make_x(prediction, data):
     schedule = known("DDPM", prediction_type=prediction)
     value, x = data.draw(st.floats(-10, 10)), data.draw(st.floats(-10, 10))
     t = data.draw(st.integers(0, 999))
@@ -270,7 +270,7 @@ def test_other_keys_are_kept():
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 def test_without_signal_at_the_end(prediction):
-    """Of Stable Diffusion's schedule, whose last step still shows 7 % of the picture."""
+    """Of Stable Diffusion's schedule, whose last step still shows 7 % of the image."""
     config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     usual = Schedule(config)
     rescaled = Schedule(config | {"rescale_betas_zero_snr": True, "prediction_type": prediction})

@@ -1,4 +1,4 @@
-"""The reader of attributes: right on true pictures, strict on wrong ones, silent on none."""
+"""The reader of attributes: right on true images, strict on wrong ones, silent on none."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ EVERY = combinations(held_out=False) + combinations(held_out=True)
 @pytest.mark.parametrize(
     "n, side, held_out", [(1500, 32, False), (500, 32, True), (500, 16, False), (300, 64, False)]
 )
-def test_true_pictures_are_read_right(n, side, held_out):
+def test_true_images_are_read_right(n, side, held_out):
     assert score(*make_shapes(n, side, seed=11, held_out=held_out))["all"] >= 0.995
 
 
@@ -35,8 +35,8 @@ def test_blur_and_noise_are_forgiven():
     images, captions = make_shapes(600, seed=12)
     soft = gaussian_filter(images.astype(float), (0, 0.7, 0.7, 0))
     noisy = soft + np.random.default_rng(0).normal(0, 8, images.shape)
-    painted = np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
-    assert score(painted, captions)["all"] >= 0.98
+    generated = np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
+    assert score(generated, captions)["all"] >= 0.98
 
 
 def test_swapped_colours_are_read_as_they_are():
@@ -51,7 +51,7 @@ def test_swapped_colours_are_read_as_they_are():
 
 @given(st.sampled_from(EVERY), st.integers(0, 2**32 - 1))
 @settings(deadline=None)
-def test_a_mirrored_picture_is_read_mirrored(attributes, seed):
+def test_a_mirrored_image_is_read_mirrored(attributes, seed):
     image = draw(attributes, np.random.default_rng(seed))
     other_side = {"left": "right", "right": "left"}
     position = other_side.get(attributes.position, attributes.position)
@@ -80,7 +80,7 @@ def test_score_is_a_fraction_per_attribute():
     st.sampled_from([1, 16, 23, 32]).flatmap(lambda side: arrays(np.uint8, (side, side, 3))),
 )
 @settings(deadline=None)
-def test_any_picture_gets_an_answer(image):
+def test_any_image_gets_an_answer(image):
     before = image.copy()
     assert isinstance(read_attributes(image), Attributes)
     assert np.array_equal(image, before)
@@ -88,7 +88,7 @@ def test_any_picture_gets_an_answer(image):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("level", [0, 128, 255])
-def test_an_empty_picture_gets_an_answer(level):
+def test_an_empty_image_gets_an_answer(level):
     assert read_attributes(np.full((32, 32, 3), level, np.uint8)).position == "center"
 
 
@@ -103,7 +103,7 @@ def test_an_empty_picture_gets_an_answer(level):
         np.zeros((), np.uint8),
     ],
 )
-def test_what_is_no_picture_is_refused(image):
+def test_what_is_no_image_is_refused(image):
     with pytest.raises(ValueError, match="need a uint8"):
         read_attributes(image)
 

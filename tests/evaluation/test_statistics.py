@@ -1,4 +1,4 @@
-"""The numbers that judge pictures: closed forms, slow versions of the definitions, invariances."""
+"""The numbers that judge images: closed forms, slow versions of the definitions, invariances."""
 
 import tracemalloc
 from itertools import combinations
@@ -26,7 +26,7 @@ counts = st.integers(2, 12)  # of feature vectors: some fewer, some more than di
 dimensions = st.integers(1, 6)
 
 
-def pictures_of(rng, n=1, h=8, w=8):
+def images_of(rng, n=1, h=8, w=8):
     return rng.integers(0, 256, (n, h, w, 3), dtype=np.uint8)
 
 
@@ -60,9 +60,9 @@ def test_psnr_of_a_known_difference(difference, expected):
 
 
 @given(few, sides, sides, seeds)
-def test_psnr_is_the_mean_over_pictures(n, h, w, seed):
+def test_psnr_is_the_mean_over_images(n, h, w, seed):
     rng = np.random.default_rng(seed)
-    a, b = pictures_of(rng, n, h, w), pictures_of(rng, n, h, w)
+    a, b = images_of(rng, n, h, w), images_of(rng, n, h, w)
     each = []
     for x, y in zip(a.tolist(), b.tolist(), strict=True):
         squares = np.square(np.subtract(x, y)).ravel()
@@ -74,7 +74,7 @@ def test_psnr_is_the_mean_over_pictures(n, h, w, seed):
 
 
 def waves(h, w):
-    """A picture and a bad copy of it, without a generator of random numbers."""
+    """An image and a bad copy of it, without a generator of random numbers."""
     i, j, k = np.indices((h, w, 3))
     truth = (20 * i + 9 * j + 3 * i * j + 50 * k) % 256
     error = (7 * i * i + 5 * i * j + 11 * k) % 200 - 100
@@ -88,12 +88,12 @@ def waves(h, w):
 def test_ssim_is_that_of_scikit_image(h, w, expected):
     # skimage 0.26: structural_similarity(*waves(h, w), channel_axis=2, data_range=255,
     #     gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
-    picture, truth = waves(h, w)
-    assert ssim(picture[None], truth[None]) == pytest.approx(expected, abs=1e-12)
+    image, truth = waves(h, w)
+    assert ssim(image[None], truth[None]) == pytest.approx(expected, abs=1e-12)
 
 
 def slow_ssim(x, y):
-    """The definition, a window at a time, of two pictures (h, w, 3)."""
+    """The definition, a window at a time, of two images (h, w, 3)."""
     offsets = np.arange(-5, 6)
     window = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * 1.5**2))
     window /= window.sum()
@@ -116,7 +116,7 @@ def slow_ssim(x, y):
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (10, 10), (7, 13), (12, 4), (11, 12)])
 def test_ssim_agrees_with_the_definition_at_any_size(size):
     rng = np.random.default_rng(sum(size))
-    a, b = pictures_of(rng, 2, *size), pictures_of(rng, 2, *size)
+    a, b = images_of(rng, 2, *size), images_of(rng, 2, *size)
     expected = np.mean([slow_ssim(x, y) for x, y in zip(a, b, strict=True)])
     assert ssim(a, b) == pytest.approx(expected, abs=1e-12)
 
@@ -124,7 +124,7 @@ def test_ssim_agrees_with_the_definition_at_any_size(size):
 @given(few, st.integers(1, 14), st.integers(1, 14), seeds)
 def test_ssim_is_symmetric_and_one_for_equals(n, h, w, seed):
     rng = np.random.default_rng(seed)
-    a, b = pictures_of(rng, n, h, w), pictures_of(rng, n, h, w)
+    a, b = images_of(rng, n, h, w), images_of(rng, n, h, w)
     assert ssim(a, a) == 1
     assert -1 <= ssim(a, b) < 1
     assert ssim(a, b) == pytest.approx(ssim(b, a))
@@ -134,7 +134,7 @@ def test_ssim_is_symmetric_and_one_for_equals(n, h, w, seed):
 
 def test_ssim_sees_structure_where_psnr_sees_none():
     rng = np.random.default_rng(0)
-    truth = pictures_of(rng, 1, 32, 32) // 2 + 64
+    truth = images_of(rng, 1, 32, 32) // 2 + 64
     brighter, noisy = truth + 20, truth + rng.choice(np.uint8([236, 20]), truth.shape)
     assert psnr(brighter, truth) == pytest.approx(psnr(noisy, truth))
     assert ssim(brighter, truth) > 0.95 > 0.9 > ssim(noisy, truth)
@@ -196,7 +196,7 @@ def test_frechet_does_not_see_order_place_or_direction(n, m, d, seed):
     assert frechet_distance(a + shift, b) == pytest.approx(found + moved)
 
 
-def test_frechet_of_few_pictures():
+def test_frechet_of_few_images():
     """Spread along one line each, at right angles: no overlap, so the variances add up."""
     a, b = np.zeros((2, 2, 20))
     a[:, 7], b[:, 12] = (-3, 3), (-4, 4)
@@ -315,10 +315,10 @@ def test_kernel_distance_in_blocks(monkeypatch):
 # ---------------------------------------------------------------------------------------- nearest
 
 
-def slow_nearest(queries, pictures):
+def slow_nearest(queries, images):
     found = []
     for query in queries.astype(int):
-        distances = [np.sqrt(np.square(query - p).mean()) for p in pictures.astype(int)]
+        distances = [np.sqrt(np.square(query - p).mean()) for p in images.astype(int)]
         found.append((int(np.argmin(distances)), min(distances)))
     index, distance = zip(*found, strict=True)
     return list(index), list(distance)
@@ -331,40 +331,40 @@ levels = st.sampled_from([1, 2, 256])  # with few levels many are equal, and the
 @given(few, st.integers(1, 20), sides, sides, levels, blocks, seeds)
 def test_nearest_agrees_with_the_definition(q, n, h, w, levels, block, seed):
     rng = np.random.default_rng(seed)
-    queries, pictures = (rng.integers(0, levels, (k, h, w, 3), np.uint8) for k in (q, n))
+    queries, images = (rng.integers(0, levels, (k, h, w, 3), np.uint8) for k in (q, n))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "BLOCK", block)
-        index, distance = nearest_images(queries, pictures)
-    assert (index.tolist(), distance.tolist()) == slow_nearest(queries, pictures)
+        index, distance = nearest_images(queries, images)
+    assert (index.tolist(), distance.tolist()) == slow_nearest(queries, images)
 
 
 def test_a_copy_is_at_no_distance():
     rng = np.random.default_rng(0)
-    pictures = pictures_of(rng, 50, 16, 16)
+    images = images_of(rng, 50, 16, 16)
     order = rng.permutation(50)
-    index, distance = nearest_images(pictures[order], pictures)
+    index, distance = nearest_images(images[order], images)
     np.testing.assert_array_equal(index, order)
     np.testing.assert_array_equal(distance, 0)
 
 
 def test_one_level_in_one_number_is_seen():
-    """|a|² + |b|² − 2ab in float32 takes these pictures, of |a|² = 8 · 10⁸, for equal."""
+    """|a|² + |b|² − 2ab in float32 takes these images, of |a|² = 8 · 10⁸, for equal."""
     bright = np.full((64, 64, 3), 255, np.uint8)
-    pictures = np.stack([bright] * 4)
-    pictures[(0, 1, 2), 5, 7, 1] -= np.uint8([3, 2, 1])
-    index, distance = nearest_images(bright[None], pictures[:3])
+    images = np.stack([bright] * 4)
+    images[(0, 1, 2), 5, 7, 1] -= np.uint8([3, 2, 1])
+    index, distance = nearest_images(bright[None], images[:3])
     assert (index[0], distance[0]) == (2, np.sqrt(1 / (64 * 64 * 3)))
-    assert nearest_images(bright[None], pictures)[0] == 3
+    assert nearest_images(bright[None], images)[0] == 3
 
 
-def test_nearest_unpacks_few_pictures_at_a_time(monkeypatch):
+def test_nearest_unpacks_few_images_at_a_time(monkeypatch):
     monkeypatch.setattr(statistics, "BLOCK", 2**12)
-    pictures = pictures_of(np.random.default_rng(0), 1000)
+    images = images_of(np.random.default_rng(0), 1000)
     tracemalloc.start()
-    nearest_images(pictures[:100], pictures)
+    nearest_images(images[:100], images)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 8 * (8 * 2**12) < pictures.size * 8 / 4
+    assert peak < 8 * (8 * 2**12) < images.size * 8 / 4
 
 
 # ----------------------------------------------------------------------------------------- copied
@@ -385,7 +385,7 @@ def test_with_few_real_distances_the_least_is_the_limit(m):
 
 
 @given(st.integers(0, 40), st.integers(0, 40), seeds)
-def test_copies_among_new_pictures_are_counted(copies, new, seed):
+def test_copies_among_new_images_are_counted(copies, new, seed):
     rng = np.random.default_rng(seed)
     real = rng.uniform(1, 2, 50)
     samples = np.concatenate([np.zeros(copies), rng.uniform(2, 3, new), [9.0]])
@@ -394,15 +394,15 @@ def test_copies_among_new_pictures_are_counted(copies, new, seed):
     assert copied(7 * samples, 7 * real) == found
 
 
-def test_copies_are_counted_where_real_pictures_repeat():
+def test_copies_are_counted_where_real_images_repeat():
     real = np.array([0.0] * 4 + [5.0] * 16)  # a data set with duplicates
     assert copied(np.zeros(10), real) == 1
     assert copied(np.ones(10), real) == 0
 
 
-def test_from_pictures_to_the_share_of_copies():
+def test_from_images_to_the_share_of_copies():
     rng = np.random.default_rng(0)
-    training, real, new = (pictures_of(rng, count) for count in (100, 60, 15))
+    training, real, new = (images_of(rng, count) for count in (100, 60, 15))
     _, real_distance = nearest_images(real, training)
     _, distance = nearest_images(np.concatenate([new, training[:45]]), training)
     assert 0.75 <= copied(distance, real_distance) <= 0.85
@@ -410,14 +410,14 @@ def test_from_pictures_to_the_share_of_copies():
 
 # ------------------------------------------------------------------------------- malformed arrays
 
-PICTURES, FEATURES = np.zeros((2, 4, 4, 3), np.uint8), np.arange(12.0).reshape(4, 3)
-NO_PICTURES = [
-    PICTURES.astype(np.float32),
-    PICTURES.astype(bool),
-    PICTURES[0],
-    PICTURES[..., :1],
-    PICTURES[:0],
-    PICTURES[:, :0],
+IMAGES, FEATURES = np.zeros((2, 4, 4, 3), np.uint8), np.arange(12.0).reshape(4, 3)
+NO_IMAGES = [
+    IMAGES.astype(np.float32),
+    IMAGES.astype(bool),
+    IMAGES[0],
+    IMAGES[..., :1],
+    IMAGES[:0],
+    IMAGES[:, :0],
     np.uint8(3),
 ]
 NO_FEATURES = [
@@ -444,24 +444,24 @@ def short(array):
     return f"{array.dtype}{array.shape}"
 
 
-@pytest.mark.parametrize("wrong", NO_PICTURES, ids=short)
+@pytest.mark.parametrize("wrong", NO_IMAGES, ids=short)
 @pytest.mark.parametrize("function", [psnr, ssim, nearest_images])
-def test_what_are_no_pictures_are_refused(function, wrong):
-    for arguments in ((wrong, PICTURES), (PICTURES, wrong)):
+def test_what_are_no_images_are_refused(function, wrong):
+    for arguments in ((wrong, IMAGES), (IMAGES, wrong)):
         with pytest.raises(ValueError, match=r"^\w+: expected uint8 \(n, h, w, 3\), found .+$"):
             function(*arguments)
 
 
 @pytest.mark.parametrize("function", [psnr, ssim, nearest_images])
-def test_pictures_of_another_size_are_refused(function):
+def test_images_of_another_size_are_refused(function):
     with pytest.raises(ValueError, match=r": expected \(.*4, 4, 3\).*, found \(.*4, 2, 3\)$"):
-        function(PICTURES, PICTURES[:, :, :2])
+        function(IMAGES, IMAGES[:, :, :2])
 
 
 @pytest.mark.parametrize("function", [psnr, ssim])
-def test_another_number_of_pictures_is_refused(function):
+def test_another_number_of_images_is_refused(function):
     with pytest.raises(ValueError, match=r"^truth: expected \(2, .*, found \(1, 4, 4, 3\)$"):
-        function(PICTURES, PICTURES[:1])
+        function(IMAGES, IMAGES[:1])
 
 
 @pytest.mark.parametrize("wrong", NO_FEATURES, ids=short)
@@ -493,11 +493,11 @@ def test_features_of_any_kind_of_number(dtype):
 
 
 def test_arguments_are_only_read():
-    pictures, features = PICTURES.copy(), FEATURES.copy()
-    for array in (pictures, features):
+    images, features = IMAGES.copy(), FEATURES.copy()
+    for array in (images, features):
         array.setflags(write=False)
     for function in (psnr, ssim, nearest_images):
-        function(pictures, pictures)
+        function(images, images)
     for function in (frechet_distance, kernel_distance):
         function(features, features)
     copied(features[0], features[1])

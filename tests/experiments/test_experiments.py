@@ -26,10 +26,10 @@ KEYS = {
     "kernel_distance",
 }  # fmt: skip
 SMALL = {
-    "side": 16, "pictures": 300, "autoencoder": STAGE, "denoiser": STAGE, "unet_widths": (8,),
+    "side": 16, "images": 300, "autoencoder": STAGE, "denoiser": STAGE, "unet_widths": (8,),
     "unet_attention": (True,), "groups": 4, "heads": 2, "text_width": 8, "steps": 2,
 }  # fmt: skip
-TINY = dataclasses.replace(presets.PRESETS["tiny"], **SMALL | {"pictures": 30}, vae_widths=(4, 8))
+TINY = dataclasses.replace(presets.PRESETS["tiny"], **SMALL | {"images": 30}, vae_widths=(4, 8))
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +45,18 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def experiment(call, tmp_path):
-    """`experiment(*arguments, pictures=names) → its rows`: they are those of its table, too."""
+    """`experiment(*arguments, images=names) → its rows`: they are those of its table, too."""
 
-    def run(*arguments, pictures):
+    def run(*arguments, images):
         out = tmp_path / "out"
         result = call("experiment", *arguments, "--out", out)
         assert result.code == 0, result.err
         rows = json.loads((out / "results.json").read_text())
         assert result.out == (out / "table.md").read_text()
         assert len(result.out.splitlines()) == 2 + len(rows)
-        for name in pictures:
-            with Image.open(out / name) as picture:
-                assert min(picture.size) > 100
+        for name in images:
+            with Image.open(out / name) as image:
+                assert min(image.size) > 100
         return rows
 
     return run
@@ -76,7 +76,7 @@ def small(monkeypatch):
 
 @pytest.mark.slow
 def test_latent_vs_pixel(small, experiment, tmp_path):
-    rows = experiment("latent-vs-pixel", "--seconds", 1, pictures=("quality.png", "samples.png"))
+    rows = experiment("latent-vs-pixel", "--seconds", 1, images=("quality.png", "samples.png"))
     assert [row["f"] for row in rows] == [1, 2, 4, 8]
     for row in rows:
         assert row.keys() >= KEYS and all(math.isfinite(row[key]) for key in KEYS)
@@ -94,7 +94,7 @@ def test_latent_vs_pixel(small, experiment, tmp_path):
 def test_guidance(folder, experiment, monkeypatch):
     for name, value in {"CAPTIONS": 8, "GUIDANCE": (1, 2, 8), "RESCALED": (8,)}.items():
         monkeypatch.setattr(guidance, name, value)
-    rows = experiment("guidance", "--run", folder, pictures=("guidance.png", "samples.png"))
+    rows = experiment("guidance", "--run", folder, images=("guidance.png", "samples.png"))
     settings = [(row["guidance"], row["rescale"]) for row in rows]
     assert settings == [(None, None), (1, 0), (2, 0), (8, 0), (8, 0.7)]
     for row in rows:
@@ -104,7 +104,7 @@ def test_guidance(folder, experiment, monkeypatch):
     assert len({row["frechet"] for row in rows}) == len(rows)
 
 
-def test_true_pictures_are_drawn_again():
+def test_true_images_are_drawn_again():
     _, captions = guidance.make_shapes(20, 16, guidance.SEED)
     first, second = (guidance.drawn_again(captions, 16) for _ in range(2))
     np.testing.assert_array_equal(first, second)
@@ -124,8 +124,8 @@ def test_samplers(folder, experiment, monkeypatch):
     }
     for name, value in small.items():
         monkeypatch.setattr(samplers, name, value)
-    pictures = "accuracy.png", "distance.png", "samples.png"
-    rows = experiment("samplers", "--run", folder, pictures=pictures)
+    images = "accuracy.png", "distance.png", "samples.png"
+    rows = experiment("samplers", "--run", folder, images=images)
     assert [(row["sampler"], row["steps"]) for row in rows] == [
         (sampler, steps) for sampler in some for steps in (3, 5)
     ]
@@ -158,7 +158,7 @@ def test_schedules(experiment, monkeypatch, tmp_path, call):
         monkeypatch.setattr(schedules, name, value)
     monkeypatch.setattr(rehearsal, "_steps", lambda stage, seconds: 2)
     names = "signal-to-noise.png", "samples.png"
-    rows = experiment("schedules", "--seconds", 1, pictures=names)
+    rows = experiment("schedules", "--seconds", 1, images=names)
     assert [(row["schedule"], row["prediction"], row["weighting"]) for row in rows] == trials
     for row in rows:
         assert row.keys() == schedules.COLUMNS.keys()
@@ -174,8 +174,8 @@ def test_schedules(experiment, monkeypatch, tmp_path, call):
             assert equal or not name.startswith("first_stage/")
     scheduler = json.loads((folders[0] / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["rescale_betas_zero_snr"] and scheduler["timestep_spacing"] == "trailing"
-    painted = call("sample", folders[0], "a small red circle", "-o", tmp_path / "picture.png")
-    assert painted.code == 0, painted.err
+    generated = call("sample", folders[0], "a small red circle", "-o", tmp_path / "image.png")
+    assert generated.code == 0, generated.err
 
 
 def test_every_trial_is_a_config():
@@ -221,10 +221,10 @@ def test_mistakes(call, tmp_path):
 
 
 def not_of_shapes(run):
-    """As if it had been trained on a folder of pictures."""
+    """As if it had been trained on a folder of images."""
     file = state_files(run)[-1]
     notes = json.loads(load_metadata(file)["tinyldm"])
-    notes["config"]["data"] = "pictures"
+    notes["config"]["data"] = "images"
     save_weights(file, load_weights(file), {"tinyldm": json.dumps(notes)})
 
 
@@ -235,13 +235,15 @@ def test_runs_that_it_cannot_look_at(name, folder, call, tmp_path):
     (tmp_path / "empty").mkdir()
     told = {
         "run": "expected a run trained on shapes, whose captions are read back by rule, found one "
-        "on pictures",
+        "on images",
         "empty": "holds no run",
         "missing": "holds no run",
     }
     for run, line in told.items():
         result = call("experiment", name, "--run", tmp_path / run, "--out", tmp_path / "out")
-        line = "--run: schedules trains its own; leave it out" if name == "schedules" else line
+        line = (
+            "--run: schedules trains its own model; leave it out" if name == "schedules" else line
+        )
         assert result.code == 2 and line in result.err and result.err.count("\n") == 1
         assert result.out == "" and not (tmp_path / "out").exists()
 

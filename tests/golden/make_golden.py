@@ -16,7 +16,7 @@ sys.path[:0] = [str(TESTS / "support"), str(TESTS.parent)]
 
 import golden_cases as cases  # noqa: E402
 import peers  # noqa: E402
-from model_cases import numbers, random_params, unet_inputs, whole_numbers  # noqa: E402
+from model_cases import integers, numbers, random_params, unet_inputs  # noqa: E402
 
 from tinyldm.models import AutoencoderKL, TextEncoder, UNet  # noqa: E402
 
@@ -36,7 +36,7 @@ def main():
     )
 
     params = random_params(TextEncoder(cases.TEXT).shapes())
-    ids = whole_numbers("ids", cases.TEXT["vocab_size"], 2, 5)
+    ids = integers("ids", cases.TEXT["vocab_size"], 2, 5)
     text = peers.text_encoder(cases.TEXT, params, ids, numbers("dy", 2, 5, 12))
 
     stored = {

@@ -1,4 +1,4 @@
-"""Windows: what is seen of a picture is that of a padded copy, and every output is there once."""
+"""Windows: what is seen of an image is that of a padded copy, and every output is there once."""
 
 import numpy as np
 from hypothesis import assume, given

@@ -114,7 +114,7 @@ def trained(tmp_path_factory):
     return found
 
 
-def test_a_run_leaves_a_model_that_paints_classes(kind, trained):
+def test_a_run_leaves_a_model_that_generates_classes(kind, trained):
     run, pipeline, said = trained[kind]
     assert any("3 classes: circle, square, triangle" in line for line in said)
     loaded = Pipeline.load(run)
@@ -137,7 +137,7 @@ def test_a_run_leaves_a_model_that_paints_classes(kind, trained):
         pipeline("circles")
 
 
-def test_the_class_decides_what_is_painted(kind, trained):
+def test_the_class_decides_what_is_generated(kind, trained):
     """Both ways, and with guidance also by what "no class" would be."""
     run, _, _ = trained[kind]
     pipeline = Pipeline.load(run)
@@ -192,7 +192,7 @@ def test_scoring_reads_the_shape_back(kind, trained):
     assert "held out" not in table(result) and "combinations seen" in table(result)
 
 
-def test_pictures_whose_captions_are_no_classes():
+def test_images_whose_captions_are_no_classes():
     images = np.zeros((3, 16, 16, 3), np.uint8)
     config = CONFIGS["class-token"]
     for captions, found in ((["a", "a", "a"], "1 different"), (["a", "", "b"], "without one")):

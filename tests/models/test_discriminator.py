@@ -52,7 +52,7 @@ def test_names_shapes_and_sizes():
     assert [deep[f"d.convs.{i}.weight"][3] for i in range(7)] == [4, 8, 16, 32, 32, 32, 1]
 
 
-def test_a_picture_is_judged_alone():
+def test_an_image_is_judged_alone():
     model = PatchDiscriminator("d", 2, 2, groups=2)
     params = random_params(model.shapes())
     x = numbers("x", 3, 16, 16, 2)

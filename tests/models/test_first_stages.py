@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gradients import check_loss
 from model_cases import numbers, random_params
-from small_run import CONFIG, STAGE, STEPS, assert_goes_on_alike, silent, without_pictures
+from small_run import CONFIG, STAGE, STEPS, assert_goes_on_alike, silent, without_images
 
 from tinyldm.config import ConfigError
 from tinyldm.models import IdentityFirstStage, VQModel
@@ -36,7 +36,7 @@ def often(monkeypatch):
     monkeypatch.setattr(codebook, "EVERY", 1)
 
 
-def test_a_run_leaves_a_model_that_paints(kind, tmp_path, often):
+def test_a_run_leaves_a_model_that_generates(kind, tmp_path, often):
     said = []
     pipeline = runs.train(tmp_path / "run", CONFIGS[kind], say=said.append)
     loaded = Pipeline.load(tmp_path / "run")
@@ -62,7 +62,7 @@ def test_a_run_leaves_a_model_that_paints(kind, tmp_path, often):
 
 
 def test_latents_have_unit_variance_for_the_diffusion(kind, tmp_path, monkeypatch):
-    without_pictures(monkeypatch)
+    without_images(monkeypatch)
     pipeline = runs.train(tmp_path / "run", CONFIGS[kind], say=silent)
     images, _ = runs.load_data(CONFIGS[kind]).split(CONFIG.held_out, CONFIG.seed)
     assert abs(pipeline.encode(images.images).std() - 1) < 0.05
@@ -133,7 +133,7 @@ def test_codes_are_revived_in_the_first_half(monkeypatch):
 
 def test_states_of_before_are_read(tmp_path, monkeypatch):
     """Of runs that knew no first stage but the Gaussian one."""
-    without_pictures(monkeypatch)
+    without_images(monkeypatch)
     runs.train(tmp_path / "run", CONFIG, say=silent)
     state = load_state(tmp_path / "run")
     content = dataclasses.asdict(state.config)
@@ -143,11 +143,11 @@ def test_states_of_before_are_read(tmp_path, monkeypatch):
 
 
 def test_flipped_and_in_parts(call, tmp_path, monkeypatch):
-    """From the command line: as many pictures again, and the same loss by other rounding.
+    """From the command line: as many images again, and the same loss by other rounding.
 
     With checkpointing the loss is the same, bit for bit.
     """
-    without_pictures(monkeypatch)
+    without_images(monkeypatch)
     monkeypatch.setitem(presets.PRESETS, "tiny", CONFIG)
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
     losses = {}
@@ -165,7 +165,7 @@ def test_flipped_and_in_parts(call, tmp_path, monkeypatch):
     np.testing.assert_allclose(in_parts, plain, rtol=1e-3)
     assert abs(np.subtract(flipped, plain)).max() > 1e-3
     result = call("train", "--out", run, "--resume", "--accumulate", "2")
-    assert result.code == 2 and "--accumulate: the run goes on as it began" in result.err
+    assert result.code == 2 and "--accumulate: a resumed run keeps it" in result.err
 
 
 # ------------------------------------------------------------------------------------ the self-test

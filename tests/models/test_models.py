@@ -19,6 +19,7 @@ from model_cases import (
     SD15_UNET,
     SD15_VAE,
     few,
+    integers,
     keys,
     numbers,
     random_params,
@@ -27,7 +28,6 @@ from model_cases import (
     unet_inputs,
     used_by,
     vae_configs,
-    whole_numbers,
 )
 from slow import seldom
 
@@ -237,10 +237,10 @@ def test_gradients_of_autoencoder(method, data, key):
     model = AutoencoderKL(config)
     c, f = model.config, model.factor
     params = random_params(model.shapes(), key)
-    pictures, latents = (n, h * f, w * f, c.in_channels), (n, h, w, c.latent_channels)
+    images, latents = (n, h * f, w * f, c.in_channels), (n, h, w, c.latent_channels)
     if method in ("encode", "to_latents"):
         params = used_by(params, "encoder.", "quant_conv.")
-        x = numbers("images", *pictures)
+        x = numbers("images", *images)
     else:
         params = used_by(params, "decoder.", "post_quant_conv.")
         x = numbers("latents", *latents)
@@ -253,7 +253,7 @@ def test_gradients_of_autoencoder(method, data, key):
 @given(config=text_configs(), n=st.integers(1, 2), l=st.integers(1, 4), key=keys)
 def test_gradients_of_text_encoder(config, n, l, key):
     model = TextEncoder(config)
-    ids = whole_numbers(key, config["vocab_size"], n, l)
+    ids = integers(key, config["vocab_size"], n, l)
     check(model, ids, random_params(model.shapes(), key))
 
 
@@ -497,7 +497,7 @@ def test_defaults_are_those_of_stable_diffusion():
 
 # ------------------------------------------------------------------------------------- wrong inputs
 
-ids = whole_numbers("ids", 12, 2, 4)
+ids = integers("ids", 12, 2, 4)
 x, t, context, labels = unet_inputs(UNET)
 images = numbers("images", 2, 8, 4, 3)
 latents = numbers("latents", 2, 2, 1, 4)
@@ -553,11 +553,11 @@ def test_wrong_inputs_of_autoencoder(method, inputs, message, quant_convs):
 @pytest.mark.parametrize(
     ("token_ids", "message"),
     [
-        (whole_numbers("ids", 12, 2, 6), "at most 5 tokens, found 6"),
+        (integers("ids", 12, 2, 6), "at most 5 tokens, found 6"),
         (ids[0], r"expected .*\(n, l\)"),
         (np.array([[0, 12]]), "12"),
         (np.array([[0, -1]]), "-1"),
-        (ids + 0.0, "whole numbers|integer"),
+        (ids + 0.0, "integers|integer"),
     ],
     ids=["too many", "one row", "too large", "negative", "fractions"],
 )

@@ -86,7 +86,7 @@ def test_gradients_of_the_codebook(n, d, k, key):
     check(model.quantize.loss, numbers(f"{key} z", n, 2, 3, d), params)
 
 
-def test_latents_are_not_quantised_and_pictures_are_made_of_codes():
+def test_latents_are_not_quantised_and_images_are_made_of_codes():
     model = VQModel({"latent_channels": 2, "num_vq_embeddings": 4, "norm_num_groups": 1,
                      "block_out_channels": [4], "scaling_factor": 0.5})  # fmt: skip
     params = random_params(model.shapes())

@@ -44,7 +44,7 @@ def test_one_number_three_ways(call):
 
 
 @given(st.tuples(sizes, sizes, sizes, sizes), seeds, st.integers(0, 4), st.integers(0, 4))
-def test_a_kernel_with_a_single_one_moves_the_picture(shape, seed, i, j):
+def test_a_kernel_with_a_single_one_moves_the_image(shape, seed, i, j):
     x = random_array(np.random.default_rng(seed), shape)
     w = np.zeros((5, 5, shape[3], shape[3]))
     w[i, j] = np.eye(shape[3])
@@ -67,7 +67,7 @@ def test_a_kernel_of_one_pixel_is_a_linear_layer(shape, c_out, seed):
 
 
 @given(conv_calls(), st.floats(-3, 3))
-def test_linear_in_the_picture_and_in_the_kernel(call, factor):
+def test_linear_in_the_image_and_in_the_kernel(call, factor):
     x, w, *_ = call.arrays()
     rng = np.random.default_rng(call.seed + 1)
     x2, w2 = random_array(rng, x.shape), random_array(rng, w.shape)
@@ -77,8 +77,8 @@ def test_linear_in_the_picture_and_in_the_kernel(call, factor):
 
 
 @given(conv_calls(), st.integers(1, 3), st.integers(1, 3))
-def test_a_moved_picture_gives_a_moved_result(call, down, right):
-    # Above and to the left of the picture lie zeros alone, before and after.
+def test_a_moved_image_gives_a_moved_result(call, down, right):
+    # Above and to the left of the image lie zeros alone, before and after.
     x, w, *b = call.arrays()
     stride = call.options["stride"]
     _, below, _, beside = reference.four_sides(call.options["padding"])
@@ -107,13 +107,13 @@ def test_the_order_of_the_channels_does_not_matter(call, seed):
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 4, 2), (4, 4, 3), (1, 1, 4, 4, 3), (3,)])
-def test_a_picture_that_does_not_fit_the_kernel_is_refused(shape):
+def test_an_image_that_does_not_fit_the_kernel_is_refused(shape):
     with pytest.raises(ValueError, match=r"conv2d: expected x \(n, h, w, 3\), found \("):
         conv2d(np.zeros(shape), np.zeros((3, 3, 3, 5)))
 
 
 @pytest.mark.parametrize("h, w, padding", [(2, 9, 0), (9, 2, 0), (1, 9, (1, 0, 0, 0))])
-def test_a_picture_smaller_than_the_kernel_is_refused(h, w, padding):
+def test_an_image_smaller_than_the_kernel_is_refused(h, w, padding):
     with pytest.raises(ValueError, match=f"3×3 kernel does not fit into {h}×{w} pixels"):
         conv2d(np.zeros((1, h, w, 1)), np.zeros((3, 3, 1, 1)), padding=padding)
     # With stride, rounding down must not turn a negative size into an allowed one.

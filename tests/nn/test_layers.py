@@ -72,7 +72,7 @@ every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
 def arguments(layer, shape, seed):
-    """Random parameters, and an input: whole numbers for an embedding."""
+    """Random parameters, and an input: integers for an embedding."""
     rng = np.random.default_rng(seed)
     if isinstance(layer, Embedding):
         return random_params(layer, seed), rng.integers(0, 5, shape)
@@ -259,7 +259,7 @@ def test_embedding(drawn, seed):
     params, ids = arguments(layer, shape, seed)
     y, backward = layer(params, ids)
     assert np.array_equal(y, params["a.b.weight"][ids])
-    assert backward(y, {}) is None  # whole numbers have no gradient
+    assert backward(y, {}) is None  # integers have no gradient
 
 
 @given(offsets(), seeds)

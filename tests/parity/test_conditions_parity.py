@@ -1,4 +1,4 @@
-"""Runs with tasks, classes, grey or oblong pictures: diffusers loads their components unchanged."""
+"""Runs with tasks, classes, grey or oblong images: diffusers loads their components unchanged."""
 
 import dataclasses
 
@@ -26,8 +26,8 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def oblong(tmp_path_factory):
-    """A folder of pictures that are twice as wide as high."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """A folder of images that are twice as wide as high."""
+    folder = tmp_path_factory.mktemp("images")
     images, _ = make_shapes(8, 32, 0)
     for i, image in enumerate(images):
         Image.fromarray(image[8:24]).save(folder / f"{i}.png")
@@ -84,7 +84,7 @@ def test_the_autoencoder_is_diffusers_own(run):
 
 @pytest.mark.parametrize("run", ["inpainting"], indirect=True)
 def test_a_run_that_inpaints_is_a_pipeline_of_diffusers(run, monkeypatch):
-    """The same picture from the same latents; of the picture's latents both take the means."""
+    """The same image from the same latents; of the image's latents both take the means."""
     monkeypatch.setattr(
         DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode()
     )

@@ -1,4 +1,4 @@
-"""Whole pictures against diffusers: a folder of either side is loaded by the other, as it is."""
+"""Whole images against diffusers: a folder of either side is loaded by the other, as it is."""
 
 import diffusers
 import numpy as np
@@ -98,7 +98,7 @@ def start_noise(pipeline, n):
     return np.random.default_rng(n).standard_normal((n, height, width, 4), dtype=np.float32)
 
 
-def paint(theirs, prompts, guidance, negative, noise, output, steps=STEPS):
+def generate(theirs, prompts, guidance, negative, noise, output, steps=STEPS):
     return theirs(
         prompts,
         negative_prompt=[negative] * len(prompts),
@@ -119,21 +119,21 @@ def paint(theirs, prompts, guidance, negative, noise, output, steps=STEPS):
         (PROMPTS, 2.5, NEGATIVE),
     ],
 )
-def test_pictures_are_those_of_diffusers(pair, prompts, guidance, negative, capsys):
+def test_images_are_those_of_diffusers(pair, prompts, guidance, negative, capsys):
     ours, theirs = pair
     noise = start_noise(ours, len(prompts))
-    expected = paint(theirs, prompts, guidance, negative, noise, "np")
+    expected = generate(theirs, prompts, guidance, negative, noise, "np")
     *_, (x, _) = ours.denoise(
         ours.sampling_params(prompts, negative, steps=STEPS, guidance=guidance), noise
     )
     pixels = np.clip(ours.vae.from_latents(ours.params["vae"], x)[0] / 2 + 0.5, 0, 1)
     assert pixels.shape == expected.shape
-    assert expected.std() > 0.05, "a plain picture would prove nothing"
+    assert expected.std() > 0.05, "a plain image would prove nothing"
     difference = abs(pixels - expected).mean()
 
     options = {"negative_prompt": negative, "steps": STEPS, "guidance": guidance}
-    pictures = ours(prompts, latents=noise, **options)
-    levels = np.stack([np.asarray(picture, int) for picture in pictures])
+    images = ours(prompts, latents=noise, **options)
+    levels = np.stack([np.asarray(image, int) for image in images])
     levels = abs(levels - np.round(255 * expected))
     with capsys.disabled():
         print(
@@ -152,7 +152,7 @@ def test_latents_are_those_of_diffusers(pair, guidance):
     *_, (x, _) = ours.denoise(
         ours.sampling_params(PROMPTS, NEGATIVE, steps=STEPS, guidance=guidance), noise
     )
-    expected = paint(theirs, PROMPTS, guidance, NEGATIVE, noise, "latent")
+    expected = generate(theirs, PROMPTS, guidance, NEGATIVE, noise, "latent")
     expected = expected.numpy().transpose(0, 2, 3, 1)
     assert expected.std() > 0.1
     np.testing.assert_allclose(x, expected, rtol=0, atol=2e-5 * abs(expected).max())
@@ -178,7 +178,7 @@ def test_latents_of_other_samplers_are_those_of_their_schedulers(pair, sampler, 
     before = theirs.scheduler
     theirs.scheduler = scheduler.from_config(before.config)
     try:
-        expected = paint(theirs, PROMPTS, 3.0, NEGATIVE, noise, "latent", steps)
+        expected = generate(theirs, PROMPTS, 3.0, NEGATIVE, noise, "latent", steps)
     finally:
         theirs.scheduler = before
     expected = expected.numpy().transpose(0, 2, 3, 1)
@@ -186,7 +186,7 @@ def test_latents_of_other_samplers_are_those_of_their_schedulers(pair, sampler, 
     np.testing.assert_allclose(x, expected, rtol=0, atol=1e-4 * abs(expected).max())
 
 
-def test_a_picture_that_is_not_square(pair):
+def test_an_image_that_is_not_square(pair):
     ours, theirs = pair
     height, width = 16, 40  # diffusers wants multiples of 8
     shape = (1, height // ours.vae.factor, width // ours.vae.factor, 4)

@@ -118,7 +118,7 @@ def differs(name, config, steps):
     """Where theirs is not the algorithm: PNDM takes t − T // n for the next step.
 
     That is not the next one visited where they are spaced otherwise; and half of an odd T // n is
-    another number for the picture than for the network.
+    another number for the image than for the network.
     """
     if name != "pndm" or CONFIGS[config].get("skip_prk_steps"):
         return False

@@ -15,7 +15,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as converters
-from model_cases import numbers, random_params, whole_numbers
+from model_cases import integers, numbers, random_params
 from original_layout import MODELS, narrow, random_model, to_original
 from safetensors.torch import load_file
 
@@ -63,7 +63,7 @@ def outputs(component, config, params, dtype, side=8):
     exact = peers.InFloat64() if dtype is np.float64 else contextlib.nullcontext()
     with no_grad(), torch.no_grad(), exact:
         if component == "text_encoder":
-            ids = whole_numbers("ids", model.config.vocab_size, 2, 77)
+            ids = integers("ids", model.config.vocab_size, 2, 77)
             y = module(torch.tensor(ids)).last_hidden_state.numpy()
             return [(model(params, ids)[0], y)]
         if component == "unet":

@@ -87,7 +87,7 @@ def diffusers_pipeline(kind, folder, sampler):
     return pipe
 
 
-def assert_same_picture(ours, recipe, latents, scene, expected):
+def assert_same_image(ours, recipe, latents, scene, expected):
     *_, (x, _) = ours.denoise(recipe, latents, scene)
     pixels = np.clip(ours.vae.from_latents(ours.params["vae"], x)[0] / 2 + 0.5, 0, 1)
     assert pixels.shape == expected.shape and expected.std() > 0.05
@@ -111,7 +111,7 @@ def test_image_to_image(folders, name, init_image, noise, sampler, strength):
     expected = theirs(
         PROMPTS, image=resized, strength=strength, num_inference_steps=10, **COMMON
     ).images
-    assert_same_picture(ours, recipe, noise, scene, expected)
+    assert_same_image(ours, recipe, noise, scene, expected)
 
 
 def test_image_to_image_by_pndm(folders, init_image, noise):
@@ -133,7 +133,7 @@ def test_image_to_image_by_pndm(folders, init_image, noise):
         expected = theirs(PROMPTS, image=resized, **options).images
         return recipe, noise, Scene.of(init_image, None, recipe), expected
 
-    assert_same_picture(ours, *both(1.0))
+    assert_same_image(ours, *both(1.0))
     asked = []
     real = theirs.unet.forward
     theirs.unet.forward = lambda x, t, *rest, **options: (
@@ -164,7 +164,7 @@ def test_inpainting(folders, name, init_image, mask, noise, sampler, strength):
         width=WIDTH,
         **COMMON,
     ).images
-    assert_same_picture(ours, recipe, noise, scene, expected)
+    assert_same_image(ours, recipe, noise, scene, expected)
 
 
 @pytest.mark.parametrize("rescale", [0.3, 1.0])
@@ -184,4 +184,4 @@ def test_guidance_rescale(folders, name, noise, rescale):
         latents=torch.tensor(noise.transpose(0, 3, 1, 2)),
         **COMMON,
     ).images
-    assert_same_picture(ours, recipe, noise, None, expected)
+    assert_same_image(ours, recipe, noise, None, expected)

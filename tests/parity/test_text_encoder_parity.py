@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from model_cases import SD15_TEXT, numbers, random_params, text_configs, whole_numbers
+from model_cases import SD15_TEXT, integers, numbers, random_params, text_configs
 
 from tinyldm.models import TextEncoder
 
@@ -34,7 +34,7 @@ CHANGES = [
 def both(config, n, l):
     text = TextEncoder(config)
     params = random_params(text.shapes())
-    ids = whole_numbers("ids", config["vocab_size"], n, l)
+    ids = integers("ids", config["vocab_size"], n, l)
     y, backward = text(params, ids)
     dy = numbers("dy", *y.shape)
     grads = {}

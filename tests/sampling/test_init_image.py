@@ -1,4 +1,4 @@
-"""Beginning with a picture: strength, masks, inpainting models, variations, rescale, callbacks."""
+"""Beginning with an image: strength, masks, inpainting models, variations, rescale, callbacks."""
 
 import dataclasses
 import math
@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from slow import mostly_slow
-from small_model import PROMPTS, STEPS, make_pipeline, paint, start_noise
+from small_model import PROMPTS, STEPS, generate, make_pipeline, start_noise
 
-from tinyldm.data.images import as_rgb, from_uint8, mask_pixels, picture_pixels, similar_size
+from tinyldm.data.images import as_rgb, from_uint8, image_pixels, mask_pixels, similar_size
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.sampling.init_image import Entry, Scene
 
@@ -76,22 +76,22 @@ def test_a_sketch_enters_with_the_noise_of_its_step(pipe, image, sampler, monkey
 
 
 def test_strength_is_0_8_by_default_and_1_with_a_mask(pipe, image, mask):
-    usual = paint(pipe, PROMPTS[0], image=image, steps=10)
+    usual = generate(pipe, PROMPTS[0], image=image, steps=10)
     np.testing.assert_array_equal(
-        usual, paint(pipe, PROMPTS[0], image=image, steps=10, strength=0.8)
+        usual, generate(pipe, PROMPTS[0], image=image, steps=10, strength=0.8)
     )
-    usual = paint(pipe, PROMPTS[0], image=image, mask=mask, steps=10)
+    usual = generate(pipe, PROMPTS[0], image=image, mask=mask, steps=10)
     np.testing.assert_array_equal(
-        usual, paint(pipe, PROMPTS[0], image=image, mask=mask, steps=10, strength=1.0)
+        usual, generate(pipe, PROMPTS[0], image=image, mask=mask, steps=10, strength=1.0)
     )
 
 
 def test_each_prompt_can_have_an_image_of_its_own(pipe, image):
     other = image.rotate(90)
-    both = paint(pipe, PROMPTS[:2], image=[image, other])
-    np.testing.assert_array_equal(both, paint(pipe, PROMPTS[:2], image=(image, other)))
-    assert abs(both[0].astype(int) - paint(pipe, PROMPTS[0], image=image)[0]).max() <= 1
-    assert (both[1] != paint(pipe, PROMPTS[:2], image=image)[1]).any()
+    both = generate(pipe, PROMPTS[:2], image=[image, other])
+    np.testing.assert_array_equal(both, generate(pipe, PROMPTS[:2], image=(image, other)))
+    assert abs(both[0].astype(int) - generate(pipe, PROMPTS[0], image=image)[0]).max() <= 1
+    assert (both[1] != generate(pipe, PROMPTS[:2], image=image)[1]).any()
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_each_prompt_can_have_an_image_of_its_own(pipe, image):
 def test_the_size_is_that_of_the_model_in_the_proportions_of_the_image(
     pipe, image, size, given, expected
 ):
-    (generated,) = paint(pipe, PROMPTS[0], image=image.resize(size), size=given)
+    (generated,) = generate(pipe, PROMPTS[0], image=image.resize(size), size=given)
     assert generated.shape == (*expected, 3)
 
 
@@ -125,7 +125,7 @@ def test_any_model_keeps_what_is_not_hidden(pipe, image, mask, sampler, strength
     """After each step the known part has the noise of that step, after the last none."""
     recipe = pipe.sampling_params(PROMPTS[:2], steps=8, seed=1, sampler=sampler, strength=strength)
     scene = Scene.of(image, mask, recipe)
-    z = pipe.encode(scene.pictures)
+    z = pipe.encode(scene.images)
     alphas_bar = [*SAMPLERS[sampler].levels(pipe.schedule, 8)[8 - recipe.steps_taken :][1:], 1.0]
     path = [x for x, _ in pipe.denoise(recipe, None, scene)]
     assert len(path) == len(alphas_bar) == recipe.steps_taken
@@ -135,11 +135,11 @@ def test_any_model_keeps_what_is_not_hidden(pipe, image, mask, sampler, strength
         assert (abs(x - known)[:, :, :4] > 1e-3).mean() > 0.9
 
 
-def test_the_known_part_decides_what_is_painted_beside_it(pipe, image, mask):
+def test_the_known_part_decides_what_is_generated_beside_it(pipe, image, mask):
     recipe = pipe.sampling_params(PROMPTS[0], steps=8, strength=1.0)
     ends = []
-    for picture in (image, image.rotate(180)):
-        *_, (x, _) = pipe.denoise(recipe, None, Scene.of(picture, mask, recipe))
+    for one in (image, image.rotate(180)):
+        *_, (x, _) = pipe.denoise(recipe, None, Scene.of(one, mask, recipe))
         ends.append(x[:, :, :4])
     assert abs(ends[0] - ends[1]).max() > 1e-3
 
@@ -186,10 +186,10 @@ def test_a_model_that_inpaints_sees_mask_and_rest(
     "channels, strength, masked, times",
     [(4, 0.5, False, 1), (4, 1.0, True, 1), (9, 1.0, True, 1), (9, 0.5, True, 2)],
 )
-def test_one_picture_for_all_is_encoded_no_more_often_than_needed(
+def test_one_image_for_all_is_encoded_no_more_often_than_needed(
     pipe, inpainting_pipe, image, mask, monkeypatch, channels, strength, masked, times
 ):
-    """A model that inpaints from pure noise needs no latents of the whole picture."""
+    """A model that inpaints from pure noise needs no latents of the whole image."""
     one = {4: pipe, 9: inpainting_pipe}[channels]
     seen = []
     encode = one.vae.to_latents
@@ -237,12 +237,12 @@ def test_tiles_are_those_of_the_encoder_too(pipe, image, tile, monkeypatch):
     assert set(sides) == {{0: (48, 48), 16: (16, 16), None: (24, 24)}[tile]}
 
 
-def test_pictures_of_other_kinds():
+def test_images_of_other_kinds():
     """The same that the command line makes of their files."""
     deep = Image.fromarray(np.full((4, 4), 32768, np.uint16))
-    assert (picture_pixels(deep, 4, 4) == 127).all() or (picture_pixels(deep, 4, 4) == 128).all()
+    assert (image_pixels(deep, 4, 4) == 127).all() or (image_pixels(deep, 4, 4) == 128).all()
     clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    assert (picture_pixels(clear, 4, 4) == 255).all()
+    assert (image_pixels(clear, 4, 4) == 255).all()
     assert mask_pixels(clear, 4, 4).all()
     turned = Image.new("RGB", (6, 4))
     turned.getexif()[0x0112] = 6
@@ -255,8 +255,8 @@ def test_masks_and_images_as_numbers(image):
     gray = Image.fromarray(np.uint8([[0, 127, 128, 255]]))
     assert mask_pixels(gray, 1, 4).tolist() == [[False, False, True, True]]
     assert mask_pixels(gray.convert("RGB"), 1, 4).tolist() == [[False, False, True, True]]
-    np.testing.assert_array_equal(picture_pixels(image, 16, 16), np.asarray(image))
-    assert picture_pixels(gray, 6, 2).shape == (6, 2, 3)
+    np.testing.assert_array_equal(image_pixels(image, 16, 16), np.asarray(image))
+    assert image_pixels(gray, 6, 2).shape == (6, 2, 3)
 
 
 # -------------------------------------------------------------------------- variations and the rest
@@ -264,7 +264,7 @@ def test_masks_and_images_as_numbers(image):
 
 @pytest.fixture
 def start(pipe, monkeypatch):
-    """start(**options) → the noise from which three pictures start."""
+    """start(**options) → the noise from which three images start."""
     starts = []
 
     def spy(recipe, scene, x, *rest):
@@ -304,11 +304,11 @@ def test_a_variation_differs_whatever_the_seeds_are(start, seed):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_tiny_variation_is_a_tiny_change(pipe, sampler):
-    """Noise on the way is that of the first picture, too."""
+    """Noise on the way is that of the first image, too."""
     options = {"seed": 4, "sampler": sampler}
-    first = paint(pipe, PROMPTS[0], **options)
-    for picture in paint(pipe, [PROMPTS[0]] * 3, variation=1e-5, **options):
-        assert abs(picture.astype(int) - first[0]).max() <= 1
+    first = generate(pipe, PROMPTS[0], **options)
+    for image in generate(pipe, [PROMPTS[0]] * 3, variation=1e-5, **options):
+        assert abs(image.astype(int) - first[0]).max() <= 1
 
 
 def test_a_callback_sees_every_step(pipe):
@@ -335,14 +335,14 @@ def test_tiles_are_passed_on(pipe, monkeypatch):
         return decode(params, z)
 
     monkeypatch.setattr(pipe.vae, "from_latents", spy)
-    whole = paint(pipe, PROMPTS[0], size=(32, 48))
+    whole = generate(pipe, PROMPTS[0], size=(32, 48))
     assert sides == [(16, 24)]
-    np.testing.assert_array_equal(whole, paint(pipe, PROMPTS[0], size=(32, 48), tile=0))
-    tiles = paint(pipe, PROMPTS[0], size=(32, 48), tile=16)
+    np.testing.assert_array_equal(whole, generate(pipe, PROMPTS[0], size=(32, 48), tile=0))
+    tiles = generate(pipe, PROMPTS[0], size=(32, 48), tile=16)
     assert set(sides[2:]) == {(8, 8)} and tiles.shape == whole.shape
     monkeypatch.setattr("tinyldm.sampling.tiling.WHOLE", 30)
     monkeypatch.setattr("tinyldm.sampling.tiling.TILE", 24)
-    paint(pipe, PROMPTS[0], size=(32, 48))
+    generate(pipe, PROMPTS[0], size=(32, 48))
     assert sides[-1] == (12, 12)
 
 

@@ -1,4 +1,4 @@
-"""Text to picture with a small random model: what decides the bytes, and the folder it lives in."""
+"""Text to image with a small random model: what decides the bytes, and the folder it lives in."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from slow import mostly_slow
-from small_model import PROMPTS, STEPS, make_pipeline, paint, start_noise
+from small_model import PROMPTS, STEPS, generate, make_pipeline, start_noise
 
 from tinyldm.checkpoints.components import COMPONENTS
 from tinyldm.checkpoints.safetensors import WeightsError, load_weights, save_weights
@@ -58,7 +58,7 @@ SCHEDULERS = {  # diffusers' class → our sampler
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_folder_is_painted_from_by_the_scheduler_that_it_names(pipe, folder, name):
+def test_a_folder_is_generated_from_by_the_scheduler_that_it_names(pipe, folder, name):
     file = folder / "scheduler" / "scheduler_config.json"
     settings = json.loads(file.read_text()) | {"_class_name": name}
     file.write_text(json.dumps(settings))
@@ -67,8 +67,8 @@ def test_a_folder_is_painted_from_by_the_scheduler_that_it_names(pipe, folder, n
     (folder / "model_index.json").write_text(json.dumps(index))
     loaded = Pipeline.load(folder)
     assert loaded.defaults["sampler"] == SCHEDULERS[name]
-    expected = paint(pipe, PROMPTS[:1], sampler=SCHEDULERS[name], steps=3, guidance=2)
-    np.testing.assert_array_equal(paint(loaded, PROMPTS[:1], steps=3, guidance=2), expected)
+    expected = generate(pipe, PROMPTS[:1], sampler=SCHEDULERS[name], steps=3, guidance=2)
+    np.testing.assert_array_equal(generate(loaded, PROMPTS[:1], steps=3, guidance=2), expected)
 
 
 def test_the_stochastic_solver_is_told_by_its_algorithm(pipe):
@@ -82,31 +82,31 @@ def test_the_stochastic_solver_is_told_by_its_algorithm(pipe):
 # ------------------------------------------------------------------------------- noise and batches
 
 
-def test_a_prompt_gives_a_list_of_pictures(pipe):
-    (picture,) = pipe(PROMPTS[0])
-    assert isinstance(picture, Image.Image)
-    assert (picture.mode, picture.size) == ("RGB", (16, 16))
-    assert np.asarray(picture).std() > 10
-    pictures = pipe(PROMPTS)
-    assert isinstance(pictures, list) and len(pictures) == len(PROMPTS)
-    assert pipe(tuple(PROMPTS[:1])) == [picture] == pipe(PROMPTS[:1])
+def test_a_prompt_gives_a_list_of_images(pipe):
+    (image,) = pipe(PROMPTS[0])
+    assert isinstance(image, Image.Image)
+    assert (image.mode, image.size) == ("RGB", (16, 16))
+    assert np.asarray(image).std() > 10
+    images = pipe(PROMPTS)
+    assert isinstance(images, list) and len(images) == len(PROMPTS)
+    assert pipe(tuple(PROMPTS[:1])) == [image] == pipe(PROMPTS[:1])
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_same_call_gives_the_same_bytes(pipe, sampler):
     options = {"sampler": sampler, "seed": 5}
-    one, other = (paint(pipe, PROMPTS[:3], **options) for _ in range(2))
+    one, other = (generate(pipe, PROMPTS[:3], **options) for _ in range(2))
     np.testing.assert_array_equal(one, other)
-    assert (one != paint(pipe, PROMPTS[:3], sampler=sampler, seed=6)).mean() > 0.5
+    assert (one != generate(pipe, PROMPTS[:3], sampler=sampler, seed=6)).mean() > 0.5
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("n", mostly_slow([1, 2, 4], 2))
-def test_a_picture_does_not_depend_on_its_company(pipe, sampler, n):
-    alone = paint(pipe, PROMPTS[:n], sampler=sampler, seed=3)
-    together = paint(pipe, PROMPTS, sampler=sampler, seed=3)
+def test_an_image_does_not_depend_on_its_company(pipe, sampler, n):
+    alone = generate(pipe, PROMPTS[:n], sampler=sampler, seed=3)
+    together = generate(pipe, PROMPTS, sampler=sampler, seed=3)
     assert_close(alone, together[:n])
-    assert len({picture.tobytes() for picture in together}) == len(PROMPTS)
+    assert len({image.tobytes() for image in together}) == len(PROMPTS)
 
 
 @pytest.mark.parametrize("processes", ["", "1", "2", "3"])
@@ -162,18 +162,18 @@ def test_start_noise_is_that_of_seed_and_index(pipe, monkeypatch, sampler, n):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_given_latents_replace_the_start_noise_and_nothing_else(pipe, sampler):
     """Noise on the way is not that of the start again: the stream goes on behind it."""
-    usual = paint(pipe, PROMPTS[:2], sampler=sampler, seed=4)
+    usual = generate(pipe, PROMPTS[:2], sampler=sampler, seed=4)
     latents = start_noise(2, 4)
     before = latents.copy()
     np.testing.assert_array_equal(
-        paint(pipe, PROMPTS[:2], sampler=sampler, seed=4, latents=latents), usual
+        generate(pipe, PROMPTS[:2], sampler=sampler, seed=4, latents=latents), usual
     )
     np.testing.assert_array_equal(latents, before)
-    as_float64 = paint(
+    as_float64 = generate(
         pipe, PROMPTS[:2], sampler=sampler, seed=4, latents=latents.astype(np.float64)
     )
     np.testing.assert_array_equal(as_float64, usual)
-    other = paint(pipe, PROMPTS[:2], sampler=sampler, seed=4, latents=-latents)
+    other = generate(pipe, PROMPTS[:2], sampler=sampler, seed=4, latents=-latents)
     assert (other != usual).mean() > 0.5
 
 
@@ -181,12 +181,12 @@ def test_given_latents_replace_the_start_noise_and_nothing_else(pipe, sampler):
 
 
 def test_negative_prompts(pipe):
-    usual = paint(pipe, PROMPTS[:2])
-    np.testing.assert_array_equal(paint(pipe, PROMPTS[:2], negative_prompt=""), usual)
-    for_all = paint(pipe, PROMPTS[:2], negative_prompt="a blue square")
-    each = paint(pipe, PROMPTS[:2], negative_prompt=["a blue square"] * 2)
+    usual = generate(pipe, PROMPTS[:2])
+    np.testing.assert_array_equal(generate(pipe, PROMPTS[:2], negative_prompt=""), usual)
+    for_all = generate(pipe, PROMPTS[:2], negative_prompt="a blue square")
+    each = generate(pipe, PROMPTS[:2], negative_prompt=["a blue square"] * 2)
     np.testing.assert_array_equal(for_all, each)
-    mixed = paint(pipe, PROMPTS[:2], negative_prompt=["", "a blue square"])
+    mixed = generate(pipe, PROMPTS[:2], negative_prompt=["", "a blue square"])
     np.testing.assert_array_equal(mixed[0], usual[0])
     np.testing.assert_array_equal(mixed[1], for_all[1])
     assert (for_all[0] != usual[0]).any()
@@ -194,14 +194,14 @@ def test_negative_prompts(pipe):
 
 def test_leading_away_from_the_prompt_itself_is_no_guidance(pipe):
     """without + g (with − without), where both are the same prediction."""
-    plain = paint(pipe, PROMPTS[:2], guidance=1)
-    same = paint(pipe, PROMPTS[:2], negative_prompt=PROMPTS[:2], guidance=5.0)
+    plain = generate(pipe, PROMPTS[:2], guidance=1)
+    same = generate(pipe, PROMPTS[:2], negative_prompt=PROMPTS[:2], guidance=5.0)
     assert_close(same, plain)
 
 
 def test_guidance_zero_is_the_negative_prompt(pipe):
-    found = paint(pipe, PROMPTS[0], negative_prompt=PROMPTS[1], guidance=0)
-    assert_close(found, paint(pipe, PROMPTS[1], guidance=1))
+    found = generate(pipe, PROMPTS[0], negative_prompt=PROMPTS[1], guidance=0)
+    assert_close(found, generate(pipe, PROMPTS[1], guidance=1))
 
 
 @pytest.mark.parametrize(("guidance", "contexts"), [(1, 2), (1.0, 2), (1.5, 4), (0, 4), (-1, 4)])
@@ -219,7 +219,7 @@ def test_without_guidance_nothing_is_computed_for_it(pipe, monkeypatch, guidance
     monkeypatch.setattr(pipe, "unet", spy)
     monkeypatch.setattr(pipe.unet, "config", unet.config, raising=False)
     monkeypatch.setattr(pipe, "embed", lambda t: texts.append(list(t)) or embed(t))
-    paint(pipe, PROMPTS[:2], guidance=guidance)
+    generate(pipe, PROMPTS[:2], guidance=guidance)
     assert [len(x) for x, _ in seen] == [contexts] * STEPS
     assert texts == [PROMPTS[:2]] + ([["", ""]] if contexts == 4 else [])
     for _, context in seen:
@@ -247,13 +247,13 @@ def test_defaults_are_those_of_the_folder(pipe, folder, monkeypatch):
     loaded = Pipeline.load(folder)
     assert loaded.defaults == index["_tinyldm"]
     np.testing.assert_array_equal(
-        paint(loaded, PROMPTS[:2]),
-        paint(pipe, PROMPTS[:2], steps=2, guidance=1.5, sampler="ddpm"),
+        generate(loaded, PROMPTS[:2]),
+        generate(pipe, PROMPTS[:2], steps=2, guidance=1.5, sampler="ddpm"),
     )
     # Each of them can be given, also as what would be the default elsewhere.
     np.testing.assert_array_equal(
-        paint(loaded, PROMPTS[:2], steps=STEPS, guidance=2.0, sampler="ddim"),
-        paint(pipe, PROMPTS[:2]),
+        generate(loaded, PROMPTS[:2], steps=STEPS, guidance=2.0, sampler="ddim"),
+        generate(pipe, PROMPTS[:2]),
     )
 
 
@@ -278,7 +278,7 @@ def test_steps_are_the_yields_of_denoise(pipe, steps):
         assert x.shape == x0.shape == (2, 8, 8, 4)
         assert x.dtype == x0.dtype == np.float32
     np.testing.assert_array_equal(
-        pipe.decode(path[-1][0]), paint(pipe, PROMPTS[:2], steps=steps, guidance=1)
+        pipe.decode(path[-1][0]), generate(pipe, PROMPTS[:2], steps=steps, guidance=1)
     )
 
 
@@ -286,15 +286,15 @@ def test_steps_are_the_yields_of_denoise(pipe, steps):
     ("size", "height", "width"), [(8, 8, 8), ((8, 20), 8, 20), ([24, 10], 24, 10), ((2, 2), 2, 2)]
 )
 def test_sizes(pipe, size, height, width):
-    pictures = paint(pipe, PROMPTS[:2], size=size)
-    assert pictures.shape == (2, height, width, 3)
+    images = generate(pipe, PROMPTS[:2], size=size)
+    assert images.shape == (2, height, width, 3)
     latents = start_noise(2, 0, (height // 2, width // 2, 4))
-    np.testing.assert_array_equal(pictures, paint(pipe, PROMPTS[:2], size=size, latents=latents))
+    np.testing.assert_array_equal(images, generate(pipe, PROMPTS[:2], size=size, latents=latents))
 
 
 def test_the_size_trained_on(pipe):
     assert pipe.size == (16, 16)
-    np.testing.assert_array_equal(paint(pipe, PROMPTS[0]), paint(pipe, PROMPTS[0], size=16))
+    np.testing.assert_array_equal(generate(pipe, PROMPTS[0]), generate(pipe, PROMPTS[0], size=16))
     configs = pipe.configs | {"unet": pipe.configs["unet"] | {"sample_size": [4, 6]}}
     assert Pipeline(configs, pipe.params, pipe.tokenizer).size == (8, 12)
 
@@ -344,21 +344,21 @@ def test_levels_and_numbers():
 
 def test_decode_and_encode(pipe):
     latents = 3 * start_noise(3, 2)
-    pictures = pipe.decode(latents)
-    assert (pictures.shape, pictures.dtype) == ((3, 16, 16, 3), np.uint8)
-    assert pictures.min() < 100 and pictures.max() > 150
-    z = pipe.encode(pictures)
+    images = pipe.decode(latents)
+    assert (images.shape, images.dtype) == ((3, 16, 16, 3), np.uint8)
+    assert images.min() < 100 and images.max() > 150
+    z = pipe.encode(images)
     assert (z.shape, z.dtype) == (latents.shape, np.float32)
-    mean = pipe.vae.encode(pipe.params["vae"], from_uint8(pictures))[0][..., :4]
+    mean = pipe.vae.encode(pipe.params["vae"], from_uint8(images))[0][..., :4]
     np.testing.assert_allclose(z, mean * 0.8, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="multiples of 2, found 15×16"):
-        pipe.encode(pictures[:, 1:])
+        pipe.encode(images[:, 1:])
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_no_picture_of_weights_that_are_not_finite(pipe, component, value):
+def test_no_image_of_weights_that_are_not_finite(pipe, component, value):
     params = {name: dict(named) for name, named in pipe.params.items()}
     name = {"unet": "conv_in.bias", "vae": "decoder.conv_in.bias",
             "text_encoder": "text_model.final_layer_norm.bias"}[component]  # fmt: skip
@@ -372,14 +372,14 @@ def test_no_picture_of_weights_that_are_not_finite(pipe, component, value):
 # -------------------------------------------------------------------------------------- the folder
 
 
-def test_saved_and_loaded_it_paints_the_same_bytes(pipe, folder):
+def test_saved_and_loaded_it_generates_the_same_bytes(pipe, folder):
     loaded = Pipeline.load(str(folder))
     for component, params in pipe.params.items():
         assert loaded.params[component].keys() == params.keys()
         for name, w in params.items():
             assert loaded.params[component][name].dtype == np.float32
             np.testing.assert_array_equal(loaded.params[component][name], w)
-    np.testing.assert_array_equal(paint(loaded, PROMPTS), paint(pipe, PROMPTS))
+    np.testing.assert_array_equal(generate(loaded, PROMPTS), generate(pipe, PROMPTS))
     assert loaded.tokenizer.vocab == pipe.tokenizer.vocab
     assert loaded.defaults == pipe.defaults
 
@@ -452,7 +452,9 @@ def test_the_index_is_written_last(pipe, folder, monkeypatch, number):
 
     monkeypatch.undo()
     pipe.save(folder)
-    np.testing.assert_array_equal(paint(Pipeline.load(folder), PROMPTS[0]), paint(pipe, PROMPTS[0]))
+    np.testing.assert_array_equal(
+        generate(Pipeline.load(folder), PROMPTS[0]), generate(pipe, PROMPTS[0])
+    )
 
 
 def test_a_save_that_fails_leaves_no_scraps(pipe, folder, monkeypatch):
@@ -559,13 +561,13 @@ def test_latents_are_not_clipped_where_the_scheduler_says_nothing(pipe):
     for sampler in ("ddim", "ddpm"):
         options = {"sampler": sampler, "steps": 4, "guidance": 2.0}
         np.testing.assert_array_equal(
-            paint(other, PROMPTS[:1], **options), paint(pipe, PROMPTS[:1], **options)
+            generate(other, PROMPTS[:1], **options), generate(pipe, PROMPTS[:1], **options)
         )
     clips = Pipeline(
         pipe.configs | {"scheduler": silent | {"clip_sample": True}}, pipe.params, pipe.tokenizer
     )
     options = {"sampler": "ddim", "steps": 4, "guidance": 2.0}
-    assert (paint(clips, PROMPTS[:1], **options) != paint(pipe, PROMPTS[:1], **options)).any()
+    assert (generate(clips, PROMPTS[:1], **options) != generate(pipe, PROMPTS[:1], **options)).any()
 
 
 def test_a_scheduler_that_is_not_implemented_is_named_with_the_way_out(pipe):

@@ -1,4 +1,4 @@
-"""Conditioning by concatenation: what a U-Net is given of a picture, in training and after."""
+"""Conditioning by concatenation: what a U-Net is given of an image, in training and after."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from small_run import (
     STEPS,
     assert_goes_on_alike,
     silent,
-    without_pictures,
+    without_images,
     without_rehearsal,
 )
 
@@ -93,18 +93,18 @@ def test_a_map_shows_where_the_shape_is_and_which():
     images, captions = make_shapes(60, 32, 5)
     maps, same = make_shapes(60, 32, 5, maps=True)
     assert captions == same
-    for picture, layout, caption in zip(images, maps, captions, strict=True):
+    for image, layout, caption in zip(images, maps, captions, strict=True):
         said = Attributes.parse(caption)
         assert score([layout], [said.on_map.caption])["all"] == 1
-        np.testing.assert_array_equal(box_around(picture, 0), box_around(layout, 0))
+        np.testing.assert_array_equal(box_around(image, 0), box_around(layout, 0))
 
 
 @settings(max_examples=20)
 @given(seed=st.integers(0, 10_000))
 def test_the_box_holds_the_shape_and_little_else(seed):
-    (picture,), (caption,) = make_shapes(1, 32, seed)
-    box = box_around(picture, scenes.AROUND)
-    assert (picture[~box] == picture[0, 0]).all()
+    (image,), (caption,) = make_shapes(1, 32, seed)
+    box = box_around(image, scenes.AROUND)
+    assert (image[~box] == image[0, 0]).all()
     r = {"small": 0.17, "large": 0.3}[Attributes.parse(caption).size] * 32
     assert box.sum() <= (2 * r + 2 * scenes.AROUND + 3) ** 2
 
@@ -127,17 +127,17 @@ def test_an_example_of_each_task(task):
     maps, _ = make_shapes(3, 16, 0, maps=True)
     scene = Scene.example(task, images, maps, np.random.default_rng(0))
     if task == "inpainting":
-        np.testing.assert_array_equal(scene.pictures, images)
+        np.testing.assert_array_equal(scene.images, images)
         assert scene.hidden.any(axis=(1, 2)).all()
     else:
-        assert scene.hidden is None and scene.pictures.shape == images.shape
+        assert scene.hidden is None and scene.images.shape == images.shape
     if task == "layout":
-        np.testing.assert_array_equal(scene.pictures, maps)
+        np.testing.assert_array_equal(scene.images, maps)
     if task.startswith("upscaling"):
         small = reduced(images, times_larger(task))
-        given = [Image.fromarray(picture) for picture in small]
+        given = [Image.fromarray(image) for image in small]
         recipe = type("Recipe", (), {"prompts": "abc", "height": 16, "width": 16})
-        np.testing.assert_array_equal(Scene.of(given, None, recipe, task).pictures, scene.pictures)
+        np.testing.assert_array_equal(Scene.of(given, None, recipe, task).images, scene.images)
 
 
 def test_the_u_net_sees_hidden_parts_as_grey_and_knows_where():
@@ -156,7 +156,7 @@ def test_the_u_net_sees_hidden_parts_as_grey_and_knows_where():
 
 def test_masks_smaller_than_a_latent_are_harmless_in_training(tmp_path, monkeypatch):
     """Where a latent is as large as the smallest mask, some masks hide none."""
-    without_pictures(monkeypatch)
+    without_images(monkeypatch)
     widths = (4, 4, 8, 8)  # f = 8 of 16 pixels, of which a mask may be four
     config = dataclasses.replace(CONFIGS["inpainting"], vae_widths=widths)
     runs.train(tmp_path / "run", config, say=silent)
@@ -204,7 +204,7 @@ def batches(task, run):
 
 
 def test_in_training_the_u_net_sees_what_it_sees_later(task, trained):
-    """What is beside the latents of a batch is what the pipeline makes of the same pictures."""
+    """What is beside the latents of a batch is what the pipeline makes of the same images."""
     run, pipeline = trained(task)
     batch_at, beside_of, training = batches(task, run)
     z, _, _, _, *shown = batch_at(3)
@@ -237,7 +237,7 @@ def test_a_run_leaves_a_model_that_does_its_task(task, trained):
     assert index["_class_name"] == usual
     for name in ("samples.png", "reverse.png", "loss.png"):
         assert (run / "samples" / name).exists()
-    # given, painted and true, below each other
+    # given, generated and true, below each other
     with Image.open(run / "samples" / "samples.png") as sheet:
         width, height = sheet.size
     assert height > 3 * 16 and width > 2 * 16
@@ -251,7 +251,7 @@ def test_stopped_and_resumed_the_bytes_are_the_same(task, tmp_path, monkeypatch)
 
 
 def test_a_task_with_each_first_stage_and_condition(tmp_path, monkeypatch):
-    without_pictures(monkeypatch)
+    without_images(monkeypatch)
     for i, changes in enumerate(
         [
             {"task": "upscaling-2", "first_stage": "none", "condition": "none"},
@@ -274,19 +274,19 @@ def test_a_task_with_each_first_stage_and_condition(tmp_path, monkeypatch):
             for image in (given["image"], Image.new("RGB", (16, 16), "white"))
         )
         assert one.size == (16, 16)
-        # What is given decides what is painted: a U-Net that begins with zeros in its last
+        # What is given decides what is generated: a U-Net that begins with zeros in its last
         # convolution has learnt that much in four steps.
         assert np.asarray(one).tobytes() != np.asarray(other).tobytes()
 
 
-# ------------------------------------------------------------------------------- painting, scoring
+# ----------------------------------------------------------------------------- generating, scoring
 
 
-def test_a_small_picture_becomes_so_many_times_larger(trained):
+def test_a_small_image_becomes_so_many_times_larger(trained):
     _, pipeline = trained("upscaling-4")
     assert pipeline.size_like(6, 4) == (24, 16)
-    (picture,) = pipeline("", image=Image.new("RGB", (5, 7)))
-    assert picture.size == (20, 28)
+    (image,) = pipeline("", image=Image.new("RGB", (5, 7)))
+    assert image.size == (20, 28)
     with pytest.raises(ValueError, match="300×40 pixels would become 1200×160; give a smaller"):
         pipeline("", image=Image.new("RGB", (40, 300)))
     with pytest.raises(ValueError, match="multiples of 4, found 18×18"):
@@ -296,10 +296,10 @@ def test_a_small_picture_becomes_so_many_times_larger(trained):
 def test_what_is_missing_or_out_of_place(trained):
     _, pipeline = trained("layout")
     image = Image.new("RGB", (16, 16))
-    with pytest.raises(ValueError, match="image: expected one: what this model does is layout"):
+    with pytest.raises(ValueError, match="image: expected one, which the task layout"):
         pipeline(CAPTION)
     for more in ({"mask": image}, {"strength": 0.5}):
-        with pytest.raises(ValueError, match="not for layout, which sees all of the image"):
+        with pytest.raises(ValueError, match="not for layout, which needs all of the image"):
             pipeline(CAPTION, image=image, **more)
 
 
@@ -327,31 +327,31 @@ def test_scoring_a_task(task, trained):
     config = CONFIGS[task]
     training, held_out = commands.split(load_data(config), config)
     shapes = commands.prompts_of(config)
-    result, pictures = evaluate(pipeline, training, held_out, 4, shapes=shapes)
+    result, images = evaluate(pipeline, training, held_out, 4, shapes=shapes)
     found = result["task"]
     assert found["name"] == task and set(result["seen"]) > {"colour", "all"}
     assert task in table(result) and "held_out" not in result
     truth = held_out.pick([i % len(held_out) for i in range(4)])
     scene = scenes.given(task, truth, shapes=True)
-    painted = scenes.paint(pipeline, list(truth.captions), scene, seed=metrics.SEED)
+    generated = scenes.generate(pipeline, list(truth.captions), scene, seed=metrics.SEED)
     if task == "inpainting":
         seen = ~scene.hidden[..., None]
-        expected = psnr(painted * seen, truth.images * seen)
+        expected = psnr(generated * seen, truth.images * seen)
         assert math.isclose(found["psnr_seen"], expected)
     else:
-        assert math.isclose(found["psnr"], psnr(painted, truth.images))
-        assert math.isclose(found["psnr_given"], psnr(scene.pictures, truth.images))
-    assert result["seen"] == score(painted, truth.captions)
-    assert pictures["samples"].shape[1:] == (16, 16, 3)
+        assert math.isclose(found["psnr"], psnr(generated, truth.images))
+        assert math.isclose(found["psnr_given"], psnr(scene.images, truth.images))
+    assert result["seen"] == score(generated, truth.captions)
+    assert images["samples"].shape[1:] == (16, 16, 3)
 
 
 def test_a_perfect_model_scores_best(monkeypatch, trained):
-    """Were the true pictures painted, nothing would be lost but what the first stage loses."""
+    """Were the true images generated, nothing would be lost but what the first stage loses."""
     _, pipeline = trained("upscaling-4")
     config = CONFIGS["upscaling-4"]
     training, held_out = commands.split(load_data(config), config)
     truth = iter([held_out.images[[i % len(held_out) for i in range(4)]]])
-    monkeypatch.setattr("tinyldm.evaluation.metrics.paint", lambda *args, **options: next(truth))
+    monkeypatch.setattr("tinyldm.evaluation.metrics.generate", lambda *args, **options: next(truth))
     result, _ = evaluate(pipeline, training, held_out, 4, shapes=commands.prompts_of(config))
     assert result["task"]["psnr"] > 100 and result["task"]["ssim"] == 1
     assert 10 < result["task"]["psnr_given"] < 40
@@ -372,7 +372,7 @@ def test_the_hidden_part_of_shapes_is_the_shape():
 # -------------------------------------------------------------------------------------- own layouts
 
 
-def test_maps_lie_beside_the_pictures_of_a_folder(tmp_path):
+def test_maps_lie_beside_the_images_of_a_folder(tmp_path):
     images, _ = make_shapes(3, 16, 0)
     maps, _ = make_shapes(3, 16, 0, maps=True)
     for i in range(3):
@@ -383,7 +383,7 @@ def test_maps_lie_beside_the_pictures_of_a_folder(tmp_path):
     np.testing.assert_array_equal(data.images, images)
     np.testing.assert_array_equal(data.maps, maps)
     assert data.captions == [f"caption {i}" for i in range(3)]
-    assert len(load_folder(tmp_path, 16)) == 6  # without the task they are pictures like others
+    assert len(load_folder(tmp_path, 16)) == 6  # without the task they are images like others
     mirrored = data.pick([2, 0]).with_mirror_images()
     np.testing.assert_array_equal(mirrored.maps[2], maps[2][:, ::-1])
     assert data.fingerprint() != dataclasses.replace(data, maps=None).fingerprint()
@@ -400,12 +400,12 @@ def test_layout_of_arrays_is_refused(tmp_path):
         load_data(config)
 
 
-def test_few_held_out_pictures_are_painted_more_than_once(trained):
+def test_few_held_out_images_are_generated_more_than_once(trained):
     _, pipeline = trained("upscaling-2")
     images, captions = make_shapes(9, 16, 3)
     data = Dataset(images, captions, captions)
     result, pairs = evaluate(pipeline, data, data.pick([0]), 5)
-    assert len(pairs["samples"]) == 5 and result["frechet"]["painted"] >= 0
+    assert len(pairs["samples"]) == 5 and result["frechet"]["generated"] >= 0
 
 
 def test_a_size_that_cannot_be_reduced_is_refused_at_once():
@@ -428,7 +428,7 @@ def test_overfitting_learns_of_all_classes(tmp_path):
 
 
 def test_classes_that_sound_like_shapes_are_not_read_back(tmp_path):
-    """A folder of one's own: nothing is scored, whatever its pictures are called."""
+    """A folder of one's own: nothing is scored, whatever its images are called."""
     rng = np.random.default_rng(0)
     for name in ("circle", "square"):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -441,11 +441,11 @@ def test_classes_that_sound_like_shapes_are_not_read_back(tmp_path):
     assert "by_noise" in lines and '"right"' not in lines
 
 
-def test_a_map_has_the_proportions_of_its_picture(tmp_path):
+def test_a_map_has_the_proportions_of_its_image(tmp_path):
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
     Image.new("RGB", (20, 20)).save(tmp_path / "a.map.png")
     (tmp_path / "a.map.json").write_text("{}")
-    with pytest.raises(DataError, match="expected the proportions of its picture, 10×20"):
+    with pytest.raises(DataError, match="expected the proportions of its image, 10×20"):
         load_folder(tmp_path, 16, maps=True)
     Image.new("RGB", (40, 20)).save(tmp_path / "a.map.png")
     assert load_folder(tmp_path, 16, maps=True).maps.shape == (1, 16, 16, 3)

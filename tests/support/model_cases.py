@@ -44,7 +44,7 @@ def numbers(key, *shape):
     return ((z >> np.uint64(11)) * 2.0**-52 - 1).reshape(shape)
 
 
-def whole_numbers(key, count, *shape):
+def integers(key, count, *shape):
     """Whole numbers 0…count − 1 from a text `key`."""
     return np.int64((numbers(key, *shape) + 1) / 2 * count)
 
@@ -123,9 +123,9 @@ def unet_inputs(config, n=2, height=5, width=7, l=3):
     attends = config.get("addition_embed_type") or any("Attn" in str(kind) for kind in blocks)
     return (
         numbers("x", n, height, width, config.get("in_channels", 4)),
-        whole_numbers("t", 1000, n),
+        integers("t", 1000, n),
         numbers("context", n, l, config["cross_attention_dim"]) if attends else None,
-        whole_numbers("labels", labels, n) if labels else None,
+        integers("labels", labels, n) if labels else None,
     )
 
 

@@ -8,7 +8,7 @@ from tinyldm.training.run import train
 STAGE = Stage(batch=4, rate=1e-3, warmup=2, ema=0.9, steps=3)
 CONFIG = Config(
     side=16,
-    pictures=64,
+    images=64,
     autoencoder=STAGE,
     denoiser=STAGE,
     vae_widths=(4, 8),

@@ -1,4 +1,4 @@
-"""A small random model that paints, for the tests of all that goes around it."""
+"""A small random model that generates, for the tests of all that goes around it."""
 
 import numpy as np
 from model_cases import random_params
@@ -43,10 +43,10 @@ def make_pipeline(in_channels=4):
 
 
 def start_noise(n, seed=0, shape=(8, 8, 4)):
-    """The rule: picture i of a seed starts from the noise of (seed, i), whatever else there is."""
+    """The rule: image i of a seed starts from the noise of (seed, i), whatever else there is."""
     streams = (np.random.default_rng((seed, i)) for i in range(n))
     return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
 
 
-def paint(pipe, *args, **options):
-    return np.stack([np.asarray(picture) for picture in pipe(*args, **options)])
+def generate(pipe, *args, **options):
+    return np.stack([np.asarray(image) for image in pipe(*args, **options)])

@@ -16,7 +16,7 @@ STEPS = 4  # of each stage
 STAGE = Stage(batch=4, rate=1e-3, warmup=2, ema=0.9, steps=STEPS)
 CONFIG = Config(
     side=16,
-    pictures=32,
+    images=32,
     autoencoder=STAGE,
     denoiser=STAGE,
     vae_widths=(4, 8),
@@ -34,7 +34,7 @@ def silent(line):
     pass
 
 
-def without_pictures(monkeypatch):
+def without_images(monkeypatch):
     """Training itself, for tests of it that run it often."""
     for name in ("data", "first_stage", "finished"):
         monkeypatch.setattr(snapshots, name, lambda *args: None)
@@ -64,7 +64,7 @@ def at_step(monkeypatch, number, action):
 
 def assert_goes_on_alike(config, step, folder, monkeypatch):
     """Stopped in a step and resumed, a run comes to the bytes of an undisturbed one."""
-    without_pictures(monkeypatch)
+    without_images(monkeypatch)
     train(folder / "whole", config, say=silent)
     with monkeypatch.context() as patch:
         at_step(patch, step, lambda: signal.raise_signal(signal.SIGINT))

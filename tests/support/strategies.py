@@ -1,7 +1,7 @@
 """What Hypothesis draws: sizes, options and a seed. The numbers come from a generator so seeded.
 
 Sizes fit together by construction (channels = groups × k), so no example is thrown away, and a
-failing one is printed as a line of small whole numbers.
+failing one is printed as a line of small integers.
 """
 
 import contextlib

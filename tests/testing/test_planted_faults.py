@@ -947,7 +947,7 @@ FAULTS = {
             "error_back(grads) + logits_back(adversarial_back(), None)",
             "error_back(grads) + logits_back(adversarial_back(), grads)",
         ),
-        ("adversarial: real pictures forgotten", "real_back(dreal, grads)", "pass"),
+        ("adversarial: real images forgotten", "real_back(dreal, grads)", "pass"),
         ("adversarial: reconstructions forgotten", "fake_back(dfake, grads)", "pass"),
         (
             "adversarial: real and fake swapped",

@@ -1,4 +1,4 @@
-"""The classifier whose features judge pictures: gradients, sizes, training, and its file."""
+"""The classifier whose features judge images: gradients, sizes, training, and its file."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from gradients import check, joined
 from hypothesis import given
 from hypothesis import strategies as st
 from model_cases import numbers, random_params
-from small_run import CONFIG, without_pictures
+from small_run import CONFIG, without_images
 
 from tinyldm.checkpoints.safetensors import WeightsError, load_metadata, load_weights, save_weights
 from tinyldm.config import ConfigError
@@ -86,7 +86,7 @@ def test_shapes_of_the_features(stride, sides):
     assert {y.dtype.name for y in (*maps, pooled, *logits)} == {"float32"}
 
 
-def test_pictures_that_are_too_small():
+def test_images_that_are_too_small():
     model = Classifier({"classes": CLASSES, "stride": 2})
     params = model.init(np.random.default_rng(0))
     with pytest.raises(ValueError, match=r"at least 16×16, found \(1, 16, 15, 3\)"):
@@ -113,7 +113,7 @@ def silent(line):
 
 @pytest.fixture(scope="module")
 def shapes():
-    """Pictures whose captions are the colours of their grounds: for training, and held out."""
+    """Images whose captions are the colours of their grounds: for training, and held out."""
     images, captions = make_shapes(450, 16)
     data = dataset([Attributes.parse(caption).background for caption in captions], images)
     return SimpleNamespace(training=data.pick(range(300)), held_out=data.pick(range(300, 450)))
@@ -133,11 +133,11 @@ def judge(shapes):
 
 def test_gradients_of_the_loss():
     model = Classifier({"widths": [4, 8], "norm_num_groups": 2, "classes": CLASSES})
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
     loss_fn = classifier_loss(model)
 
     def loss_of(params):
-        loss, backward = loss_fn(params, pictures, np.array([[0, 2], [1, 0], [1, 1]]))
+        loss, backward = loss_fn(params, images, np.array([[0, 2], [1, 0], [1, 1]]))
 
         def back(dloss, grads):
             backward(grads)
@@ -165,8 +165,8 @@ def test_equal_seeds_and_steps_give_equal_weights(shapes):
     assert not any(np.array_equal(one[name], other[name]) for name in one if "norm" not in name)
 
 
-def test_features_tell_true_pictures_from_others(judge, shapes):
-    """Held-out pictures on red are near to the training's pictures on red; those on orange not."""
+def test_features_tell_true_images_from_others(judge, shapes):
+    """Held-out images on red are near to the training's images on red; those on orange not."""
 
     def features(data, colour):
         return judge.features(data.images[[caption == colour for caption in data.captions]])
@@ -218,8 +218,8 @@ def test_round_trip(judge, shapes, tmp_path):
     save_classifier(tmp_path / FILE, judge)
     loaded = load_classifier(tmp_path / FILE)
     assert loaded.notes == judge.notes
-    pictures = shapes.held_out.images[:5]
-    np.testing.assert_array_equal(loaded.features(pictures), judge.features(pictures))
+    images = shapes.held_out.images[:5]
+    np.testing.assert_array_equal(loaded.features(images), judge.features(images))
     assert [path.name for path in (tmp_path / "training").iterdir()] == ["classifier.safetensors"]
 
 
@@ -248,7 +248,7 @@ def test_a_classifier_is_used_again_where_it_fits(shapes, tmp_path, monkeypatch)
 def test_training_ends_after_its_seconds(shapes):
     said = []
     made = fit_classifier(shapes.training, shapes.held_out, 1e-6, say=said.append)
-    assert made.notes.seconds == 1e-6 and said[-1].endswith("held-out pictures (1 steps)")
+    assert made.notes.seconds == 1e-6 and said[-1].endswith("held-out images (1 steps)")
 
 
 def cut_off(file):
@@ -267,7 +267,7 @@ def rewrite(change):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (cut_off, "bytes of numbers, found"),
+        (cut_off, "bytes of tensor data, found"),
         (lambda file: file.write_bytes(b"{}"), "not a safetensors file"),
         (lambda file: save_weights(file, {}), "not a classifier, or of another version: 'tinyldm'"),
         (rewrite(lambda params, notes: notes.pop("data")), "another version: .*'data'"),
@@ -287,7 +287,7 @@ def test_a_damaged_file_gets_one_line(judge, tmp_path, spoil, message):
     assert line.endswith("; remove it, and `tinyldm eval` trains another")
 
 
-def test_oblong_and_tiny_pictures():
+def test_oblong_and_tiny_images():
     """The shorter side decides how much the first convolution reduces; of 4 pixels none does."""
     rng = np.random.default_rng(0)
     for sides, fits in (((128, 32), True), ((16, 9), True), ((4, 32), False)):
@@ -307,7 +307,7 @@ def test_captions_and_classes_of_shapes_mixed():
 
 
 def test_a_network_for_a_perceptual_loss():
-    """Its maps, of pictures in −1…1, with the gradient of the pictures alone."""
+    """Its maps, of images in −1…1, with the gradient of the images alone."""
     images, captions = make_shapes(24, 16, 0)
     data = Dataset(images, [Attributes.parse(caption).shape for caption in captions], captions)
     judge = fit_classifier(data, data.pick([0, 1]), steps=1, say=lambda line: None)
@@ -323,8 +323,8 @@ def test_a_network_for_a_perceptual_loss():
 
 def test_a_run_with_a_perceptual_loss_on_it(tmp_path, monkeypatch):
     """As the README shows it: the first stage learns from the run's own classifier, too."""
-    without_pictures(monkeypatch)
-    config = dataclasses.replace(CONFIG, pictures=64, condition="class-token", perceptual=0.1)
+    without_images(monkeypatch)
+    config = dataclasses.replace(CONFIG, images=64, condition="class-token", perceptual=0.1)
     training, held_out = split(load_data(config), config)
     judge = fit_classifier(training, held_out, steps=1, say=lambda line: None)
     pipelines = [

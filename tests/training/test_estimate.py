@@ -37,7 +37,7 @@ def no_timing(monkeypatch):
 
 
 def test_seconds_are_those_of_the_steps_and_of_encoding(no_timing, monkeypatch):
-    monkeypatch.setattr(rehearsal, "cores", lambda: 2)  # eight pictures each are encoded
+    monkeypatch.setattr(rehearsal, "cores", lambda: 2)  # eight images each are encoded
     found = rehearse(CONFIG, 160)
     assert found.steps == {"autoencoder": 6, "denoiser": 7}
     assert found.step_seconds == {"autoencoder": 1, "denoiser": 1}
@@ -79,8 +79,8 @@ def test_what_is_rehearsed_has_the_shapes_of_a_run(no_timing, monkeypatch):
 # ------------------------------------------------------------------------------------------ memory
 
 
-def extra(config, pictures=16):
-    found = rehearse(config, pictures)
+def extra(config, images=16):
+    found = rehearse(config, images)
     return found.memory - found.held
 
 
@@ -95,7 +95,7 @@ def test_memory_holds_the_state_and_the_activations(no_timing):
     assert extra(large) - extra(CONFIG) > 10 * one_activation
 
 
-def test_latents_of_every_picture_count_four_times(no_timing, monkeypatch):
+def test_latents_of_every_image_count_four_times(no_timing, monkeypatch):
     """While they are made: moments, which are two, their clipped copy, and the result."""
     monkeypatch.setattr(rehearsal, "_encoding", lambda *args: (0.0, 0))
     for module in (rehearsal, threads):  # one thread: what several hold at a time is by chance
@@ -106,7 +106,7 @@ def test_latents_of_every_picture_count_four_times(no_timing, monkeypatch):
 
 
 def test_encoding_takes_as_much_as_all_threads_together(monkeypatch):
-    """Within 40 %, from a measurement on eight pictures a thread."""
+    """Within 40 %, from a measurement on eight images a thread."""
     for module in (rehearsal, threads):
         monkeypatch.setattr(module, "cores", lambda: 1)
     models = Models(dataclasses.replace(CONFIG, side=64), Tokenizer.train([""]))
@@ -200,7 +200,7 @@ def said(found):
 
 def test_what_a_person_is_told():
     assert said(FOUND) == [
-        "600 + 1,400 steps will take about 4 min 50 s, beside the pictures painted on the way, and "
+        "600 + 1,400 steps will take about 4 min 50 s, plus the images sampled on the way, and "
         "0.9 GB of memory (6.2 GB are free)"
     ]
     unknown = dataclasses.replace(FOUND, free=None)

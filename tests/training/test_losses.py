@@ -13,7 +13,7 @@ import reference
 from gradients import check, check_loss
 from model_cases import numbers, random_params
 from reference import assert_near
-from small_run import CONFIG, STAGE, STEPS, at_step, silent, without_pictures
+from small_run import CONFIG, STAGE, STEPS, at_step, silent, without_images
 
 from tinyldm.checkpoints.safetensors import load_weights
 from tinyldm.config import ConfigError
@@ -47,7 +47,7 @@ KERNELS = numbers("first", 3, 3, 3, 4), numbers("second", 3, 3, 4, 5)
 
 
 def features(images):
-    """Two maps (n, h', w', c) of a picture, by two convolutions."""
+    """Two maps (n, h', w', c) of an image, by two convolutions."""
     first, first_back = conv2d(images, KERNELS[0].astype(images.dtype), stride=2)
     bent, silu_back = silu(first)
     second, second_back = conv2d(bent, KERNELS[1].astype(images.dtype), stride=2)
@@ -223,7 +223,7 @@ LAST_STATE = f"training/state-{STEPS + 1:08d}.safetensors"
 
 @pytest.fixture
 def every_step(monkeypatch):
-    without_pictures(monkeypatch)
+    without_images(monkeypatch)
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
 
 

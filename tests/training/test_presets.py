@@ -38,8 +38,8 @@ def test_the_size_chooses_the_preset(size, preset):
 
 
 def test_what_is_given_goes_before_the_preset():
-    config = make_config("demo", size=64, seed=3, data="pictures", skip_bad=True)
-    assert (config.preset, config.side, config.seed, config.data) == ("demo", 64, 3, "pictures")
+    config = make_config("demo", size=64, seed=3, data="images", skip_bad=True)
+    assert (config.preset, config.side, config.seed, config.data) == ("demo", 64, 3, "images")
     assert config.skip_bad and config.unet_widths == PRESETS["demo"].unet_widths
 
 

@@ -23,7 +23,7 @@ from small_run import (
     STEPS,
     at_step,
     silent,
-    without_pictures,
+    without_images,
 )
 
 from tinyldm.checkpoints.components import COMPONENTS
@@ -67,13 +67,13 @@ class Crash(BaseException):
 
 
 @pytest.fixture
-def no_pictures(monkeypatch):
-    without_pictures(monkeypatch)
+def no_images(monkeypatch):
+    without_images(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing disturbed, with every picture painted on the way."""
+    """A run that nothing disturbed, with every image generated on the way."""
     run = tmp_path_factory.mktemp("training") / "new" / "run"
     said = []
     pipeline = train(run, CONFIG, say=said.append)
@@ -122,9 +122,9 @@ def test_a_run_leaves_everything_that_is_promised(whole):
     states = {f"training/state-{STEPS:08d}.safetensors", LAST_STATE}
     assert files == {*EXPORTS, *samples, *states, "training/metrics.jsonl"}
     for file in samples:
-        with Image.open(whole.run / file) as picture:
-            picture.load()
-            assert min(picture.size) > 90
+        with Image.open(whole.run / file) as image:
+            image.load()
+            assert min(image.size) > 90
     assert whole.said and all("\n" not in line for line in whole.said)
 
 
@@ -151,7 +151,7 @@ def test_what_is_exported_is_the_average(whole):
     assert notes["scaling_factor"] == state.scaling_factor != 1
 
 
-def test_metrics_are_lines_of_json_with_rising_steps(tmp_path, monkeypatch, no_pictures):
+def test_metrics_are_lines_of_json_with_rising_steps(tmp_path, monkeypatch, no_images):
     monkeypatch.setattr(loop, "LOG_EVERY", 2)
     train(tmp_path, CONFIG, say=silent)
     metrics = metrics_of(tmp_path)
@@ -164,7 +164,7 @@ def test_metrics_are_lines_of_json_with_rising_steps(tmp_path, monkeypatch, no_p
         assert line["rate"] == learning_rate(line["step"] - 1, STEPS, STAGE.rate, STAGE.warmup)
 
 
-def test_a_run_is_not_written_over(copy, no_pictures):
+def test_a_run_is_not_written_over(copy, no_images):
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     with pytest.raises(
         FileExistsError, match="holds a run already; go on with it .--resume"
@@ -181,7 +181,7 @@ def test_a_run_that_does_not_exist_cannot_go_on(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_going_on_with_a_finished_run_changes_nothing(copy, whole, no_pictures):
+def test_going_on_with_a_finished_run_changes_nothing(copy, whole, no_images):
     resume(copy, say=silent)
     assert_as_if_nothing_happened(copy, whole)
 
@@ -204,14 +204,14 @@ def test_reports_measure_what_was_never_trained_on(whole):
         assert "s left, loss " in line and "; held-out " in line
     assert any("goes flat early, and that is normal" in line for line in whole.said)
     n, unseen = len(whole.training), len(whole.held_out)
-    assert f"{n} pictures of 16×16 to train on, {unseen} held out" in whole.said
+    assert f"{n} images of 16×16 to train on, {unseen} held out" in whole.said
 
 
-def solid_pictures(folder, n, colour=None, size=20):
+def solid_images(folder, n, colour=None, size=20):
     folder.mkdir(parents=True)
     for i in range(n):
-        picture = Image.new("RGB", (size + i, 30), colour or (40 * i % 256, 90, 10))
-        picture.save(folder / f"{i:02d}.png")
+        image = Image.new("RGB", (size + i, 30), colour or (40 * i % 256, 90, 10))
+        image.save(folder / f"{i:02d}.png")
     return folder
 
 
@@ -222,32 +222,32 @@ def config_of(folder, steps=1, **others):
     )
 
 
-def test_a_folder_of_few_pictures_without_captions(tmp_path):
-    """An unconditional model of one prompt, fewer pictures than a batch, none held out."""
-    folder, said = solid_pictures(tmp_path / "pictures", 3), []
+def test_a_folder_of_few_images_without_captions(tmp_path):
+    """An unconditional model of one prompt, fewer images than a batch, none held out."""
+    folder, said = solid_images(tmp_path / "images", 3), []
     pipeline = train(tmp_path / "run", config_of(folder), say=said.append)
     assert len(pipeline("")) == 1 and pipeline.defaults["guidance"] == 1
     for name in ("reverse.webp", "reverse.png", "reconstructions.png"):
-        with Image.open(tmp_path / "run" / "samples" / name) as picture:
-            assert picture.height > 2 * 90, f"{name}: the second row is missing"
-    for words in ("3 pictures of 16×16", "too few to hold any out", "the model is unconditional",
-                  "3 pictures without one"):  # fmt: skip
+        with Image.open(tmp_path / "run" / "samples" / name) as image:
+            assert image.height > 2 * 90, f"{name}: the second row is missing"
+    for words in ("3 images of 16×16", "too few to hold any out", "the model is unconditional",
+                  "3 images without one"):  # fmt: skip
         assert any(words in line for line in said), words
     assert not any("validation" in line for line in metrics_of(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("n", [1, 30])
-def test_pictures_that_are_all_equal(tmp_path, no_pictures, n):
-    folder, said = solid_pictures(tmp_path / "pictures", n, (200, 30, 90)), []
+def test_images_that_are_all_equal(tmp_path, no_images, n):
+    folder, said = solid_images(tmp_path / "images", n, (200, 30, 90)), []
     pipeline = train(tmp_path / "run", config_of(folder, steps=3), say=said.append)
     assert any("all equal" in line for line in said)
-    (picture,) = pipeline("")
-    assert np.isfinite(np.asarray(picture, float)).all()
+    (image,) = pipeline("")
+    assert np.isfinite(np.asarray(image, float)).all()
     assert math.isfinite(load_state(tmp_path / "run").scaling_factor)
 
 
-def test_long_captions_get_the_tokens_that_they_need(tmp_path, no_pictures):
-    folder, said = solid_pictures(tmp_path / "pictures", 3), []
+def test_long_captions_get_the_tokens_that_they_need(tmp_path, no_images):
+    folder, said = solid_images(tmp_path / "images", 3), []
     texts = ["short", " ".join(f"word{i}" for i in range(15)), "0 1 2 3 4 5 6 7 8 9 " * 20]
     for i, text in enumerate(texts[:2]):
         (folder / f"{i:02d}.txt").write_text(text)
@@ -262,21 +262,19 @@ def test_long_captions_get_the_tokens_that_they_need(tmp_path, no_pictures):
     assert "1 captions are longer than 77 tokens and are cut there" in said
 
 
-def test_a_run_needs_its_pictures_to_go_on(tmp_path, monkeypatch, no_pictures):
-    folder = solid_pictures(tmp_path / "pictures", 3)
+def test_a_run_needs_its_images_to_go_on(tmp_path, monkeypatch, no_images):
+    folder = solid_images(tmp_path / "images", 3)
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda: signal.raise_signal(signal.SIGINT))
         with pytest.raises(Stopped):
             train(tmp_path / "run", config_of(folder, steps=2), say=silent)
     shutil.rmtree(tmp_path / "run" / "unet")
-    rebuild(tmp_path / "run")  # which needs no pictures
+    rebuild(tmp_path / "run")  # which needs no images
     folder.rename(tmp_path / "moved")
-    with pytest.raises(DataError, match="expected a folder of pictures"):
+    with pytest.raises(DataError, match="expected a folder of images"):
         resume(tmp_path / "run", say=silent)
     Image.new("RGB", (20, 20)).save(tmp_path / "moved" / "new.png")
-    with pytest.raises(
-        DataError, match="the 4 pictures and captions are no longer those"
-    ) as caught:
+    with pytest.raises(DataError, match="the 4 images and captions are no longer those") as caught:
         resume(tmp_path / "run", data=str(tmp_path / "moved"), say=silent)
     assert "\n" not in str(caught.value)
     (tmp_path / "moved" / "new.png").unlink()
@@ -284,8 +282,8 @@ def test_a_run_needs_its_pictures_to_go_on(tmp_path, monkeypatch, no_pictures):
     assert load_state(tmp_path / "run").finished
 
 
-def test_files_that_are_left_out_are_said(tmp_path, no_pictures):
-    folder, said = solid_pictures(tmp_path / "pictures", 3), []
+def test_files_that_are_left_out_are_said(tmp_path, no_images):
+    folder, said = solid_images(tmp_path / "images", 3), []
     (folder / "broken.png").write_bytes(b"")
     with pytest.raises(DataError, match="broken.png"):
         train(tmp_path / "run", config_of(folder), say=silent)
@@ -303,22 +301,22 @@ def test_a_run_that_cannot_fit_into_memory_does_not_begin(tmp_path, monkeypatch)
         return dataclasses.replace(rehearse(*args), free=10**6)
 
     monkeypatch.setattr(runs, "rehearse", on_a_small_machine)
-    with pytest.raises(ConfigError, match="not begun, for want of memory"):
+    with pytest.raises(ConfigError, match="not started: there is not enough memory"):
         train(tmp_path / "run", CONFIG, say=said.append)
     assert any("smaller --size" in line for line in said)
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_painted_never_becomes_data(tmp_path):
-    folder = solid_pictures(tmp_path / "pictures", 3)
+def test_what_is_generated_never_becomes_data(tmp_path):
+    folder = solid_images(tmp_path / "images", 3)
     for run in (folder, folder / "run"):
-        with pytest.raises(ConfigError, match="lies in the folder of pictures") as caught:
+        with pytest.raises(ConfigError, match="lies in the folder of images") as caught:
             train(run, config_of(folder))
         assert "\n" not in str(caught.value)
     assert len(list(folder.iterdir())) == 3
 
 
-def test_a_run_may_be_replaced(copy, whole, no_pictures):
+def test_a_run_may_be_replaced(copy, whole, no_images):
     (copy / "my notes.txt").write_text("not of the run")
     (copy / "eval.json").write_text("{}")
     config = dataclasses.replace(CONFIG, seed=1)
@@ -472,7 +470,7 @@ SOME_STEPS = [(signal.SIGTERM, step) for step in (2, STEPS, STEPS + 1, 2 * STEPS
 
 @pytest.mark.parametrize(("number", "step"), EVERY_STEP + SOME_STEPS)
 def test_stopped_at_any_step_it_goes_on_as_if_nothing_happened(
-    tmp_path, monkeypatch, no_pictures, whole, number, step
+    tmp_path, monkeypatch, no_images, whole, number, step
 ):
     handlers = [signal.getsignal(each) for each in Interruptible.SIGNALS]
     with monkeypatch.context() as patch:
@@ -491,7 +489,7 @@ def test_stopped_at_any_step_it_goes_on_as_if_nothing_happened(
     assert_steps_rise(metrics_of(tmp_path))
 
 
-def test_stopped_at_every_step_of_one_run(tmp_path, monkeypatch, no_pictures, whole):
+def test_stopped_at_every_step_of_one_run(tmp_path, monkeypatch, no_images, whole):
     for step in range(1, 2 * STEPS + 1):
         with monkeypatch.context() as patch:
             at_step(patch, 1, lambda: signal.raise_signal(signal.SIGINT))
@@ -505,7 +503,7 @@ def test_stopped_at_every_step_of_one_run(tmp_path, monkeypatch, no_pictures, wh
 
 
 def test_a_signal_between_the_stages_waits_for_the_next_step(
-    tmp_path, monkeypatch, no_pictures, whole
+    tmp_path, monkeypatch, no_images, whole
 ):
     with monkeypatch.context() as patch:
         begin = runs.Run.begin_denoiser
@@ -522,7 +520,7 @@ def test_a_signal_between_the_stages_waits_for_the_next_step(
     assert_as_if_nothing_happened(tmp_path, whole)
 
 
-def test_a_second_signal_acts_at_once(tmp_path, monkeypatch, no_pictures, whole):
+def test_a_second_signal_acts_at_once(tmp_path, monkeypatch, no_images, whole):
     def twice():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -594,9 +592,9 @@ def test_an_export_that_was_cut_off_is_made_again(copy, monkeypatch, whole, numb
 @pytest.mark.parametrize("number", mostly_slow([1, 5, len(EXPORTS)], 5))
 @pytest.mark.parametrize("step", [STEPS // 2, STEPS])
 def test_a_run_whose_export_was_cut_off_goes_on(
-    tmp_path, monkeypatch, no_pictures, whole, step, number
+    tmp_path, monkeypatch, no_images, whole, step, number
 ):
-    """In the middle of stage 2, where samples are painted, and at its end."""
+    """In the middle of stage 2, where samples are generated, and at its end."""
     with monkeypatch.context() as patch:
         if step < STEPS:
             patch.setattr(snapshots, "SHARES", (step / STEPS,))
@@ -617,7 +615,7 @@ SAVES = 1 + STEPS + 1 + STEPS  # at the start of each stage and, with SAVE_EVERY
 @pytest.mark.parametrize(
     "number", mostly_slow([1, 2, STEPS, STEPS + 1, STEPS + 2, STEPS + 3, SAVES], 1, STEPS + 2)
 )
-def test_killed_before_a_state_gets_its_name(tmp_path, monkeypatch, no_pictures, whole, number):
+def test_killed_before_a_state_gets_its_name(tmp_path, monkeypatch, no_images, whole, number):
     with monkeypatch.context() as patch:
         patch.setattr(loop, "SAVE_EVERY", -1)
         targets = crash_at_file(patch, number, is_state)
@@ -636,15 +634,15 @@ def test_killed_before_a_state_gets_its_name(tmp_path, monkeypatch, no_pictures,
     assert_as_if_nothing_happened(tmp_path, whole)
 
 
-def test_a_process_that_is_gone_in_the_middle_of_a_save(tmp_path, no_pictures, whole):
+def test_a_process_that_is_gone_in_the_middle_of_a_save(tmp_path, no_images, whole):
     """Not an exception but the end: nothing can clean up, and the run goes on all the same."""
     script = f"""
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parents[1] / "support")!r})
 import pytest
-from small_run import CONFIG, loop, silent, train, without_pictures
+from small_run import CONFIG, loop, silent, train, without_images
 patch = pytest.MonkeyPatch()
-without_pictures(patch)
+without_images(patch)
 patch.setattr(loop, "SAVE_EVERY", -1)
 replace, states = os.replace, []
 def vanish(source, target):
@@ -665,7 +663,7 @@ train({str(tmp_path)!r}, CONFIG, say=silent)
     assert not list((tmp_path / "training").glob(".*")), "the cut-off file is left behind for ever"
 
 
-def test_metrics_after_a_crash_have_no_step_twice(tmp_path, monkeypatch, no_pictures):
+def test_metrics_after_a_crash_have_no_step_twice(tmp_path, monkeypatch, no_images):
     """Steps after the last state are done again, and a line may be cut off in its middle."""
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
 
@@ -685,7 +683,7 @@ def test_metrics_after_a_crash_have_no_step_twice(tmp_path, monkeypatch, no_pict
     snapshots.draw_losses(tmp_path)
 
 
-def test_without_a_second_stage_there_is_nothing_to_export(tmp_path, monkeypatch, no_pictures):
+def test_without_a_second_stage_there_is_nothing_to_export(tmp_path, monkeypatch, no_images):
     at_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(Stopped):
         train(tmp_path, CONFIG, say=silent)
@@ -697,7 +695,7 @@ def test_without_a_second_stage_there_is_nothing_to_export(tmp_path, monkeypatch
     assert not (tmp_path / "unet").exists()
 
 
-def test_rebuild_exports_the_last_state_of_an_unfinished_run(tmp_path, monkeypatch, no_pictures):
+def test_rebuild_exports_the_last_state_of_an_unfinished_run(tmp_path, monkeypatch, no_images):
     at_step(monkeypatch, STEPS + 3, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(Stopped):
         train(tmp_path, CONFIG, say=silent)
@@ -738,7 +736,7 @@ def assert_finite(state):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch, no_pictures, stage, value):
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch, no_images, stage, value):
     before = STEPS if stage == "denoiser" else 0
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
     with monkeypatch.context() as patch:
@@ -757,7 +755,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch, no_picture
 @pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
 @pytest.mark.parametrize("step", [2, STEPS])
 def test_a_gradient_that_is_no_number_never_reaches_a_state(
-    tmp_path, monkeypatch, no_pictures, stage, step
+    tmp_path, monkeypatch, no_images, stage, step
 ):
     """The loss of that step is still fine; the weights after it are not."""
 
@@ -774,7 +772,7 @@ def test_a_gradient_that_is_no_number_never_reaches_a_state(
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_far_too_high_a_rate_diverges(tmp_path, no_pictures):
+def test_far_too_high_a_rate_diverges(tmp_path, no_images):
     stage = dataclasses.replace(STAGE, rate=1e25)
     with pytest.raises(Diverged, match="stage autoencoder, step .*a lower learning rate"):
         train(tmp_path, dataclasses.replace(CONFIG, autoencoder=stage), say=silent)
@@ -805,7 +803,7 @@ TIMED = dataclasses.replace(STAGE, steps=None, seconds=5.0)
 
 
 @pytest.fixture
-def timed(monkeypatch, no_pictures):
+def timed(monkeypatch, no_images):
     monkeypatch.setattr(loop, "CALIBRATION", (1, 4))
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
     return dataclasses.replace(CONFIG, autoencoder=TIMED, denoiser=TIMED)
@@ -857,7 +855,7 @@ def test_stopped_while_it_measures_a_run_measures_again(tmp_path, monkeypatch, t
     assert state.total == 5
 
 
-def test_states_are_saved_as_time_goes_by(tmp_path, monkeypatch, no_pictures):
+def test_states_are_saved_as_time_goes_by(tmp_path, monkeypatch, no_images):
     saved = []
     save = loop.save_state
     monkeypatch.setattr(loop, "save_state", lambda run, s: saved.append(s.step) or save(run, s))
@@ -874,7 +872,7 @@ def batches(whole):
     """`batch_at` of both stages, and the networks: what `fit` would be given."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        without_pictures(patch)
+        without_images(patch)
         patch.setattr(
             runs, "fit", lambda run, state, job, stop: found.update({state.stage: job.batch_at})
         )
@@ -903,10 +901,10 @@ def test_a_batch_depends_on_its_step_alone(batches, stage):
 
 
 def test_batches_of_the_first_stage(batches):
-    pictures, noise = batches.autoencoder(0)
-    known = {picture.tobytes() for picture in batches.images / np.float32(127.5) - 1}
-    assert {picture.tobytes() for picture in pictures} <= known
-    assert len({picture.tobytes() for picture in pictures}) > 24  # of 30, all likely
+    images, noise = batches.autoencoder(0)
+    known = {image.tobytes() for image in batches.images / np.float32(127.5) - 1}
+    assert {image.tobytes() for image in images} <= known
+    assert len({image.tobytes() for image in images}) > 24  # of 30, all likely
     assert noise.dtype == np.float32 and abs(noise.std() - 1) < 0.02
 
 
@@ -943,7 +941,7 @@ LOSSES = {
 }  # fmt: skip
 
 
-def test_ten_steps_of_each_stage_give_the_losses_known(tmp_path, monkeypatch, no_pictures):
+def test_ten_steps_of_each_stage_give_the_losses_known(tmp_path, monkeypatch, no_images):
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
     stage = dataclasses.replace(STAGE, steps=10)
     config = dataclasses.replace(CONFIG, autoencoder=stage, denoiser=stage)
@@ -956,7 +954,7 @@ def test_ten_steps_of_each_stage_give_the_losses_known(tmp_path, monkeypatch, no
         np.testing.assert_allclose(losses[name], expected, rtol=1e-4, err_msg=name)
 
 
-def test_another_seed_is_another_run(tmp_path, whole, no_pictures):
+def test_another_seed_is_another_run(tmp_path, whole, no_images):
     config = dataclasses.replace(CONFIG, seed=1)
     train(tmp_path, config, say=silent)
     assert (tmp_path / LAST_STATE).read_bytes() != (whole.run / LAST_STATE).read_bytes()

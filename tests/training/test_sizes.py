@@ -1,4 +1,4 @@
-"""Pictures that are not square, and grey ones: from a folder to a model that paints them."""
+"""Images that are not square, and grey ones: from a folder to a model that generates them."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from slow import mostly_slow
-from small_run import CONFIG, silent, without_pictures
+from small_run import CONFIG, silent, without_images
 
 from tinyldm.config import ConfigError
 from tinyldm.data.folder import load_folder
@@ -24,7 +24,7 @@ from tinyldm.training.state import load_state
 
 @pytest.fixture
 def photographs(tmp_path):
-    """24 pictures of noise, 20 high and 33 wide."""
+    """24 images of noise, 20 high and 33 wide."""
     rng = np.random.default_rng(0)
     (tmp_path / "photographs").mkdir()
     for i in range(24):
@@ -33,16 +33,16 @@ def photographs(tmp_path):
     return tmp_path / "photographs"
 
 
-def test_pictures_are_cropped_to_the_proportions_that_are_asked_for(photographs):
+def test_images_are_cropped_to_the_proportions_that_are_asked_for(photographs):
     data = load_folder(photographs, (8, 16))
     assert data.images.shape == (24, 8, 16, 3)
     names = {name: i for i, name in enumerate(data.names)}
-    with Image.open(photographs / "7.png") as picture:
+    with Image.open(photographs / "7.png") as image:
         # 33 wide, of which 40 would be wanted for 20 high: rows are cut away on both sides.
         box, lanczos = (0, 1.75, 33, 18.25), Image.Resampling.LANCZOS
-        expected = np.asarray(picture.resize((16, 8), lanczos, box=box), int)
+        expected = np.asarray(image.resize((16, 8), lanczos, box=box), int)
     assert abs(data.images[names["7.png"]] - expected).max() <= 1
-    assert any("24 of 24 pictures are enlarged to 8×40" in r for r in load_folder(
+    assert any("24 of 24 images are enlarged to 8×40" in r for r in load_folder(
         photographs, (8, 40)).remarks)  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def test_pictures_are_cropped_to_the_proportions_that_are_asked_for(photographs)
 )
 def test_a_run_that_is_neither_square_nor_coloured(photographs, tmp_path, changes, monkeypatch):
     if changes:
-        without_pictures(monkeypatch)
+        without_images(monkeypatch)
     config = dataclasses.replace(CONFIG, data=str(photographs), side=(8, 16), grey=True, **changes)
     run = tmp_path / "run"
     runs.train(run, config, say=silent)
@@ -106,7 +106,7 @@ def test_memory_and_time_of_a_run_that_is_not_square():
 
 @pytest.mark.parametrize("first_stage", ["kl", "vq"])
 def test_sixteen_pixels_a_side_for_each_latent(first_stage, tmp_path, monkeypatch, call):
-    without_pictures(monkeypatch)
+    without_images(monkeypatch)
     monkeypatch.setitem(presets.PRESETS, "tiny", dataclasses.replace(CONFIG, side=32))
     run = tmp_path / "run"
     options = ["--preset", "tiny", "--first-stage", first_stage, "--factor", 16, "--channels", 6]
@@ -114,8 +114,8 @@ def test_sixteen_pixels_a_side_for_each_latent(first_stage, tmp_path, monkeypatc
     config, pipeline = load_state(run).config, Pipeline.load(run)
     assert config.vae_widths == (4, 8, 8, 8, 8) and config.latent_shape == (2, 2, 6)
     assert pipeline.vae.factor == config.factor == 16
-    (picture,) = pipeline("a large red circle on blue at the left")
-    assert picture.size == (32, 32)
+    (image,) = pipeline("a large red circle on blue at the left")
+    assert image.size == (32, 32)
 
 
 def test_factors():

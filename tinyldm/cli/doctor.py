@@ -159,9 +159,9 @@ def arithmetic(device: str) -> Finding:
     preset = {name: os.environ[name] for name in (CORE, PRESET, *THREADS) if name in os.environ}
     facts = {
         "CPU": describe_device(),
-        "processes that share a training or painting step": available(),
+        "processes that share a training or generating step": available(),
         "threads of any other batch, with one of BLAS each": cores(),
-        "threads that share the operations on a single picture": cores(),
+        "threads that share the operations on a single image": cores(),
         "threads of BLAS in its matrix products": max(threads, default="unknown"),
         "preset": " ".join(f"{name}={value}" for name, value in preset.items()) or "nothing",
     }
@@ -227,13 +227,13 @@ def demonstration(device: str) -> Finding:
 
     config = PRESETS["demo"]
     try:
-        demo = rehearse(config, config.pictures, device)
+        demo = rehearse(config, config.images, device)
     except DeviceError:
         return {}, []  # already among the problems
     except Exception as error:  # a GPU without headers to compile with, or without free memory …
         return {}, [f"the demo cannot be timed on {device}: {type(error).__name__}: {error}"]
     # Two copies: all images, and those that are trained on.
-    pictures = 2 * config.pictures * 3 * math.prod(config.sides)
+    images = 2 * config.images * 3 * math.prod(config.sides)
     steps, wanted = (
         " + ".join(f"{number:,}" for number in numbers.values())
         for numbers in (demo.steps, DEMO_STEPS)
@@ -242,7 +242,7 @@ def demonstration(device: str) -> Finding:
         **{f"{name} step (ms)": round(1e3 * s, 1) for name, s in demo.step_seconds.items()},
         "the demo trains": duration(demo.seconds),
         "the demo's steps": steps,
-        "the demo's memory (GB)": round((demo.memory + pictures) / 1e9, 1),
+        "the demo's memory (GB)": round((demo.memory + images) / 1e9, 1),
     }
     problems = []
     if any(demo.steps[name] < 0.75 * number for name, number in DEMO_STEPS.items()):
@@ -251,9 +251,9 @@ def demonstration(device: str) -> Finding:
             f"the demo generates less sharply than in the README, which took {wanted} steps: for "
             f"as many, tinyldm train --minutes {math.ceil(minutes)} --out runs/long"
         )
-    if demo.free is not None and demo.memory - demo.held + pictures > demo.free:
+    if demo.free is not None and demo.memory - demo.held + images > demo.free:
         problems.append(
-            f"the demo needs {gigabytes(demo.memory + pictures)} of memory and "
+            f"the demo needs {gigabytes(demo.memory + images)} of memory and "
             f"{gigabytes(demo.free)} are free: close other programs, or give the container more"
         )
     return facts, problems

@@ -11,8 +11,8 @@ import numpy as np
 from tinyldm.cli.arguments import add_device, add_options, integer, number, say
 from tinyldm.data.dataset import DataError
 from tinyldm.data.tokenizer import CaptionCut
+from tinyldm.evaluation.figures import grid, save_image
 from tinyldm.evaluation.metrics import evaluate, table
-from tinyldm.evaluation.pictures import grid, save_picture
 from tinyldm.files import replacing
 from tinyldm.sampling.params import SamplingParams
 from tinyldm.sampling.pipeline import Pipeline
@@ -57,7 +57,7 @@ def run(options: Namespace) -> None:
         options.device, say,
     )  # fmt: skip
     with warnings.catch_warnings(action="ignore", category=CaptionCut):
-        result, pictures = evaluate(
+        result, images = evaluate(
             pipeline, training, held_out, options.captions, options.steps, options.guidance,
             prompts_of(config) if data.readable else None, judge and judge.features,
         )  # fmt: skip
@@ -65,8 +65,8 @@ def run(options: Namespace) -> None:
         result["features"] = {"kind": "classifier", "accuracy": judge.notes.accuracy}
     with replacing(run / "eval.json") as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    pair = np.concatenate([pictures["samples"], pictures["nearest"]])
-    sheet = grid(pair, columns=len(pictures["samples"]), labels=["generated", "nearest"])
-    save_picture(run / "samples" / "nearest.png", sheet)
+    pair = np.concatenate([images["samples"], images["nearest"]])
+    sheet = grid(pair, columns=len(images["samples"]), labels=["generated", "nearest"])
+    save_image(run / "samples" / "nearest.png", sheet)
     print(table(result))
     say(f"the generated images nearest to training ones: {run / 'samples' / 'nearest.png'}")

@@ -9,12 +9,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from tinyldm.cli.arguments import add_device, add_options, integer, say, size
-from tinyldm.evaluation.pictures import (
-    check_picture,
+from tinyldm.evaluation.figures import (
+    check_image,
     grid,
-    picture_format,
+    image_format,
     save_animation,
-    save_picture,
+    save_image,
 )
 from tinyldm.sampling.init_image import Scene, strength_of
 from tinyldm.sampling.metadata import MOST, OPTIONS, InputImage, Origin, fingerprint
@@ -82,7 +82,7 @@ def run(options: Namespace) -> None:
     check_outputs([*names, *([film.file] if film else [])], [*inputs, options.again])
     images = generate(pipeline, origin, film)
     for name, one, note in zip(names, origins, notes, strict=True):
-        save_picture(name, Image.fromarray(images[one.i]), note)
+        save_image(name, Image.fromarray(images[one.i]), note)
         print(name)
     if film:
         film.save(len(origin.params.prompts))
@@ -116,7 +116,7 @@ def _from_prompt(options):
     for name in ("prompt", "negative"):
         if any("\ud800" <= char <= "\udfff" for char in getattr(options, name) or ""):
             options.parser.error(f"{name}: not valid UTF-8")
-    if picture_format(output) != "PNG":  # fails before the work rather than after it
+    if image_format(output) != "PNG":  # fails before the work rather than after it
         say(f"{output}: only a .png stores how it was generated, for --again")
     for name in ("mask", "strength"):
         if getattr(options, name) is not None and options.image is None:
@@ -150,7 +150,7 @@ def _again(options):
             options.parser.error(f"--again takes everything from the image: leave out the {name}")
     origin = Origin.read(options.again)
     output = Path(options.output or options.again.with_stem(f"{options.again.stem}-again"))
-    picture_format(output)
+    image_format(output)
     for name in ("image", "mask", "vae"):  # which may have moved
         place = getattr(options, name)
         if place is not None:
@@ -176,16 +176,16 @@ class Film:
     every: int | None
 
     def __post_init__(self):
-        self.moves = picture_format(self.file) in ANIMATIONS
+        self.moves = image_format(self.file) in ANIMATIONS
         self.frames = []
 
     def shows(self, i: int, steps: int) -> bool:
         """Return whether the i-th of the steps, counted from 1, becomes a frame."""
         return i % (self.every or max(1, steps // FRAMES)) == 0
 
-    def add(self, pictures: np.ndarray) -> None:
+    def add(self, images: np.ndarray) -> None:
         """Add a frame, uint8 (n, h, w, 3)."""
-        self.frames.append(pictures)
+        self.frames.append(images)
 
     def save(self, n: int) -> None:
         """Save the film: a strip with a row for each of n images, or an animation of them all."""
@@ -194,16 +194,16 @@ class Film:
             save_animation(self.file, frames)
             return
         frames = np.stack([_reduced(f) for f in self.frames], axis=1)  # (n, frames, h, w, 3)
-        save_picture(self.file, grid(np.concatenate(frames), columns=len(self.frames)))
+        save_image(self.file, grid(np.concatenate(frames), columns=len(self.frames)))
 
 
-def _reduced(pictures):
-    n, h, w, _ = pictures.shape
+def _reduced(images):
+    n, h, w, _ = images.shape
     scale = FRAME_SIDE / max(h, w)
     if scale >= 1:
-        return pictures
+        return images
     size = round(w * scale), round(h * scale)
-    return np.stack([Image.fromarray(p).resize(size, Image.Resampling.LANCZOS) for p in pictures])
+    return np.stack([Image.fromarray(p).resize(size, Image.Resampling.LANCZOS) for p in images])
 
 
 def check_outputs(files: list[Path], inputs: list[Path | None]) -> None:
@@ -214,4 +214,4 @@ def check_outputs(files: list[Path], inputs: list[Path | None]) -> None:
         if place in taken:
             raise ValueError(f"{file}: would replace an image that is needed; take another name")
         taken.append(place)
-        check_picture(file)
+        check_image(file)

@@ -53,8 +53,8 @@ class Dataset:
     def with_mirror_images(self) -> "Dataset":
         """Return these images, and a mirror image (left and right exchanged) of each."""
 
-        def both(pictures):
-            return np.concatenate([pictures, pictures[:, :, ::-1]])
+        def both(images):
+            return np.concatenate([images, images[:, :, ::-1]])
 
         names = [*self.names, *(f"{name}, mirrored" for name in self.names)]
         maps = None if self.maps is None else both(self.maps)
@@ -64,9 +64,9 @@ class Dataset:
     def fingerprint(self) -> str:
         """Hash every pixel and caption, in hexadecimal: equal data, equal fingerprint."""
         digest = hashlib.sha256(f"{self.images.shape}".encode())
-        for pictures in (self.images, self.maps):
-            if pictures is not None:
-                digest.update(np.ascontiguousarray(pictures))
+        for images in (self.images, self.maps):
+            if images is not None:
+                digest.update(np.ascontiguousarray(images))
         for caption in self.captions:
             digest.update(caption.encode("utf-8", "surrogatepass") + b"\0")
         return digest.hexdigest()[:16]

@@ -27,7 +27,7 @@ def load_folder(
     skip_bad: bool = False,
     maps: bool = False,
 ) -> Dataset:
-    """Load all images below `folder`, in the order of their names, as `load_picture` reads them.
+    """Load all images below `folder`, in the order of their names, as `load_image` reads them.
 
     An image's caption is its line (`file_name`, `text`) in metadata.jsonl, else the text file of
     its name, else the name of its sub-folder, else "". Hidden files are ignored.
@@ -52,10 +52,10 @@ def load_folder(
 
     def read(file):
         try:
-            picture = open_picture(file, max(height, width))
-            enlarged = picture.height < height or picture.width < width
-            layout = _map_of(file, picture, size) if maps else None
-            return fitted(picture, size), layout, enlarged, *_caption(file, folder, listed)
+            image = open_image(file, max(height, width))
+            enlarged = image.height < height or image.width < width
+            layout = _map_of(file, image, size) if maps else None
+            return fitted(image, size), layout, enlarged, *_caption(file, folder, listed)
         except DataError as error:
             return error
 
@@ -83,17 +83,17 @@ def load_folder(
     return Dataset(np.stack(images), list(captions), names, tuple(remarks), tuple(damaged), layouts)
 
 
-def holds_pictures(folder: Path) -> bool:
+def holds_images(folder: Path) -> bool:
     """Return whether the name of any file below the folder has the suffix of an image format."""
     return any(path.suffix.lower() in FORMATS for path in folder.rglob("*"))
 
 
-def load_picture(file: str | Path, size: int | tuple[int, int]) -> np.ndarray:
+def load_image(file: str | Path, size: int | tuple[int, int]) -> np.ndarray:
     """Read one image, cropped at the centre and resized → uint8 (height, width, 3)."""
-    return fitted(open_picture(Path(file), max(both_sides(size))), size)
+    return fitted(open_image(Path(file), max(both_sides(size))), size)
 
 
-def open_picture(file: Path, side: int) -> Image.Image:
+def open_image(file: Path, side: int) -> Image.Image:
     """Read one image in RGB, of at least 2·side pixels if it has them.
 
     Its EXIF orientation is applied, transparency becomes white, and of an animation the first
@@ -120,16 +120,16 @@ def open_picture(file: Path, side: int) -> Image.Image:
     raise DataError(f"{file}: {reason}")
 
 
-def _map_of(file, picture, size):
+def _map_of(file, image, size):
     found = sorted(file.parent.glob(f"{glob.escape(file.stem)}{MAP}.*"))
     found = [layout for layout in found if layout.suffix.lower() in FORMATS]
     if not found:
         raise DataError(f"{file}: has no map; expected {file.stem}{MAP}{file.suffix} beside it")
-    layout = open_picture(found[0], max(both_sides(size)))
-    if abs(layout.width * picture.height - layout.height * picture.width) > max(picture.size):
+    layout = open_image(found[0], max(both_sides(size)))
+    if abs(layout.width * image.height - layout.height * image.width) > max(image.size):
         raise DataError(
-            f"{found[0]}: expected the proportions of its image, {picture.height}×"
-            f"{picture.width}, found {layout.height}×{layout.width}"
+            f"{found[0]}: expected the proportions of its image, {image.height}×"
+            f"{image.width}, found {layout.height}×{layout.width}"
         )
     return fitted(layout, size)
 
@@ -180,7 +180,7 @@ def _read_text(file):
 def _read_metadata(folder, files):
     """Read metadata.jsonl → ({file name: caption}, [what is wrong with a line])."""
     file = folder / "metadata.jsonl"
-    names = {picture.relative_to(folder).as_posix() for picture in files}
+    names = {image.relative_to(folder).as_posix() for image in files}
     listed, damaged = {}, []
     if not file.exists():
         return listed, damaged

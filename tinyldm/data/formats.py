@@ -56,8 +56,8 @@ def load_arrays(files: list[Path], size: int | tuple[int, int]) -> Dataset:
     return Dataset(images, captions, [f"image {i}" for i in range(len(images))], tuple(remarks))
 
 
-def _rgb(picture):
-    return Image.fromarray(picture).convert("RGB")
+def _rgb(image):
+    return Image.fromarray(image).convert("RGB")
 
 
 def _reader(file: Path) -> Callable | None:

@@ -4,19 +4,19 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
-def from_uint8(pictures: np.ndarray) -> np.ndarray:
+def from_uint8(images: np.ndarray) -> np.ndarray:
     """Map 0…255 to float32 in −1…1, the range of the autoencoder."""
-    return pictures.astype(np.float32) / 127.5 - 1
+    return images.astype(np.float32) / 127.5 - 1
 
 
-def to_uint8(pictures: np.ndarray) -> np.ndarray:
+def to_uint8(images: np.ndarray) -> np.ndarray:
     """Map −1…1 to 0…255, rounded and clipped; grey images (n, h, w, 1) get three equal channels.
 
     ValueError for values that are not finite.
     """
-    if not np.isfinite(pictures).all():
+    if not np.isfinite(images).all():
         raise ValueError("the image holds values that are not finite: the weights have diverged")
-    levels = np.clip(np.round((pictures + 1) * 127.5), 0, 255).astype(np.uint8)
+    levels = np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
     return levels.repeat(3, axis=-1) if levels.shape[-1] == 1 else levels
 
 
@@ -33,29 +33,29 @@ def both_sides(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if np.isscalar(size) else tuple(size)
 
 
-def fitted(picture: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
+def fitted(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
     """Crop an image at the centre to these proportions, and resize → uint8 (height, width, 3)."""
     height, width = both_sides(size)
-    return np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS))
+    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
 
 
-def as_rgb(picture: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
     """Convert to RGB: EXIF orientation applied, 16-bit grey to 8, transparency on white."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode == "F":
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
         raise ValueError("expected an image of integers, found one of mode F")
-    if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would only clip
-        gray = np.asarray(picture, np.float32) / 257
-        picture = Image.fromarray(np.clip(np.round(gray), 0, 255).astype(np.uint8))
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would only clip
+        gray = np.asarray(image, np.float32) / 257
+        image = Image.fromarray(np.clip(np.round(gray), 0, 255).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
-def picture_pixels(picture: Image.Image, height: int, width: int) -> np.ndarray:
+def image_pixels(image: Image.Image, height: int, width: int) -> np.ndarray:
     """Resize a PIL image to this size (Lanczos) → uint8 (height, width, 3)."""
-    return np.asarray(as_rgb(picture).resize((width, height), Image.Resampling.LANCZOS))
+    return np.asarray(as_rgb(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def mask_pixels(mask: Image.Image, height: int, width: int) -> np.ndarray:

@@ -148,11 +148,11 @@ def draw(attributes: Attributes, rng: np.random.Generator, side: int = 32) -> np
     left, right = max(floor(x - reach), 0), min(ceil(x + reach), side)
     top, bottom = max(floor(y - reach), 0), min(ceil(y + reach), side)
     box = tuple(SUPERSAMPLING * edge for edge in (left, top, right, bottom))
-    picture = np.full((side, side, 3), background, np.uint8)
-    picture[top:bottom, left:right] = large.resize(
+    image = np.full((side, side, 3), background, np.uint8)
+    image[top:bottom, left:right] = large.resize(
         (right - left, bottom - top), Image.Resampling.LANCZOS, box
     )
-    return picture
+    return image
 
 
 def fill_shape(

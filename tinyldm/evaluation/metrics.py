@@ -11,7 +11,7 @@ from tinyldm.data.dataset import Dataset
 from tinyldm.data.shapes import ATTRIBUTES, make_shapes
 from tinyldm.evaluation.likelihood import bits_per_dim
 from tinyldm.evaluation.reader import score
-from tinyldm.evaluation.scenes import compare, given, paint, seen_beside
+from tinyldm.evaluation.scenes import compare, generate, given, seen_beside
 from tinyldm.evaluation.statistics import (
     copied,
     frechet_distance,
@@ -98,7 +98,7 @@ def evaluate(
     true = held_out if len(held_out) else training
     decoded = pipeline.decode(pipeline.encode(true.images))
     result = {
-        "pictures": {"trained_on": len(training), "held_out": len(held_out)},
+        "images": {"trained_on": len(training), "held_out": len(held_out)},
         "psnr": psnr(decoded, true.images),
         "ssim": ssim(decoded, true.images),
         "loss_by_noise": {
@@ -114,22 +114,22 @@ def evaluate(
     }
     with tqdm(total=count, desc="sampling", unit="image", disable=None) as bar:
 
-        def painted_of(prompts, scene=None):
-            return _paint(pipeline, prompts, scene, bar, steps=steps, guidance=guidance)
+        def generated_of(prompts, scene=None):
+            return _generate(pipeline, prompts, scene, bar, steps=steps, guidance=guidance)
 
         if pipeline.task != "generation":
-            painted = _score_task(pipeline, painted_of, count, true, shapes, result)
+            generated = _score_task(pipeline, generated_of, count, true, shapes, result)
         elif shapes:
-            painted = _score_shapes(pipeline, painted_of, count, shapes, result)
+            generated = _score_shapes(pipeline, generated_of, count, shapes, result)
         else:
-            painted = painted_of([true.captions[i % len(true)] for i in range(count)])
+            generated = generated_of([true.captions[i % len(true)] for i in range(count)])
     if features is None:
         features = partial(latent_features, pipeline)
         result["features"] = {"kind": "latents"}
-    return result, _compare(features, painted, training, held_out, result)
+    return result, _compare(features, generated, training, held_out, result)
 
 
-def _score_shapes(pipeline, painted_of, count, prompt_of, result):
+def _score_shapes(pipeline, generated_of, count, prompt_of, result):
     """Score attributes by rule, on real, reconstructed and generated images."""
     side = pipeline.size[0]
     sets = {"seen": False}
@@ -140,55 +140,55 @@ def _score_shapes(pipeline, painted_of, count, prompt_of, result):
     result["captions"] = n * len(sets)
     result["reader"] = score(truth, captions)
     result["reconstructed"] = score(pipeline.decode(pipeline.encode(truth)), captions)
-    painted = {}
+    generated = {}
     for name, unseen in sets.items():
         prompts = [prompt_of(caption) for caption in make_shapes(n, side, SEED, unseen)[1]]
-        painted[name] = painted_of(prompts)
-        result[name] = score(painted[name], prompts)
-    return painted["seen"]  # the held-out pairs are meant to differ from all that was trained on
+        generated[name] = generated_of(prompts)
+        result[name] = score(generated[name], prompts)
+    return generated["seen"]  # the held-out pairs are meant to differ from all that was trained on
 
 
-def _score_task(pipeline, painted_of, count, true, shapes, result):
+def _score_task(pipeline, generated_of, count, true, shapes, result):
     """Score a model with a task, conditioned on real images."""
     truth = true.pick([i % len(true) for i in range(count)])
     scene = given(pipeline.task, truth, shapes is not None)
-    painted = painted_of(truth.captions, scene)
-    result["task"] = {"name": pipeline.task} | compare(scene, painted, truth.images)
+    generated = generated_of(truth.captions, scene)
+    result["task"] = {"name": pipeline.task} | compare(scene, generated, truth.images)
     if shapes:
         result["captions"] = len(truth)
-        for name, pictures in (
+        for name, images in (
             ("reader", truth.images),
             ("reconstructed", pipeline.decode(pipeline.encode(truth.images))),
-            ("seen", painted),
+            ("seen", generated),
         ):
-            result[name] = score(pictures, truth.captions)
-    return painted
+            result[name] = score(images, truth.captions)
+    return generated
 
 
-def _paint(pipeline, prompts, scene, bar, **options) -> np.ndarray:
-    painted = []
+def _generate(pipeline, prompts, scene, bar, **options) -> np.ndarray:
+    generated = []
     for start in range(0, len(prompts), BATCH):
         part = slice(start, start + BATCH)
         some = scene and scene.pick(part)
-        painted.append(paint(pipeline, prompts[part], some, seed=SEED + start, **options))
+        generated.append(generate(pipeline, prompts[part], some, seed=SEED + start, **options))
         bar.update(len(prompts[part]))
-    return np.concatenate(painted)
+    return np.concatenate(generated)
 
 
-def _compare(features, painted, training, held_out, result):
+def _compare(features, generated, training, held_out, result):
     """Compare generated with real images; → those nearest to training images, and the latter."""
-    at, distance = nearest_images(painted, training.images)
-    result["nearest"] = {"painted": float(np.median(distance))}
-    n = min(len(painted), len(held_out)) if len(held_out) > 1 else len(painted)
-    made = features(painted[:n])  # equally many, to compare like with like
+    at, distance = nearest_images(generated, training.images)
+    result["nearest"] = {"generated": float(np.median(distance))}
+    n = min(len(generated), len(held_out)) if len(held_out) > 1 else len(generated)
+    made = features(generated[:n])  # equally many, to compare like with like
     some = training.pick(np.linspace(0, len(training) - 1, min(len(training), 2048)).astype(int))
     real = features(some.images)
     if min(len(made), len(some)) > 1:  # one image has no covariance
-        result["frechet"] = {"painted": frechet_distance(made, real)}
-        result["kernel"] = {"painted": kernel_distance(made, real)}
+        result["frechet"] = {"generated": frechet_distance(made, real)}
+        result["kernel"] = {"generated": kernel_distance(made, real)}
     if len(made) > NEIGHBOURS and len(some) > NEIGHBOURS:
         precision, recall = precision_recall(made, real, NEIGHBOURS)
-        result["precision"], result["recall"] = {"painted": precision}, {"painted": recall}
+        result["precision"], result["recall"] = {"generated": precision}, {"generated": recall}
     if len(held_out) > 1:
         _, real_distance = nearest_images(held_out.images, training.images)
         unseen = features(held_out.images[:n])
@@ -201,12 +201,12 @@ def _compare(features, painted, training, held_out, result):
             precision, recall = precision_recall(unseen, real, NEIGHBOURS)
             result["precision"]["held_out"], result["recall"]["held_out"] = precision, recall
     closest = np.argsort(distance, kind="stable")[:12]
-    return {"samples": painted[closest], "nearest": training.images[at[closest]]}
+    return {"samples": generated[closest], "nearest": training.images[at[closest]]}
 
 
-def latent_features(pipeline: Pipeline, pictures: np.ndarray) -> np.ndarray:
+def latent_features(pipeline: Pipeline, images: np.ndarray) -> np.ndarray:
     """Features (n, d) of images: the first stage's latents, averaged over a coarse grid."""
-    latents = to_device(pipeline.encode(pictures), "cpu")
+    latents = to_device(pipeline.encode(images), "cpu")
     n, h, w, c = latents.shape
     rows, columns = (np.array_split(np.arange(side), min(side, CELLS)) for side in (h, w))
     cells = [latents[:, r][:, :, q].mean(axis=(1, 2)) for r in rows for q in columns]
@@ -235,7 +235,7 @@ def table(result: dict) -> str:
     unseen = "held_out" in result["loss_by_noise"]
     which = "held-out images" if unseen else "training images (none are held out)"
     lines += [
-        f"{which}: {result['pictures']['held_out' if unseen else 'trained_on']}",
+        f"{which}: {result['images']['held_out' if unseen else 'trained_on']}",
         _row("first stage, PSNR", f"{result['psnr']:.1f} dB",
              "decoded against the image; 30 is soft, 40 is hard to tell apart"),
         _row("first stage, SSIM", f"{result['ssim']:.3f}", "structural similarity; 1 is equal"),
@@ -262,7 +262,7 @@ def table(result: dict) -> str:
     for key, (title, meaning) in meanings.items():
         if key not in result:
             continue
-        numbers = f"{result[key]['painted']:.3f}"
+        numbers = f"{result[key]['generated']:.3f}"
         if "held_out" in result[key]:
             numbers += f" (held-out {result[key]['held_out']:.3f})"
         lines.append(_row(title, numbers, meaning))

@@ -23,7 +23,7 @@ def given(task: str, data: Dataset, shapes: bool = False) -> Scene | None:
     if task == "generation":
         return None
     if task == "inpainting" and shapes:
-        hidden = np.stack([box_around(picture, AROUND) for picture in data.images])
+        hidden = np.stack([box_around(image, AROUND) for image in data.images])
         return Scene(data.images, hidden)
     return Scene.example(task, data.images, data.maps, np.random.default_rng(SEED))
 
@@ -34,11 +34,11 @@ def seen_beside(pipeline: Pipeline, data: Dataset) -> Array | None:
     return scene and scene.beside(pipeline.task, pipeline.to_latents, pipeline.vae.factor)
 
 
-def paint(
+def generate(
     pipeline: Pipeline, prompts: list[str], scene: Scene | None = None, **options: object
 ) -> np.ndarray:
     """Generate one image per prompt, uint8 (n, h, w, 3), in the size of the scene."""
-    size = scene and scene.pictures.shape[1:3]
+    size = scene and scene.images.shape[1:3]
     for x, _ in pipeline.denoise(
         pipeline.sampling_params(prompts, size=size, **options), None, scene
     ):
@@ -49,21 +49,21 @@ def paint(
 def as_shown(scene: Scene) -> np.ndarray:
     """Return the images of a scene, grey where they are masked."""
     if scene.hidden is None:
-        return scene.pictures
-    return np.where(scene.hidden[..., None], np.uint8(GREY), scene.pictures)
+        return scene.images
+    return np.where(scene.hidden[..., None], np.uint8(GREY), scene.images)
 
 
-def compare(scene: Scene, painted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+def compare(scene: Scene, generated: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Compare generated images with the ground truth, and the input with it as a baseline.
 
     For inpainting it compares the unmasked part, which should stay.
     """
     if scene.hidden is not None:
         seen = ~scene.hidden[..., None]
-        return {"psnr_seen": psnr(painted * seen, truth * seen)}
+        return {"psnr_seen": psnr(generated * seen, truth * seen)}
     return {
-        "psnr": psnr(painted, truth),
-        "ssim": ssim(painted, truth),
-        "psnr_given": psnr(scene.pictures, truth),
-        "ssim_given": ssim(scene.pictures, truth),
+        "psnr": psnr(generated, truth),
+        "ssim": ssim(generated, truth),
+        "psnr_given": psnr(scene.images, truth),
+        "ssim_given": ssim(scene.images, truth),
     }

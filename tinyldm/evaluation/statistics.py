@@ -12,21 +12,21 @@ WINDOW = 11  # pixels along each side that SSIM compares at a time
 TAIL = 0.05  # share of held-out images, the nearest to training images, that pass for copies
 
 
-def psnr(pictures: np.ndarray, truth: np.ndarray) -> float:
+def psnr(images: np.ndarray, truth: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB, the mean over images, uint8 (n, h, w, 3).
 
     10 log₁₀(255² / mean squared error): 30 looks soft, 40 is hard to tell apart, equal images
     have 148. ValueError for anything but two such arrays of one shape.
     """
-    _check_alike(pictures, truth)
+    _check_alike(images, truth)
     error = [
         np.square(np.subtract(x, y, dtype=np.float64)).mean()
-        for x, y in zip(pictures, truth, strict=True)
+        for x, y in zip(images, truth, strict=True)
     ]
     return float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-10))))
 
 
-def ssim(pictures: np.ndarray, truth: np.ndarray) -> float:
+def ssim(images: np.ndarray, truth: np.ndarray) -> float:
     """Structural similarity, the mean over images, uint8 (n, h, w, 3), positions and channels.
 
     It compares local structure: 1 is equal, 0 unrelated. Wang, Bovik, Sheikh and
@@ -34,15 +34,15 @@ def ssim(pictures: np.ndarray, truth: np.ndarray) -> float:
     fits. Along a shorter side the image is extended by its mirror image, and every pixel is
     compared. ValueError for anything but two such arrays of one shape.
     """
-    _check_alike(pictures, truth)
+    _check_alike(images, truth)
     inside = tuple(
         slice(WINDOW // 2, -(WINDOW // 2)) if side >= WINDOW else slice(None)
-        for side in pictures.shape[1:3]
+        for side in images.shape[1:3]
     )
     stabiliser, contrast_stabiliser = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     similarity = []
-    for picture, original in zip(pictures, truth, strict=True):
-        x, y = picture.astype(np.float64), original.astype(np.float64)
+    for image, original in zip(images, truth, strict=True):
+        x, y = image.astype(np.float64), original.astype(np.float64)
         products = np.stack([x, y, x * x, y * y, x * y])
         means = gaussian_filter(products, (0, 1.5, 1.5, 0), radius=WINDOW // 2)
         x, y, xx, yy, xy = means[:, *inside]
@@ -126,18 +126,18 @@ def precision_recall(made: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[fl
     return float(precision), float(recall)
 
 
-def nearest_images(queries: np.ndarray, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def nearest_images(queries: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Find the image nearest to each query, and its distance: index and distance, (q,) each.
 
-    queries: uint8 (q, h, w, 3); pictures: uint8 (n, h, w, 3), of which a few hundred are unpacked
+    queries: uint8 (q, h, w, 3); images: uint8 (n, h, w, 3), of which a few hundred are unpacked
     at a time. Distances are root mean square differences in levels of 255, exactly 0 for a copy;
     the first of equals is taken. ValueError for other arrays, or images of another size.
     """
-    _check_pictures("queries", queries)
-    _check_pictures("pictures", pictures)
-    if queries.shape[1:] != pictures.shape[1:]:
+    _check_images("queries", queries)
+    _check_images("images", images)
+    if queries.shape[1:] != images.shape[1:]:
         raise ValueError(
-            f"pictures: expected {queries.shape[1:]} each, as queries, found {pictures.shape[1:]}"
+            f"images: expected {queries.shape[1:]} each, as queries, found {images.shape[1:]}"
         )
     index = np.zeros(len(queries), np.intp)
     least = np.full(len(queries), np.inf)
@@ -145,8 +145,8 @@ def nearest_images(queries: np.ndarray, pictures: np.ndarray) -> tuple[np.ndarra
     width = max(size, isqrt(BLOCK))  # so that the distances fit into a block, too
     for rows in _blocks(len(queries), width):
         a, a_square = _unpack(queries[rows])
-        for columns in _blocks(len(pictures), width):
-            b, b_square = _unpack(pictures[columns])
+        for columns in _blocks(len(images), width):
+            b, b_square = _unpack(images[columns])
             # |a − b|², exact because all are integers below 2⁵³; in float32 most would not be.
             square = a_square[:, None] + b_square - 2 * (a @ b.T)
             at = square.argmin(axis=1)
@@ -156,9 +156,9 @@ def nearest_images(queries: np.ndarray, pictures: np.ndarray) -> tuple[np.ndarra
     return index, np.sqrt(least / size)
 
 
-def _unpack(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _unpack(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Unpack images to float64 rows (n, h·w·3) → the rows, and the squared length of each."""
-    x = pictures.reshape(len(pictures), -1).astype(np.float64)
+    x = images.reshape(len(images), -1).astype(np.float64)
     return x, np.einsum("ij,ij->i", x, x)
 
 
@@ -187,16 +187,16 @@ def _blocks(n: int, width: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, n, step))
 
 
-def _check_pictures(name: str, x: np.ndarray) -> None:
+def _check_images(name: str, x: np.ndarray) -> None:
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or not x.size:
         raise ValueError(f"{name}: expected uint8 (n, h, w, 3), {_found(x)}")
 
 
-def _check_alike(pictures: np.ndarray, truth: np.ndarray) -> None:
-    _check_pictures("pictures", pictures)
-    _check_pictures("truth", truth)
-    if pictures.shape != truth.shape:
-        raise ValueError(f"truth: expected {pictures.shape}, as pictures, found {truth.shape}")
+def _check_alike(images: np.ndarray, truth: np.ndarray) -> None:
+    _check_images("images", images)
+    _check_images("truth", truth)
+    if images.shape != truth.shape:
+        raise ValueError(f"truth: expected {images.shape}, as images, found {truth.shape}")
 
 
 def _check_features(*sets: np.ndarray) -> list[np.ndarray]:

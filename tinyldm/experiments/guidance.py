@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from tinyldm.data.shapes import Attributes, draw, make_shapes
+from tinyldm.evaluation.figures import curves, grid, save_image
 from tinyldm.evaluation.metrics import SEED, latent_features
-from tinyldm.evaluation.pictures import curves, grid, save_picture
-from tinyldm.evaluation.scenes import paint
+from tinyldm.evaluation.scenes import generate
 from tinyldm.evaluation.statistics import frechet_distance, precision_recall
 from tinyldm.experiments.scoring import Report, accuracy
 from tinyldm.sampling.pipeline import Pipeline
@@ -42,15 +42,15 @@ def run(folder: Path, out: Path, say: Say) -> list[dict]:
     truth, captions = make_shapes(CAPTIONS, side, SEED)
     features = latent_features(pipeline, truth)
 
-    def judged(pictures):
-        made = latent_features(pipeline, pictures)
+    def judged(images):
+        made = latent_features(pipeline, images)
         precision, recall = precision_recall(made, features)
         return {
-            "accuracy_all": accuracy(pictures, captions),
+            "accuracy_all": accuracy(images, captions),
             "frechet": frechet_distance(made, features),
             "precision": precision,
             "recall": recall,
-            "saturated": float(np.isin(pictures, (0, 255)).any(axis=-1).mean()),
+            "saturated": float(np.isin(images, (0, 255)).any(axis=-1).mean()),
         }
 
     trials = [(guidance, 0.0) for guidance in GUIDANCE]
@@ -60,20 +60,20 @@ def run(folder: Path, out: Path, say: Say) -> list[dict]:
         report = Report(out, COLUMNS, stop)
         # The best that any denoiser can reach: other real images, through the first stage.
         others = pipeline.decode(pipeline.encode(drawn_again(captions, side)))
-        report.add({"name": "true pictures", "guidance": None, "rescale": None} | judged(others))
+        report.add({"name": "true images", "guidance": None, "rescale": None} | judged(others))
         for guidance, rescale in trials:
             name = f"{guidance:g}" + (f", rescale {rescale:g}" if rescale else "")
-            pictures = paint(pipeline, captions, guidance=guidance, rescale=rescale, seed=SEED)
-            row = {"name": name, "guidance": guidance, "rescale": rescale} | judged(pictures)
+            images = generate(pipeline, captions, guidance=guidance, rescale=rescale, seed=SEED)
+            row = {"name": name, "guidance": guidance, "rescale": rescale} | judged(images)
             report.add(row)
             say(f"guidance {name}: {row['accuracy_all']:.1%} of the captions are right")
-            sheet.append(pictures[:SHOWN])
+            sheet.append(images[:SHOWN])
             names.append(name.replace(", ", "\n"))
-    save_picture(
+    save_image(
         out / "samples.png", grid(np.concatenate(sheet), columns=len(sheet[0]), labels=names)
     )
     title = "Fréchet distance from real images, against guidance"
-    save_picture(out / "guidance.png", curves(lines(report.rows), title, logarithmic=False))
+    save_image(out / "guidance.png", curves(lines(report.rows), title, logarithmic=False))
     return report.rows
 
 
@@ -90,11 +90,11 @@ def lines(rows: list[dict]) -> dict[str, tuple]:
     def of(chosen):
         return [row["guidance"] for row in chosen], [row["frechet"] for row in chosen]
 
-    true, *painted = rows
-    plain = [row for row in painted if row["rescale"] == 0]
+    true, *generated = rows
+    plain = [row for row in generated if row["rescale"] == 0]
     ends = [plain[0]["guidance"], plain[-1]["guidance"]]
     return {
-        "painted": of(plain),
-        "rescaled": of([row for row in painted if row["rescale"]]),
-        "true pictures": (ends, [true["frechet"]] * 2),
+        "generated": of(plain),
+        "rescaled": of([row for row in generated if row["rescale"]]),
+        "true images": (ends, [true["frechet"]] * 2),
     }

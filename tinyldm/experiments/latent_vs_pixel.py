@@ -16,8 +16,8 @@ import numpy as np
 
 from tinyldm.data.dataset import Dataset
 from tinyldm.data.shapes import make_shapes
-from tinyldm.evaluation.pictures import curves, grid, save_picture
-from tinyldm.evaluation.scenes import paint
+from tinyldm.evaluation.figures import curves, grid, save_image
+from tinyldm.evaluation.scenes import generate
 from tinyldm.evaluation.statistics import kernel_distance, psnr
 from tinyldm.experiments.scoring import accuracy
 from tinyldm.files import replacing, write_json
@@ -36,7 +36,7 @@ from tinyldm.training.state import State
 FACTORS = (1, 2, 4, 8)
 WIDTHS = (16, 32, 64, 64)  # of the autoencoder, as many as its levels
 BASE = Config(
-    preset="latent-vs-pixel", side=64, pictures=8192 + 256, unet_widths=(48, 64, 96), text_width=64
+    preset="latent-vs-pixel", side=64, images=8192 + 256, unet_widths=(48, 64, 96), text_width=64
 )
 LOOKS = (0.25, 0.5)  # shares of the time after which quality is measured, besides the end
 JUDGE_SECONDS = 30.0  # of training, for the classifier
@@ -55,14 +55,14 @@ class Trained:
     steps: int
     seconds: float  # of training, nothing else
     quality: list[tuple[float, float]]  # (seconds so far, share of captions right)
-    pictures: np.ndarray  # generated in the end
+    images: np.ndarray  # generated in the end
 
 
 def run(seconds: float, out: Path, say: Say) -> list[dict]:
     """Train and score all f; writes results.json, table.md, quality.png and samples.png; → rows."""
     base, captions = BASE, None
     data = load_data(base)
-    training, held_out = data.split(256 / base.pictures, base.seed)
+    training, held_out = data.split(256 / base.images, base.seed)
     judge = fit_classifier(training, held_out, JUDGE_SECONDS, say=say)
     true = judge.features(held_out.images)
     rows, trained = [], {}
@@ -97,7 +97,7 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
                 "train_images_per_s": one.steps * config.denoiser.batch / one.seconds,
                 "sample_images_per_s": sampling_speed(one.pipeline),
                 "accuracy_all": one.quality[-1][1],
-                "kernel_distance": kernel_distance(judge.features(one.pictures), true),
+                "kernel_distance": kernel_distance(judge.features(one.images), true),
                 "psnr": first_stage_psnr(one.pipeline, held_out),
                 "first_stage_seconds": first_seconds,
             }
@@ -112,14 +112,14 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
             rows.append(row)
             write_json(out / "results.json", rows)
             say(f"f = {f}: {row['accuracy_all']:.0%} of the captions are right")
-    sheets = [one.pictures[:SHOWN] for one in trained.values()]
-    save_picture(
+    sheets = [one.images[:SHOWN] for one in trained.values()]
+    save_image(
         out / "samples.png",
         grid(np.concatenate(sheets), columns=len(sheets[0]), labels=[f"f = {f}" for f in FACTORS]),
     )
     lines = {f"f = {f}": tuple(zip(*one.quality, strict=True)) for f, one in trained.items()}
     title = "captions right against seconds of training"
-    save_picture(out / "quality.png", curves(lines, title, logarithmic=False))
+    save_image(out / "quality.png", curves(lines, title, logarithmic=False))
     with replacing(out / "table.md") as temporary:
         temporary.write_text(table(rows), encoding="utf-8")
     return rows
@@ -167,7 +167,7 @@ class Place:
             now = clock.read()
             if state.total and state.step in {round(share * state.total) for share in looks}:
                 clock.stop()
-                quality.append((now, accuracy(*painted(self._export(state), few))))
+                quality.append((now, accuracy(*generated(self._export(state), few))))
                 clock.go()
 
         clock.go()
@@ -175,9 +175,9 @@ class Place:
         fit(self.folder, state, job, self.stop)
         clock.stop()
         pipeline = self._export(state)
-        pictures, captions = painted(pipeline, self.captions)
-        quality.append((clock.read(), accuracy(pictures, captions)))
-        return Trained(pipeline, state.step, clock.read(), quality, pictures)
+        images, captions = generated(pipeline, self.captions)
+        quality.append((clock.read(), accuracy(images, captions)))
+        return Trained(pipeline, state.step, clock.read(), quality, images)
 
     def _second_stage(self, config, first_stage):
         data = self.training, "", 0
@@ -215,27 +215,27 @@ def prompts() -> list[str]:
     return make_shapes(CAPTIONS[1], 16, seed=20_261_125)[1]
 
 
-def painted(pipeline: Pipeline, count: int) -> tuple[np.ndarray, list[str]]:
+def generated(pipeline: Pipeline, count: int) -> tuple[np.ndarray, list[str]]:
     """Generate `count` images, uint8 (n, 64, 64, 3) → images, captions."""
     captions = prompts()[:count]
-    return paint(pipeline, captions), captions
+    return generate(pipeline, captions), captions
 
 
 def sampling_speed(pipeline: Pipeline) -> float:
     """Measure images a second, from caption to pixels."""
-    captions, painted = prompts()[:TIMED], 0
+    captions, generated = prompts()[:TIMED], 0
     pipeline(captions[:2], steps=1)
     started = time.monotonic()
-    while painted == 0 or time.monotonic() - started < LONG_ENOUGH:
-        painted += len(pipeline(captions))
-    return painted / (time.monotonic() - started)
+    while generated == 0 or time.monotonic() - started < LONG_ENOUGH:
+        generated += len(pipeline(captions))
+    return generated / (time.monotonic() - started)
 
 
 def first_stage_psnr(pipeline: Pipeline, held_out: Dataset) -> float:
     """Compute the PSNR of held-out images, in dB; 100 where nothing is lost."""
-    pictures = held_out.images[:128]
-    decoded = pipeline.decode(pipeline.encode(pictures))
-    return min(100.0, psnr(decoded, pictures))
+    images = held_out.images[:128]
+    decoded = pipeline.decode(pipeline.encode(images))
+    return min(100.0, psnr(decoded, images))
 
 
 def table(rows: list[dict]) -> str:

@@ -17,9 +17,9 @@ import numpy as np
 from tinyldm.backend import Array
 from tinyldm.data.shapes import make_shapes
 from tinyldm.diffusion.samplers import SAMPLERS
+from tinyldm.evaluation.figures import curves, grid, save_image
 from tinyldm.evaluation.metrics import SEED
-from tinyldm.evaluation.pictures import curves, grid, save_picture
-from tinyldm.evaluation.scenes import paint
+from tinyldm.evaluation.scenes import generate
 from tinyldm.experiments.scoring import Report, accuracy
 from tinyldm.sampling.pipeline import SAMPLES_AT_ONCE, Pipeline
 from tinyldm.training.preparation import Say
@@ -61,37 +61,37 @@ def run(folder: Path, out: Path, say: Say) -> list[dict]:
     pipeline = Counting.load(folder)
     _, captions = make_shapes(CAPTIONS, pipeline.size[0], SEED)
 
-    def painted(sampler, steps):
-        return paint(pipeline, captions, sampler=sampler, steps=steps, seed=SEED)
+    def generated(sampler, steps):
+        return generate(pipeline, captions, sampler=sampler, steps=steps, seed=SEED)
 
     say(f"{CAPTIONS} captions, first by ddim in {REFERENCE} steps")
-    reference = painted("ddim", REFERENCE)
+    reference = generated("ddim", REFERENCE)
     sheet = []
     with Interruptible() as stop:
         report = Report(out, COLUMNS, stop)
         for sampler in SAMPLERS:
             for steps in STEPS:
                 before, started = pipeline.seen, time.monotonic()
-                pictures = painted(sampler, steps)
+                images = generated(sampler, steps)
                 seconds = time.monotonic() - started
-                error = np.abs(np.subtract(pictures, reference, dtype=np.float32)).mean()
+                error = np.abs(np.subtract(images, reference, dtype=np.float32)).mean()
                 row = {
                     "sampler": sampler,
                     "steps": steps,
                     "network_calls": (pipeline.seen - before) / len(captions),
                     "seconds": seconds / len(captions),
-                    "accuracy_all": accuracy(pictures, captions),
+                    "accuracy_all": accuracy(images, captions),
                     "distance": None if SAMPLERS[sampler].needs_noise else float(error),
                 }
                 report.add(row)
-                sheet.append(pictures[0])
+                sheet.append(images[0])
             say(f"{sampler}: {row['accuracy_all']:.1%} right in {steps} steps")
     labels = list(SAMPLERS)
-    save_picture(out / "samples.png", grid(np.stack(sheet), columns=len(STEPS), labels=labels))
+    save_image(out / "samples.png", grid(np.stack(sheet), columns=len(STEPS), labels=labels))
     for key, title in (("accuracy_all", "captions right"), ("distance", "distance")):
         title = f"{title} against network calls per image"
         plot = curves(lines(report.rows, key), title, logarithmic=key == "distance")
-        save_picture(out / f"{key.partition('_')[0]}.png", plot)
+        save_image(out / f"{key.partition('_')[0]}.png", plot)
     return report.rows
 
 

@@ -17,9 +17,9 @@ import numpy as np
 
 from tinyldm.data.shapes import make_shapes
 from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
+from tinyldm.evaluation.figures import curves, grid, save_image
 from tinyldm.evaluation.metrics import SEED
-from tinyldm.evaluation.pictures import curves, grid, save_picture
-from tinyldm.evaluation.scenes import paint
+from tinyldm.evaluation.scenes import generate
 from tinyldm.experiments.scoring import Report, accuracy
 from tinyldm.training.config import SCHEDULES, STAGES
 from tinyldm.training.estimate import rehearse
@@ -54,11 +54,11 @@ COLUMNS = {
 def run(seconds: float, out: Path, say: Say) -> list[dict]:
     """Run all trials; writes results.json, table.md, signal-to-noise.png, samples.png; → rows."""
     data = load_data(BASE)
-    pictures = split(data, BASE)
+    images = split(data, BASE)
     tokenizer, base = fit_tokenizer(BASE, data.captions, say)
     lengths = {"steps": None, "seconds": seconds}
     base = replace(base, **{name: replace(getattr(base, name), **lengths) for name in STAGES})
-    steps = rehearse(base, len(pictures[0])).steps
+    steps = rehearse(base, len(images[0])).steps
     stages = {name: replace(getattr(base, name), steps=n) for name, n in steps.items()}
     base = replace(base, **stages)
     fingerprint, models = data.fingerprint(), Models(base, tokenizer)
@@ -69,7 +69,7 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
         folder = out / ("first-stage" if state.stage == STAGES[0] else "-".join(names))
         remove(folder)
         save_state(folder, state)
-        return Run(folder, state, models, *pictures, "cpu", say)
+        return Run(folder, state, models, *images, "cpu", say)
 
     prompts = {
         name: make_shapes(CAPTIONS, base.side, SEED, held_out=name == "held_out")[1]
@@ -87,7 +87,7 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
             models = Models(replace(base, **trial), tokenizer)
             say(", ".join(trial.values()))
             state = second_stage(
-                models.config, models, first_stage, pictures[0], fingerprint, 0, "cpu", say
+                models.config, models, first_stage, images[0], fingerprint, 0, "cpu", say
             )
             one = begin(state, models)
             batch_at = batch_at or one.latent_batches()[0]
@@ -96,18 +96,18 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
             row = trial | {"steps": state.step, "seconds": time.monotonic() - started}
             pipeline = one.export()
             for name, captions in prompts.items():
-                painted = paint(pipeline, captions, seed=SEED)
-                row[f"accuracy_{name}"] = accuracy(painted, captions)
+                generated = generate(pipeline, captions, seed=SEED)
+                row[f"accuracy_{name}"] = accuracy(generated, captions)
                 if name == "seen":
-                    sheet.append(painted[:SHOWN])
+                    sheet.append(generated[:SHOWN])
             report.add(row)
             say(f"{row['accuracy_seen']:.1%} of the captions are right")
     labels = ["\n".join(trial) for trial in TRIALS]
-    save_picture(
+    save_image(
         out / "samples.png", grid(np.concatenate(sheet), columns=len(sheet[0]), labels=labels)
     )
     title = "signal to noise against the time step"
-    save_picture(out / "signal-to-noise.png", curves(signal_to_noise(), title))
+    save_image(out / "signal-to-noise.png", curves(signal_to_noise(), title))
     return report.rows
 
 

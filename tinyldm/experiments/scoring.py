@@ -10,9 +10,9 @@ from tinyldm.files import replacing, write_json
 from tinyldm.training.signals import Interruptible, Stopped
 
 
-def accuracy(pictures: np.ndarray, captions: Sequence[str]) -> float:
+def accuracy(images: np.ndarray, captions: Sequence[str]) -> float:
     """Compute the share of captions whose five attributes are all right in the image, by rule."""
-    return score(pictures, captions)["all"]
+    return score(images, captions)["all"]
 
 
 class Report:

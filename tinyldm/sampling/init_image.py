@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from tinyldm.backend import Array, array_module
-from tinyldm.data.images import from_uint8, mask_pixels, picture_pixels
+from tinyldm.data.images import from_uint8, image_pixels, mask_pixels
 from tinyldm.diffusion.samplers import Predict
 from tinyldm.sampling.params import SamplingParams
 from tinyldm.sampling.tasks import TASKS, random_masks, reduced, sees_all, stretched, times_larger
@@ -18,13 +18,13 @@ Images = Image.Image | Sequence[Image.Image]  # one for all, or one for each pro
 
 @dataclass(frozen=True)
 class Scene:
-    """Image inputs of a sampling call. pictures: uint8 (n, height, width, 3), init images or, for a
+    """Image inputs of a sampling call. images: uint8 (n, height, width, 3), init images or, for a
     task, enlarged low-resolution images or maps. hidden: the mask, bool (n, height, width), True
     where to generate while the rest stays; None: everywhere. n may be 1 for all of a batch: then
     the autoencoder encodes it once.
     """
 
-    pictures: np.ndarray
+    images: np.ndarray
     hidden: np.ndarray | None = None
 
     @classmethod
@@ -35,44 +35,44 @@ class Scene:
         alike = all(one is None or isinstance(one, Image.Image) for one in (image, mask))
         n, sides = 1 if alike else len(params.prompts), (params.height, params.width)
         small = [side // times_larger(task) for side in sides]
-        pictures = [picture_pixels(one, *small) for one in each("image", image, n)]
+        images = [image_pixels(one, *small) for one in each("image", image, n)]
         if mask is None:
-            return cls(stretched(np.stack(pictures), *sides))
+            return cls(stretched(np.stack(images), *sides))
         hidden = [mask_pixels(one, *sides) for one in each("mask", mask, n)]
-        return cls(np.stack(pictures), np.stack(hidden))
+        return cls(np.stack(images), np.stack(hidden))
 
     @classmethod
     def example(
-        cls, task: str, pictures: np.ndarray, maps: np.ndarray | None, rng: np.random.Generator
+        cls, task: str, images: np.ndarray, maps: np.ndarray | None, rng: np.random.Generator
     ) -> "Scene":
         """Make the input of a task from known images, uint8 (n, h, w, 3), to learn it from.
 
         maps: the layout maps, like the images. rng: draws the masks of inpainting.
         """
-        h, w = pictures.shape[1:3]
+        h, w = images.shape[1:3]
         if task == "inpainting":
-            return cls(pictures, random_masks(rng, len(pictures), h, w))
+            return cls(images, random_masks(rng, len(images), h, w))
         if task == "layout":
             return cls(maps)
-        return cls(stretched(reduced(pictures, times_larger(task)), h, w))
+        return cls(stretched(reduced(images, times_larger(task)), h, w))
 
     def pick(self, some: slice) -> "Scene":
         """Select a slice of the images."""
-        return Scene(self.pictures[some], None if self.hidden is None else self.hidden[some])
+        return Scene(self.images[some], None if self.hidden is None else self.hidden[some])
 
     def beside(self, task: str, to_latents: Callable[[np.ndarray], Array], factor: int) -> Array:
         """Return the concatenation conditioning, (n, h, w, c + 1) for inpainting: mask and masked
         image; else (n, h, w, c). to_latents: of pixels in −1…1, `factor` a side for each latent.
         """
         if task != "inpainting":
-            return to_latents(from_uint8(self.pictures))
+            return to_latents(from_uint8(self.images))
         seen = to_latents(self.rest())
         xp = array_module(seen)
         return xp.concatenate([xp.asarray(self.hidden_latents(factor)), seen], axis=-1)
 
     def rest(self) -> np.ndarray:
         """Return the pixels of the images in −1…1, 0 where they are masked."""
-        return from_uint8(self.pictures) * ~self.hidden[..., None]
+        return from_uint8(self.images) * ~self.hidden[..., None]
 
     def hidden_latents(self, factor: int) -> np.ndarray:
         """Return the latents' mask, float32 (n, h, w, 1): 1 by the nearest pixel (as diffusers)."""
@@ -146,7 +146,7 @@ def enter(
         scene = Scene(np.zeros((1, params.height, params.width, 3), np.uint8))
     masked = scene.hidden is not None
     if not masked:
-        scene = Scene(scene.pictures, np.ones(scene.pictures.shape[:3], bool))
+        scene = Scene(scene.images, np.ones(scene.images.shape[:3], bool))
     anew = scene.hidden_latents(factor)
     if not anew.any(axis=(1, 2, 3)).all():
         raise ValueError(
@@ -158,7 +158,7 @@ def enter(
     alphas_bar = alphas_bar[begin:].tolist()
     sketched = params.strength is not None and (begin > 0 or not masked)
     puts_back = masked and not inpaints
-    z = to_latents(from_uint8(scene.pictures)) if sketched or puts_back else None
+    z = to_latents(from_uint8(scene.images)) if sketched or puts_back else None
 
     def noisy(alpha_bar):
         return math.sqrt(alpha_bar) * z + math.sqrt(1 - alpha_bar) * noise

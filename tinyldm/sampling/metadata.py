@@ -10,7 +10,7 @@ from PIL import Image
 
 from tinyldm import __version__
 from tinyldm.backend import to_device
-from tinyldm.data.folder import open_picture
+from tinyldm.data.folder import open_image
 from tinyldm.options import kind_of, options_of
 from tinyldm.sampling.params import SamplingParams
 from tinyldm.sampling.pipeline import Pipeline
@@ -63,7 +63,7 @@ class InputImage:
 
     def open(self) -> Image.Image:
         """Open the image in RGB, with its EXIF orientation; DataError where it cannot be read."""
-        return open_picture(self.file, LARGEST_INPUT)
+        return open_image(self.file, LARGEST_INPUT)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Origin:
         try:
             i, n = map(int, notes["picture"].split(" of "))
             if not 1 <= i <= n <= MOST:
-                raise ValueError(f"picture {i} of {n}")
+                raise ValueError(f"image {i} of {n}")
             height, width = map(int, notes["size"].split("x"))
             options = {
                 name: kind_of(field)[0](notes[name])

@@ -133,7 +133,7 @@ class Pipeline:
         for i, (x, x0) in enumerate(self.denoise(params, latents, scene)):
             if callback:
                 callback(i, x, x0)
-        return [Image.fromarray(picture) for picture in self.decode(x, params.tile)]
+        return [Image.fromarray(image) for image in self.decode(x, params.tile)]
 
     def sampling_params(
         self,
@@ -254,8 +254,8 @@ class Pipeline:
                 return self.vae.from_latents(self.params["vae"], x)[0]
 
         self.check_tile(tile)
-        pictures = in_parts(part, latents, latents.shape[1:3], self.vae.factor, tile)
-        return to_uint8(to_device(pictures, "cpu"))
+        images = in_parts(part, latents, latents.shape[1:3], self.vae.factor, tile)
+        return to_uint8(to_device(images, "cpu"))
 
     def check_tile(self, tile: int | None) -> None:
         """Raise ValueError for tiles that are too small to be of use."""
@@ -263,12 +263,12 @@ class Pipeline:
         if tile is not None and 0 != tile < least:
             raise ValueError(f"tile: expected 0, for none, or {least} pixels or more, found {tile}")
 
-    def encode(self, pictures: np.ndarray, tile: int | None = None) -> Array:
+    def encode(self, images: np.ndarray, tile: int | None = None) -> Array:
         """Encode images, uint8 (n, height, width, 3) → the means of their latents (n, h, w, c).
 
         tile: as for `decode`.
         """
-        return self.to_latents(from_uint8(pictures), tile)
+        return self.to_latents(from_uint8(images), tile)
 
     def to_latents(self, pixels: np.ndarray, tile: int | None = None) -> Array:
         """Encode pixels in −1…1 → the means of their latents; tile: as for `decode`."""

@@ -48,22 +48,22 @@ def task_of(channels: int, latents: int, said: str | None = None) -> str:
     return task
 
 
-def stretched(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
+def stretched(images: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize uint8 (n, h, w, 3) → (n, height, width, 3), bicubic, smoothed where they shrink."""
 
-    def one(picture):
+    def one(image):
         size = (width, height)
-        return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+        return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
 
-    return np.stack(map_threads(one, pictures))
+    return np.stack(map_threads(one, images))
 
 
-def reduced(pictures: np.ndarray, times: int) -> np.ndarray:
+def reduced(images: np.ndarray, times: int) -> np.ndarray:
     """Downsample images by `times`, each side; ValueError where that does not divide them."""
-    h, w = pictures.shape[1:3]
+    h, w = images.shape[1:3]
     if h % times or w % times:
         raise ValueError(f"upscaling: expected sides that {times} divides, found {h}×{w}")
-    return stretched(pictures, h // times, w // times)
+    return stretched(images, h // times, w // times)
 
 
 def random_masks(rng: np.random.Generator, n: int, height: int, width: int) -> np.ndarray:

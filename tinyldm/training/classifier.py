@@ -63,10 +63,10 @@ class Judge:
     params: Params
     device: str
 
-    def features(self, pictures: np.ndarray) -> np.ndarray:
+    def features(self, images: np.ndarray) -> np.ndarray:
         """Compute features of uint8 (n, height, width, 3) → float64 (n, d), on the host."""
         model = Classifier(self.notes.config)
-        pooled = _pooled(model, self.params, pictures, self.device)
+        pooled = _pooled(model, self.params, images, self.device)
         return to_device(pooled, "cpu").astype(np.float64)
 
     def maps(self, images: Array) -> tuple[list[Array], Backward]:
@@ -78,14 +78,14 @@ class Judge:
         return maps, lambda dmaps: maps_back(dmaps, None)
 
 
-def _pooled(model, params, pictures, device):
+def _pooled(model, params, images, device):
     """Compute the features of uint8 images, on the device, in parts."""
 
     def part(x):
         with no_grad():
             return model.pooled(params, from_uint8(x))[0]
 
-    return map_batch(part, to_device(pictures, device))
+    return map_batch(part, to_device(images, device))
 
 
 def classifier_of(
@@ -193,8 +193,8 @@ def _indices(column, words):
 def classifier_loss(model: Classifier) -> Callable:
     """Make the cross entropy summed over attributes, of uint8 images and labels (n, attributes)."""
 
-    def loss_fn(params, pictures, labels):
-        logits, model_back = model(params, from_uint8(pictures))
+    def loss_fn(params, images, labels):
+        logits, model_back = model(params, from_uint8(images))
         losses, backs = zip(
             *(F.cross_entropy(y, labels[:, i]) for i, y in enumerate(logits)), strict=True
         )
@@ -207,10 +207,10 @@ def classifier_loss(model: Classifier) -> Callable:
     return loss_fn
 
 
-def _accuracy(model, params, pictures, labels, device):
+def _accuracy(model, params, images, labels, device):
     """Compute the share of images on which every attribute is right."""
-    pooled = _pooled(model, params, pictures, device)
-    right = np.ones(len(pictures), bool)
+    pooled = _pooled(model, params, images, device)
+    right = np.ones(len(images), bool)
     for head, column in zip(model.heads, labels.T, strict=True):
         with no_grad():
             logits, _ = head(params, pooled)

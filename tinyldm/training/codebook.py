@@ -9,7 +9,7 @@ from tinyldm.threads import map_batch
 from tinyldm.training.state import State
 
 EVERY = 25  # steps, in the first half of the stage
-PICTURES = 128  # images in which unused codes are looked for
+IMAGES = 128  # images in which unused codes are looked for
 
 
 def due(state: State) -> bool:

@@ -71,7 +71,7 @@ class Config:
     )  # fmt: skip
     side: int | tuple[int, int] = 32  # pixels; two are height and width
     grey: bool = option("train on one channel, the brightness of the images", False, group=IMAGES)
-    pictures: int = 20_512  # to draw, for shapes
+    images: int = 20_512  # to draw, for shapes
     flip: bool = option(
         "train on mirror images, too (not where captions say left and right)", False, group=IMAGES
     )
@@ -171,7 +171,7 @@ class Config:
         return height // self.factor, width // self.factor, self.channels
 
     @property
-    def picture_channels(self) -> int:
+    def image_channels(self) -> int:
         """Return the number of channels of the images, as the networks take them."""
         return 1 if self.grey else 3
 
@@ -183,7 +183,7 @@ class Config:
     @property
     def channels(self) -> int:
         """Return the number of latent channels."""
-        return self.picture_channels if self.first_stage == "none" else self.latent_channels
+        return self.image_channels if self.first_stage == "none" else self.latent_channels
 
     @property
     def has_classes(self) -> bool:
@@ -209,7 +209,7 @@ class Config:
         """Return the config of diffusers' AutoencoderKL or VQModel, or our IdentityFirstStage."""
         kind = {"_class_name": FIRST_STAGES[self.first_stage]}
         if self.first_stage == "none":
-            sizes = {"in_channels": self.picture_channels, "sample_size": max(self.sides)}
+            sizes = {"in_channels": self.image_channels, "sample_size": max(self.sides)}
             return kind | sizes | {"scaling_factor": 1.0}
         if self.first_stage == "vq":
             kind["num_vq_embeddings"] = self.codes
@@ -219,8 +219,8 @@ class Config:
             "up_block_types": ["UpDecoderBlock2D"] * levels,
             "block_out_channels": list(self.vae_widths),
             "layers_per_block": 1,
-            "in_channels": self.picture_channels,
-            "out_channels": self.picture_channels,
+            "in_channels": self.image_channels,
+            "out_channels": self.image_channels,
             "latent_channels": self.latent_channels,
             "norm_num_groups": self.groups,
             "sample_size": max(self.sides),

@@ -71,14 +71,14 @@ class Rehearsal:
 
 def rehearse(
     config: Config,
-    pictures: int,
+    images: int,
     device: str = "cpu",
     features: Features | None = None,
     seconds: float = 2.0,
 ) -> Rehearsal:
     """Estimate what a run of `config` takes on this machine.
 
-    pictures: number of training images. They are in memory already, as when a run begins.
+    images: number of training images. They are in memory already, as when a run begins.
     features: the network of a perceptual loss, where the config has one.
     seconds: to spend at the most; a step of each stage is made even where it takes longer.
     Memory is that of the host, on a GPU too. DeviceError where the device is not there.
@@ -107,10 +107,10 @@ def rehearse(
                 before, _ = _measure(step, seconds / 2, device)
                 step_seconds[name] = mean_seconds(config, before, step_seconds[name])
         del state, loss_fn, batch, threads, in_training, step
-    encoding, encoded = _encoding(models, pictures, device, seconds / 10)
+    encoding, encoded = _encoding(models, images, device, seconds / 10)
     copies = 1 + sees_all(config.task)  # of every image, encoded
     encoding *= copies
-    latents = 4 * pictures * math.prod(config.latent_shape) * copies
+    latents = 4 * images * math.prod(config.latent_shape) * copies
     saving = 2 * sum(states)  # copies: in the order of the file, and as the file's bytes
     # What is freed is rarely given back to the system, so what is needed in turn adds up. Of the
     # latents there are the mean, the standard deviation, the moments they came from, and a copy.
@@ -143,8 +143,8 @@ def _autoencoder(models, rng, device):
     """Return what a step of stage 1 needs: state, loss, batch."""
     config = models.config
     n = config.autoencoder.batch
-    pictures = _normal(rng, n, *config.sides, config.picture_channels)
-    batch = pictures, _normal(rng, n, *config.latent_shape)
+    images = _normal(rng, n, *config.sides, config.image_channels)
+    batch = images, _normal(rng, n, *config.latent_shape)
     batch = batch if models.vae.draws_noise else batch[:1]
     params = models.vae.init(rng), new_discriminator(models)
     return _work(models, params, models.first_stage_loss(), batch, device)
@@ -160,7 +160,7 @@ def _denoiser(models, rng, device):
     t = rng.integers(0, len(models.schedule), n)
     params = models.init_denoiser(rng), {}
     first_stage = to_device(models.vae.init(rng), device)
-    pixels = _normal(rng, n, *config.sides, config.picture_channels)
+    pixels = _normal(rng, n, *config.sides, config.image_channels)
     shown = {"generation": (), "inpainting": (noise[..., :1], pixels)}.get(config.task, (noise,))
     shown = (to_device(x, device) for x in shown)
     made = _work(models, params, None, (z, noise, ids), device, t, *shown)
@@ -185,7 +185,7 @@ def _encoding(models, count, device, seconds):
     config, rng = models.config, np.random.default_rng(0)
     params = to_device(models.vae.init(rng), device)
     n = min(count, 8 * cores())
-    images = to_device(_normal(rng, n, *config.sides, config.picture_channels), device)
+    images = to_device(_normal(rng, n, *config.sides, config.image_channels), device)
 
     def part(x):
         return models.vae.latent_distribution(params, x)[0]

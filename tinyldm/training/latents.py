@@ -45,7 +45,7 @@ def shown(
 
     def mask_and_rest(chosen, rng):
         scene = Scene.example(task, data.images[chosen], None, rng)
-        rest = in_channels(scene.rest(), state.config.picture_channels)
+        rest = in_channels(scene.rest(), state.config.image_channels)
         return to_device(scene.hidden_latents(models.vae.factor), device), to_device(rest, device)
 
     if task == "inpainting":
@@ -53,7 +53,7 @@ def shown(
     if not sees_all(task):
         return lambda chosen, rng: ()
     scene = Scene.example(task, data.images, data.maps, None)
-    latents = all_gaussians(models, state.first_stage, scene.pictures, device)[0]
+    latents = all_gaussians(models, state.first_stage, scene.images, device)[0]
     latents *= np.float32(state.scaling_factor)
     return lambda chosen, rng: (to_device(latents[chosen], device),)
 

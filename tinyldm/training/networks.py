@@ -48,7 +48,7 @@ class Models:
                 network.recompute()
         self.discriminator = None
         if config.adversarial:
-            sizes = config.picture_channels, config.vae_widths[0], config.groups
+            sizes = config.image_channels, config.vae_widths[0], config.groups
             self.discriminator = PatchDiscriminator("discriminator", *sizes)
 
     @property
@@ -62,7 +62,7 @@ class Models:
 
     def pixels(self, images: Array) -> Array:
         """Convert uint8 (n, h, w, 3) → the first stage's input: float32 in −1…1, grey if it is."""
-        return in_channels(from_uint8(images), self.config.picture_channels)
+        return in_channels(from_uint8(images), self.config.image_channels)
 
     def first_stage_loss(self) -> Callable | Adversarial:
         """Make the loss of stage 1 for a batch of images and, for a KL autoencoder, noise.

@@ -34,7 +34,7 @@ def overfit(config: Config, device: str, say: Say) -> dict[str, tuple[float, flo
         )
     stages = ("autoencoder", "denoiser")
     shorter = {name: replace(getattr(config, name), batch=BATCH, ema=0.9) for name in stages}
-    config = replace(config, pictures=BATCH, held_out=0.0, caption_dropout=0.0, **shorter)
+    config = replace(config, images=BATCH, held_out=0.0, caption_dropout=0.0, **shorter)
     data = load_data(config)
     tokenizer, config = fit_tokenizer(config, data.captions, say)
     data = data.pick(np.linspace(0, len(data) - 1, min(BATCH, len(data))).astype(int))
@@ -43,7 +43,7 @@ def overfit(config: Config, device: str, say: Say) -> dict[str, tuple[float, flo
     losses = {}
     if params:
         state = State(config, "autoencoder", params, tokenizer, "")
-        batch_at = Run("", state, models, data, data, device, say).picture_batches()
+        batch_at = Run("", state, models, data, data, device, say).image_batches()
         losses["autoencoder"] = _learn(state, models.first_stage_loss(), batch_at(0))
         params = dict(state.params)
     state = second_stage(config, models, params, data, "", 0, device, say)

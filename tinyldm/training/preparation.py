@@ -9,7 +9,7 @@ from pathlib import Path
 from tinyldm.checkpoints.components import COMPONENTS
 from tinyldm.config import ConfigError
 from tinyldm.data.dataset import DataError, Dataset
-from tinyldm.data.folder import holds_pictures, load_folder
+from tinyldm.data.folder import holds_images, load_folder
 from tinyldm.data.formats import find_arrays, load_arrays
 from tinyldm.data.images import from_uint8, in_channels, to_uint8
 from tinyldm.data.shapes import Attributes, make_shapes
@@ -29,13 +29,13 @@ def load_data(config: Config) -> Dataset:
     """Load all the images of a run. DataError where they cannot be used."""
     maps = config.task == "layout"
     if config.data == "shapes":
-        drawn = config.pictures, config.side, config.seed
+        drawn = config.images, config.side, config.seed
         images, captions = make_shapes(*drawn)
         names = [f"shape {i}" for i in range(len(images))]
         layouts = make_shapes(*drawn, maps=True)[0] if maps else None
         readable = config.condition != "none" and not config.grey
         data = Dataset(images, captions, names, maps=layouts, readable=readable)
-    elif (arrays := find_arrays(Path(config.data))) and not holds_pictures(Path(config.data)):
+    elif (arrays := find_arrays(Path(config.data))) and not holds_images(Path(config.data)):
         if maps:
             raise DataError(
                 f"{config.data}: layout needs maps, as files beside those of a folder of images; "

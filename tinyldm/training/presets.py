@@ -25,7 +25,7 @@ PRESETS = {
     "tiny": Config(
         preset="tiny",
         side=16,
-        pictures=512,
+        images=512,
         autoencoder=replace(DEMO_AUTOENCODER, steps=60, seconds=None, warmup=10),
         denoiser=replace(DEMO_DENOISER, steps=60, seconds=None, warmup=10, batch=16),
         vae_widths=(8, 16),

@@ -155,7 +155,7 @@ class Run:
         """Train stage 1: images (n, side, side, 3) to reconstructions of the same."""
         self.say("stage 1 of 2: the autoencoder learns to compress images into latents, and back")
         config, models = self.state.config, self.models
-        batch_at = self.picture_batches()
+        batch_at = self.image_batches()
 
         def report():
             return snapshots.autoencoder(models.vae, self.state.average, self.held_out)
@@ -163,7 +163,7 @@ class Run:
         def after_step():
             if config.first_stage == "vq" and codebook.due(self.state):
                 rng = np.random.default_rng((config.seed, 6, self.state.step))
-                codebook.revive(models.vae, self.state, self.pixels(rng, codebook.PICTURES), rng)
+                codebook.revive(models.vae, self.state, self.pixels(rng, codebook.IMAGES), rng)
 
         job = Job(models.first_stage_loss(), batch_at, self.say, report, after_step)
         fit(self.folder, self.state, job, stop)
@@ -173,7 +173,7 @@ class Run:
         images = self.training.images
         return self.xp.asarray(self.models.pixels(images[rng.integers(0, len(images), count)]))
 
-    def picture_batches(self) -> Callable[[int], tuple]:
+    def image_batches(self) -> Callable[[int], tuple]:
         """Return stage 1's `batch_at(step)`: images, and noise for a KL autoencoder's latents."""
         config = self.state.config
 

@@ -9,17 +9,17 @@ from tinyldm.backend import Array, array_module, to_device
 from tinyldm.data.dataset import Dataset
 from tinyldm.data.images import from_uint8, in_channels, to_uint8
 from tinyldm.data.shapes import attributes_in
-from tinyldm.evaluation.metrics import loss_by_noise
-from tinyldm.evaluation.pictures import (
+from tinyldm.evaluation.figures import (
     curves,
     enlarge,
     grid,
-    latents_as_pictures,
+    latents_as_images,
     save_animation,
-    save_picture,
+    save_image,
 )
+from tinyldm.evaluation.metrics import loss_by_noise
 from tinyldm.evaluation.reader import score
-from tinyldm.evaluation.scenes import as_shown, given, paint
+from tinyldm.evaluation.scenes import as_shown, generate, given
 from tinyldm.evaluation.statistics import psnr
 from tinyldm.models import AutoencoderKL, VQModel
 from tinyldm.nn import no_grad
@@ -54,9 +54,9 @@ def due(step: int, total: int | None, seconds: float) -> bool:
 def data(run: Path, training: Dataset) -> None:
     """Save data.png, training images with their captions."""
     some = training.pick(range(min(18, len(training))))
-    save_picture(run / "samples" / "data.png", grid(some.images, some.captions, columns=6))
+    save_image(run / "samples" / "data.png", grid(some.images, some.captions, columns=6))
     if some.maps is not None:
-        save_picture(run / "samples" / "maps.png", grid(some.maps, some.captions, columns=6))
+        save_image(run / "samples" / "maps.png", grid(some.maps, some.captions, columns=6))
 
 
 def autoencoder(
@@ -97,15 +97,15 @@ def first_stage(run: Path, pipeline: Pipeline, training: Dataset, latents: np.nd
     in_pixels = np.stack([schedule.add_noise(pixels, pixel_noise, [step])[0] for step in t])
     rows = [
         to_uint8(in_pixels),
-        enlarge(latents_as_pictures(noisy), pipeline.vae.factor),
+        enlarge(latents_as_images(noisy), pipeline.vae.factor),
         pipeline.decode(pipeline.xp.asarray(noisy)),
     ]
     strip = grid(np.concatenate(rows), columns=len(t), labels=["pixels", "latents", "decoded"])
-    save_picture(folder / "forward.png", strip)
+    save_image(folder / "forward.png", strip)
     some = training.images[:9]
     back = pipeline.decode(pipeline.encode(some))
     pair = grid(np.concatenate([some, back]), columns=len(some), labels=["image", "decoded"])
-    save_picture(folder / "reconstructions.png", pair)
+    save_image(folder / "reconstructions.png", pair)
 
 
 def denoiser(
@@ -121,11 +121,11 @@ def denoiser(
     file = run / "samples" / f"step-{step:06d}.png"
     if pipeline.task == "generation":
         prompts = prompts_for(training)
-        pictures = paint_samples(pipeline, prompts, file)
+        images = generate_samples(pipeline, prompts, file)
     else:
-        prompts, pictures = paint_scenes(pipeline, held_out if len(held_out) else training, file)
+        prompts, images = generate_scenes(pipeline, held_out if len(held_out) else training, file)
     if training.readable:
-        right = score(pictures, prompts)
+        right = score(images, prompts)
         numbers["right"] = right
         counts = ", ".join(f"{name} {round(len(prompts) * x)}" for name, x in right.items())
         text += f"; right in {len(prompts)} samples: {counts}"
@@ -140,13 +140,13 @@ def finished(run: Path, pipeline: Pipeline, training: Dataset, held_out: Dataset
     folder = run / "samples"
     if pipeline.task == "generation":
         prompts, scene = prompts_for(training), None
-        paint_samples(pipeline, prompts, folder / "samples.png")
+        generate_samples(pipeline, prompts, folder / "samples.png")
         sweep_guidance(pipeline, prompts[:6], folder / "guidance.png")
         if _has_captions_of_shapes(training):
             change_words(pipeline, folder / "words.png")
     else:
         data = held_out if len(held_out) else training
-        prompts, _ = paint_scenes(pipeline, data, folder / "samples.png")
+        prompts, _ = generate_scenes(pipeline, data, folder / "samples.png")
         scene = given(pipeline.task, data.pick(range(len(prompts))), data.readable).pick(FEW)
     reverse_process(pipeline, prompts[FEW], scene, folder)
     draw_losses(run)
@@ -166,17 +166,17 @@ def reverse_process(
     chosen = np.linspace(0, len(states) - 1, min(9, len(states))).astype(int)
     rows = [[states[i][0] for i in chosen], [goals[i][0] for i in chosen]]
     strip = grid(np.concatenate(rows), columns=len(chosen), labels=["noisy", "predicted"])
-    save_picture(folder / "reverse.png", strip)
+    save_image(folder / "reverse.png", strip)
 
 
-def paint_samples(pipeline: Pipeline, prompts: list[str], file: Path) -> np.ndarray:
+def generate_samples(pipeline: Pipeline, prompts: list[str], file: Path) -> np.ndarray:
     """Generate an image per prompt from the same noise → uint8 (n, h, w, 3); save a grid."""
-    pictures = np.stack([np.asarray(picture) for picture in pipeline(prompts)])
-    save_picture(file, grid(pictures, prompts, columns=6))
-    return pictures
+    images = np.stack([np.asarray(image) for image in pipeline(prompts)])
+    save_image(file, grid(images, prompts, columns=6))
+    return images
 
 
-def paint_scenes(pipeline: Pipeline, data: Dataset, file: Path) -> tuple[list[str], np.ndarray]:
+def generate_scenes(pipeline: Pipeline, data: Dataset, file: Path) -> tuple[list[str], np.ndarray]:
     """Generate images of a task, and save rows of its inputs, the results and the real images.
 
     → their captions, and what is generated: uint8 (n, h, w, 3).
@@ -184,17 +184,17 @@ def paint_scenes(pipeline: Pipeline, data: Dataset, file: Path) -> tuple[list[st
     some = data.pick(range(min(SCENES, len(data))))
     prompts = list(some.captions)
     scene = given(pipeline.task, some, some.readable)
-    painted = paint(pipeline, prompts, scene)
-    rows = np.concatenate([as_shown(scene), painted, some.images])
-    save_picture(file, grid(rows, columns=len(some), labels=["input", "generated", "image"]))
-    return prompts, painted
+    generated = generate(pipeline, prompts, scene)
+    rows = np.concatenate([as_shown(scene), generated, some.images])
+    save_image(file, grid(rows, columns=len(some), labels=["input", "generated", "image"]))
+    return prompts, generated
 
 
 def sweep_guidance(pipeline: Pipeline, prompts: list[str], file: Path) -> None:
     """Save images at rising guidance, same noise and captions: variety and tones suffer."""
     rows = [np.stack(list(map(np.asarray, pipeline(prompts, guidance=g)))) for g in GUIDANCES]
     labels = [f"guidance {g}" for g in GUIDANCES]
-    save_picture(file, grid(np.concatenate(rows), columns=len(prompts), labels=labels))
+    save_image(file, grid(np.concatenate(rows), columns=len(prompts), labels=labels))
 
 
 def change_words(pipeline: Pipeline, file: Path) -> None:
@@ -203,8 +203,8 @@ def change_words(pipeline: Pipeline, file: Path) -> None:
     shape = (1, h, w, pipeline.vae.latent_channels)
     noise = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     latents = noise.repeat(len(ONE_WORD_CHANGED), axis=0)
-    pictures = np.stack(list(map(np.asarray, pipeline(ONE_WORD_CHANGED, latents=latents))))
-    save_picture(file, grid(pictures, ONE_WORD_CHANGED, columns=len(pictures)))
+    images = np.stack(list(map(np.asarray, pipeline(ONE_WORD_CHANGED, latents=latents))))
+    save_image(file, grid(images, ONE_WORD_CHANGED, columns=len(images)))
 
 
 def prompts_for(training: Dataset) -> list[str]:
@@ -244,7 +244,7 @@ def draw_losses(run: Path, window: int = 20) -> None:
             points = [e["validation"] for e in checked]
             series[f"{stage}, held-out"] = ([e["step"] for e in checked], points)
     title = "loss against step (a flat denoiser loss is normal)"
-    save_picture(run / "samples" / "loss.png", curves(series, title))
+    save_image(run / "samples" / "loss.png", curves(series, title))
     banded = [e for e in entries if "by_noise" in e]
     if banded:
         steps = [e["step"] for e in banded]
@@ -253,4 +253,4 @@ def draw_losses(run: Path, window: int = 20) -> None:
             for i in range(len(banded[0]["by_noise"]))
         }
         title = "denoiser, held-out images, from little noise (1) to much (5)"
-        save_picture(run / "samples" / "loss-by-noise.png", curves(series, title))
+        save_image(run / "samples" / "loss-by-noise.png", curves(series, title))

@@ -21,7 +21,7 @@ LINES = (
 
 
 def grid(
-    pictures: np.ndarray,
+    images: np.ndarray,
     captions: Sequence[str] | None = None,
     columns: int | None = None,
     tile: int = 96,
@@ -31,7 +31,7 @@ def grid(
 
     captions: a line of text, wrapped, under each; labels: one to the left of each row.
     """
-    n, h, w, _ = pictures.shape
+    n, h, w, _ = images.shape
     columns = min(n, columns or int(np.ceil(np.sqrt(n))))
     scale = max(1, round(tile / max(h, w)))
     font = ImageFont.load_default(11)
@@ -44,9 +44,9 @@ def grid(
     rows = -(-n // columns)
     sheet = Image.new("RGB", (margin + columns * cell_w, gap + rows * cell_h), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         x, y = margin + i % columns * cell_w, gap + i // columns * cell_h
-        enlarged = Image.fromarray(picture).resize((w * scale, h * scale), Image.Resampling.NEAREST)
+        enlarged = Image.fromarray(image).resize((w * scale, h * scale), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (x, y))
         if captions:
             draw.multiline_text((x, y + h * scale + 1), wrapped[i], INK, font, spacing=1)
@@ -55,7 +55,7 @@ def grid(
     return sheet
 
 
-def latents_as_pictures(latents: np.ndarray) -> np.ndarray:
+def latents_as_images(latents: np.ndarray) -> np.ndarray:
     """Show latents (n, h, w, c) as uint8 (n, h, w, 3): three channels, from −3 black to 3 white."""
     shown = np.zeros((*latents.shape[:3], 3), np.float32)
     channels = min(3, latents.shape[3])
@@ -65,9 +65,9 @@ def latents_as_pictures(latents: np.ndarray) -> np.ndarray:
     return np.clip(127.5 + shown * (127.5 / 3), 0, 255).astype(np.uint8)
 
 
-def enlarge(pictures: np.ndarray, factor: int) -> np.ndarray:
+def enlarge(images: np.ndarray, factor: int) -> np.ndarray:
     """Repeat each pixel of (n, h, w, 3)."""
-    return pictures.repeat(factor, axis=1).repeat(factor, axis=2)
+    return images.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def curves(series: dict[str, tuple], title: str, logarithmic: bool = True) -> Image.Image:
@@ -112,7 +112,7 @@ def curves(series: dict[str, tuple], title: str, logarithmic: bool = True) -> Im
     return sheet
 
 
-def picture_format(file: Path) -> str:
+def image_format(file: Path) -> str:
     """Return the format that the name of a file asks for. ValueError where that is none."""
     known = Image.registered_extensions()
     kind = known.get(file.suffix.lower())
@@ -121,9 +121,9 @@ def picture_format(file: Path) -> str:
     return kind
 
 
-def check_picture(file: Path) -> None:
-    """Raise ValueError or OSError where `save_picture` would fail, as far as is known before."""
-    kind = picture_format(file)
+def check_image(file: Path) -> None:
+    """Raise ValueError or OSError where `save_image` would fail, as far as is known before."""
+    kind = image_format(file)
     try:
         Image.new("RGB", (8, 8)).save(BytesIO(), format=kind)
     except (OSError, KeyError, ValueError) as error:
@@ -133,18 +133,18 @@ def check_picture(file: Path) -> None:
         raise OSError(errno.EACCES, "cannot be written", str(file))
 
 
-def save_picture(file: Path, picture: Image.Image, notes: dict | None = None, **options) -> None:
+def save_image(file: Path, image: Image.Image, notes: dict | None = None, **options) -> None:
     """Write a PIL image whole or not at all; the format is that of the name.
 
     notes: {key: text}, for a PNG. options: Pillow's, of the format.
     """
-    kind = picture_format(file)
+    kind = image_format(file)
     if notes and kind == "PNG":
         options["pnginfo"] = PngInfo()
         for key, text in notes.items():
             options["pnginfo"].add_itxt(key, text)
     with replacing(file) as temporary:
-        picture.save(temporary, format=kind, **options)
+        image.save(temporary, format=kind, **options)
 
 
 def save_animation(
@@ -152,6 +152,4 @@ def save_animation(
 ) -> None:
     """Write PIL images as an animated .webp or .gif that rests on the last one."""
     duration = [milliseconds] * (len(frames) - 1) + [hold]
-    save_picture(
-        file, frames[0], save_all=True, append_images=frames[1:], duration=duration, loop=0
-    )
+    save_image(file, frames[0], save_all=True, append_images=frames[1:], duration=duration, loop=0)
