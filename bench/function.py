@@ -11,7 +11,7 @@ import numpy as np
 from bench.compare import Run, check
 from bench.measure import Elsewhere, Step, entered, interleaved, leave
 from tinyldm.backend import Array
-from tinyldm.kernels.cpu.processes import Team, team
+from tinyldm.kernels.cpu.processes import WorkerPool, worker_pool
 from tinyldm.nn import no_grad
 from tinyldm.threads import cores, map_threads
 
@@ -52,7 +52,7 @@ class Function:
             for _ in range(repeats):
                 run(shards[i])
 
-        return partial(map_threads, run, shards), Shared(entered(team(repeat, count)), count)
+        return partial(map_threads, run, shards), Shared(entered(worker_pool(repeat, count)), count)
 
     def their_step(self, peer: ModuleType, layout: str, backward: bool) -> Step:
         """→ y or, with `backward`, y and all gradients."""
@@ -77,7 +77,7 @@ class Function:
 class Shared:
     """A step that processes share, each on its own: they meet before and after many calls of it."""
 
-    def __init__(self, processes: Team, count: int):
+    def __init__(self, processes: WorkerPool, count: int):
         self.processes, self.count = processes, count
 
     def __call__(self) -> None:

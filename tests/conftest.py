@@ -2,6 +2,9 @@
 
 import gc
 import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: threads slow small products down
+
 from types import SimpleNamespace
 
 import gradients
@@ -21,6 +24,12 @@ PROFILE = os.environ.get("TINYLDM_HYPOTHESIS_PROFILE", "dev")
 # The option --hypothesis-profile, read later than this, has the last word.
 settings.load_profile(PROFILE)
 slow = []  # the tests that were left to the nightly profile
+
+
+@pytest.fixture(autouse=True)
+def short_estimate(monkeypatch):
+    """How long a run takes is told from one step of each stage: tests run many, and short ones."""
+    monkeypatch.setattr("tinyldm.training.estimate.CALLS", 1)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ from tinyldm.nn import functional as F
 from tinyldm.sampling.init_image import Scene
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training.config import Config
-from tinyldm.training.latents import beside, shown
+from tinyldm.training.latents import conditioner, conditioning_arrays
 from tinyldm.training.losses import autoencoder_loss
 from tinyldm.training.networks import Models, denoiser_loss
 from tinyldm.training.state import State, load_state, save_state
@@ -554,11 +554,11 @@ def test_a_step_with_a_discriminator_never_waits(first_stage, dtype, models):
     batch = [x.astype(dtype) for x in batch[: 2 if first_stage == "kl" else 1]]
     both, results = [], []
     for put in (on_device, lambda x: x):
-        network, judge = (
+        network, critic = (
             {name: put(w.astype(dtype)) for name, w in part.items()} for part in params
         )
         state = State(
-            config, "autoencoder", network, models.tokenizer, "", total=0, discriminator=judge
+            config, "autoencoder", network, models.tokenizer, "", total=0, discriminator=critic
         )
         batch_there, numbers_there = [put(x) for x in batch], {}
         with (
@@ -665,12 +665,12 @@ def test_tasks_and_classes_never_wait(name, monkeypatch):
         state = State(
             config, "denoiser", to(params), tokenizer, "", first_stage=to(vae), scaling_factor=0.7
         )
-        shown_of = shown(state, models, data, device)
+        arrays_of = conditioning_arrays(state, models, data, device)
         rng, chosen = np.random.default_rng(1), np.array([4, 0, 3])
         z, noise = to([rng.normal(size=(3, 4, 4, 2)) for _ in range(2)])
         ids, t = to(tokenizer([captions[i] for i in chosen])), np.array([5, 400, 900])
-        batch = z, noise, ids, t, *shown_of(chosen, rng)
-        loss_fn = denoiser_loss(models, beside(state, models))
+        batch = z, noise, ids, t, *arrays_of(chosen, rng)
+        loss_fn = denoiser_loss(models, conditioner(state, models))
         with strict.counting() as counts, gradient(loss_fn, state.params) as gradient_of:
             result = train_step(state, gradient_of, batch, 1e-3, ema=0.99)
         assert counts.synchronisations == 0

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 from original_layout import narrow, random_model, to_original
+from slow import mostly_slow
 from small_model import generate
 
 from tinyldm.checkpoints import single_file as original
@@ -135,7 +136,12 @@ class Denoiser:
 
 
 @pytest.mark.parametrize(
-    "slope, prediction", [(0.998, "epsilon"), (0.8, "epsilon"), (0.0, "v_prediction")]
+    "slope, prediction",
+    mostly_slow(
+        [(0.998, "epsilon"), (0.8, "epsilon"), (0.0, "v_prediction")],
+        (0.8, "epsilon"),
+        (0.0, "v_prediction"),
+    ),
 )
 def test_the_network_is_asked_what_it_predicts(
     made, known, tmp_path, monkeypatch, slope, prediction
@@ -184,6 +190,7 @@ def test_an_autoencoder_from_a_file(vae_file, name):
     assert_equal_params(params, expected)
 
 
+@pytest.mark.slow
 @one_version
 def test_another_autoencoder_for_a_pipeline(made, known, vae_file, tmp_path):
     folder, expected = vae_file

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from slow import mostly_slow
 
 import tinyldm
 from tinyldm import backend, cli
@@ -145,7 +146,7 @@ def test_the_help_names_every_choice_and_default(call):
 
 
 def test_what_is_learnt_can_be_chosen(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "rehearse", lambda *args: 1 / 0)  # after the config, before the work
+    monkeypatch.setattr(runs, "estimate_run", lambda *args: 1 / 0)  # before the work
     seen = []
     monkeypatch.setattr(runs, "fit_tokenizer", lambda c, *rest: seen.append(c) or (None, c))
     chosen = {"prediction": "epsilon", "schedule": "cosine", "weighting": "min-snr",
@@ -270,6 +271,7 @@ def test_train(call, small, tmp_path):
     assert config == dataclasses.replace(SMALL, seed=3)
 
 
+@pytest.mark.slow
 def test_train_on_a_folder(call, small, tmp_path):
     for i in range(4):
         file = tmp_path / "data" / ("red" if i % 2 else "green") / f"{i}.png"
@@ -580,6 +582,7 @@ def test_eval(call, copy):
     assert again.out == result.out
 
 
+@pytest.mark.slow
 def test_eval_with_a_classifier(call, copy, monkeypatch):
     monkeypatch.setattr(classifier, "FEWEST", 1)
     command = ["eval", copy, "--captions", 6, "--steps", 1, "--guidance", 1]
@@ -604,6 +607,7 @@ def test_eval_with_a_classifier(call, copy, monkeypatch):
     assert load_state(copy).finished and call(*TRAIN, copy, "--resume").code == 0
 
 
+@pytest.mark.slow
 def test_eval_of_a_run_of_one_image(call, small, tmp_path):
     (tmp_path / "data").mkdir()
     Image.new("RGB", (20, 30), "red").save(tmp_path / "data" / "only.png")
@@ -680,7 +684,13 @@ def start(*arguments, **options):
 
 @pytest.mark.parametrize(
     ("number", "line", "stage"),
-    [(signal.SIGINT, "stage 1 of 2", "autoencoder"), (signal.SIGTERM, "stage 2 of 2", "denoiser")],
+    mostly_slow(
+        [
+            (signal.SIGINT, "stage 1 of 2", "autoencoder"),
+            (signal.SIGTERM, "stage 2 of 2", "denoiser"),
+        ],
+        (signal.SIGINT, "stage 1 of 2", "autoencoder"),
+    ),
 )
 def test_interrupted_with_everything_saved(call, tmp_path, number, line, stage):
     """Stopped in either stage, it says so in one line, and what there is can be used."""

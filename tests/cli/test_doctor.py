@@ -14,10 +14,9 @@ import threadpoolctl
 from tinyldm import backend, machine, threads
 from tinyldm.backend import DeviceError
 from tinyldm.cli import doctor
-from tinyldm.training import estimate as rehearsal
-from tinyldm.training import presets
+from tinyldm.training import estimate, presets
 from tinyldm.training.config import Config, Stage
-from tinyldm.training.estimate import Rehearsal
+from tinyldm.training.estimate import RunEstimate
 
 STAGE = Stage(batch=4, rate=1e-3, warmup=2, ema=0.9, steps=600)
 SMALL = Config(
@@ -31,7 +30,7 @@ SMALL = Config(
     groups=4,
     text_width=8,
 )
-DEMO = Rehearsal(
+DEMO = RunEstimate(
     step_seconds={"autoencoder": 0.12, "denoiser": 0.135},
     steps={"autoencoder": 600, "denoiser": 1390},
     encoding=20.0,
@@ -76,7 +75,7 @@ def patient(monkeypatch):
     monkeypatch.setattr(threadpoolctl, "threadpool_info", blas(2))
     monkeypatch.setattr(doctor, "sgemm", lambda: 200.0)
     monkeypatch.setattr(doctor, "sgemm_without", lambda name: 200.0)
-    monkeypatch.setattr(rehearsal, "rehearse", lambda *args: DEMO)
+    monkeypatch.setattr(estimate, "estimate_run", lambda *args: DEMO)
     return monkeypatch
 
 
@@ -198,19 +197,19 @@ def test_too_slow_for_the_demo(patient):
         step_seconds={"autoencoder": 0.3, "denoiser": 0.4},
         steps={"autoencoder": 240, "denoiser": 470},
     )
-    patient.setattr(rehearsal, "rehearse", lambda *args: slow)
+    patient.setattr(estimate, "estimate_run", lambda *args: slow)
     problem = the_problem()
     assert "less sharply" in problem and "600 + 1,400 steps" in problem
     assert problem.endswith("tinyldm train --minutes 13 --out runs/long")
 
 
 def test_too_little_memory(patient):
-    """The images, 0.13 GB, are not in memory yet as they are when a run is rehearsed."""
-    patient.setattr(rehearsal, "rehearse", lambda *args: replace(DEMO, free=820_000_000))
+    """The images, 0.13 GB, are not in memory yet as they are when a run is tried."""
+    patient.setattr(estimate, "estimate_run", lambda *args: replace(DEMO, free=820_000_000))
     assert the_problem().startswith("the demo needs 0.9 GB of memory and 0.8 GB are free: close")
-    patient.setattr(rehearsal, "rehearse", lambda *args: replace(DEMO, free=830_000_000))
+    patient.setattr(estimate, "estimate_run", lambda *args: replace(DEMO, free=830_000_000))
     assert doctor.examine().problems == []
-    patient.setattr(rehearsal, "rehearse", lambda *args: replace(DEMO, free=None))
+    patient.setattr(estimate, "estimate_run", lambda *args: replace(DEMO, free=None))
     assert doctor.examine().problems == []
 
 
@@ -228,7 +227,7 @@ def test_a_package_that_is_missing_or_broken(patient):
 
 
 def test_a_gpu_that_was_asked_for_but_is_not_there(patient):
-    patient.setattr(rehearsal, "rehearse", no_gpu())
+    patient.setattr(estimate, "estimate_run", no_gpu())
     assert "CuPy is not installed; pip install" in the_problem("cuda")
 
 
@@ -274,7 +273,7 @@ def test_what_is_said_of_gpus(monkeypatch):
 
 
 def test_this_machine(monkeypatch):
-    """On whatever it runs: the facts are there, and a small demo is really rehearsed."""
+    """On whatever it runs: the facts are there, and a small demo is really tried."""
     monkeypatch.setitem(presets.PRESETS, "demo", SMALL)
     monkeypatch.setattr(doctor, "sgemm", lambda: 100.0)
     report = doctor.examine()

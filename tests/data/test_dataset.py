@@ -64,4 +64,4 @@ def test_mirror_images():
     np.testing.assert_array_equal(both.images[2:], images[:, :, ::-1])
     assert both.captions == ["a", "b", "a", "b"]
     assert both.names == ["x", "y", "x, mirrored", "y, mirrored"]
-    assert (both.remarks, both.skipped) == (("a remark",), ("a file",))
+    assert (both.notes, both.skipped) == (("a remark",), ("a file",))

@@ -474,13 +474,13 @@ def test_what_is_said_of_a_folder(shelf):
     for name in ("a.tif", "b.tif", "Thumbs.db"):
         (shelf / name).write_bytes(b"")
     data = load_folder(shelf, 16)
-    assert data.remarks == (
+    assert data.notes == (
         "captions: 3 from metadata.jsonl, 2 from .txt files, "
         "1 from the name of a sub-folder, 1 images without one",
         "7 of 7 images are enlarged to 16 pixels",
         "files of other kinds, ignored: 2 .tif, 1 .db",
     )
-    assert load_folder(shelf, 12).remarks[1].startswith("files of other kinds")
+    assert load_folder(shelf, 12).notes[1].startswith("files of other kinds")
 
 
 def test_a_suffix_may_be_wrong(tmp_path):

@@ -70,7 +70,7 @@ def test_mnist(mnist):
     (folder / "labels.txt").write_text("\n".join(f"a digit {i}" for i in range(10)))
     assert load_arrays(files, 32).captions[0] == "a digit 3"
     assert load_arrays(files, 32).images.shape == (7, 32, 32, 3)
-    assert any("enlarged to 32" in remark for remark in load_arrays(files, 32).remarks)
+    assert any("enlarged to 32" in remark for remark in load_arrays(files, 32).notes)
 
 
 def test_mnist_unpacked_and_without_labels(mnist):

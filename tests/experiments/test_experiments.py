@@ -13,8 +13,7 @@ from PIL import Image
 from tinyldm.checkpoints.safetensors import load_metadata, load_weights, save_weights
 from tinyldm.diffusion import SAMPLERS
 from tinyldm.experiments import guidance, latent_vs_pixel, samplers, schedules, scoring, trained
-from tinyldm.training import estimate as rehearsal
-from tinyldm.training import presets, snapshots
+from tinyldm.training import estimate, presets, snapshots
 from tinyldm.training import run as runs
 from tinyldm.training.config import Stage
 from tinyldm.training.signals import Interruptible, Stopped
@@ -71,7 +70,7 @@ def small(monkeypatch):
     monkeypatch.setattr(latent_vs_pixel, "JUDGE_SECONDS", 0.2)
     steps = SimpleNamespace(steps={"autoencoder": 4, "denoiser": 4})
     for module in (latent_vs_pixel, schedules):
-        monkeypatch.setattr(module, "rehearse", lambda *args: steps)
+        monkeypatch.setattr(module, "estimate_run", lambda *args: steps)
 
 
 @pytest.mark.slow
@@ -91,6 +90,7 @@ def test_latent_vs_pixel(small, experiment, tmp_path):
     assert "| 1 | 4 | " in table and "(1.0×)" in table
 
 
+@pytest.mark.slow
 def test_guidance(folder, experiment, monkeypatch):
     for name, value in {"CAPTIONS": 8, "GUIDANCE": (1, 2, 8), "RESCALED": (8,)}.items():
         monkeypatch.setattr(guidance, name, value)
@@ -149,6 +149,7 @@ def test_without_guidance_a_prediction_is_one_call(folder):
     assert pipeline.seen == 3 * 4
 
 
+@pytest.mark.slow
 def test_schedules(experiment, monkeypatch, tmp_path, call):
     trials = [
         ("zero_snr", "v_prediction", "simple"), ("linear", "epsilon", "min-snr"),
@@ -156,7 +157,7 @@ def test_schedules(experiment, monkeypatch, tmp_path, call):
     ]  # fmt: skip
     for name, value in {"BASE": TINY, "CAPTIONS": 9, "TRIALS": trials}.items():
         monkeypatch.setattr(schedules, name, value)
-    monkeypatch.setattr(rehearsal, "_steps", lambda stage, seconds: 2)
+    monkeypatch.setattr(estimate, "_steps", lambda stage, seconds: 2)
     names = "signal-to-noise.png", "samples.png"
     rows = experiment("schedules", "--seconds", 1, images=names)
     assert [(row["schedule"], row["prediction"], row["weighting"]) for row in rows] == trials

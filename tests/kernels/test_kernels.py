@@ -22,8 +22,8 @@ from strategies import (
     KERNEL_CALLS,
     LAYOUTS,
     NATURAL,
-    in_pieces,
-    piece_sizes,
+    block_sizes,
+    in_blocks,
     random_array,
 )
 
@@ -95,31 +95,31 @@ def test_every_file_of_kernels_is_imported():
 
 @every_kernel
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@given(data=st.data(), piece=piece_sizes)
-def test_a_kernel_gives_what_its_twin_gives(twin, name, dtype, data, piece):
+@given(data=st.data(), block=block_sizes)
+def test_a_kernel_gives_what_its_twin_gives(twin, name, dtype, data, block):
     call = data.draw(KERNEL_CALLS[twin, name])
     with plain():
         expected = results(plain_twin(twin), call, dtype)
-    with in_pieces(piece):
+    with in_blocks(block):
         found = results(call.function, call, dtype)
     assert_same(found, expected, TOLERANCE[dtype])
 
 
 @every_kernel
-@given(data=st.data(), piece=piece_sizes)
-def test_gradients(twin, name, data, piece):
+@given(data=st.data(), block=block_sizes)
+def test_gradients(twin, name, data, block):
     call = data.draw(KERNEL_CALLS[twin, name])
-    with in_pieces(piece):
+    with in_blocks(block):
         check(call, call.arrays(), tol=1e-12)
 
 
 @every_kernel
 @given(data=st.data())
-def test_the_size_of_the_pieces_moves_only_the_rounding(twin, name, data):
+def test_the_size_of_the_blocks_moves_only_the_rounding(twin, name, data):
     call = data.draw(KERNEL_CALLS[twin, name])
     whole = results(call.function, call)
-    for piece in (1, 200, 2000):
-        with in_pieces(piece):
+    for block in (1, 200, 2000):
+        with in_blocks(block):
             assert_same(results(call.function, call), whole, tol=1e-13)
 
 
@@ -274,5 +274,5 @@ def test_by_default_a_block_of_attention_is_what_fits_the_cache():
     rng = np.random.default_rng(0)
     q, k, v = (random_array(rng, (2, 5, 4)) for _ in range(3))
     expected, _ = attention(q, k, v, 2)
-    with in_pieces(7):
+    with in_blocks(7):
         assert_near(attention(q, k, v, 2)[0], expected)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from linear_problem import assert_same, loss_fn, problem
 from threadpoolctl import threadpool_info
 
-from tinyldm.kernels.cpu import processes as team_module
+from tinyldm.kernels.cpu import processes as processes_module
 from tinyldm.kernels.cpu.flat import Flat
-from tinyldm.kernels.cpu.processes import TeamError, available, shared, team
+from tinyldm.kernels.cpu.processes import WorkerError, available, shared, worker_pool
 from tinyldm.nn import no_grad
 from tinyldm.nn.activations import silu
 from tinyldm.threads import cores, free_cores, map_threads
@@ -35,7 +35,7 @@ def children():
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_each_share_is_done_once_in_its_own_process(size):
-    with team(lambda a, b: (a + b, os.getpid()), size) as call:
+    with worker_pool(lambda a, b: (a + b, os.getpid()), size) as call:
         for _ in range(3):
             results = call([(i, 10.0) for i in range(size)])
             assert [result for result, _ in results] == [i + 10.0 for i in range(size)]
@@ -48,13 +48,13 @@ def test_each_share_is_done_once_in_its_own_process(size):
 def test_arrays_come_and_go_whole():
     rng = np.random.default_rng(0)
     shares = [(rng.normal(size=(50, 40)), rng.normal(size=(40, 30))) for _ in range(2)]
-    with team(np.matmul, 2) as call:
+    with worker_pool(np.matmul, 2) as call:
         for found, (a, b) in zip(call(shares), shares, strict=True):
             assert np.array_equal(found, a @ b)
 
 
 def test_no_core_is_free_in_a_team():
-    with team(lambda: free_cores(), 2) as call:
+    with worker_pool(lambda: free_cores(), 2) as call:
         assert free_cores() == 1
         assert call([(), ()]) == [1, 1]
     assert free_cores() == cores()
@@ -67,7 +67,7 @@ def test_shared_arrays_are_seen_by_all_and_others_are_not():
         here[:], both[:] = value, both + value
         return both.copy()
 
-    with team(work, 2) as call:
+    with worker_pool(work, 2) as call:
         both[:] = 5
         _, there = call([(0.0,), (2.0,)])
         assert np.array_equal(there, both) and (both >= 5).all() and both[0] in (5.0, 7.0)
@@ -82,14 +82,14 @@ def test_blas_has_one_thread_in_every_process_and_pools_are_not_used():
 
     map_threads(lambda _: None, range(2))  # the pool exists, and its threads are not copied
     before = threads(0)
-    with team(threads, 2) as call:
+    with worker_pool(threads, 2) as call:
         here, there = call([(0,), (0,)])
         assert here == there == ({1}, 1)
     assert threads(0)[0] == before[0]
 
 
 def test_the_state_of_no_grad_is_that_of_the_caller():
-    with no_grad(), team(lambda x: silu(x)[1] is None, 2) as call:
+    with no_grad(), worker_pool(lambda x: silu(x)[1] is None, 2) as call:
         assert call([(np.ones(2),), (np.ones(2),)]) == [True, True]
 
 
@@ -100,7 +100,7 @@ def test_an_error_is_raised_here_and_the_team_goes_on(failing):
             raise ValueError(f"share {i}")
         return i
 
-    with team(work, 3) as call:
+    with worker_pool(work, 3) as call:
         with pytest.raises(ValueError, match=f"^share {failing}$"):
             call([(0,), (1,), (2,)])
         assert call([(5,), (6,), (7,)]) == [5, 6, 7]
@@ -108,17 +108,17 @@ def test_an_error_is_raised_here_and_the_team_goes_on(failing):
 
 
 def test_a_process_that_was_killed_is_told_of():
-    with team(lambda: os.getpid(), 2) as call:
+    with worker_pool(lambda: os.getpid(), 2) as call:
         _, process = call([(), ()])
         os.kill(process, signal.SIGKILL)
-        with pytest.raises(TeamError, match="killed, or memory was short"):
+        with pytest.raises(WorkerError, match="killed, or memory was short"):
             for _ in range(3):
                 call([(), ()])
     assert not children()
 
 
 def test_a_stop_from_the_terminal_is_left_to_the_first_process():
-    with team(lambda: os.getpid(), 2) as call:
+    with worker_pool(lambda: os.getpid(), 2) as call:
         _, process = call([(), ()])
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(process, number)
@@ -132,7 +132,7 @@ def test_nothing_stays_when_the_block_is_left_in_the_middle_of_work():
         time.sleep(60)
 
     started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), team(work, 2) as call:
+    with pytest.raises(KeyboardInterrupt), worker_pool(work, 2) as call:
         call([(0,), (1,)])
     assert not children()
     assert time.monotonic() - started < 30
@@ -141,8 +141,8 @@ def test_nothing_stays_when_the_block_is_left_in_the_middle_of_work():
 def test_the_others_end_when_the_first_process_is_killed():
     code = (
         "import os, time\n"
-        "from tinyldm.kernels.cpu.processes import team\n"
-        "with team(os.getpid, 2) as call:\n"
+        "from tinyldm.kernels.cpu.processes import worker_pool\n"
+        "with worker_pool(os.getpid, 2) as call:\n"
         "    print(call([(), ()])[1], flush=True)\n"
         "    time.sleep(60)\n"
     )
@@ -168,7 +168,7 @@ def state_of(process):
 
 
 def test_there_is_no_team_where_another_thread_could_hold_a_lock(monkeypatch):
-    monkeypatch.setattr(team_module, "cores", lambda: 3)
+    monkeypatch.setattr(processes_module, "cores", lambda: 3)
     map_threads(lambda _: None, range(2))  # ours wait idle
     assert available() == 3, threading.enumerate()
     done = threading.Event()
@@ -179,20 +179,20 @@ def test_there_is_no_team_where_another_thread_could_hold_a_lock(monkeypatch):
     finally:
         done.set()
         other.join()
-    monkeypatch.setattr(team_module.sys, "platform", "win32")
+    monkeypatch.setattr(processes_module.sys, "platform", "win32")
     assert available() == 1
 
 
 @pytest.mark.parametrize("preset, expected", [("1", 1), ("5", 5), ("", 3)])
 def test_the_number_of_processes_can_be_set(monkeypatch, preset, expected):
-    monkeypatch.setattr(team_module, "cores", lambda: 3)
-    monkeypatch.setenv(team_module.PRESET, preset)
+    monkeypatch.setattr(processes_module, "cores", lambda: 3)
+    monkeypatch.setenv(processes_module.PRESET, preset)
     assert available() == expected
 
 
 @pytest.mark.parametrize("preset", ["0", "-1", "two", "1.5"])
 def test_a_number_of_processes_that_is_none_is_refused(monkeypatch, preset):
-    monkeypatch.setenv(team_module.PRESET, preset)
+    monkeypatch.setenv(processes_module.PRESET, preset)
     with pytest.raises(ValueError, match=f"TINYLDM_PROCESSES: expected .* found '{preset}'"):
         available()
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import in_pieces, random_array, seeds
+from strategies import in_blocks, random_array, seeds
 
 from tinyldm.kernels.cpu import winograd
 from tinyldm.kernels.im2col import im2col
@@ -58,7 +58,7 @@ def test_the_number_of_kernels_at_a_time_moves_only_the_rounding(conv2d, seed, c
     rng = np.random.default_rng(seed)
     x, w, b = (random_array(rng, shape) for shape in [(1, 2, 2, 3), (3, 3, 3, c_out), (c_out,)])
     y, backward = conv2d(x, w, b)
-    with in_pieces(size):
+    with in_blocks(size):
         y_cut, backward_cut = conv2d(x, w, b)
         gradients_cut = backward_cut(y)
     for z, z_cut in zip((y, *backward(y)), (y_cut, *gradients_cut), strict=True):

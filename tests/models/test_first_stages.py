@@ -15,7 +15,7 @@ from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training import codebook, loop, overfit, presets
 from tinyldm.training import run as runs
 from tinyldm.training.config import Config
-from tinyldm.training.estimate import rehearse
+from tinyldm.training.estimate import estimate_run
 from tinyldm.training.losses import autoencoder_loss
 from tinyldm.training.state import State, load_state
 
@@ -76,9 +76,9 @@ def test_stopped_and_resumed_the_bytes_are_the_same(kind, step, tmp_path, monkey
     assert_goes_on_alike(CONFIGS[kind], step, tmp_path, monkeypatch)
 
 
-def test_without_a_first_stage_none_is_rehearsed():
-    rehearsal = rehearse(CONFIGS["none"], 10)
-    assert rehearsal.step_seconds.keys() == {"denoiser"} and rehearsal.seconds > 0
+def test_without_a_first_stage_none_is_tried():
+    estimate = estimate_run(CONFIGS["none"], 10)
+    assert estimate.step_seconds.keys() == {"denoiser"} and estimate.seconds > 0
 
 
 def test_an_unknown_first_stage_is_named():
@@ -109,7 +109,7 @@ def test_dead_codes_begin_again_at_latents():
     state = State(CONFIG, "autoencoder", params, None, "")
     state.moments["m"][vae.quantize.weight][...] = 1
     state.moments["v"][vae.quantize.weight][...] = 1
-    revived = codebook.revive(vae, state, pixels, np.random.default_rng(0))
+    revived = codebook.reinitialise_dead_codes(vae, state, pixels, np.random.default_rng(0))
     assert revived == 5
     found = state.params[vae.quantize.weight]
     np.testing.assert_array_equal(found[2], table[2])
@@ -118,7 +118,7 @@ def test_dead_codes_begin_again_at_latents():
     np.testing.assert_array_equal(state.average[vae.quantize.weight], found)
     for moment in state.moments.values():
         assert moment[vae.quantize.weight][:, 0].tolist() == [0, 0, 1, 0, 0, 0]
-    assert codebook.revive(vae, state, pixels, np.random.default_rng(1)) < 5
+    assert codebook.reinitialise_dead_codes(vae, state, pixels, np.random.default_rng(1)) < 5
 
 
 def test_codes_are_revived_in_the_first_half(monkeypatch):
@@ -142,6 +142,7 @@ def test_states_of_before_are_read(tmp_path, monkeypatch):
     assert state.config.autoencoder == STAGE
 
 
+@pytest.mark.slow
 def test_flipped_and_in_parts(call, tmp_path, monkeypatch):
     """From the command line: as many images again, and the same loss by other rounding.
 

@@ -212,9 +212,9 @@ def test_token_ids_and_hidden_states_are_those_of_transformers(pair):
     texts = [*PROMPTS, NEGATIVE, "", "it's the 3rd café!"]
     expected = theirs.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
     assert ours.tokenizer(texts).tolist() == expected.input_ids.tolist()
-    hidden = theirs.text_encoder(expected.input_ids)[0].detach().numpy()
-    assert abs(hidden).max() > 0.5
-    np.testing.assert_allclose(ours.embed(texts), hidden, rtol=0, atol=1e-5)
+    mask = theirs.text_encoder(expected.input_ids)[0].detach().numpy()
+    assert abs(mask).max() > 0.5
+    np.testing.assert_allclose(ours.embed(texts), mask, rtol=0, atol=1e-5)
 
 
 def test_what_diffusers_reads_is_what_the_file_says(trained):

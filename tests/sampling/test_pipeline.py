@@ -109,7 +109,7 @@ def test_an_image_does_not_depend_on_its_company(pipe, sampler, n):
     assert len({image.tobytes() for image in together}) == len(PROMPTS)
 
 
-@pytest.mark.parametrize("processes", ["", "1", "2", "3"])
+@pytest.mark.parametrize("processes", mostly_slow(["", "1", "2", "3"], "", "2"))
 @pytest.mark.parametrize("n, at_once", [(1, 64), (2, 64), (7, 1), (7, 2), (7, 64)])
 def test_steps_with_a_fixed_context_predict_what_single_calls_do(
     pipe, monkeypatch, processes, n, at_once
@@ -159,7 +159,7 @@ def test_start_noise_is_that_of_seed_and_index(pipe, monkeypatch, sampler, n):
     np.testing.assert_array_equal(seen[0], start_noise(n, 9))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", mostly_slow(SAMPLERS, "ddim", "heun"))
 def test_given_latents_replace_the_start_noise_and_nothing_else(pipe, sampler):
     """Noise on the way is not that of the start again: the stream goes on behind it."""
     usual = generate(pipe, PROMPTS[:2], sampler=sampler, seed=4)

@@ -17,8 +17,8 @@ from small_run import (
     STEPS,
     assert_goes_on_alike,
     silent,
+    without_estimate,
     without_images,
-    without_rehearsal,
 )
 
 from tinyldm.cli import evaluate as commands
@@ -35,7 +35,7 @@ from tinyldm.sampling.init_image import Scene
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.sampling.tasks import (
     TASKS,
-    channels_beside,
+    concat_channels,
     random_masks,
     reduced,
     stretched,
@@ -44,7 +44,7 @@ from tinyldm.sampling.tasks import (
 )
 from tinyldm.training import overfit
 from tinyldm.training import run as runs
-from tinyldm.training.latents import beside
+from tinyldm.training.latents import conditioner
 from tinyldm.training.networks import Models, denoiser_loss
 from tinyldm.training.preparation import load_data
 from tinyldm.training.state import load_state
@@ -112,8 +112,8 @@ def test_the_box_holds_the_shape_and_little_else(seed):
 def test_channels_say_the_task():
     for task in TASKS:
         said = task if task in TASKS[2:] else None
-        assert task_of(4 + channels_beside(task, 4), 4, said) == task
-    assert [channels_beside(task, 4) for task in TASKS] == [0, 5, 4, 4, 4]
+        assert task_of(4 + concat_channels(task, 4), 4, said) == task
+    assert [concat_channels(task, 4) for task in TASKS] == [0, 5, 4, 4, 4]
     assert [times_larger(task) for task in TASKS] == [1, 1, 2, 4, 1]
     for channels, said in ((8, None), (7, None), (8, "inpainting"), (7, "layout")):
         with pytest.raises(ConfigError, match=f"in_channels = {channels} is not implemented"):
@@ -128,25 +128,27 @@ def test_an_example_of_each_task(task):
     scene = Scene.example(task, images, maps, np.random.default_rng(0))
     if task == "inpainting":
         np.testing.assert_array_equal(scene.images, images)
-        assert scene.hidden.any(axis=(1, 2)).all()
+        assert scene.mask.any(axis=(1, 2)).all()
     else:
-        assert scene.hidden is None and scene.images.shape == images.shape
+        assert scene.mask is None and scene.images.shape == images.shape
     if task == "layout":
         np.testing.assert_array_equal(scene.images, maps)
     if task.startswith("upscaling"):
         small = reduced(images, times_larger(task))
-        given = [Image.fromarray(image) for image in small]
+        task_input = [Image.fromarray(image) for image in small]
         recipe = type("Recipe", (), {"prompts": "abc", "height": 16, "width": 16})
-        np.testing.assert_array_equal(Scene.of(given, None, recipe, task).images, scene.images)
+        np.testing.assert_array_equal(Scene.of(task_input, None, recipe, task).images, scene.images)
 
 
 def test_the_u_net_sees_hidden_parts_as_grey_and_knows_where():
     images, _ = make_shapes(2, 16, 0)
-    hidden = np.zeros((2, 16, 16), bool)
-    hidden[:, 4:10, :6] = True
-    seen = Scene(images, hidden).beside("inpainting", lambda pixels: pixels[:, ::2, ::2], 2)
+    mask = np.zeros((2, 16, 16), bool)
+    mask[:, 4:10, :6] = True
+    seen = Scene(images, mask).concat_conditioning(
+        "inpainting", lambda pixels: pixels[:, ::2, ::2], 2
+    )
     assert seen.shape == (2, 8, 8, 4)
-    np.testing.assert_array_equal(seen[..., 0], hidden[:, ::2, ::2])
+    np.testing.assert_array_equal(seen[..., 0], mask[:, ::2, ::2])
     assert (seen[:, 2:5, :3, 1:] == 0).all()
     np.testing.assert_allclose(seen[:, 5:, :, 1:], images[:, 10::2, ::2] / 127.5 - 1, atol=1e-6)
 
@@ -160,20 +162,21 @@ def test_masks_smaller_than_a_latent_are_harmless_in_training(tmp_path, monkeypa
     widths = (4, 4, 8, 8)  # f = 8 of 16 pixels, of which a mask may be four
     config = dataclasses.replace(CONFIGS["inpainting"], vae_widths=widths)
     runs.train(tmp_path / "run", config, say=silent)
-    hidden = np.zeros((1, 16, 16), bool)
-    hidden[0, 1:5, 1:5] = True
-    scene = Scene(np.zeros((1, 16, 16, 3), np.uint8), hidden)
-    assert not scene.hidden_latents(8).any()
+    mask = np.zeros((1, 16, 16), bool)
+    mask[0, 1:5, 1:5] = True
+    scene = Scene(np.zeros((1, 16, 16, 3), np.uint8), mask)
+    assert not scene.latent_mask(8).any()
 
 
+@pytest.mark.slow
 def test_gradients_of_the_loss(task):
     tokenizer = Tokenizer.train(["a cat"] * 2, 600, CONFIG.tokens)
     models = Models(CONFIGS[task], tokenizer)
     params = random_params(models.unet.shapes() | models.text.shapes(), task)
-    beside = channels_beside(task, 4)
-    assert params["conv_in.weight"].shape[2] == 4 + beside
+    conditioner = concat_channels(task, 4)
+    assert params["conv_in.weight"].shape[2] == 4 + conditioner
     z, noise = numbers("z", 2, 4, 4, 4), numbers("noise", 2, 4, 4, 4)
-    seen, t = numbers("seen", 2, 4, 4, beside), np.array([10, 800])
+    seen, t = numbers("seen", 2, 4, 4, conditioner), np.array([10, 800])
     ids = tokenizer(["a cat", ""])
     loss_fn = denoiser_loss(models, lambda shown: shown)
     check_loss(loss_fn, params, {}, (z, noise, ids, t, seen))
@@ -188,7 +191,7 @@ def trained(tmp_path_factory):
         if task not in found:
             run = tmp_path_factory.mktemp("tasks") / task
             with pytest.MonkeyPatch.context() as patch:
-                without_rehearsal(patch)
+                without_estimate(patch)
                 found[task] = run, runs.train(run, CONFIGS[task], say=silent)
         return found[task]
 
@@ -200,15 +203,15 @@ def batches(task, run):
     models = Models(config, state.tokenizer)
     training, held_out = commands.split(load_data(config), config)
     batch_at, _ = runs.Run(run, state, models, training, held_out, "cpu", silent).latent_batches()
-    return batch_at, beside(state, models), training
+    return batch_at, conditioner(state, models), training
 
 
 def test_in_training_the_u_net_sees_what_it_sees_later(task, trained):
     """What is beside the latents of a batch is what the pipeline makes of the same images."""
     run, pipeline = trained(task)
-    batch_at, beside_of, training = batches(task, run)
+    batch_at, conditioner_of, training = batches(task, run)
     z, _, _, _, *shown = batch_at(3)
-    seen = beside_of(*shown)
+    seen = conditioner_of(*shown)
     rng = np.random.default_rng((CONFIG.seed, 4, 3))
     chosen = rng.integers(0, len(training), 4)
     some = training.pick(chosen)
@@ -216,7 +219,7 @@ def test_in_training_the_u_net_sees_what_it_sees_later(task, trained):
         rng.standard_normal((2, *z.shape), dtype=np.float32)
         rng.integers(0, 1000, 4), rng.random(4)
     scene = Scene.example(task, some.images, some.maps, rng)
-    expected = scene.beside(task, pipeline.to_latents, pipeline.vae.factor)
+    expected = scene.concat_conditioning(task, pipeline.to_latents, pipeline.vae.factor)
     np.testing.assert_allclose(seen, expected, rtol=0, atol=1e-5)
     for one, other in zip(batch_at(3), batch_at(3), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -229,8 +232,8 @@ def test_a_run_leaves_a_model_that_does_its_task(task, trained):
     side = 16 // times_larger(task)
     image = Image.fromarray(make_shapes(1, 16, 3)[0][0]).resize((side, side))
     mask = Image.fromarray(np.eye(16, dtype=np.uint8)[::-1].cumsum(1, dtype=np.uint8) * 255)
-    given = {"image": image} | ({"mask": mask} if task == "inpainting" else {})
-    (one,), (other,) = pipeline(CAPTION, **given), loaded(CAPTION, **given)
+    task_input = {"image": image} | ({"mask": mask} if task == "inpainting" else {})
+    (one,), (other,) = pipeline(CAPTION, **task_input), loaded(CAPTION, **task_input)
     assert one.tobytes() == other.tobytes() and one.size == (16, 16)
     index = json.loads((run / "model_index.json").read_text())
     usual = "StableDiffusionInpaintPipeline" if task == "inpainting" else "TinyLDMPipeline"
@@ -250,6 +253,7 @@ def test_stopped_and_resumed_the_bytes_are_the_same(task, tmp_path, monkeypatch)
     assert_goes_on_alike(CONFIGS[task], STEPS + 2, tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_task_with_each_first_stage_and_condition(tmp_path, monkeypatch):
     without_images(monkeypatch)
     for i, changes in enumerate(
@@ -264,14 +268,14 @@ def test_a_task_with_each_first_stage_and_condition(tmp_path, monkeypatch):
         pipeline = Pipeline.load(run)
         assert pipeline.task == changes["task"]
         prompt = {"none": ""}.get(changes["condition"], "square")
-        given = {"image": Image.new("RGB", (16, 16), "red")}
+        task_input = {"image": Image.new("RGB", (16, 16), "red")}
         if changes["task"] == "inpainting":
             mask = np.zeros((16, 16), np.uint8)
             mask[4:12, 4:12] = 255
-            given["mask"] = Image.fromarray(mask)
+            task_input["mask"] = Image.fromarray(mask)
         (one,), (other,) = (
-            pipeline(prompt, size=16, **given | {"image": image})
-            for image in (given["image"], Image.new("RGB", (16, 16), "white"))
+            pipeline(prompt, size=16, **task_input | {"image": image})
+            for image in (task_input["image"], Image.new("RGB", (16, 16), "white"))
         )
         assert one.size == (16, 16)
         # What is given decides what is generated: a U-Net that begins with zeros in its last
@@ -332,10 +336,10 @@ def test_scoring_a_task(task, trained):
     assert found["name"] == task and set(result["seen"]) > {"colour", "all"}
     assert task in table(result) and "held_out" not in result
     truth = held_out.pick([i % len(held_out) for i in range(4)])
-    scene = scenes.given(task, truth, shapes=True)
+    scene = scenes.task_input(task, truth, shapes=True)
     generated = scenes.generate(pipeline, list(truth.captions), scene, seed=metrics.SEED)
     if task == "inpainting":
-        seen = ~scene.hidden[..., None]
+        seen = ~scene.mask[..., None]
         expected = psnr(generated * seen, truth.images * seen)
         assert math.isclose(found["psnr_seen"], expected)
     else:
@@ -361,12 +365,12 @@ def test_a_perfect_model_scores_best(monkeypatch, trained):
 def test_the_hidden_part_of_shapes_is_the_shape():
     images, captions = make_shapes(8, 32, 0)
     data = Dataset(images, captions, captions)
-    scene = scenes.given("inpainting", data, shapes=True)
-    shown = scenes.as_shown(scene)
+    scene = scenes.task_input("inpainting", data, shapes=True)
+    shown = scenes.masked_images(scene)
     for i in range(8):
         ground = data.images[i, 0, 0]
-        assert (shown[i][~scene.hidden[i]] == ground).all()
-    assert scenes.given("generation", data) is None
+        assert (shown[i][~scene.mask[i]] == ground).all()
+    assert scenes.task_input("generation", data) is None
 
 
 # -------------------------------------------------------------------------------------- own layouts
@@ -427,6 +431,7 @@ def test_overfitting_learns_of_all_classes(tmp_path):
     assert set(losses) == {"autoencoder", "denoiser"}
 
 
+@pytest.mark.slow
 def test_classes_that_sound_like_shapes_are_not_read_back(tmp_path):
     """A folder of one's own: nothing is scored, whatever its images are called."""
     rng = np.random.default_rng(0)

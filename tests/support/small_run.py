@@ -39,13 +39,13 @@ def without_images(monkeypatch):
     for name in ("data", "first_stage", "finished"):
         monkeypatch.setattr(snapshots, name, lambda *args: None)
     monkeypatch.setattr(snapshots, "SHARES", ())
-    without_rehearsal(monkeypatch)
+    without_estimate(monkeypatch)
 
 
-def without_rehearsal(monkeypatch):
+def without_estimate(monkeypatch):
     """Nothing is said of time and memory, which takes longer to measure than these runs take."""
     monkeypatch.setattr(
-        runs, "rehearse", lambda *args: SimpleNamespace(announce=lambda say: None, hopeless=False)
+        runs, "estimate_run", lambda *_: SimpleNamespace(announce=lambda _: None, cannot_fit=False)
     )
 
 

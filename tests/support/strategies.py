@@ -361,17 +361,17 @@ KERNEL_CALLS = {
 }
 
 
-# ------------------------------------------------------------------------------- pieces and layouts
+# ------------------------------------------------------------------------------- blocks and layouts
 
-# How much of an array is worked on at a time. At 1 every loop over pieces takes its smallest steps.
-piece_sizes = st.sampled_from([1, 50, 500, None])
+# How much of an array is worked on at a time. At 1 every loop over blocks takes its smallest steps.
+block_sizes = st.sampled_from([1, 50, 500, None])
 
 
 @contextlib.contextmanager
-def in_pieces(size):
-    """Cut all work of the kernels into pieces of `size` elements or bytes; None changes nothing."""
+def in_blocks(size):
+    """Cut all work of the kernels into blocks of `size` elements or bytes; None changes nothing."""
     limits = [
-        *((blocking, name) for name in ("PIECE", "WORTH_THREADS")),
+        *((blocking, name) for name in ("BLOCK", "WORTH_THREADS")),
         *((im2col, name) for name in ("BLOCK_BYTES", "WEIGHT_BLOCK_BYTES")),
         *((winograd, name) for name in ("BLOCK_BYTES", "WEIGHT_BLOCK_BYTES")),
         *((winograd, name) for name in ("KERNEL_BYTES", "LEAST_TILES", "LEAST_COLUMNS")),

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 from hypothesis import given
+from slow import mostly_slow
 from strategies import seeds
 
 from tinyldm.nn.activations import silu
@@ -276,7 +277,7 @@ def test_nan_is_not_a_gradient(x):
             check_gradients(spoiled, [x, x])
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", mostly_slow(range(20), 0, 1, 2))
 def test_one_entry_of_a_million_that_is_one_percent_wrong(seed):
     rng = np.random.default_rng(seed)
     x = rng.uniform(0.5, 1.5, 1_000_000) * rng.choice([-1, 1], 1_000_000)

@@ -25,13 +25,13 @@ from tinyldm.nn.protocol import KERNELS
 from tinyldm.testing import GradientError
 from tinyldm.training.losses import autoencoder_loss, squared_error
 
-SMALL = 20  # elements or bytes at a time: several pieces even of small arrays
+SMALL = 20  # elements or bytes at a time: several blocks even of small arrays
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
+def small_blocks(monkeypatch):
     """No real kernel stands in for what is planted, and the planted ones cut even small arrays."""
-    monkeypatch.setattr(blocking, "PIECE", SMALL)
+    monkeypatch.setattr(blocking, "BLOCK", SMALL)
     with plain():
         yield
 
@@ -726,7 +726,7 @@ FAULTS = {
         ("attention: scale of dq lost", "        dqs *= scale\n", ""),
         (
             "attention: no causal mask on the way back",
-            "if causal:\n                    p += _hidden(xp, ls, m)\n                xp.exp",
+            "if causal:\n                    p += _causal_mask(xp, ls, m)\n                xp.exp",
             "xp.exp",
         ),
         (

@@ -127,7 +127,7 @@ def small_batches():
 
 
 @pytest.fixture(scope="module")
-def judge(shapes):
+def trained_classifier(shapes):
     return fit_classifier(shapes.training, shapes.held_out, steps=60, data="abc", say=silent)
 
 
@@ -150,9 +150,9 @@ def test_gradients_of_the_loss():
 
 
 @pytest.mark.slow
-def test_it_learns(judge):
-    assert judge.notes.accuracy > 0.6
-    assert judge.notes.config["classes"] == {"caption": sorted(COLOURS)}
+def test_it_learns(trained_classifier):
+    assert trained_classifier.notes.accuracy > 0.6
+    assert trained_classifier.notes.config["classes"] == {"caption": sorted(COLOURS)}
 
 
 def test_equal_seeds_and_steps_give_equal_weights(shapes):
@@ -165,11 +165,13 @@ def test_equal_seeds_and_steps_give_equal_weights(shapes):
     assert not any(np.array_equal(one[name], other[name]) for name in one if "norm" not in name)
 
 
-def test_features_tell_true_images_from_others(judge, shapes):
+def test_features_tell_true_images_from_others(trained_classifier, shapes):
     """Held-out images on red are near to the training's images on red; those on orange not."""
 
     def features(data, colour):
-        return judge.features(data.images[[caption == colour for caption in data.captions]])
+        return trained_classifier.features(
+            data.images[[caption == colour for caption in data.captions]]
+        )
 
     real, unseen = features(shapes.training, "red"), features(shapes.held_out, "red")
     wrong = features(shapes.held_out, "orange")
@@ -214,12 +216,12 @@ def test_a_caption_that_training_never_saw_is_never_right():
 # ----------------------------------------------------------------------------------------- its file
 
 
-def test_round_trip(judge, shapes, tmp_path):
-    save_classifier(tmp_path / FILE, judge)
+def test_round_trip(trained_classifier, shapes, tmp_path):
+    save_classifier(tmp_path / FILE, trained_classifier)
     loaded = load_classifier(tmp_path / FILE)
-    assert loaded.notes == judge.notes
+    assert loaded.notes == trained_classifier.notes
     images = shapes.held_out.images[:5]
-    np.testing.assert_array_equal(loaded.features(images), judge.features(images))
+    np.testing.assert_array_equal(loaded.features(images), trained_classifier.features(images))
     assert [path.name for path in (tmp_path / "training").iterdir()] == ["classifier.safetensors"]
 
 
@@ -277,8 +279,8 @@ def rewrite(change):
         (rewrite(lambda params, notes: params.pop("conv_in.bias")), "missing .1.: conv_in.bias"),
     ],
 )
-def test_a_damaged_file_gets_one_line(judge, tmp_path, spoil, message):
-    save_classifier(tmp_path / "a", judge)
+def test_a_damaged_file_gets_one_line(trained_classifier, tmp_path, spoil, message):
+    save_classifier(tmp_path / "a", trained_classifier)
     spoil(tmp_path / "a")
     with pytest.raises(WeightsError, match=message) as caught:
         load_classifier(tmp_path / "a")
@@ -294,10 +296,10 @@ def test_oblong_and_tiny_images():
         images = rng.integers(0, 256, (12, *sides, 3), np.uint8)
         data = Dataset(images, ["a", "b"] * 6, [""] * 12)
         said = []
-        judge = fit_classifier(data, data.pick([0, 1]), steps=1, say=said.append)
-        assert bool(judge) == fits and said
-        if judge:
-            assert judge.features(images[:3]).shape[0] == 3
+        trained_classifier = fit_classifier(data, data.pick([0, 1]), steps=1, say=said.append)
+        assert bool(trained_classifier) == fits and said
+        if trained_classifier:
+            assert trained_classifier.features(images[:3]).shape[0] == 3
 
 
 def test_captions_and_classes_of_shapes_mixed():
@@ -310,8 +312,8 @@ def test_a_network_for_a_perceptual_loss():
     """Its maps, of images in −1…1, with the gradient of the images alone."""
     images, captions = make_shapes(24, 16, 0)
     data = Dataset(images, [Attributes.parse(caption).shape for caption in captions], captions)
-    judge = fit_classifier(data, data.pick([0, 1]), steps=1, say=lambda line: None)
-    distance = perceptual_loss(judge.maps)
+    trained_classifier = fit_classifier(data, data.pick([0, 1]), steps=1, say=lambda line: None)
+    distance = perceptual_loss(trained_classifier.maps)
     x, y = from_uint8(images[:2]), from_uint8(images[2:4])
     loss, backward = distance(x, y)
     dx = backward()
@@ -321,16 +323,17 @@ def test_a_network_for_a_perceptual_loss():
     assert closer < loss
 
 
+@pytest.mark.slow
 def test_a_run_with_a_perceptual_loss_on_it(tmp_path, monkeypatch):
     """As the README shows it: the first stage learns from the run's own classifier, too."""
     without_images(monkeypatch)
     config = dataclasses.replace(CONFIG, images=64, condition="class-token", perceptual=0.1)
     training, held_out = split(load_data(config), config)
-    judge = fit_classifier(training, held_out, steps=1, say=lambda line: None)
+    trained_classifier = fit_classifier(training, held_out, steps=1, say=lambda line: None)
     pipelines = [
         train(tmp_path / str(weight), dataclasses.replace(config, perceptual=weight), "cpu", False,
               lambda line: None, features)
-        for weight, features in ((0.1, judge.maps), (0.0, None))
+        for weight, features in ((0.1, trained_classifier.maps), (0.0, None))
     ]  # fmt: skip
     one, other = (pipeline.params["vae"] for pipeline in pipelines)
     assert any((one[name] != other[name]).any() for name in one)

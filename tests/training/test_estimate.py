@@ -1,4 +1,4 @@
-"""What a run will take: the shapes that are rehearsed, and what is made of the measurements."""
+"""What a run will take: the shapes that are tried, and what is made of the measurements."""
 
 import dataclasses
 import tracemalloc
@@ -11,9 +11,9 @@ from tinyldm import backend, threads
 from tinyldm.backend import DeviceError
 from tinyldm.models import Tokenizer
 from tinyldm.nn import no_grad
-from tinyldm.training import estimate as rehearsal
+from tinyldm.training import estimate
 from tinyldm.training.config import Config, Stage
-from tinyldm.training.estimate import Rehearsal, duration, gigabytes, rehearse
+from tinyldm.training.estimate import RunEstimate, duration, estimate_run, gigabytes
 from tinyldm.training.networks import Models
 
 STAGE = Stage(batch=4, rate=1e-3, warmup=2, ema=0.9, steps=6)
@@ -30,15 +30,20 @@ CONFIG = Config(
 )
 
 
+@pytest.fixture(autouse=True)
+def short_estimate():
+    """Here it is as long as it is."""
+
+
 @pytest.fixture
 def no_timing(monkeypatch):
     """One call of everything, which takes a second of a made-up clock."""
-    monkeypatch.setattr(rehearsal, "_timed", lambda function: (function(), 1.0)[1])
+    monkeypatch.setattr(estimate, "_timed", lambda function: (function(), 1.0)[1])
 
 
 def test_seconds_are_those_of_the_steps_and_of_encoding(no_timing, monkeypatch):
-    monkeypatch.setattr(rehearsal, "cores", lambda: 2)  # eight images each are encoded
-    found = rehearse(CONFIG, 160)
+    monkeypatch.setattr(estimate, "cores", lambda: 2)  # eight images each are encoded
+    found = estimate_run(CONFIG, 160)
     assert found.steps == {"autoencoder": 6, "denoiser": 7}
     assert found.step_seconds == {"autoencoder": 1, "denoiser": 1}
     assert found.encoding == 10
@@ -49,26 +54,26 @@ def test_steps_fill_the_seconds_of_a_stage(no_timing):
     timed = dataclasses.replace(STAGE, steps=None, seconds=12.5)
     short = dataclasses.replace(STAGE, steps=None, seconds=0.1)
     config = dataclasses.replace(CONFIG, autoencoder=timed, denoiser=short)
-    assert rehearse(config, 16).steps == {"autoencoder": 12, "denoiser": 1}
+    assert estimate_run(config, 16).steps == {"autoencoder": 12, "denoiser": 1}
 
 
-def test_a_real_rehearsal():
-    found = rehearse(CONFIG, 64, seconds=0.1)
+def test_a_real_estimate():
+    found = estimate_run(CONFIG, 64, seconds=0.1)
     assert all(seconds > 0 for seconds in found.step_seconds.values()) and found.encoding > 0
     assert found.memory > found.held
     assert not tracemalloc.is_tracing()
 
 
-def test_what_is_rehearsed_has_the_shapes_of_a_run(no_timing, monkeypatch):
+def test_what_is_tried_has_the_shapes_of_a_run(no_timing, monkeypatch):
     batches = []
-    step = rehearsal.train_step
+    step = estimate.train_step
 
     def record(state, gradient, batch, **others):
         batches.append([(x.shape, x.dtype.kind) for x in batch])
         return step(state, gradient, batch, **others)
 
-    monkeypatch.setattr(rehearsal, "train_step", record)
-    rehearse(CONFIG, 64)
+    monkeypatch.setattr(estimate, "train_step", record)
+    estimate_run(CONFIG, 64)
     latents = ((6, 8, 8, 4), "f")
     autoencoder = [((4, 16, 16, 3), "f"), ((4, 8, 8, 4), "f")]
     denoiser = [latents, latents, ((6, 16), "i"), ((6,), "i")]
@@ -80,10 +85,11 @@ def test_what_is_rehearsed_has_the_shapes_of_a_run(no_timing, monkeypatch):
 
 
 def extra(config, images=16):
-    found = rehearse(config, images)
+    found = estimate_run(config, images)
     return found.memory - found.held
 
 
+@pytest.mark.slow
 def test_memory_holds_the_state_and_the_activations(no_timing):
     """Of the larger stage at least: parameters, two moments, average, gradient."""
     models = Models(CONFIG, Tokenizer.train([""]))
@@ -95,10 +101,11 @@ def test_memory_holds_the_state_and_the_activations(no_timing):
     assert extra(large) - extra(CONFIG) > 10 * one_activation
 
 
+@pytest.mark.slow
 def test_latents_of_every_image_count_four_times(no_timing, monkeypatch):
     """While they are made: moments, which are two, their clipped copy, and the result."""
-    monkeypatch.setattr(rehearsal, "_encoding", lambda *args: (0.0, 0))
-    for module in (rehearsal, threads):  # one thread: what several hold at a time is by chance
+    monkeypatch.setattr(estimate, "_encoding", lambda *args: (0.0, 0))
+    for module in (estimate, threads):  # one thread: what several hold at a time is by chance
         monkeypatch.setattr(module, "cores", lambda: 1)
     extra(CONFIG)  # now it has its scratch memory
     latents = 4 * 8 * 8 * 4
@@ -107,25 +114,25 @@ def test_latents_of_every_image_count_four_times(no_timing, monkeypatch):
 
 def test_encoding_takes_as_much_as_all_threads_together(monkeypatch):
     """Within 40 %, from a measurement on eight images a thread."""
-    for module in (rehearsal, threads):
+    for module in (estimate, threads):
         monkeypatch.setattr(module, "cores", lambda: 1)
     models = Models(dataclasses.replace(CONFIG, side=64), Tokenizer.train([""]))
-    _, found = rehearsal._encoding(models, 10_000, "cpu", 0)
+    _, found = estimate._encoding(models, 10_000, "cpu", 0)
     params = models.vae.init(np.random.default_rng(0))
-    images = np.zeros((rehearsal.AT_ONCE, 64, 64, 3), np.float32)
+    images = np.zeros((estimate.AT_ONCE, 64, 64, 3), np.float32)
 
     def encode():
         with no_grad():
             models.vae.encode(params, images)
 
-    _, true = rehearsal._measure(encode, 0, "cpu")
+    _, true = estimate._measure(encode, 0, "cpu")
     assert true < found < 1.4 * true
 
 
 def test_who_traces_already_goes_on_tracing(no_timing):
     tracemalloc.start()
     try:
-        rehearse(CONFIG, 16)
+        estimate_run(CONFIG, 16)
         assert tracemalloc.is_tracing()
     finally:
         tracemalloc.stop()
@@ -135,7 +142,7 @@ def test_a_peak_is_counted_from_where_it_began():
     tracemalloc.start()
     try:
         kept = np.ones(1_000_000)
-        _, peak = rehearsal._measure(lambda: np.ones(2_000_000), 0, "cpu")
+        _, peak = estimate._measure(lambda: np.ones(2_000_000), 0, "cpu")
     finally:
         tracemalloc.stop()
     assert peak == pytest.approx(2 * kept.nbytes, rel=0.01)
@@ -155,9 +162,9 @@ def test_a_peak_is_counted_from_where_it_began():
 )
 def test_which_times_count(monkeypatch, device, seconds, times, expected):
     clock = iter(times)
-    monkeypatch.setattr(rehearsal, "_timed", lambda function: next(clock))
-    assert rehearsal._measure(None, seconds, device)[0] == expected
-    assert len(list(clock)) >= len(times) - rehearsal.CALLS
+    monkeypatch.setattr(estimate, "_timed", lambda function: next(clock))
+    assert estimate._measure(None, seconds, device)[0] == expected
+    assert len(list(clock)) >= len(times) - estimate.CALLS
 
 
 def test_on_a_gpu(no_timing, monkeypatch):
@@ -169,20 +176,20 @@ def test_on_a_gpu(no_timing, monkeypatch):
         return strict.asarray(x)
 
     monkeypatch.setitem(backend.SPECIAL_FUNCTIONS, "strict", "strict")
-    monkeypatch.setattr(rehearsal, "to_device", to_device)
-    found = rehearse(CONFIG, 16, device="cuda")
+    monkeypatch.setattr(estimate, "to_device", to_device)
+    found = estimate_run(CONFIG, 16, device="cuda")
     assert found.step_seconds == {"autoencoder": 1, "denoiser": 1}
 
 
 def test_without_the_device_it_says_so():
     with pytest.raises(DeviceError, match="expected"):
-        rehearse(CONFIG, 16, device="abacus")
+        estimate_run(CONFIG, 16, device="abacus")
 
 
 # ------------------------------------------------------------------------------------ what it says
 
 
-FOUND = Rehearsal(
+FOUND = RunEstimate(
     step_seconds={"autoencoder": 0.1, "denoiser": 0.15},
     steps={"autoencoder": 600, "denoiser": 1400},
     encoding=20.0,

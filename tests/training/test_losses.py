@@ -23,8 +23,7 @@ from tinyldm.models.discriminator import PatchDiscriminator
 from tinyldm.nn import no_grad
 from tinyldm.nn.activations import silu
 from tinyldm.nn.conv import conv2d
-from tinyldm.training import adversarial, loop, networks, overfit, presets
-from tinyldm.training import estimate as rehearsal
+from tinyldm.training import adversarial, estimate, loop, networks, overfit, presets
 from tinyldm.training import run as runs
 from tinyldm.training.adversarial import (
     OF_ADVERSARIAL,
@@ -203,14 +202,14 @@ def test_the_weight_is_that_of_the_config_times_the_adaptive_one(first, monkeypa
     first.loss(criterion=criterion)(first.params | JUDGE, *first.batch, weights)[1](expected)
     for name in first.params:
         assert_near(grads[name], expected[name])
-    judged = {}
+    scores = {}
     discriminator_loss(first.vae, squared_error, DISCRIMINATOR)(first.params | JUDGE, *first.batch)[
         1
-    ](judged)
-    norm = math.sqrt(sum((judged[name] ** 2).sum() for name in JUDGE))
+    ](scores)
+    norm = math.sqrt(sum((scores[name] ** 2).sum() for name in JUDGE))
     assert math.isclose(seen["discriminator_norm"], norm)
     for name in JUDGE:
-        assert_near(grads[name], judged[name] * min(1, 1 / norm))
+        assert_near(grads[name], scores[name] * min(1, 1 / norm))
 
 
 # -------------------------------------------------------------------------------------------- runs
@@ -295,6 +294,7 @@ def test_without_one_nothing_is_kept_of_it(tmp_path, every_step, monkeypatch):
     assert Config.from_json(content) == state.config
 
 
+@pytest.mark.slow
 def test_a_run_with_perception(tmp_path, every_step, monkeypatch):
     config = dataclasses.replace(ADVERSARIAL, perceptual=0.3)
     with pytest.raises(ConfigError, match="perceptual: .* found a weight of 0.3 and none"):
@@ -317,9 +317,9 @@ def test_seconds_count_both_kinds_of_steps(monkeypatch):
         adversarial_start=0.75,
     )
     times = iter([3.0, 3.0, 1.0, 5.0, 5.0, 1.0])
-    monkeypatch.setattr(rehearsal, "_timed", lambda function: (function(), next(times))[1])
-    monkeypatch.setattr(rehearsal, "_encoding", lambda *args: (0.0, 0))
-    found = rehearsal.rehearse(config, 10, features=None, seconds=0)
+    monkeypatch.setattr(estimate, "_timed", lambda function: (function(), next(times))[1])
+    monkeypatch.setattr(estimate, "_encoding", lambda *args: (0.0, 0))
+    found = estimate.estimate_run(config, 10, features=None, seconds=0)
     assert found.step_seconds == {"autoencoder": 0.75 * 1 + 0.25 * 3, "denoiser": 5}
     assert found.steps["autoencoder"] == 66
     now = iter([0, 7, 7, 7, 7, 9, 10, 12, 12, 13])

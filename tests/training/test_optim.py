@@ -178,12 +178,12 @@ def test_parts_of_a_flat_cover_each_number_once(sizes, data):
     np.testing.assert_array_equal(found, named.flat[start:stop])
 
 
-def test_large_arrays_in_pieces(monkeypatch):
-    shapes = {"large": (2 * kernel.PIECE + 17,), "table": (300, 301)}
+def test_large_arrays_in_blocks(monkeypatch):
+    shapes = {"large": (2 * kernel.BLOCK + 17,), "table": (300, 301)}
     params, grads = random_tensors(0, shapes), random_tensors(1, shapes)
     results = []
-    for piece in (kernel.PIECE, 1000, 10**9):
-        monkeypatch.setattr(kernel, "PIECE", piece)
+    for piece in (kernel.BLOCK, 1000, 10**9):
+        monkeypatch.setattr(kernel, "BLOCK", piece)
         results.append(step_from(params, grads, decay=0.1, scale=0.3))
     for found in results[1:]:
         for a, b in zip(found, results[0], strict=True):

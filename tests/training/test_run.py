@@ -222,6 +222,7 @@ def config_of(folder, steps=1, **others):
     )
 
 
+@pytest.mark.slow
 def test_a_folder_of_few_images_without_captions(tmp_path):
     """An unconditional model of one prompt, fewer images than a batch, none held out."""
     folder, said = solid_images(tmp_path / "images", 3), []
@@ -295,12 +296,12 @@ def test_files_that_are_left_out_are_said(tmp_path, no_images):
 
 
 def test_a_run_that_cannot_fit_into_memory_does_not_begin(tmp_path, monkeypatch):
-    rehearse, said = runs.rehearse, []
+    estimate_run, said = runs.estimate_run, []
 
     def on_a_small_machine(*args):
-        return dataclasses.replace(rehearse(*args), free=10**6)
+        return dataclasses.replace(estimate_run(*args), free=10**6)
 
-    monkeypatch.setattr(runs, "rehearse", on_a_small_machine)
+    monkeypatch.setattr(runs, "estimate_run", on_a_small_machine)
     with pytest.raises(ConfigError, match="not started: there is not enough memory"):
         train(tmp_path / "run", CONFIG, say=said.append)
     assert any("smaller --size" in line for line in said)
@@ -468,7 +469,7 @@ EVERY_STEP = [(signal.SIGINT, step) for step in range(1, 2 * STEPS + 1)]
 SOME_STEPS = [(signal.SIGTERM, step) for step in (2, STEPS, STEPS + 1, 2 * STEPS)]
 
 
-@pytest.mark.parametrize(("number", "step"), EVERY_STEP + SOME_STEPS)
+@pytest.mark.parametrize(("number", "step"), mostly_slow(EVERY_STEP + SOME_STEPS, *SOME_STEPS[1:3]))
 def test_stopped_at_any_step_it_goes_on_as_if_nothing_happened(
     tmp_path, monkeypatch, no_images, whole, number, step
 ):
@@ -489,6 +490,7 @@ def test_stopped_at_any_step_it_goes_on_as_if_nothing_happened(
     assert_steps_rise(metrics_of(tmp_path))
 
 
+@pytest.mark.slow
 def test_stopped_at_every_step_of_one_run(tmp_path, monkeypatch, no_images, whole):
     for step in range(1, 2 * STEPS + 1):
         with monkeypatch.context() as patch:
@@ -634,6 +636,7 @@ def test_killed_before_a_state_gets_its_name(tmp_path, monkeypatch, no_images, w
     assert_as_if_nothing_happened(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_gone_in_the_middle_of_a_save(tmp_path, no_images, whole):
     """Not an exception but the end: nothing can clean up, and the run goes on all the same."""
     script = f"""
@@ -735,7 +738,7 @@ def assert_finite(state):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", mostly_slow([math.nan, math.inf], math.inf))
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch, no_images, stage, value):
     before = STEPS if stage == "denoiser" else 0
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
@@ -753,7 +756,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch, no_images,
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
-@pytest.mark.parametrize("step", [2, STEPS])
+@pytest.mark.parametrize("step", mostly_slow([2, STEPS], 2))
 def test_a_gradient_that_is_no_number_never_reaches_a_state(
     tmp_path, monkeypatch, no_images, stage, step
 ):

@@ -16,7 +16,7 @@ from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training import presets
 from tinyldm.training import run as runs
 from tinyldm.training.config import Config
-from tinyldm.training.estimate import rehearse
+from tinyldm.training.estimate import estimate_run
 from tinyldm.training.preparation import load_data
 from tinyldm.training.presets import changed, make_config
 from tinyldm.training.state import load_state
@@ -43,7 +43,7 @@ def test_images_are_cropped_to_the_proportions_that_are_asked_for(photographs):
         expected = np.asarray(image.resize((16, 8), lanczos, box=box), int)
     assert abs(data.images[names["7.png"]] - expected).max() <= 1
     assert any("24 of 24 images are enlarged to 8×40" in r for r in load_folder(
-        photographs, (8, 40)).remarks)  # fmt: skip
+        photographs, (8, 40)).notes)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,10 @@ def test_sizes_in_a_config():
 
 def test_memory_and_time_of_a_run_that_is_not_square():
     config = dataclasses.replace(CONFIG, side=(8, 32), data="folder", grey=True)
-    assert rehearse(config, 10, seconds=0).seconds > 0
+    assert estimate_run(config, 10, seconds=0).seconds > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_stage", ["kl", "vq"])
 def test_sixteen_pixels_a_side_for_each_latent(first_stage, tmp_path, monkeypatch, call):
     without_images(monkeypatch)

@@ -52,7 +52,7 @@ def make(component: str, config: dict) -> Layer:
 def pipeline_class(configs: dict[str, dict], tokenizer: Tokenizer | ClassNames) -> str:
     """Name the pipeline class of diffusers that fits, or our own where none does."""
     unet, vae = (make(name, configs[name]) for name in ("unet", "vae"))
-    beside = unet.config.in_channels - vae.latent_channels
+    extra = unet.config.in_channels - vae.latent_channels
     fitting = {0: PIPELINES[0], vae.latent_channels + 1: PIPELINES[2]}
     usual = isinstance(vae, AutoencoderKL) and isinstance(tokenizer, Tokenizer)
-    return fitting.get(beside, OWN_PIPELINE) if usual else OWN_PIPELINE
+    return fitting.get(extra, OWN_PIPELINE) if usual else OWN_PIPELINE

@@ -222,12 +222,12 @@ def speed(device: str) -> Finding:
 def demonstration(device: str) -> Finding:
     """Estimate what `tinyldm demo` takes on this machine, and what to expect of it."""
     from tinyldm.backend import DeviceError
-    from tinyldm.training.estimate import duration, gigabytes, rehearse
+    from tinyldm.training.estimate import duration, estimate_run, gigabytes
     from tinyldm.training.presets import PRESETS
 
     config = PRESETS["demo"]
     try:
-        demo = rehearse(config, config.images, device)
+        demo = estimate_run(config, config.images, device)
     except DeviceError:
         return {}, []  # already among the problems
     except Exception as error:  # a GPU without headers to compile with, or without free memory …

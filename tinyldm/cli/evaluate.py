@@ -52,17 +52,17 @@ def run(options: Namespace) -> None:
             f"{run} was trained on; bring them back, or name their folder with --data"
         )
     training, held_out = split(data, config)
-    judge = classifier_of(
+    classifier = classifier_of(
         run, training, held_out, notes["data"], options.classifier_seconds, config.seed,
         options.device, say,
     )  # fmt: skip
     with warnings.catch_warnings(action="ignore", category=CaptionCut):
         result, images = evaluate(
             pipeline, training, held_out, options.captions, options.steps, options.guidance,
-            prompts_of(config) if data.readable else None, judge and judge.features,
+            prompts_of(config) if data.readable else None, classifier and classifier.features,
         )  # fmt: skip
-    if judge:
-        result["features"] = {"kind": "classifier", "accuracy": judge.notes.accuracy}
+    if classifier:
+        result["features"] = {"kind": "classifier", "accuracy": classifier.notes.accuracy}
     with replacing(run / "eval.json") as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     pair = np.concatenate([images["samples"], images["nearest"]])

@@ -70,7 +70,7 @@ def run(options: Namespace) -> None:
             options.parser.error(f"--{option}: expected --{wanted} with it")
     film = Film(Path(options.film), options.every) if options.film else None
     bar = tqdm(total=1, desc="loading", bar_format="{desc}", leave=False, disable=None)
-    origins, output, pipeline = _again(options) if options.again else _from_prompt(options)
+    origins, output, pipeline = _reproduce(options) if options.again else _from_prompt(options)
     bar.close()
     origin = origins[0]
     names = [
@@ -143,7 +143,7 @@ def _from_prompt(options):
     return origins, output, pipeline
 
 
-def _again(options):
+def _reproduce(options):
     """Return origin, output file and pipeline from the notes of a PNG, which fix all options."""
     for name in ("prompt", "negative", "n", "size", *OPTIONS):
         if getattr(options, name) is not None:

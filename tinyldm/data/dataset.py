@@ -26,7 +26,7 @@ class Dataset:
     images: np.ndarray
     captions: Sequence[str]
     names: Sequence[str]
-    remarks: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     maps: np.ndarray | None = None
     readable: bool = False

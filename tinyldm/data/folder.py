@@ -72,15 +72,15 @@ def load_folder(
     if not good:
         raise DataError(f"{folder}: none of its {len(files)} images can be read")
     images, layouts, enlarged, captions, sources = zip(*(results[i] for i in good), strict=True)
-    remarks = [f"captions: {_count(sources)}"]
+    notes = [f"captions: {_count(sources)}"]
     if any(enlarged):
         pixels = f"{height}×{width}" if height != width else height
-        remarks.append(f"{sum(enlarged)} of {len(good)} images are enlarged to {pixels} pixels")
+        notes.append(f"{sum(enlarged)} of {len(good)} images are enlarged to {pixels} pixels")
     if others:
-        remarks.append(f"files of other kinds, ignored: {_count(others)}")
+        notes.append(f"files of other kinds, ignored: {_count(others)}")
     names = [files[i].relative_to(folder).as_posix() for i in good]
     layouts = np.stack(layouts) if maps else None
-    return Dataset(np.stack(images), list(captions), names, tuple(remarks), tuple(damaged), layouts)
+    return Dataset(np.stack(images), list(captions), names, tuple(notes), tuple(damaged), layouts)
 
 
 def holds_images(folder: Path) -> bool:

@@ -48,12 +48,12 @@ def load_arrays(files: list[Path], size: int | tuple[int, int]) -> Dataset:
         raise DataError(f"{files[0].parent}: its {len(files)} files hold no image")
     images = np.stack(map_threads(lambda image: fitted(_rgb(image), size), pixels))
     kinds = f"{len(set(captions))} different"
-    remarks = [f"read {', '.join(file.name for file in files)}; captions: {kinds}"]
+    notes = [f"read {', '.join(file.name for file in files)}; captions: {kinds}"]
     height, width = both_sides(size)
     if pixels[0].shape[0] < height or pixels[0].shape[1] < width:
         pixels = f"{height}×{width}" if height != width else height
-        remarks.append(f"the images are enlarged to {pixels} pixels")
-    return Dataset(images, captions, [f"image {i}" for i in range(len(images))], tuple(remarks))
+        notes.append(f"the images are enlarged to {pixels} pixels")
+    return Dataset(images, captions, [f"image {i}" for i in range(len(images))], tuple(notes))
 
 
 def _rgb(image):

@@ -39,7 +39,7 @@ def cosine_betas(steps: int, start: float, end: float) -> np.ndarray:
     )
 
 
-def without_signal_at_the_end(betas: np.ndarray) -> np.ndarray:
+def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     """Zero terminal SNR: shift and scale √ᾱ so that it ends at 0 (Lin et al. 2023, algorithm 1).
 
     Its first value stays. Sampling then begins where training ends: at pure noise.
@@ -93,7 +93,7 @@ class Schedule:
                     "scheduler config: rescale_betas_zero_snr leaves no signal at the last step, "
                     "from where a prediction of ε does not lead back; take v_prediction"
                 )
-            self.betas = without_signal_at_the_end(self.betas)
+            self.betas = zero_terminal_snr(self.betas)
         self.alphas_bar = np.cumprod(1 - self.betas)
 
     def __len__(self) -> int:

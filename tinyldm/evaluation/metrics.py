@@ -11,7 +11,7 @@ from tinyldm.data.dataset import Dataset
 from tinyldm.data.shapes import ATTRIBUTES, make_shapes
 from tinyldm.evaluation.likelihood import bits_per_dim
 from tinyldm.evaluation.reader import score
-from tinyldm.evaluation.scenes import compare, generate, given, seen_beside
+from tinyldm.evaluation.scenes import compare, concat_conditioning, generate, task_input
 from tinyldm.evaluation.statistics import (
     copied,
     frechet_distance,
@@ -44,14 +44,14 @@ def loss_by_noise(pipeline: Pipeline, data: Dataset, bands: int = BANDS) -> list
     rng = np.random.default_rng(SEED)
     xp, schedule = pipeline.xp, pipeline.schedule
     latents, condition = pipeline.encode(data.images), pipeline.embed(data.captions)
-    beside = seen_beside(pipeline, data)
+    concat = concat_conditioning(pipeline, data)
     n, width = len(data), len(schedule) // bands
     losses = []
     for band in range(bands):
         t = band * width + np.arange(n) * width // n
         noise = xp.asarray(rng.standard_normal(latents.shape, dtype=np.float32))
         x = schedule.add_noise(latents, noise, t)
-        prediction = pipeline.predict(x, t, condition, beside)
+        prediction = pipeline.predict(x, t, condition, concat)
         error = prediction - schedule.target(latents, noise, t)
         losses.append(float((error * error).mean()))
     return losses
@@ -63,11 +63,11 @@ def likelihood(pipeline: Pipeline, data: Dataset) -> float:
     For latents it is a density, which can be negative; for pixels it is that of one of 256 levels.
     """
     latents, condition = pipeline.encode(data.images), pipeline.embed(data.captions)
-    beside = seen_beside(pipeline, data)
+    concat = concat_conditioning(pipeline, data)
     rng = np.random.default_rng(SEED)
 
     def predict(x, t):
-        return pipeline.predict(x, t, condition, beside)
+        return pipeline.predict(x, t, condition, concat)
 
     bits = bits_per_dim(predict, pipeline.schedule, latents, rng, DRAWS)
     if not pipeline.vae.shapes():  # nothing is learnt: the latents are pixels
@@ -151,7 +151,7 @@ def _score_shapes(pipeline, generated_of, count, prompt_of, result):
 def _score_task(pipeline, generated_of, count, true, shapes, result):
     """Score a model with a task, conditioned on real images."""
     truth = true.pick([i % len(true) for i in range(count)])
-    scene = given(pipeline.task, truth, shapes is not None)
+    scene = task_input(pipeline.task, truth, shapes is not None)
     generated = generated_of(truth.captions, scene)
     result["task"] = {"name": pipeline.task} | compare(scene, generated, truth.images)
     if shapes:

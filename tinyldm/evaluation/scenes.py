@@ -15,7 +15,7 @@ AROUND = LANCZOS_REACH + 1  # pixels around a shape, so that the mask covers all
 GREY = 128  # a masked part, in figures
 
 
-def given(task: str, data: Dataset, shapes: bool = False) -> Scene | None:
+def task_input(task: str, data: Dataset, shapes: bool = False) -> Scene | None:
     """Make the input of a task from these images, always the same; None for generation.
 
     shapes: mask just what is drawn on the ground, and what its outline reaches.
@@ -23,15 +23,17 @@ def given(task: str, data: Dataset, shapes: bool = False) -> Scene | None:
     if task == "generation":
         return None
     if task == "inpainting" and shapes:
-        hidden = np.stack([box_around(image, AROUND) for image in data.images])
-        return Scene(data.images, hidden)
+        mask = np.stack([box_around(image, AROUND) for image in data.images])
+        return Scene(data.images, mask)
     return Scene.example(task, data.images, data.maps, np.random.default_rng(SEED))
 
 
-def seen_beside(pipeline: Pipeline, data: Dataset) -> Array | None:
+def concat_conditioning(pipeline: Pipeline, data: Dataset) -> Array | None:
     """Return the concatenation conditioning of the U-Net for these images, if any."""
-    scene = given(pipeline.task, data)
-    return scene and scene.beside(pipeline.task, pipeline.to_latents, pipeline.vae.factor)
+    scene = task_input(pipeline.task, data)
+    return scene and scene.concat_conditioning(
+        pipeline.task, pipeline.to_latents, pipeline.vae.factor
+    )
 
 
 def generate(
@@ -46,11 +48,11 @@ def generate(
     return pipeline.decode(latents)
 
 
-def as_shown(scene: Scene) -> np.ndarray:
+def masked_images(scene: Scene) -> np.ndarray:
     """Return the images of a scene, grey where they are masked."""
-    if scene.hidden is None:
+    if scene.mask is None:
         return scene.images
-    return np.where(scene.hidden[..., None], np.uint8(GREY), scene.images)
+    return np.where(scene.mask[..., None], np.uint8(GREY), scene.images)
 
 
 def compare(scene: Scene, generated: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -58,8 +60,8 @@ def compare(scene: Scene, generated: np.ndarray, truth: np.ndarray) -> dict[str,
 
     For inpainting it compares the unmasked part, which should stay.
     """
-    if scene.hidden is not None:
-        seen = ~scene.hidden[..., None]
+    if scene.mask is not None:
+        seen = ~scene.mask[..., None]
         return {"psnr_seen": psnr(generated * seen, truth * seen)}
     return {
         "psnr": psnr(generated, truth),

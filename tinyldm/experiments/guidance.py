@@ -42,7 +42,7 @@ def run(folder: Path, out: Path, say: Say) -> list[dict]:
     truth, captions = make_shapes(CAPTIONS, side, SEED)
     features = latent_features(pipeline, truth)
 
-    def judged(images):
+    def scores(images):
         made = latent_features(pipeline, images)
         precision, recall = precision_recall(made, features)
         return {
@@ -60,11 +60,11 @@ def run(folder: Path, out: Path, say: Say) -> list[dict]:
         report = Report(out, COLUMNS, stop)
         # The best that any denoiser can reach: other real images, through the first stage.
         others = pipeline.decode(pipeline.encode(drawn_again(captions, side)))
-        report.add({"name": "true images", "guidance": None, "rescale": None} | judged(others))
+        report.add({"name": "true images", "guidance": None, "rescale": None} | scores(others))
         for guidance, rescale in trials:
             name = f"{guidance:g}" + (f", rescale {rescale:g}" if rescale else "")
             images = generate(pipeline, captions, guidance=guidance, rescale=rescale, seed=SEED)
-            row = {"name": name, "guidance": guidance, "rescale": rescale} | judged(images)
+            row = {"name": name, "guidance": guidance, "rescale": rescale} | scores(images)
             report.add(row)
             say(f"guidance {name}: {row['accuracy_all']:.1%} of the captions are right")
             sheet.append(images[:SHOWN])

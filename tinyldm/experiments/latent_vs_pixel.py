@@ -25,7 +25,7 @@ from tinyldm.models import Tokenizer
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training.classifier import fit_classifier
 from tinyldm.training.config import Config, Stage
-from tinyldm.training.estimate import rehearse
+from tinyldm.training.estimate import estimate_run
 from tinyldm.training.loop import Job, fit
 from tinyldm.training.networks import Models, denoiser_loss
 from tinyldm.training.preparation import load_data
@@ -39,7 +39,7 @@ BASE = Config(
     preset="latent-vs-pixel", side=64, images=8192 + 256, unet_widths=(48, 64, 96), text_width=64
 )
 LOOKS = (0.25, 0.5)  # shares of the time after which quality is measured, besides the end
-JUDGE_SECONDS = 30.0  # of training, for the classifier
+CLASSIFIER_SECONDS = 30.0  # of training, for the classifier
 SHOWN = 9  # images of each f
 CAPTIONS = 10, 100  # to generate for a measurement, at least and at most
 TIMED, LONG_ENOUGH = 8, 3.0  # images of a batch, repeated for so many seconds
@@ -63,8 +63,8 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
     base, captions = BASE, None
     data = load_data(base)
     training, held_out = data.split(256 / base.images, base.seed)
-    judge = fit_classifier(training, held_out, JUDGE_SECONDS, say=say)
-    true = judge.features(held_out.images)
+    classifier = fit_classifier(training, held_out, CLASSIFIER_SECONDS, say=say)
+    true = classifier.features(held_out.images)
     rows, trained = [], {}
     with Interruptible() as stop:
         for f in FACTORS:
@@ -75,11 +75,11 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
                 autoencoder=replace(base.autoencoder, steps=None, seconds=seconds),
                 denoiser=replace(base.denoiser, steps=None, seconds=seconds),
             )
-            steps = rehearse(config, len(training)).steps
+            steps = estimate_run(config, len(training)).steps
             stages = {name: replace(getattr(config, name), steps=n) for name, n in steps.items()}
             config = replace(config, **stages)
             tokenizer = Tokenizer.train(data.captions, config.vocabulary, config.tokens)
-            place = Place(out / f"f{f}", config, tokenizer, training, held_out, stop, say)
+            place = Trial(out / f"f{f}", config, tokenizer, training, held_out, stop, say)
             if captions is None:  # as many for all as f = 1, the slowest, samples in half the time
                 speed = sampling_speed(place.untrained())
                 captions = int(np.clip(speed * seconds / 2, *CAPTIONS))
@@ -97,7 +97,7 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
                 "train_images_per_s": one.steps * config.denoiser.batch / one.seconds,
                 "sample_images_per_s": sampling_speed(one.pipeline),
                 "accuracy_all": one.quality[-1][1],
-                "kernel_distance": kernel_distance(judge.features(one.images), true),
+                "kernel_distance": kernel_distance(classifier.features(one.images), true),
                 "psnr": first_stage_psnr(one.pipeline, held_out),
                 "first_stage_seconds": first_seconds,
             }
@@ -126,7 +126,7 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
 
 
 @dataclass
-class Place:
+class Trial:
     """The folder, config and data with which one f is trained."""
 
     folder: Path

@@ -22,7 +22,7 @@ from tinyldm.evaluation.metrics import SEED
 from tinyldm.evaluation.scenes import generate
 from tinyldm.experiments.scoring import Report, accuracy
 from tinyldm.training.config import SCHEDULES, STAGES
-from tinyldm.training.estimate import rehearse
+from tinyldm.training.estimate import estimate_run
 from tinyldm.training.loop import Job, fit
 from tinyldm.training.networks import Models, denoiser_loss
 from tinyldm.training.preparation import Say, fit_tokenizer, load_data, remove, split
@@ -58,7 +58,7 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
     tokenizer, base = fit_tokenizer(BASE, data.captions, say)
     lengths = {"steps": None, "seconds": seconds}
     base = replace(base, **{name: replace(getattr(base, name), **lengths) for name in STAGES})
-    steps = rehearse(base, len(images[0])).steps
+    steps = estimate_run(base, len(images[0])).steps
     stages = {name: replace(getattr(base, name), steps=n) for name, n in steps.items()}
     base = replace(base, **stages)
     fingerprint, models = data.fingerprint(), Models(base, tokenizer)

@@ -47,7 +47,7 @@ def attention(
     def forward(ns, hs, ls):
         (p,) = _scores(queries[ns, hs, ls], keys[ns, hs].swapaxes(2, 3))  # (…, queries, m)
         if causal:
-            p += _hidden(xp, ls, m)
+            p += _causal_mask(xp, ls, m)
         if shift:
             top = p.real.max(axis=3, keepdims=True)
             p -= top
@@ -79,7 +79,7 @@ def attention(
                     queries[ns, hs, ls], keys_t[ns, hs], dys[ns, hs, ls], values_t[ns, hs]
                 )
                 if causal:
-                    p += _hidden(xp, ls, m)
+                    p += _causal_mask(xp, ls, m)
                 xp.exp(p, out=p)
                 ds *= p
                 xp.matmul(ds, keys[ns, hs], out=dqs[ns, hs, ls])
@@ -126,7 +126,7 @@ def _head_sums(heads, d, dtype):
     return np.repeat(np.eye(heads, dtype=dtype), d // heads, axis=0)
 
 
-def _hidden(xp, ls, m):
+def _causal_mask(xp, ls, m):
     """Return the causal mask (l, m): −∞ where token i of `ls` must not attend to token j, or 0."""
     return xp.where(xp.arange(m) > xp.arange(ls.start, ls.stop)[:, None], -math.inf, 0)
 

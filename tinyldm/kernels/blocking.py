@@ -14,18 +14,18 @@ from tinyldm.threads import free_cores, map_threads
 
 # Elements of one array that a memory-bound loop touches at a time: 512 KiB of float32. With fewer,
 # calls would take as long as their work; more would no longer lie in the cache.
-PIECE = 2**17
+BLOCK = 2**17
 WORTH_THREADS = 2**20  # elements; for fewer, waking a thread takes too long
 
 
-def pieces(*arrays: Array) -> Iterator[tuple[Array, ...]]:
+def cache_blocks(*arrays: Array) -> Iterator[tuple[Array, ...]]:
     """Cut arrays of equal length into aligned runs of rows that fit the cache together.
 
-    On a GPU there is one piece: kernels stream, and each launch costs.
+    On a GPU there is one block: kernels stream, and each launch costs.
     """
     rows = arrays[0].shape[0]
     size = max(1, math.prod(arrays[0].shape[1:]))
-    step = max(1, PIECE // size) if on_host(arrays[0]) else max(1, rows)
+    step = max(1, BLOCK // size) if on_host(arrays[0]) else max(1, rows)
     for start in range(0, rows, step):
         yield tuple(array[start : start + step] for array in arrays)
 
@@ -47,16 +47,16 @@ def blocks(samples: int, rows: int, row_size: int, budget: float) -> Iterator[tu
                 yield slice(sample, sample + 1), slice(start, min(rows, start + some))
 
 
-def runs(x: Array) -> tuple[list[slice], list[slice]]:
+def row_blocks(x: Array) -> tuple[list[slice], list[slice]]:
     """Cut x (n, rows, d) along its first axis or, where one sample is too large, the second too.
 
     → (samples, rows); any of both together fit the cache. On a GPU there is one of each.
     """
     n, rows, d = x.shape
-    if x.size <= PIECE or not on_host(x):
+    if x.size <= BLOCK or not on_host(x):
         return [slice(0, n)], [slice(0, rows)]
-    samples = max(1, PIECE // (rows * d))
-    some = rows if rows * d <= PIECE else max(1, PIECE // d)
+    samples = max(1, BLOCK // (rows * d))
+    some = rows if rows * d <= BLOCK else max(1, BLOCK // d)
     return (
         [slice(i, i + samples) for i in range(0, n, samples)],
         [slice(i, i + some) for i in range(0, rows, some)],
@@ -85,9 +85,9 @@ def on_free_cores(function: Callable, work: list, size: int, like: Array) -> lis
     return [result for part in parts for result in part]
 
 
-def each_piece(function: Callable, *arrays: Array) -> list:
-    """Apply `function` to each of the arrays' `pieces`, on the cores that are free."""
-    if arrays[0].size <= PIECE:
+def each_block(function: Callable, *arrays: Array) -> list:
+    """Apply `function` to each of the arrays' `cache_blocks`, on the cores that are free."""
+    if arrays[0].size <= BLOCK:
         return [function(*arrays)]
-    cut = list(pieces(*arrays))
-    return on_free_cores(lambda piece: function(*piece), cut, arrays[0].size, arrays[0])
+    cut = list(cache_blocks(*arrays))
+    return on_free_cores(lambda block: function(*block), cut, arrays[0].size, arrays[0])

@@ -10,7 +10,7 @@ from typing import Any
 
 from tinyldm.backend import Array, array_module, on_host
 from tinyldm.kernels.cached import fixed
-from tinyldm.kernels.cpu.processes import available, team
+from tinyldm.kernels.cpu.processes import available, worker_pool
 from tinyldm.kernels.registry import any_device, kernel
 from tinyldm.threads import cores, map_threads
 
@@ -35,7 +35,7 @@ def predictor(
     with contextlib.ExitStack() as stack:
         stack.enter_context(fixed(*conditions))
         if processes > 1 and workers > 1:
-            share = stack.enter_context(team(part, workers))
+            share = stack.enter_context(worker_pool(part, workers))
         elif on_cpu:
             share = partial(map_threads, lambda item: part(*item))
         else:

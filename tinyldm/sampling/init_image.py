@@ -11,7 +11,14 @@ from tinyldm.backend import Array, array_module
 from tinyldm.data.images import from_uint8, image_pixels, mask_pixels
 from tinyldm.diffusion.samplers import Predict
 from tinyldm.sampling.params import SamplingParams
-from tinyldm.sampling.tasks import TASKS, random_masks, reduced, sees_all, stretched, times_larger
+from tinyldm.sampling.tasks import (
+    TASKS,
+    random_masks,
+    reduced,
+    stretched,
+    takes_whole_image,
+    times_larger,
+)
 
 Images = Image.Image | Sequence[Image.Image]  # one for all, or one for each prompt
 
@@ -19,13 +26,13 @@ Images = Image.Image | Sequence[Image.Image]  # one for all, or one for each pro
 @dataclass(frozen=True)
 class Scene:
     """Image inputs of a sampling call. images: uint8 (n, height, width, 3), init images or, for a
-    task, enlarged low-resolution images or maps. hidden: the mask, bool (n, height, width), True
+    task, enlarged low-resolution images or maps. mask: bool (n, height, width), True
     where to generate while the rest stays; None: everywhere. n may be 1 for all of a batch: then
     the autoencoder encodes it once.
     """
 
     images: np.ndarray
-    hidden: np.ndarray | None = None
+    mask: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -38,8 +45,8 @@ class Scene:
         images = [image_pixels(one, *small) for one in each("image", image, n)]
         if mask is None:
             return cls(stretched(np.stack(images), *sides))
-        hidden = [mask_pixels(one, *sides) for one in each("mask", mask, n)]
-        return cls(np.stack(images), np.stack(hidden))
+        masks = [mask_pixels(one, *sides) for one in each("mask", mask, n)]
+        return cls(np.stack(images), np.stack(masks))
 
     @classmethod
     def example(
@@ -58,9 +65,11 @@ class Scene:
 
     def pick(self, some: slice) -> "Scene":
         """Select a slice of the images."""
-        return Scene(self.images[some], None if self.hidden is None else self.hidden[some])
+        return Scene(self.images[some], None if self.mask is None else self.mask[some])
 
-    def beside(self, task: str, to_latents: Callable[[np.ndarray], Array], factor: int) -> Array:
+    def concat_conditioning(
+        self, task: str, to_latents: Callable[[np.ndarray], Array], factor: int
+    ) -> Array:
         """Return the concatenation conditioning, (n, h, w, c + 1) for inpainting: mask and masked
         image; else (n, h, w, c). to_latents: of pixels in −1…1, `factor` a side for each latent.
         """
@@ -68,15 +77,15 @@ class Scene:
             return to_latents(from_uint8(self.images))
         seen = to_latents(self.rest())
         xp = array_module(seen)
-        return xp.concatenate([xp.asarray(self.hidden_latents(factor)), seen], axis=-1)
+        return xp.concatenate([xp.asarray(self.latent_mask(factor)), seen], axis=-1)
 
     def rest(self) -> np.ndarray:
         """Return the pixels of the images in −1…1, 0 where they are masked."""
-        return from_uint8(self.images) * ~self.hidden[..., None]
+        return from_uint8(self.images) * ~self.mask[..., None]
 
-    def hidden_latents(self, factor: int) -> np.ndarray:
+    def latent_mask(self, factor: int) -> np.ndarray:
         """Return the latents' mask, float32 (n, h, w, 1): 1 by the nearest pixel (as diffusers)."""
-        return self.hidden[:, ::factor, ::factor, None].astype(np.float32)
+        return self.mask[:, ::factor, ::factor, None].astype(np.float32)
 
 
 def each(name: str, images: Images, n: int) -> list[Image.Image]:
@@ -95,7 +104,7 @@ def strength_of(task: str, image: bool, mask: bool, strength: float | None) -> f
 
     ValueError where the task needs an image, or allows no mask or strength.
     """
-    if sees_all(task):
+    if takes_whole_image(task):
         if not image:
             raise ValueError(f"image: expected one, which the task {task} needs")
         if mask or strength is not None:
@@ -114,7 +123,7 @@ class Entry:
 
     x: Array  # noise or noisy latents (n, h, w, c)
     options: dict = field(default_factory=dict)  # of the sampler
-    beside: Array | None = None  # (n or 1, h, w, …): concatenated to x
+    concat: Array | None = None  # (n or 1, h, w, …): concatenated to x
 
 
 def enter(
@@ -137,17 +146,17 @@ def enter(
     to_latents: of pixels in −1…1, `factor` of them a side for each latent.
     """
     xp = array_module(noise)
-    if sees_all(task):
-        return Entry(noise, beside=scene.beside(task, to_latents, factor))
+    if takes_whole_image(task):
+        return Entry(noise, concat=scene.concat_conditioning(task, to_latents, factor))
     inpaints = task == "inpainting"
     if scene is None and not inpaints:
         return Entry(noise)
     if scene is None:  # for an inpainting model: everything is masked
         scene = Scene(np.zeros((1, params.height, params.width, 3), np.uint8))
-    masked = scene.hidden is not None
+    masked = scene.mask is not None
     if not masked:
         scene = Scene(scene.images, np.ones(scene.images.shape[:3], bool))
-    anew = scene.hidden_latents(factor)
+    anew = scene.latent_mask(factor)
     if not anew.any(axis=(1, 2, 3)).all():
         raise ValueError(
             f"mask: expected white areas of {factor} pixels or more, the size of a latent, where "
@@ -156,30 +165,30 @@ def enter(
     anew = xp.asarray(anew)
     begin = params.steps - params.steps_taken
     alphas_bar = alphas_bar[begin:].tolist()
-    sketched = params.strength is not None and (begin > 0 or not masked)
+    has_init = params.strength is not None and (begin > 0 or not masked)
     puts_back = masked and not inpaints
-    z = to_latents(from_uint8(scene.images)) if sketched or puts_back else None
+    z = to_latents(from_uint8(scene.images)) if has_init or puts_back else None
 
     def noisy(alpha_bar):
         return math.sqrt(alpha_bar) * z + math.sqrt(1 - alpha_bar) * noise
 
     x, options = noise, {}
-    if sketched:
+    if has_init:
         x, options["start"] = noisy(alphas_bar[0]), begin
     if inpaints:
-        return Entry(x, options, scene.beside(task, to_latents, factor))
+        return Entry(x, options, scene.concat_conditioning(task, to_latents, factor))
     if puts_back:
         after = [*alphas_bar[1:], 1.0]
         options["post_step"] = lambda x, i: anew * x + (1 - anew) * noisy(after[i])
     return Entry(x, options)
 
 
-def seeing(predict: Predict, beside: Array) -> Predict:
-    """Make a `predict` that concatenates `beside` to x, repeated to the length of the batch."""
-    xp = array_module(beside)
+def with_concat(predict: Predict, concat: Array) -> Predict:
+    """Make a `predict` that concatenates `concat` to x, repeated to the length of the batch."""
+    xp = array_module(concat)
 
-    def predict_beside(x, t):
-        copies = [beside] * (len(x) // len(beside))  # with guidance two, of one for all many
+    def predict_with_concat(x, t):
+        copies = [concat] * (len(x) // len(concat))  # with guidance two, of one for all many
         return predict(xp.concatenate([x, xp.concatenate(copies)], axis=-1), t)
 
-    return predict_beside
+    return predict_with_concat

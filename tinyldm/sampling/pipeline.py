@@ -27,7 +27,7 @@ from tinyldm.models import ClassNames, Tokenizer
 from tinyldm.nn import no_grad
 from tinyldm.nn.protocol import replaceable
 from tinyldm.sampling import noise
-from tinyldm.sampling.init_image import Images, Scene, each, enter, seeing, strength_of
+from tinyldm.sampling.init_image import Images, Scene, each, enter, strength_of, with_concat
 from tinyldm.sampling.params import SamplingParams
 from tinyldm.sampling.tasks import task_of, times_larger
 from tinyldm.sampling.tiling import in_parts
@@ -202,22 +202,22 @@ class Pipeline:
         if params.guidance != 1:
             context = self.xp.concatenate([self.embed(params.negative_prompts), context])
         with self.predictor(context, max(1, POSITIONS_AT_ONCE // (h * w))) as predict:
-            if entry.beside is not None:
-                predict = seeing(predict, entry.beside)
+            if entry.concat is not None:
+                predict = with_concat(predict, entry.concat)
             if params.guidance != 1:
                 predict = guided(predict, params.guidance, params.rescale)
             yield from sampler(predict, self.schedule, entry.x, params.steps, **options)
 
     def predict(
-        self, x: Array, t: int | np.ndarray, condition: Array, beside: Array | None = None
+        self, x: Array, t: int | np.ndarray, condition: Array, concat: Array | None = None
     ) -> Array:
         """Return the U-Net's prediction at latents x (n, h, w, c), for a condition of `embed`.
 
-        t: the time step, one for all or (n,) on the host. beside: concatenated to x, (n, h, w, …).
+        t: the time step, one for all or (n,) on the host. concat: concatenated to x, (n, h, w, …).
         """
         t = self.xp.asarray(t) if np.ndim(t) else self.xp.full(len(x), int(t))
-        if beside is not None:
-            x = self.xp.concatenate([x, beside], axis=-1)
+        if concat is not None:
+            x = self.xp.concatenate([x, concat], axis=-1)
         return map_batch(self._unet, x, t, condition)
 
     def _unet(self, x, t, condition):

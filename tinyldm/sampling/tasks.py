@@ -12,16 +12,16 @@ from tinyldm.config import ConfigError, unknown
 from tinyldm.threads import map_threads
 
 TASKS = ("generation", "inpainting", "upscaling-2", "upscaling-4", "layout")  # the first: no image
-ALL_HIDDEN = 0.25  # share of masks that cover all, as in Stable Diffusion's inpainting model
+ALL_MASKED = 0.25  # share of masks that cover all, as in Stable Diffusion's inpainting model
 RECTANGLES = 3  # at most, in the others
 
 
-def channels_beside(task: str, latents: int) -> int:
+def concat_channels(task: str, latents: int) -> int:
     """Return the number of channels concatenated to the noisy latents."""
     return {"generation": 0, "inpainting": latents + 1}.get(task, latents)
 
 
-def sees_all(task: str) -> bool:
+def takes_whole_image(task: str) -> bool:
     """Return whether the model is conditioned on a whole image, smaller or as a map, not masked."""
     return task not in ("generation", "inpainting")
 
@@ -40,7 +40,7 @@ def task_of(channels: int, latents: int, said: str | None = None) -> str:
         raise ConfigError(f"model_index.json: task: {unknown(said, TASKS)}")
     by_channels = {latents: "generation", 2 * latents + 1: "inpainting"}
     task = by_channels.get(channels, said)
-    if task is None or channels != latents + channels_beside(task, latents):
+    if task is None or channels != latents + concat_channels(task, latents):
         raise ConfigError(
             f"unet config: in_channels = {channels} is not implemented with {latents} channels of "
             f"latents, only {latents}, or {2 * latents + 1} for inpainting"
@@ -70,7 +70,7 @@ def random_masks(rng: np.random.Generator, n: int, height: int, width: int) -> n
     """Draw masks, bool (n, height, width), True where masked: a few rectangles, or everything."""
     masks = np.zeros((n, height, width), bool)
     for mask in masks:
-        if rng.random() < ALL_HIDDEN:
+        if rng.random() < ALL_MASKED:
             mask[...] = True
             continue
         for _ in range(rng.integers(1, RECTANGLES + 1)):

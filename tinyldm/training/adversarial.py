@@ -109,14 +109,14 @@ def alternating(
     def gradient_of(batch):
         if not discriminates(state):
             return plain(batch)
-        judged, grads = discriminator(batch)
+        d_loss, grads = discriminator(batch)
         weight = adaptive_weight(grads.pop(OF_ERROR), grads.pop(OF_ADVERSARIAL))
         norm = global_norm(grads)
         factor = clip_factor(norm, MAX_NORM)
         xp = array_module(weight)
         weights = xp.ones(len(batch[0]), weight.dtype) * (state.config.adversarial * weight)
         loss, of_autoencoder = generator((*batch, weights))
-        numbers.update(discriminator=judged, discriminator_norm=norm, adaptive_weight=weight)
+        numbers.update(discriminator=d_loss, discriminator_norm=norm, adaptive_weight=weight)
         return loss, of_autoencoder | {name: factor * dw for name, dw in grads.items()}
 
     return gradient_of

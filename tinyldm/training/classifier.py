@@ -56,7 +56,7 @@ class Notes:
 
 
 @dataclass(frozen=True)
-class Judge:
+class TrainedClassifier:
     """A trained classifier."""
 
     notes: Notes
@@ -97,7 +97,7 @@ def classifier_of(
     seed: int = 0,
     device: str = "cpu",
     say: Say = print,
-) -> Judge | None:
+) -> TrainedClassifier | None:
     """Return the run's classifier: the one in its folder, or else one trained now and saved there.
 
     data: fingerprint of the images and captions. One trained on others, or for
@@ -108,15 +108,15 @@ def classifier_of(
         return None
     file = run / FILE
     if file.exists():
-        judge = load_classifier(file, device)
-        if judge.notes.data == data and judge.notes.seconds >= seconds:
-            return judge
-    judge = fit_classifier(
+        classifier = load_classifier(file, device)
+        if classifier.notes.data == data and classifier.notes.seconds >= seconds:
+            return classifier
+    classifier = fit_classifier(
         training, held_out, seconds, seed=seed, device=device, data=data, say=say
     )
-    if judge:
-        save_classifier(file, judge)
-    return judge
+    if classifier:
+        save_classifier(file, classifier)
+    return classifier
 
 
 # ------------------------------------------------------------------------------------- its training
@@ -131,7 +131,7 @@ def fit_classifier(
     device: str = "cpu",
     data: str = "",
     say: Say = print,
-) -> Judge | None:
+) -> TrainedClassifier | None:
     """Train a classifier for `seconds`, or exactly `steps`: then equal seeds give equal weights.
 
     None where the captions distinguish nothing or too much, or no held-out image is left.
@@ -170,7 +170,9 @@ def fit_classifier(
     trained = {name: w.copy() for name, w in average.items()}
     accuracy = _accuracy(model, trained, held_out.images, labels[n:], device)
     say(f"classifier right on {accuracy:.1%} of {len(held_out)} held-out images ({step} steps)")
-    return Judge(Notes(config, accuracy, 0.0 if steps else seconds, data), trained, device)
+    return TrainedClassifier(
+        Notes(config, accuracy, 0.0 if steps else seconds, data), trained, device
+    )
 
 
 def attributes_of(captions: Sequence[str]) -> dict[str, list[str]]:
@@ -221,13 +223,13 @@ def _accuracy(model, params, images, labels, device):
 # ----------------------------------------------------------------------------------------- its file
 
 
-def save_classifier(file: str | Path, judge: Judge) -> None:
+def save_classifier(file: str | Path, classifier: TrainedClassifier) -> None:
     """Write a classifier to a file, whole or not at all."""
-    notes = {"tinyldm": json.dumps(asdict(judge.notes))}
-    save_weights(file, to_device(judge.params, "cpu"), notes)
+    notes = {"tinyldm": json.dumps(asdict(classifier.notes))}
+    save_weights(file, to_device(classifier.params, "cpu"), notes)
 
 
-def load_classifier(file: str | Path, device: str = "cpu") -> Judge:
+def load_classifier(file: str | Path, device: str = "cpu") -> TrainedClassifier:
     """Read what `save_classifier` wrote. WeightsError for a damaged file or another's."""
     try:
         notes = Notes(**json.loads(load_metadata(file)["tinyldm"]))
@@ -240,7 +242,7 @@ def load_classifier(file: str | Path, device: str = "cpu") -> Judge:
         raise WeightsError(
             f"{file}: not a classifier, or of another version: {error}; {_MENDED}"
         ) from None
-    return Judge(notes, to_device(params, device), device)
+    return TrainedClassifier(notes, to_device(params, device), device)
 
 
 _MENDED = "remove it, and `tinyldm eval` trains another"

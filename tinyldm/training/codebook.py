@@ -17,7 +17,9 @@ def due(state: State) -> bool:
     return state.step % EVERY == 0 and state.step <= (state.total or 10**9) // 2
 
 
-def revive(vae: VQModel, state: State, pixels: np.ndarray, rng: np.random.Generator) -> int:
+def reinitialise_dead_codes(
+    vae: VQModel, state: State, pixels: np.ndarray, rng: np.random.Generator
+) -> int:
     """Re-initialise every code that none of these images uses to one of their latents; → how many.
 
     pixels (n, h, w, 3) in −1…1, on the device. The codes' average starts there too, their moments

@@ -12,7 +12,7 @@ from tinyldm.diffusion.loss import WEIGHTINGS
 from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
 from tinyldm.models import ClassNames, Tokenizer
 from tinyldm.options import check_options, option
-from tinyldm.sampling.tasks import TASKS, channels_beside, times_larger
+from tinyldm.sampling.tasks import TASKS, concat_channels, times_larger
 from tinyldm.training.optim import DECAYS
 
 STAGES = ("autoencoder", "denoiser")
@@ -243,7 +243,7 @@ class Config:
         h, w, _ = self.latent_shape
         return condition | {
             "sample_size": h if h == w else [h, w],
-            "in_channels": self.channels + channels_beside(self.task, self.channels),
+            "in_channels": self.channels + concat_channels(self.task, self.channels),
             "out_channels": self.channels,
             "down_block_types": [
                 "CrossAttnDownBlock2D" if attends else "DownBlock2D"

@@ -14,10 +14,10 @@ from tinyldm.backend import to_device
 from tinyldm.kernels.cpu.processes import available
 from tinyldm.machine import free_memory, held_memory
 from tinyldm.models import ClassNames, Tokenizer
-from tinyldm.sampling.tasks import sees_all
+from tinyldm.sampling.tasks import takes_whole_image
 from tinyldm.threads import cores, map_batch
 from tinyldm.training.config import STAGES, Config
-from tinyldm.training.latents import AT_ONCE, beside
+from tinyldm.training.latents import AT_ONCE, conditioner
 from tinyldm.training.losses import Features
 from tinyldm.training.networks import Models, denoiser_loss, new_discriminator
 from tinyldm.training.state import State
@@ -28,7 +28,7 @@ CAPTION = "a large red circle on blue at the left"  # any will do
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class RunEstimate:
     """Estimate of a run. What differs by stage is {"autoencoder": …, "denoiser": …}."""
 
     step_seconds: dict[str, float]
@@ -50,7 +50,7 @@ class Rehearsal:
         return self.free is None or self.memory - self.held <= self.free
 
     @property
-    def hopeless(self) -> bool:
+    def cannot_fit(self) -> bool:
         """Return whether it cannot suffice, even if the estimate is half as much again too high."""
         return self.free is not None and self.memory - self.held > 1.5 * self.free
 
@@ -69,13 +69,13 @@ class Rehearsal:
             )
 
 
-def rehearse(
+def estimate_run(
     config: Config,
     images: int,
     device: str = "cpu",
     features: Features | None = None,
     seconds: float = 2.0,
-) -> Rehearsal:
+) -> RunEstimate:
     """Estimate what a run of `config` takes on this machine.
 
     images: number of training images. They are in memory already, as when a run begins.
@@ -108,7 +108,7 @@ def rehearse(
                 step_seconds[name] = mean_seconds(config, before, step_seconds[name])
         del state, loss_fn, batch, threads, in_training, step
     encoding, encoded = _encoding(models, images, device, seconds / 10)
-    copies = 1 + sees_all(config.task)  # of every image, encoded
+    copies = 1 + takes_whole_image(config.task)  # of every image, encoded
     encoding *= copies
     latents = 4 * images * math.prod(config.latent_shape) * copies
     saving = 2 * sum(states)  # copies: in the order of the file, and as the file's bytes
@@ -120,7 +120,7 @@ def rehearse(
     others = available() - 1 if device == "cpu" else 0
     memory += others * (max(states) + max(peaks))
     steps = {name: _steps(getattr(config, name), step_seconds[name]) for name in step_seconds}
-    return Rehearsal(step_seconds, steps, encoding, int(memory), held, free)
+    return RunEstimate(step_seconds, steps, encoding, int(memory), held, free)
 
 
 def mean_seconds(config: Config, before: float, after: float) -> float:
@@ -161,12 +161,12 @@ def _denoiser(models, rng, device):
     params = models.init_denoiser(rng), {}
     first_stage = to_device(models.vae.init(rng), device)
     pixels = _normal(rng, n, *config.sides, config.image_channels)
-    shown = {"generation": (), "inpainting": (noise[..., :1], pixels)}.get(config.task, (noise,))
-    shown = (to_device(x, device) for x in shown)
-    made = _work(models, params, None, (z, noise, ids), device, t, *shown)
+    arrays = {"generation": (), "inpainting": (noise[..., :1], pixels)}.get(config.task, (noise,))
+    arrays = (to_device(x, device) for x in arrays)
+    made = _work(models, params, None, (z, noise, ids), device, t, *arrays)
     state = made[0]
     state.first_stage = first_stage
-    return state, denoiser_loss(models, beside(state, models)), made[2]
+    return state, denoiser_loss(models, conditioner(state, models)), made[2]
 
 
 def _work(models, params, loss_fn, batch, device, *others):

@@ -9,7 +9,7 @@ from tinyldm.data.dataset import Dataset
 from tinyldm.data.images import in_channels
 from tinyldm.nn.protocol import Params
 from tinyldm.sampling.init_image import Scene
-from tinyldm.sampling.tasks import sees_all
+from tinyldm.sampling.tasks import takes_whole_image
 from tinyldm.threads import map_batch
 from tinyldm.training.networks import Models
 from tinyldm.training.state import State
@@ -33,24 +33,24 @@ def all_gaussians(
     return np.split(both, 2, axis=-1)
 
 
-def shown(
+def conditioning_arrays(
     state: State, models: Models, data: Dataset, device: str
 ) -> Callable[[np.ndarray, np.random.Generator], tuple[Array, ...]]:
     """Return `of(chosen, rng)` → the conditioning arrays of these images for the task, if any.
 
     Low-resolution images and maps are encoded here, once for all. For inpainting it returns masks,
-    drawn anew for every batch, and the masked images in pixels: see `beside`.
+    drawn anew for every batch, and the masked images in pixels: see `conditioner`.
     """
     task = state.config.task
 
     def mask_and_rest(chosen, rng):
         scene = Scene.example(task, data.images[chosen], None, rng)
         rest = in_channels(scene.rest(), state.config.image_channels)
-        return to_device(scene.hidden_latents(models.vae.factor), device), to_device(rest, device)
+        return to_device(scene.latent_mask(models.vae.factor), device), to_device(rest, device)
 
     if task == "inpainting":
         return mask_and_rest
-    if not sees_all(task):
+    if not takes_whole_image(task):
         return lambda chosen, rng: ()
     scene = Scene.example(task, data.images, data.maps, None)
     latents = all_gaussians(models, state.first_stage, scene.images, device)[0]
@@ -58,15 +58,15 @@ def shown(
     return lambda chosen, rng: (to_device(latents[chosen], device),)
 
 
-def beside(state: State, models: Models) -> Callable[..., Array]:
+def conditioner(state: State, models: Models) -> Callable[..., Array]:
     """Map a batch's conditioning arrays to the channels concatenated to the U-Net input.
 
     This is part of the loss, so that all cores share the encoding that every step needs.
     """
     scale = np.float32(state.scaling_factor)
 
-    def of_mask_and_rest(mask, rest):
-        seen, _ = models.vae.latent_distribution(state.first_stage, rest)
-        return array_module(seen).concatenate([mask, seen * scale], axis=-1)
+    def from_mask_and_rest(mask, rest):
+        z, _ = models.vae.latent_distribution(state.first_stage, rest)
+        return array_module(z).concatenate([mask, z * scale], axis=-1)
 
-    return of_mask_and_rest if state.config.task == "inpainting" else lambda latents: latents
+    return from_mask_and_rest if state.config.task == "inpainting" else lambda latents: latents

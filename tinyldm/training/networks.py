@@ -95,24 +95,24 @@ class Models:
         )
 
 
-def denoiser_loss(models: Models, beside: Callable[..., Array] | None = None) -> Callable:
+def denoiser_loss(models: Models, conditioner: Callable[..., Array] | None = None) -> Callable:
     """Make the diffusion loss of U-Net and text encoder, whose parameters share one dict.
 
-    ids: token ids (n, l), or classes (n,). beside: maps the batch's conditioning arrays to the
+    ids: token ids (n, l), or classes (n,). conditioner: maps the batch's conditioning arrays to the
     channels concatenated to the latents; None where there are none.
     """
     weighting = WEIGHTINGS[models.config.weighting]
 
-    def loss_fn(params, z, noise, ids, t, *shown):
-        seen = [beside(*shown)] if shown else []
+    def loss_fn(params, z, noise, ids, t, *arrays):
+        concat = [conditioner(*arrays)] if arrays else []
         condition = {"labels": ids}
         if models.text:
             context, text_back = models.text(params, ids)
             condition = {"context": context}
 
         def predict(x, t):
-            if seen:
-                x = array_module(x).concatenate([x, *seen], axis=-1)
+            if concat:
+                x = array_module(x).concatenate([x, *concat], axis=-1)
             prediction, unet_back = models.unet(params, x, t, **condition)
 
             def backward(dprediction, grads):

@@ -11,7 +11,7 @@ import numpy as np
 from tinyldm.backend import to_device
 from tinyldm.config import ConfigError
 from tinyldm.training.config import Config
-from tinyldm.training.latents import beside
+from tinyldm.training.latents import conditioner
 from tinyldm.training.networks import Models, denoiser_loss
 from tinyldm.training.optim import learning_rate
 from tinyldm.training.preparation import Say, fit_tokenizer, load_data
@@ -48,7 +48,7 @@ def overfit(config: Config, device: str, say: Say) -> dict[str, tuple[float, flo
         params = dict(state.params)
     state = second_stage(config, models, params, data, "", 0, device, say)
     batch_at, _ = Run("", state, models, data, data, device, say).latent_batches()
-    loss_fn = denoiser_loss(models, beside(state, models))
+    loss_fn = denoiser_loss(models, conditioner(state, models))
     losses["denoiser"] = _learn(state, loss_fn, batch_at(0))
     return losses
 

@@ -140,7 +140,7 @@ def describe_data(training: Dataset, held_out: Dataset, say: Say) -> None:
         f"{len(training):,} images of {side}×{side} to train on"
         + (f", {len(held_out)} held out" if len(held_out) else "")
     )
-    for remark in training.remarks:
+    for remark in training.notes:
         say(f"  {remark}")
     for line in training.skipped:
         say(f"  left out: {line}")

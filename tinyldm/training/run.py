@@ -17,11 +17,11 @@ from tinyldm.data.dataset import DataError, Dataset
 from tinyldm.data.tokenizer import CaptionCut
 from tinyldm.nn.protocol import Params
 from tinyldm.sampling.pipeline import Pipeline
-from tinyldm.sampling.tasks import sees_all
+from tinyldm.sampling.tasks import takes_whole_image
 from tinyldm.training import codebook, snapshots
 from tinyldm.training.config import STAGES, Config
-from tinyldm.training.estimate import rehearse
-from tinyldm.training.latents import all_gaussians, beside, shown
+from tinyldm.training.estimate import estimate_run
+from tinyldm.training.latents import all_gaussians, conditioner, conditioning_arrays
 from tinyldm.training.loop import Job, fit
 from tinyldm.training.losses import Features
 from tinyldm.training.networks import Models, denoiser_loss, new_discriminator
@@ -59,9 +59,9 @@ def train(
     training, held_out = split(data, config)
     describe_data(training, held_out, say)
     tokenizer, config = fit_tokenizer(config, data.captions, say)
-    rehearsal = rehearse(config, len(training), device, features)
-    rehearsal.announce(say)
-    if rehearsal.hopeless:
+    estimate = estimate_run(config, len(training), device, features)
+    estimate.announce(say)
+    if estimate.cannot_fit:
         raise ConfigError(f"{run}: not started: there is not enough memory")
     models = Models(config, tokenizer, features)
     params = to_device(models.vae.init(np.random.default_rng((config.seed, 0))), device)
@@ -163,7 +163,9 @@ class Run:
         def after_step():
             if config.first_stage == "vq" and codebook.due(self.state):
                 rng = np.random.default_rng((config.seed, 6, self.state.step))
-                codebook.revive(models.vae, self.state, self.pixels(rng, codebook.IMAGES), rng)
+                codebook.reinitialise_dead_codes(
+                    models.vae, self.state, self.pixels(rng, codebook.IMAGES), rng
+                )
 
         job = Job(models.first_stage_loss(), batch_at, self.say, report, after_step)
         fit(self.folder, self.state, job, stop)
@@ -214,7 +216,7 @@ class Run:
                 self.folder, self.export(), self.training, self.held_out, state.step
             )
 
-        loss_fn = denoiser_loss(self.models, beside(state, self.models))
+        loss_fn = denoiser_loss(self.models, conditioner(state, self.models))
         try:
             fit(self.folder, state, Job(loss_fn, batch_at, self.say, report), stop)
         except Stopped:
@@ -231,7 +233,7 @@ class Run:
         mean, std = all_gaussians(models, state.first_stage, self.training.images, self.device)
         scale = np.float32(state.scaling_factor)
         ids, no_caption = models.tokenizer(self.training.captions), models.tokenizer("")
-        shown_of = shown(state, models, self.training, self.device)
+        arrays_of = conditioning_arrays(state, models, self.training, self.device)
 
         def batch_at(step):
             rng = np.random.default_rng((config.seed, 4, step))
@@ -249,7 +251,7 @@ class Run:
             dropped = dropped.reshape(-1, *[1] * (ids.ndim - 1))
             tokens = np.where(dropped, no_caption, ids[chosen])
             batch = (self.xp.asarray(x) for x in (z * scale, normal[1], tokens))
-            return *batch, t, *shown_of(chosen, rng)
+            return *batch, t, *arrays_of(chosen, rng)
 
         return batch_at, mean[0] * scale
 
@@ -294,7 +296,7 @@ def export(run: Path, state: State, models: Models) -> Pipeline:
     if models.text:
         params["text_encoder"] = {name: average[name] for name in models.text.shapes()}
     defaults = {"steps": config.steps, "guidance": config.guidance, "sampler": "ddim"}
-    if sees_all(config.task):  # which the number of channels leaves open
+    if takes_whole_image(config.task):  # which the number of channels leaves open
         defaults["task"] = config.task
     pipeline = Pipeline(configs, params, models.tokenizer, defaults)
     pipeline.save(run)

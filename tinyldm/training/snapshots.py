@@ -19,7 +19,7 @@ from tinyldm.evaluation.figures import (
 )
 from tinyldm.evaluation.metrics import loss_by_noise
 from tinyldm.evaluation.reader import score
-from tinyldm.evaluation.scenes import as_shown, generate, given
+from tinyldm.evaluation.scenes import generate, masked_images, task_input
 from tinyldm.evaluation.statistics import psnr
 from tinyldm.models import AutoencoderKL, VQModel
 from tinyldm.nn import no_grad
@@ -147,7 +147,7 @@ def finished(run: Path, pipeline: Pipeline, training: Dataset, held_out: Dataset
     else:
         data = held_out if len(held_out) else training
         prompts, _ = generate_scenes(pipeline, data, folder / "samples.png")
-        scene = given(pipeline.task, data.pick(range(len(prompts))), data.readable).pick(FEW)
+        scene = task_input(pipeline.task, data.pick(range(len(prompts))), data.readable).pick(FEW)
     reverse_process(pipeline, prompts[FEW], scene, folder)
     draw_losses(run)
 
@@ -183,9 +183,9 @@ def generate_scenes(pipeline: Pipeline, data: Dataset, file: Path) -> tuple[list
     """
     some = data.pick(range(min(SCENES, len(data))))
     prompts = list(some.captions)
-    scene = given(pipeline.task, some, some.readable)
+    scene = task_input(pipeline.task, some, some.readable)
     generated = generate(pipeline, prompts, scene)
-    rows = np.concatenate([as_shown(scene), generated, some.images])
+    rows = np.concatenate([masked_images(scene), generated, some.images])
     save_image(file, grid(rows, columns=len(some), labels=["input", "generated", "image"]))
     return prompts, generated
 

@@ -15,7 +15,7 @@ from tinyldm.threads import cores, map_threads
 
 BETA1, EPSILON = 0.9, 1e-8
 BETA2 = 1 - (1 - BETA1) ** 2  # 0.99, so that ((1 − β₁) g)² is (1 − β₂) g²: a pass less
-PIECE = 2**18  # elements of each buffer at a time: few calls, and most of them find it in the cache
+BLOCK = 2**18  # elements of each buffer at a time: few calls, and most of them find it in the cache
 
 
 def _of_host_arrays(grads):
@@ -62,7 +62,7 @@ def adamw(
     size = len(params.flat)
 
     def update(start):
-        stop = min(start + PIECE, size)
+        stop = min(start + BLOCK, size)
         w, m, v, e = (a.flat[start:stop] for a in (params, state["m"], state["v"], average))
         g, other = scratch(w, stop - start, stop - start)
         for name, inside, here in params.parts(start, stop):
@@ -84,7 +84,7 @@ def adamw(
         e += other
 
     def update_share(i):
-        for start in range(i * PIECE, size, shares * PIECE):
+        for start in range(i * BLOCK, size, shares * BLOCK):
             update(start)
 
     shares = cores()

@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tinyldm.kernels.blocking import each_piece
+from tinyldm.kernels.blocking import each_block
 from tinyldm.kernels.registry import kernel
 from tinyldm.nn.activations import leaky_relu, quick_gelu, silu
 
 
-def in_pieces(activation: Callable) -> Callable:
+def in_blocks(activation: Callable) -> Callable:
     """Make a kernel of an `elementwise` function: f and f′ of one block at a time."""
 
     def apply(x):
@@ -18,15 +18,15 @@ def in_pieces(activation: Callable) -> Callable:
         def forward(x_, y_):
             y_[...] = activation.f(x_)
 
-        each_piece(forward, _rows(x), _rows(y))
+        each_block(forward, _rows(x), _rows(y))
 
         def backward(dy):
             dx = np.empty(x.shape, x.dtype)
 
-            def piece(x_, dy_, dx_):
+            def block(x_, dy_, dx_):
                 np.multiply(dy_, activation.derivative(x_), out=dx_)
 
-            each_piece(piece, _rows(x), _rows(dy), _rows(dx))
+            each_block(block, _rows(x), _rows(dy), _rows(dx))
             return dx
 
         return y, backward
@@ -39,4 +39,4 @@ def _rows(x):
     return x.reshape(-1, x.shape[-1])
 
 
-ACTIVATIONS = {f.__name__: in_pieces(f) for f in (silu, quick_gelu, leaky_relu)}
+ACTIVATIONS = {f.__name__: in_blocks(f) for f in (silu, quick_gelu, leaky_relu)}

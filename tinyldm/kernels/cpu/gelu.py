@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from tinyldm.backend import Array
-from tinyldm.kernels.blocking import each_piece
+from tinyldm.kernels.blocking import each_block
 from tinyldm.kernels.registry import kernel
 from tinyldm.nn import activations
 from tinyldm.nn.protocol import Backward
@@ -16,18 +16,18 @@ def gelu(x: Array) -> tuple[Array, Backward]:
     """Compute x Φ(x), block by block."""
     y = np.empty(x.shape, x.dtype)
 
-    def piece(x_, y_):
+    def block(x_, y_):
         np.multiply(x_, normal_cdf(x_), out=y_)
 
-    each_piece(piece, _rows(x), _rows(y))
+    each_block(block, _rows(x), _rows(y))
 
     def backward(dy):
         dx = np.empty(x.shape, x.dtype)
 
-        def piece(x_, dy_, dx_):
+        def block(x_, dy_, dx_):
             np.multiply(dy_, normal_cdf(x_) + x_ * _normal_density(x_), out=dx_)
 
-        each_piece(piece, _rows(x), _rows(dy), _rows(dx))
+        each_block(block, _rows(x), _rows(dy), _rows(dx))
         return dx
 
     return y, backward
@@ -39,18 +39,18 @@ def geglu(x: Array) -> tuple[Array, Backward]:
     d = x.shape[-1] // 2
     y = np.empty((*x.shape[:-1], d), x.dtype)
 
-    def piece(x_, y_):
+    def block(x_, y_):
         value, gate = x_[:, :d], x_[:, d:]
         cdf = normal_cdf(gate)
         cdf *= gate
         np.multiply(value, cdf, out=y_)
 
-    each_piece(piece, _rows(x), _rows(y))
+    each_block(block, _rows(x), _rows(y))
 
     def backward(dy):
         dx = np.empty(x.shape, x.dtype)
 
-        def piece(x_, dy_, dx_):
+        def block(x_, dy_, dx_):
             value, gate = x_[:, :d], x_[:, d:]
             cdf = normal_cdf(gate)
             slope = _normal_density(gate)
@@ -61,7 +61,7 @@ def geglu(x: Array) -> tuple[Array, Backward]:
             np.multiply(dy_, cdf, out=dx_[:, :d])
             np.multiply(dy_, slope, out=dx_[:, d:])
 
-        each_piece(piece, _rows(x), _rows(dy), _rows(dx))
+        each_block(block, _rows(x), _rows(dy), _rows(dx))
         return dx
 
     return y, backward

@@ -10,7 +10,7 @@ from operator import add
 import numpy as np
 
 from tinyldm.backend import Array
-from tinyldm.kernels.blocking import on_free_cores, runs
+from tinyldm.kernels.blocking import on_free_cores, row_blocks
 from tinyldm.kernels.registry import kernel
 from tinyldm.kernels.workspace import empty, scratch_like
 from tinyldm.nn.protocol import Backward
@@ -43,7 +43,7 @@ def _group_norm(x, w, b, groups, eps, silu):
     rstd = np.empty_like(mean)
     half = 0.5 if silu else 1  # z σ(z) = h (1 + tanh h) for h = z / 2
     w_half, b_half = half * w, half * b
-    samples, cut = runs(x3)
+    samples, cut = row_blocks(x3)
 
     def forward(ns):
         x_, y_, mean_ = x3[ns], y[ns], mean[ns]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from tinyldm.backend import Array
-from tinyldm.kernels.blocking import each_piece
+from tinyldm.kernels.blocking import each_block
 from tinyldm.kernels.registry import kernel
 from tinyldm.kernels.workspace import empty, scratch_like
 from tinyldm.nn.protocol import Backward
@@ -29,7 +29,7 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Backwar
         y_ *= w
         y_ += b
 
-    each_piece(forward, x2, y, mean, rstd)
+    each_block(forward, x2, y, mean, rstd)
 
     def backward(dy, weights=True):
         dx = empty(x2.shape, dy, w)
@@ -50,7 +50,7 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Backwar
             dx_ *= rstd_
             return dw_db
 
-        parts = each_piece(part, x2, dy.reshape(x2.shape), dx, mean, rstd)
+        parts = each_block(part, x2, dy.reshape(x2.shape), dx, mean, rstd)
         dx = dx.reshape(x.shape)
         return (dx, *(sum(z)[0] for z in zip(*parts, strict=True))) if weights else (dx, None, None)
 

@@ -6,7 +6,7 @@ from functools import partial
 
 from tinyldm.backend import Array, on_host
 from tinyldm.kernels.cpu.flat import Flat
-from tinyldm.kernels.cpu.processes import available, team
+from tinyldm.kernels.cpu.processes import available, worker_pool
 from tinyldm.kernels.registry import NEVER, kernel
 from tinyldm.threads import cut_batch, free_cores, map_threads
 
@@ -64,7 +64,7 @@ def gradients(
             grads[name] = None
         return loss, grads
 
-    with team(work, processes) as call:
+    with worker_pool(work, processes) as call:
 
         def value_and_grad_of(which, batch):
             shares = enumerate(cut_batch(batch, processes))

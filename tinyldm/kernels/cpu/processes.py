@@ -50,11 +50,11 @@ def available() -> int:
     return int(preset)
 
 
-class TeamError(RuntimeError):
+class WorkerError(RuntimeError):
     """A process of the worker pool has ended, as where memory is short."""
 
 
-class Team:
+class WorkerPool:
     """Worker pool: calls a function with several shares of some work, each in its own process."""
 
     def __init__(self, function: Callable, connections: list[Connection]):
@@ -80,7 +80,7 @@ class Team:
 
 
 @contextlib.contextmanager
-def team(function: Callable, size: int) -> Iterator[Team]:
+def worker_pool(function: Callable, size: int) -> Iterator[WorkerPool]:
     """Open a worker pool of `size` processes, this one included, for the length of a `with` block.
 
     Within it BLAS has one thread.
@@ -100,7 +100,7 @@ def team(function: Callable, size: int) -> Iterator[Team]:
             connections.append(here)
             processes.append(process)
         with one_blas_thread() if size > 1 else contextlib.nullcontext():
-            yield Team(function, connections)
+            yield WorkerPool(function, connections)
     finally:
         for connection in connections:
             connection.close()
@@ -138,6 +138,6 @@ def _explained():
     try:
         yield
     except (EOFError, OSError) as error:
-        raise TeamError(
+        raise WorkerError(
             "a process that shares the work has ended: it was killed, or memory was short"
         ) from error
