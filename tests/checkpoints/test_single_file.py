@@ -135,6 +135,7 @@ class Denoiser:
         return self.slope * x[..., :4] + 0.3 * own, None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "slope, prediction",
     mostly_slow(
@@ -203,6 +204,7 @@ def test_another_autoencoder_for_a_pipeline(made, known, vae_file, tmp_path):
         assert_equal_params(Pipeline.load(file, vae=vae).params["vae"], expected)
 
 
+@pytest.mark.slow
 @one_version
 def test_another_autoencoder_instead_of_one_that_is_missing(made, known, vae_file, tmp_path):
     folder, expected = vae_file

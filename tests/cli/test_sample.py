@@ -170,9 +170,9 @@ def test_it_is_generated_again_with_all_of_that(call, run, files):
     given = ["--image", files / "image.png", "--mask", files / "mask.png", "--vae", run]
     call("sample", run, PROMPTS[0], "-o", files / "a.png", *given, *MANY)
     for name in ("a-0", "a-1"):
-        result = call("sample", "--again", files / f"{name}.png")
+        result = call("sample", "--reproduce", files / f"{name}.png")
         assert (result.code, result.err) == (0, "")
-        again = files / f"{name}-again.png"
+        again = files / f"{name}-reproduced.png"
         assert again.read_bytes() == (files / f"{name}.png").read_bytes()
 
 
@@ -181,11 +181,11 @@ def test_not_where_what_it_began_with_has_changed(call, run, files, name):
     given = ["--image", files / "image.png", "--mask", files / "mask.png"]
     call("sample", run, PROMPTS[0], "-o", files / "a.png", *given)
     Image.new("RGB", (9, 9), "white").save(files / name)
-    result = call("sample", "--again", files / "a.png")
+    result = call("sample", "--reproduce", files / "a.png")
     assert (result.code, result.out) == (2, "")
     assert f"{name}: the input image was" in result.err
     (files / name).unlink()
-    assert call("sample", "--again", files / "a.png").code == 2
+    assert call("sample", "--reproduce", files / "a.png").code == 2
 
 
 # ----------------------------------------------------------------------------------------- mistakes
@@ -228,10 +228,10 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(call, run, files, arguments,
 @pytest.mark.parametrize("option", ["strength", "tile", "rescale", "variation"])
 def test_with_again_nothing_is_left_to_choose(call, run, files, option):
     call("sample", run, PROMPTS[0], "-o", files / "a.png")
-    result = call("sample", "--again", files / "a.png", f"--{option}", "1")
+    result = call("sample", "--reproduce", files / "a.png", f"--{option}", "1")
     assert result.code == 2 and f"leave out the {option}" in result.err
     for name in ("image", "mask", "vae"):
-        result = call("sample", "--again", files / "a.png", f"--{name}", files / "image.png")
+        result = call("sample", "--reproduce", files / "a.png", f"--{name}", files / "image.png")
         assert result.code == 2 and f"--{name}: the image was generated without one" in result.err
 
 
@@ -242,13 +242,15 @@ def test_what_it_began_with_may_have_moved(call, run, files, tmp_path):
     moved.mkdir()
     for name in ("image.png", "mask.png"):
         (files / name).rename(moved / name)
-    assert call("sample", "--again", files / "a.png").code == 2
+    assert call("sample", "--reproduce", files / "a.png").code == 2
     places = ["--image", moved / "image.png", "--mask", moved / "mask.png", "--vae", run / "vae"]
-    assert call("sample", "--again", files / "a.png", *places).code == 0
-    np.testing.assert_array_equal(opened(files / "a-again.png"), opened(files / "a.png"))
-    assert call("sample", "--again", files / "a-again.png", "-o", files / "b.png").code == 0
+    assert call("sample", "--reproduce", files / "a.png", *places).code == 0
+    np.testing.assert_array_equal(opened(files / "a-reproduced.png"), opened(files / "a.png"))
+    assert (
+        call("sample", "--reproduce", files / "a-reproduced.png", "-o", files / "b.png").code == 0
+    )
     places[1] = moved / "mask.png"
-    result = call("sample", "--again", files / "a.png", *places)
+    result = call("sample", "--reproduce", files / "a.png", *places)
     assert result.code == 2 and "the input image was" in result.err
 
 

@@ -114,6 +114,7 @@ def test_true_images_are_drawn_again():
     assert scoring.score(first, captions)["background"] == 1
 
 
+@pytest.mark.slow
 def test_samplers(folder, experiment, monkeypatch):
     some = ("ddpm", "ddim", "pndm", "heun")
     small = {

@@ -114,6 +114,7 @@ def trained(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_model_that_generates_classes(kind, trained):
     run, pipeline, said = trained[kind]
     assert any("3 classes: circle, square, triangle" in line for line in said)

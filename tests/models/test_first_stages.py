@@ -36,6 +36,7 @@ def often(monkeypatch):
     monkeypatch.setattr(codebook, "EVERY", 1)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_model_that_generates(kind, tmp_path, often):
     said = []
     pipeline = runs.train(tmp_path / "run", CONFIGS[kind], say=said.append)
@@ -186,6 +187,7 @@ def test_a_single_batch_is_learnt_by_heart(call, monkeypatch, first_stage, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_does_not_learn_is_told(call, monkeypatch):
     """Here every gradient has the wrong sign."""
     real = overfit.denoiser_loss

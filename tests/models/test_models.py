@@ -221,6 +221,7 @@ def test_gradients_of_unet(config, n, height, width, key):
     check(model, inputs, random_params(model.shapes(), key))
 
 
+@pytest.mark.slow
 def test_gradients_of_deeper_unet():
     """Several layers a block, several transformers a stage: all that has to be added up."""
     config = UNET | {"layers_per_block": [2, 1], "transformer_layers_per_block": [1, 2]}

@@ -326,6 +326,7 @@ def test_sampling_from_the_command_line_and_again(trained, tmp_path, call):
     assert missing.code == 2 and "image: expected one" in missing.err
 
 
+@pytest.mark.slow
 def test_scoring_a_task(task, trained):
     _, pipeline = trained(task)
     config = CONFIGS[task]

@@ -165,6 +165,7 @@ def test_equal_seeds_and_steps_give_equal_weights(shapes):
     assert not any(np.array_equal(one[name], other[name]) for name in one if "norm" not in name)
 
 
+@pytest.mark.slow
 def test_features_tell_true_images_from_others(trained_classifier, shapes):
     """Held-out images on red are near to the training's images on red; those on orange not."""
 

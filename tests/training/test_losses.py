@@ -134,6 +134,7 @@ def slow_last_gradients(first, of):
     return found
 
 
+@pytest.mark.slow
 def test_the_adaptive_weight_equals_a_slow_direct_computation(first):
     images = first.batch[0]
 
@@ -181,6 +182,7 @@ def adversarial_gradient(first, cores, parts, processes, monkeypatch):
         return loss, {name: dw.copy() for name, dw in grads.items()}, seen
 
 
+@pytest.mark.slow
 def test_a_split_batch_has_the_same_weight_and_gradients(first, monkeypatch):
     """Over threads, over processes, and in parts: but for rounding it is the whole's."""
     loss, grads, seen = adversarial_gradient(first, 1, 1, 1, monkeypatch)

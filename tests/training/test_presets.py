@@ -109,3 +109,9 @@ def test_schedules_that_cannot_be():
         make_config("demo", schedule="cosin")
     with pytest.raises(ConfigError, match="ε does not lead back; take v_prediction"):
         make_config("demo", schedule="zero_snr", prediction="epsilon")
+
+
+def test_states_written_under_older_names_load():
+    content = dataclasses.asdict(PRESETS["tiny"])
+    content["pictures"] = content.pop("images")
+    assert Config.from_json(content) == PRESETS["tiny"]

@@ -47,7 +47,8 @@ def test_images_are_cropped_to_the_proportions_that_are_asked_for(photographs):
 
 
 @pytest.mark.parametrize(
-    "changes", mostly_slow([{}, {"first_stage": "none"}, {"task": "inpainting"}], {})
+    "changes",
+    mostly_slow([{}, {"first_stage": "none"}, {"task": "inpainting"}], {"first_stage": "none"}),
 )
 def test_a_run_that_is_neither_square_nor_coloured(photographs, tmp_path, changes, monkeypatch):
     if changes:

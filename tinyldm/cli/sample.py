@@ -42,7 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "-o", "--output", metavar="FILE",
         help="file of the image; several are numbered (default: sample.png)",
     )  # fmt: skip
-    file("--again", "reproduce the image of this PNG from the notes in it")
+    file("--reproduce", "reproduce the image of this PNG from the notes in it")
     parser.add_argument("--negative", metavar="PROMPT", help="prompt that guidance leads away from")
     add_options(parser, SamplingParams)
     parser.add_argument("--n", type=integer(1, MOST), help="number of images (default: 1)")
@@ -60,17 +60,17 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     """Generate images from a prompt, or reproduce one from its notes; print their file names."""
-    if options.prompt is None and options.image is not None and not options.again:
+    if options.prompt is None and options.image is not None and not options.reproduce:
         options.prompt = ""
-    if not options.again and (options.run_folder is None or options.prompt is None):
-        options.parser.error("expected RUN and PROMPT, or --again FILE")
+    if not options.reproduce and (options.run_folder is None or options.prompt is None):
+        options.parser.error("expected RUN and PROMPT, or --reproduce FILE")
     for name, wanted in (("every", "film"), ("variation_seed", "variation")):
         if getattr(options, name) is not None and getattr(options, wanted) is None:
             option = name.replace("_", "-")
             options.parser.error(f"--{option}: expected --{wanted} with it")
     film = Film(Path(options.film), options.every) if options.film else None
     bar = tqdm(total=1, desc="loading", bar_format="{desc}", leave=False, disable=None)
-    origins, output, pipeline = _reproduce(options) if options.again else _from_prompt(options)
+    origins, output, pipeline = _reproduce(options) if options.reproduce else _from_prompt(options)
     bar.close()
     origin = origins[0]
     names = [
@@ -79,7 +79,7 @@ def run(options: Namespace) -> None:
     ]
     notes = [one.notes() for one in origins]
     inputs = [one.file for one in (origin.image, origin.mask) if one]
-    check_outputs([*names, *([film.file] if film else [])], [*inputs, options.again])
+    check_outputs([*names, *([film.file] if film else [])], [*inputs, options.reproduce])
     images = generate(pipeline, origin, film)
     for name, one, note in zip(names, origins, notes, strict=True):
         save_image(name, Image.fromarray(images[one.i]), note)
@@ -117,7 +117,7 @@ def _from_prompt(options):
         if any("\ud800" <= char <= "\udfff" for char in getattr(options, name) or ""):
             options.parser.error(f"{name}: not valid UTF-8")
     if image_format(output) != "PNG":  # fails before the work rather than after it
-        say(f"{output}: only a .png stores how it was generated, for --again")
+        say(f"{output}: only a .png stores how it was generated, for --reproduce")
     for name in ("mask", "strength"):
         if getattr(options, name) is not None and options.image is None:
             options.parser.error(f"--{name}: expected --image FILE with it")
@@ -147,9 +147,13 @@ def _reproduce(options):
     """Return origin, output file and pipeline from the notes of a PNG, which fix all options."""
     for name in ("prompt", "negative", "n", "size", *OPTIONS):
         if getattr(options, name) is not None:
-            options.parser.error(f"--again takes everything from the image: leave out the {name}")
-    origin = Origin.read(options.again)
-    output = Path(options.output or options.again.with_stem(f"{options.again.stem}-again"))
+            options.parser.error(
+                f"--reproduce takes everything from the image: leave out the {name}"
+            )
+    origin = Origin.read(options.reproduce)
+    output = Path(
+        options.output or options.reproduce.with_stem(f"{options.reproduce.stem}-reproduced")
+    )
     image_format(output)
     for name in ("image", "mask", "vae"):  # which may have moved
         place = getattr(options, name)

@@ -143,7 +143,7 @@ class Origin:
         if found != self.weights:
             raise ValueError(
                 f"{run}: the image was generated with weights {self.weights}, these are {found}; "
-                "name the folder of the former: tinyldm sample RUN --again FILE"
+                "name the folder of the former: tinyldm sample RUN --reproduce FILE"
             )
         p = self.params
         options = {name: getattr(p, name) for name in OPTIONS}

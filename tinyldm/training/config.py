@@ -155,6 +155,8 @@ class Config:
     def from_json(cls, content: dict) -> "Config":
         """Rebuild a Config from the JSON of dataclasses.asdict."""
         content = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+        if "pictures" in content:  # its name in states of version 0.1.0
+            content["images"] = content.pop("pictures")
         for stage in ("autoencoder", "denoiser"):
             content[stage] = Stage(**content[stage])
         return cls(**content)
