@@ -118,6 +118,7 @@ def columns(drawn):
     return zip(*map(astuple, drawn), strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held_out", [False, True])
 def test_sets_hold_only_their_own_captions_and_uniformly(held_out):
     _, captions = make_shapes(3000, side=16, seed=1, held_out=held_out)

@@ -144,6 +144,7 @@ def test_samplers(folder, experiment, monkeypatch):
     assert distance["ddim", 5] == 0 < distance["ddim", 3]
 
 
+@pytest.mark.slow
 def test_without_guidance_a_prediction_is_one_call(folder):
     pipeline = samplers.Counting.load(folder)
     pipeline(["a", "b", "c"], steps=4, guidance=1)

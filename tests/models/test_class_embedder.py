@@ -1,6 +1,7 @@
 """Classes in place of texts: their names, their token, the networks that take them, whole runs."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -106,17 +107,19 @@ def test_the_u_net_of_classes_attends_to_itself():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """{kind: (folder, pipeline, lines that were said)}"""
-    found = {}
-    for kind, config in CONFIGS.items():
+    """kind → folder, pipeline, lines that were said"""
+
+    @functools.cache
+    def of(kind):
         run, said = tmp_path_factory.mktemp("classes") / kind, []
-        found[kind] = run, runs.train(run, config, say=said.append), said
-    return found
+        return run, runs.train(run, CONFIGS[kind], say=said.append), said
+
+    return of
 
 
 @pytest.mark.slow
 def test_a_run_leaves_a_model_that_generates_classes(kind, trained):
-    run, pipeline, said = trained[kind]
+    run, pipeline, said = trained(kind)
     assert any("3 classes: circle, square, triangle" in line for line in said)
     loaded = Pipeline.load(run)
     prompts = ["circle", "square"]
@@ -138,9 +141,10 @@ def test_a_run_leaves_a_model_that_generates_classes(kind, trained):
         pipeline("circles")
 
 
+@pytest.mark.slow
 def test_the_class_decides_what_is_generated(kind, trained):
     """Both ways, and with guidance also by what "no class" would be."""
-    run, _, _ = trained[kind]
+    run, _, _ = trained(kind)
     pipeline = Pipeline.load(run)
     rng = np.random.default_rng(0)
     pipeline.params["unet"] = {  # a U-Net that does not begin with zeros
@@ -183,8 +187,9 @@ def test_classes_left_out_are_the_class_of_nothing():
     assert set(labels) <= set(range(len(tokenizer)))
 
 
+@pytest.mark.slow
 def test_scoring_reads_the_shape_back(kind, trained):
-    _, pipeline, _ = trained[kind]
+    _, pipeline, _ = trained(kind)
     config = CONFIGS[kind]
     training, held_out = commands.split(load_data(config), config)
     result, _ = evaluate(pipeline, training, held_out, 6, shapes=commands.prompts_of(config))
@@ -208,8 +213,8 @@ def test_without_a_condition_captions_do_not_matter():
 
 
 def test_u_net_and_condition_must_fit(trained):
-    _, pipeline, _ = trained["class-token"]
-    other = trained["class-time"][1]
+    _, pipeline, _ = trained("class-token")
+    other = trained("class-time")[1]
     mixed = pipeline.configs | {"unet": other.configs["unet"]}
     with pytest.raises(ConfigError, match="num_class_embeds"):
         Pipeline(mixed, pipeline.params, pipeline.tokenizer)

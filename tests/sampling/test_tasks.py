@@ -206,6 +206,7 @@ def batches(task, run):
     return batch_at, conditioner(state, models), training
 
 
+@pytest.mark.slow
 def test_in_training_the_u_net_sees_what_it_sees_later(task, trained):
     """What is beside the latents of a batch is what the pipeline makes of the same images."""
     run, pipeline = trained(task)
@@ -307,7 +308,7 @@ def test_what_is_missing_or_out_of_place(trained):
             pipeline(CAPTION, image=image, **more)
 
 
-def test_sampling_from_the_command_line_and_again(trained, tmp_path, call):
+def test_sampling_from_the_command_line_and_reproduced(trained, tmp_path, call):
     run, pipeline = trained("upscaling-2")
     small = tmp_path / "small.png"
     Image.fromarray(make_shapes(1, 16, 3)[0][0]).resize((8, 8)).save(small)
@@ -315,9 +316,9 @@ def test_sampling_from_the_command_line_and_again(trained, tmp_path, call):
     assert first.code == 0
     expected = np.asarray(pipeline("", image=Image.open(small))[0])
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "large.png")), expected)
-    again = call("sample", "--again", tmp_path / "large.png")
+    again = call("sample", "--reproduce", tmp_path / "large.png")
     assert again.code == 0
-    both = [(tmp_path / name).read_bytes() for name in ("large.png", "large-again.png")]
+    both = [(tmp_path / name).read_bytes() for name in ("large.png", "large-reproduced.png")]
     assert both[0] == both[1]
     wrong = call("sample", run, "", "--image", small, "--strength", "0.5", "-o", tmp_path / "x.png")
     assert wrong.code == 2 and "not for upscaling-2" in wrong.err

@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import settings
 
-# For properties of whole networks: 5 examples in ci, 100 at night.
-seldom = settings(max_examples=max(5, settings.default.max_examples // 5))
+# For properties of whole networks: 4 examples in ci, 83 at night.
+seldom = settings(max_examples=max(3, settings.default.max_examples // 6))
 
 
 def mostly_slow(values, *quick):

@@ -237,6 +237,7 @@ def test_a_folder_of_few_images_without_captions(tmp_path):
     assert not any("validation" in line for line in metrics_of(tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 30])
 def test_images_that_are_all_equal(tmp_path, no_images, n):
     folder, said = solid_images(tmp_path / "images", n, (200, 30, 90)), []
@@ -736,6 +737,7 @@ def assert_finite(state):
             assert np.isfinite(x).all(), name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
 @pytest.mark.parametrize("value", mostly_slow([math.nan, math.inf], math.inf))
