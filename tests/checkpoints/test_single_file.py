@@ -82,6 +82,7 @@ def test_averaged_weights_are_taken_where_there_are_any(made, known, tmp_path):
     assert_equal_params(found["vae"], params["vae"])
 
 
+@pytest.mark.slow
 @one_version
 def test_an_image_from_a_file_is_that_from_the_folder(made, known, tmp_path):
     _, configs, pad, params, stored = made
@@ -239,6 +240,7 @@ def test_averages_in_a_file_of_an_autoencoder_are_passed_over(vae_file):
     assert_equal_params(load_original_vae(folder / "vae.safetensors")[1], expected)
 
 
+@pytest.mark.slow
 @one_version
 def test_odd_tensors_that_nobody_needs(made, known, tmp_path):
     """Of other types, and a fused weight that is a single number."""

@@ -212,6 +212,7 @@ def test_without_a_condition_captions_do_not_matter():
     assert set(load_data(config).captions) == {""}
 
 
+@pytest.mark.slow
 def test_u_net_and_condition_must_fit(trained):
     _, pipeline, _ = trained("class-token")
     other = trained("class-time")[1]

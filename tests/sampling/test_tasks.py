@@ -226,6 +226,7 @@ def test_in_training_the_u_net_sees_what_it_sees_later(task, trained):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_model_that_does_its_task(task, trained):
     run, pipeline = trained(task)
     loaded = Pipeline.load(run)

@@ -155,6 +155,7 @@ def test_it_learns(trained_classifier):
     assert trained_classifier.notes.config["classes"] == {"caption": sorted(COLOURS)}
 
 
+@pytest.mark.slow
 def test_equal_seeds_and_steps_give_equal_weights(shapes):
     def weights(seed):
         made = fit_classifier(shapes.training, shapes.held_out, steps=2, seed=seed, say=silent)

@@ -41,6 +41,7 @@ def no_timing(monkeypatch):
     monkeypatch.setattr(estimate, "_timed", lambda function: (function(), 1.0)[1])
 
 
+@pytest.mark.slow
 def test_seconds_are_those_of_the_steps_and_of_encoding(no_timing, monkeypatch):
     monkeypatch.setattr(estimate, "cores", lambda: 2)  # eight images each are encoded
     found = estimate_run(CONFIG, 160)
@@ -167,6 +168,7 @@ def test_which_times_count(monkeypatch, device, seconds, times, expected):
     assert len(list(clock)) >= len(times) - estimate.CALLS
 
 
+@pytest.mark.slow
 def test_on_a_gpu(no_timing, monkeypatch):
     """On a double of CuPy, which accepts nothing that a GPU would not."""
 

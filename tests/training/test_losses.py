@@ -241,6 +241,7 @@ def stopped_after(step, run, config, monkeypatch, **options):
     return load_state(run)
 
 
+@pytest.mark.slow
 def test_the_discriminator_begins_at_its_share_of_the_steps(tmp_path, every_step, monkeypatch):
     plain = stopped_after(STEPS, tmp_path / "plain", CONFIG, monkeypatch)
     state = stopped_after(STEPS // 2, tmp_path / "run", ADVERSARIAL, monkeypatch)
@@ -312,6 +313,7 @@ def test_a_run_with_perception(tmp_path, every_step, monkeypatch):
     assert both[0] == both[1]
 
 
+@pytest.mark.slow
 def test_seconds_count_both_kinds_of_steps(monkeypatch):
     config = dataclasses.replace(
         ADVERSARIAL,

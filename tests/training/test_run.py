@@ -248,6 +248,7 @@ def test_images_that_are_all_equal(tmp_path, no_images, n):
     assert math.isfinite(load_state(tmp_path / "run").scaling_factor)
 
 
+@pytest.mark.slow
 def test_long_captions_get_the_tokens_that_they_need(tmp_path, no_images):
     folder, said = solid_images(tmp_path / "images", 3), []
     texts = ["short", " ".join(f"word{i}" for i in range(15)), "0 1 2 3 4 5 6 7 8 9 " * 20]
@@ -592,6 +593,7 @@ def test_an_export_that_was_cut_off_is_made_again(copy, monkeypatch, whole, numb
     assert_as_if_nothing_happened(copy, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", mostly_slow([1, 5, len(EXPORTS)], 5))
 @pytest.mark.parametrize("step", [STEPS // 2, STEPS])
 def test_a_run_whose_export_was_cut_off_goes_on(
@@ -814,6 +816,7 @@ def timed(monkeypatch, no_images):
     return dataclasses.replace(CONFIG, autoencoder=TIMED, denoiser=TIMED)
 
 
+@pytest.mark.slow
 def test_seconds_become_steps_once(tmp_path, monkeypatch, timed):
     with monkeypatch.context() as patch:
         Clock(patch, 0.5)
@@ -827,6 +830,7 @@ def test_seconds_become_steps_once(tmp_path, monkeypatch, timed):
         assert line["rate"] == expected
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_total_on_a_faster_machine(tmp_path, monkeypatch, timed):
     with monkeypatch.context() as patch:
         Clock(patch, 0.5)
