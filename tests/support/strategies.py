@@ -220,7 +220,7 @@ def kl_calls(draw):
 @st.composite
 def hinge_calls(draw):
     x = (*draw(leading_axes()), draw(sizes))
-    return Call(F.hinge, {"real": x, "fake": x}, draw(seeds), batched=("real", "fake"))
+    return Call(F.hinge, {"on_real": x, "on_fake": x}, draw(seeds), batched=("on_real", "on_fake"))
 
 
 @st.composite

@@ -5,12 +5,12 @@ from tinyldm.diffusion.samplers import Predict
 
 
 def guided(predict: Predict, guidance: float, rescale: float = 0.0) -> Predict:
-    """Make a guided `predict` for a sampler, from a `predict` of twice as many samples.
+    """Make a `predict` that returns without + guidance · (with − without) the prompt.
 
-    With u the prediction of the first half, without text, and c that of the second half, with text,
-    the result is u + guidance · (c − u); 1 is plain conditional (Ho & Salimans 2022, eq. 6, with
-    their w = guidance − 1). rescale: 0 none … 1, how far the standard deviation returns to that of
-    c, against over-saturated colours (Lin et al. 2023, eq. 15 and 16).
+    predict: of twice as many samples, the first half without the prompt, the second with it. At
+    guidance 1 the result is plain conditional (Ho & Salimans 2022, eq. 6, with their
+    w = guidance − 1). rescale: 0 none … 1, how far the standard deviation returns to that
+    with the prompt, against over-saturated colours (Lin et al. 2023, eq. 15 and 16).
     """
 
     def predict_guided(x, t):

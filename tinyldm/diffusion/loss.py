@@ -54,7 +54,7 @@ def min_snr(schedule: Schedule, t: np.ndarray, gamma: float = 5.0) -> np.ndarray
 def variational(schedule: Schedule, t: np.ndarray) -> np.ndarray:
     """Variational weighting, divided by its mean over all t (n,), for variance β (Ho et al. 2020).
 
-    The weight of the loss in x_0 is ᾱ_{t−1} β / 2 (1 − ᾱ_t)²: 1/2β at t = 0, where ᾱ_{t−1} = 1.
+    The weight of the loss in x_0 is ᾱ_{t−1} β / (2 (1 − ᾱ_t)²): 1/(2β) at t = 0, where ᾱ_{t−1} = 1.
     """
     before = np.append(1.0, schedule.alphas_bar[:-1])
     in_x0 = before * schedule.betas / (2 * (1 - schedule.alphas_bar) ** 2)

@@ -48,8 +48,9 @@ def ddim(
     start: int | None = None,
     post_step: PostStep = unchanged,
 ) -> Steps:
-    """Denoising diffusion implicit models (Song et al. 2020, eq. 12 and 16).
+    """Denoising diffusion implicit models: x' = √ᾱ' x_0 + √(1 − ᾱ' − σ²) ε + σ · fresh noise.
 
+    Song, Meng & Ermon 2020, eq. 12; σ is η times that of DDPM (eq. 16).
     eta: 0 deterministic … 1 as random as DDPM; then `noise()` gives fresh normal noise like x.
     """
     t = timesteps(schedule, steps)[start:]
@@ -199,7 +200,7 @@ def euler_ancestral(
     start: int | None = None,
     post_step: PostStep = unchanged,
 ) -> Steps:
-    """Ancestral Euler: step below σ, then add fresh noise up to it, as DDPM (Song et al. 2020)."""
+    """Ancestral Euler: step below the next σ, then add fresh noise up to it, as DDPM does."""
     t, sigmas, x = _begin(schedule, x, steps, start)
     for i in range(len(t)):
         sigma, next_sigma = sigmas[i : i + 2]
@@ -276,11 +277,10 @@ def _begin(schedule, x, steps, start):
     """Return t, σ, and x before the first step, in the coordinates of these samplers."""
     t, sigmas = sigma_steps(schedule, steps)
     t, sigmas = t[start:], sigmas[start:].tolist()
-    # Where the last trained step is among those visited, x counts as pure noise.
+    # As in diffusers: where the last trained step is visited, x counts as noise alone.
     leading = schedule.config.get("timestep_spacing", "linspace") == "leading"
-    if leading or start is not None:
-        return t, sigmas, x * math.sqrt(sigmas[0] ** 2 + 1)
-    return t, sigmas, x * sigmas[0]
+    noise_alone = not leading and start is None
+    return t, sigmas, x * (sigmas[0] if noise_alone else math.sqrt(sigmas[0] ** 2 + 1))
 
 
 def _clean_image(predict, schedule, x, sigma, t):

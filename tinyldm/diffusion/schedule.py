@@ -2,7 +2,7 @@
 
 The forward process mixes an image x_0 with normal noise ε (Ho et al. 2020, eq. 4):
 
-    x_t = a_t x_0 + s_t ε,    a_t = √ᾱ_t,  s_t = √(1 − ᾱ_t),  ᾱ_t = Π (1 − β)
+    x_t = a_t x_0 + s_t ε,    a_t = √ᾱ_t,  s_t = √(1 − ᾱ_t),  ᾱ_t = Π_{i ≤ t} (1 − β_i)
 
 Tables are float64 on the host, whatever the precision and the device of the model.
 """
@@ -28,7 +28,10 @@ def scaled_linear_betas(steps: int, start: float, end: float) -> np.ndarray:
 
 
 def cosine_betas(steps: int, start: float, end: float) -> np.ndarray:
-    """Cosine schedule: ᾱ falls as a squared cosine (Nichol & Dhariwal 2021, eq. 17)."""
+    """Cosine schedule: ᾱ falls as a squared cosine (Nichol & Dhariwal 2021, eq. 17).
+
+    It has no ends to choose: `start` and `end` are not used.
+    """
 
     def alpha_bar(u):
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -105,8 +108,8 @@ class Schedule:
 
         Where no signal is left it is the value for ᾱ = 2⁻²⁴, as in diffusers.
         """
-        some = np.where(self.alphas_bar > 0, self.alphas_bar, 2.0**-24)
-        return np.sqrt(1 / some - 1)
+        alphas_bar = np.where(self.alphas_bar > 0, self.alphas_bar, 2.0**-24)
+        return np.sqrt(1 / alphas_bar - 1)
 
     def snr(self, t: np.ndarray) -> np.ndarray:
         """Return the signal-to-noise ratio, ᾱ / (1 − ᾱ), at the steps t."""
@@ -134,7 +137,11 @@ class Schedule:
         return a * noise - s * x0
 
     def split(self, prediction: Array, x: Array, alpha_bar: float) -> tuple[Array, Array]:
-        """Split a prediction at x, where ᾱ is `alpha_bar`, into the x_0 and ε that it implies."""
+        """Split a prediction at x, where ᾱ is `alpha_bar`, into the x_0 and ε that it implies.
+
+        From x = a x_0 + s ε; with v = a ε − s x_0 and a² + s² = 1, x_0 = a x − s v and
+        ε = s x + a v.
+        """
         a, s = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
         if self.prediction == "epsilon":
             return (x - s * prediction) / a, prediction
@@ -144,11 +151,11 @@ class Schedule:
 
 
 def posterior(alpha_bar: float, alpha_bar_previous: float) -> tuple[float, float, float]:
-    """Posterior q(x_s | x_t, x_0) for s before t: (weight of x_0, weight of x_t, variance).
+    """Posterior q(x_r | x_t, x_0) for r before t: (weight of x_0, weight of x_t, variance).
 
     Ho et al. 2020, eq. 6 and 7, with β and α taken between the two steps, however far apart.
     """
-    beta = (alpha_bar_previous - alpha_bar) / alpha_bar_previous  # 1 − α would cancel
+    beta = (alpha_bar_previous - alpha_bar) / alpha_bar_previous  # as 1 − ᾱ/ᾱ_r, digits are lost
     rest = 1 - alpha_bar
     x0_weight = math.sqrt(alpha_bar_previous) * beta / rest
     xt_weight = math.sqrt(alpha_bar / alpha_bar_previous) * (1 - alpha_bar_previous) / rest

@@ -56,7 +56,7 @@ def spaced(schedule: Schedule, steps: int, default: str) -> np.ndarray:
 def timesteps(schedule: Schedule, steps: int) -> np.ndarray:
     """Return the steps t (steps,) to visit, falling, as the config's `timestep_spacing` says.
 
-    By default "leading". Where the offset would lead past the last trained step, that is taken.
+    By default "leading". A step past the last trained one, by the offset, becomes that one.
 
     Raises ValueError for more steps than were trained, or an unknown spacing.
     """
@@ -82,7 +82,9 @@ def sigma_steps(schedule: Schedule, steps: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def dpm_solver_steps(schedule: Schedule, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return t and σ of DPM-Solver++, which drops the last of one step more and rounds t.
+    """Return t (steps,), rounded, and σ (steps + 1,) of DPM-Solver++, both falling.
+
+    They are `steps` + 1 points of the spacing without the last.
 
     σ ends with the smallest trained where `final_sigmas_type` is "sigma_min".
     """

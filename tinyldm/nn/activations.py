@@ -28,7 +28,7 @@ def elementwise(derivative: Callable[[Array], Array]) -> Callable:
 
             return f(x), backward
 
-        apply.f, apply.derivative = f, derivative
+        apply.f, apply.derivative = f, derivative  # from which kernels make faster versions
         return apply
 
     return make

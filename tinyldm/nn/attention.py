@@ -33,6 +33,7 @@ def attention(
         dy = split_heads(dy, heads)
         dv = p.swapaxes(2, 3) @ dy
         dp = dy @ v.swapaxes(2, 3)
+        # Raising one score lowers the share of all others: hence the sum.
         ds = p * (dp - (p * dp).sum(axis=3, keepdims=True))
         dq, dk = ds @ k * scale, ds.swapaxes(2, 3) @ q
         return join_heads(dq), join_heads(dk), join_heads(dv)

@@ -19,8 +19,8 @@ def conv2d(
     (0, 1, 0, 1). Raises ValueError for shapes that do not fit.
 
     Each output pixel is the product of its window, a row of kh·kw·c_in values, with the kernel as a
-    (kh·kw·c_in, c_out) matrix. On the way back each value of drow returns to the pixel that it was
-    gathered from, and where windows overlap they add up.
+    (kh·kw·c_in, c_out) matrix. On the way back each value of a window's gradient returns to the
+    pixel that it was gathered from, and where windows overlap they add up.
     """
     xp = array_module(x)
     n, out_h, out_w, (top, bottom, left, right) = output_shape(x.shape, w.shape, stride, padding)

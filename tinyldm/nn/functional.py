@@ -43,8 +43,8 @@ def linear(x: Array, w: Array, b: Array | None = None) -> tuple[Array, Backward]
 def embedding(ids: Array, table: Array) -> tuple[Array, Backward]:
     """Look up rows of `table` (vocabulary, d) at the integers `ids` (...) → (..., d).
 
-    backward(dy) → None, dtable. Raises ValueError for an id outside the table, on the CPU only: on
-    a GPU it would have to wait.
+    backward(dy) → None, dtable. Raises ValueError for an id outside the table, on the CPU only: a
+    check on a GPU would wait for all that it has to do.
     """
     xp = array_module(table)
     last = table.shape[0] - 1
@@ -205,21 +205,21 @@ def kl_to_standard_normal(mean: Array, logvar: Array) -> tuple[Array, Backward]:
 
 
 @differentiable
-def hinge(real: Array, fake: Array) -> tuple[Array, Backward]:
-    """Hinge loss ½ mean max(0, 1 − real) + ½ mean max(0, 1 + fake), of logits (n, ...).
+def hinge(on_real: Array, on_fake: Array) -> tuple[Array, Backward]:
+    """Hinge loss ½ mean max(0, 1 − on_real) + ½ mean max(0, 1 + on_fake), of logits (n, ...).
 
     It wants logits above 1 for real images and below −1 for others, and no more than that (Lim &
     Ye 2017, "Geometric GAN"; Miyato et al. 2018, eq. 16). The slope at both ends is taken as 0.
     """
-    real_short = (1 - real) * (real.real < 1)
-    fake_over = (1 + fake) * (fake.real > -1)
+    too_low, too_high = on_real.real < 1, on_fake.real > -1
 
     def backward(dloss=1.0):
-        dreal = (real.real < 1).astype(real.dtype) * (-0.5 * dloss / real.size)
-        dfake = (fake.real > -1).astype(fake.dtype) * (0.5 * dloss / fake.size)
+        dreal = too_low.astype(on_real.dtype) * (-0.5 * dloss / on_real.size)
+        dfake = too_high.astype(on_fake.dtype) * (0.5 * dloss / on_fake.size)
         return dreal, dfake
 
-    return 0.5 * (real_short.mean() + fake_over.mean()), backward
+    loss = 0.5 * (((1 - on_real) * too_low).mean() + ((1 + on_fake) * too_high).mean())
+    return loss, backward
 
 
 @differentiable

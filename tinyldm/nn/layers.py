@@ -61,7 +61,7 @@ class Recomputed(Layer):
 
 
 def uniform_fan_in(fan_in: int) -> Initialiser:
-    """Uniform ±1/√fan_in, for weights and biases: activations keep their size (LeCun et al. 1998).
+    """Uniform ±1/√fan_in, for weights and biases, PyTorch's default (after LeCun et al. 1998).
 
     Biases matter in a U-Net: with all of them zero, zero padding leaves no trace in the features,
     and the network is slow to find out where in the image it is.
@@ -76,12 +76,12 @@ def normal(std: float) -> Initialiser:
 
 
 def zeros(rng: Generator, shape: Shape) -> Array:
-    """Zeros. Draws as `uniform_fan_in` does: what comes after it starts the same with either."""
+    """All zeros. Takes as many random numbers as others, so that later draws stay the same."""
     return rng.uniform(0, 0, shape)
 
 
 def ones(rng: Generator, shape: Shape) -> Array:
-    """Ones. Draws as `zeros` does."""
+    """All ones. Takes as many random numbers as `zeros`."""
     return zeros(rng, shape) + 1
 
 
@@ -101,13 +101,13 @@ class Leaf(Layer):
         *options: object,
     ):
         self.function, self.weights, self.options = function, weights, options
-        self.weight = next(iter(weights))  # the name of the first
+        self.weight = next(iter(weights))  # full name of the weight, without that of the bias
 
     def parameters(self) -> dict[str, tuple[Shape, Initialiser]]:
         return self.weights
 
     def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
-        weights = map(params.__getitem__, self.weights)
+        weights = [params[name] for name in self.weights]
         y, function_back = self.function(x, *weights, *self.options)
         if function_back is None:
             return y, None

@@ -93,7 +93,7 @@ def unit_norm(x: Array, eps: float = 1e-10) -> tuple[Array, Backward]:
     y = x * scale
 
     def backward(dy):
-        # d length = x · dx / length
+        # ∂length / ∂x = x / length
         along = (dy * y).sum(axis=-1, keepdims=True) * scale
         dx = scale * dy - x * (along / xp.where(length == 0, 1, length))
         return xp.where(length == 0, 0, dx)

@@ -109,7 +109,8 @@ def _once(result, name):
         nonlocal backward
         if backward is None:
             raise RuntimeError(f"the backward pass of {name} was called a second time")
-        step, backward = backward, None  # freed as soon as `step` has run
+        # The only reference is given up, so what the pass kept is freed as soon as it has run.
+        step, backward = backward, None
         return step(*dy, **options)
 
     return y, run
@@ -121,7 +122,8 @@ def recompute(
 ) -> tuple[Array, Backward]:
     """Run `layer(params, *inputs)` without keeping activations; compute them again when needed.
 
-    Trades one more forward pass for the memory of everything inside `layer` (Chen et al. 2016,
+    Known as activation or gradient checkpointing. Trades one more forward pass for the memory of
+    everything inside `layer` (Chen et al. 2016,
     "Training deep nets with sublinear memory cost").
     """
     with no_grad():

@@ -40,9 +40,9 @@ def straight_through(z: Array, codebook: Array, codes: Array) -> tuple[Array, Ba
 def codebook_loss(
     z: Array, codebook: Array, codes: Array, commitment: float = 0.25
 ) -> tuple[Array, Backward]:
-    """Codebook loss: mean (e − sg z)² + commitment · mean (sg e − z)², e = codebook[codes] (eq. 3).
+    """Codebook loss: mean (e − sg z)² + commitment · mean (sg e − z)², e = codebook[codes].
 
-    backward(dloss) → dz, dcodebook.
+    van den Oord et al. 2017, eq. 3; `sg` stops the gradient. backward(dloss) → dz, dcodebook.
     """
     e, embedding_back = F.embedding(codes, codebook)
     towards_z, towards_e = e - z.real, z - e.real

@@ -78,5 +78,5 @@ def adamw(
 
 
 def ema_decay(step: int, limit: float) -> float:
-    """Decay of the n-th average, min(limit, (1 + n) / (10 + n)): recent weights at the start."""
+    """Decay of the average, min(limit, (1 + n) / (10 + n)) with n = step + 1: less at first."""
     return min(limit, (2 + step) / (11 + step))
