@@ -1,4 +1,4 @@
-"""`tinyldm demo`: train on the embedded shapes, and score the result."""
+"""`tinyldm demo`: train on the built-in shapes, and score the result."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -20,7 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> None:
-    """Train on the embedded shapes, and score the result."""
+    """Train on the built-in shapes, and score the result."""
     training.run(options)
     say("scoring: 200 images are generated and read back by rule")
     options.run_folder, options.captions, options.data = options.out, 200, None

@@ -1,1 +1,1 @@
-"""Images with captions: the embedded shapes, folders of your own images, and file formats."""
+"""Images with captions: the built-in shapes, folders of your own images, and file formats."""

@@ -5,7 +5,7 @@ The main instrument is the complex step (Squire & Trapp 1998): for an analytic f
     Im f(x + i h u) / h  =  the derivative of f along u, up to h²
 
 With h = 1e-20 the error h² is nothing, and since nothing is subtracted nothing cancels: the
-derivative is right to the last few bits, where a finite difference keeps half of them. That
+derivative is right to the last few bits, where a finite difference loses many of them. That
 sharpness is what finds a fault in one entry of a million from a single direction.
 """
 
@@ -44,8 +44,9 @@ def check_gradients(
         (to be used with a `tol` of 1e-6 or so, since a difference keeps fewer digits).
 
     Every floating input and every parameter is moved along a random direction of its own, whose
-    entries are bounded away from zero. Returns how many tensors were checked. Raises
-    GradientError for the first one that fails; a parameter without a gradient is a failure.
+    entries are bounded away from zero, and must get a gradient: bind what should get none with
+    functools.partial. Returns how many tensors were checked. Raises GradientError for the first
+    one that fails.
     """
     rng = np.random.default_rng(rng)
     inputs = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]

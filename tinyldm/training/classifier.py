@@ -2,7 +2,7 @@
 
 The field compares images in the features of a network that was trained on photographs (Heusel et
 al. 2017) and has to be downloaded. This one learns in seconds, from the captions of the run: the
-five attributes of the embedded shapes, or else which caption an image has. It is kept in the run's
+five attributes of the built-in shapes, or else which caption an image has. It is kept in the run's
 folder as one file, written whole or not at all, whose header says what it was trained on.
 """
 
