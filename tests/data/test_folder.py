@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +14,15 @@ from PIL.Image import Transpose
 
 from tinyldm.data import folder as folder_module
 from tinyldm.data.dataset import DataError
-from tinyldm.data.folder import FORMATS, load_folder, load_image
+from tinyldm.data.folder import FORMATS, load_folder, open_image
+from tinyldm.data.images import fitted
 
 SIDE = 8
+
+
+def load_image(file, side):
+    """One image as `load_folder` reads and fits it."""
+    return fitted(open_image(Path(file), side), side)
 
 
 def solid(mode, colour, size=(12, 12)):

@@ -27,7 +27,7 @@ def load_folder(
     skip_bad: bool = False,
     maps: bool = False,
 ) -> Dataset:
-    """Load all images below `folder`, in the order of their names, as `load_image` reads them.
+    """Load all images below `folder`, in the order of their names, as `open_image` reads them.
 
     An image's caption is its line (`file_name`, `text`) in metadata.jsonl, else the text file of
     its name, else the name of its sub-folder, else "". Hidden files are ignored.
@@ -86,11 +86,6 @@ def load_folder(
 def holds_images(folder: Path) -> bool:
     """Return whether the name of any file below the folder has the suffix of an image format."""
     return any(path.suffix.lower() in FORMATS for path in folder.rglob("*"))
-
-
-def load_image(file: str | Path, size: int | tuple[int, int]) -> np.ndarray:
-    """Read one image, cropped at the centre and resized → uint8 (height, width, 3)."""
-    return fitted(open_image(Path(file), max(both_sides(size))), size)
 
 
 def open_image(file: Path, side: int) -> Image.Image:
