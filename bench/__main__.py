@@ -25,7 +25,7 @@ from bench.measure import Limits
 from bench.report import write
 from tinyldm import __version__
 from tinyldm.machine import keep_freed_memory, processor
-from tinyldm.threads import describe
+from tinyldm.threads import describe_device
 
 TABLES = {
     "train": train.table,
@@ -80,8 +80,8 @@ def environment(peer: ModuleType | None) -> list[str]:
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     return [
         f"tinyldm {__version__}, Python {platform.python_version()}, {platform.system()}",
-        f"{describe()}; BLAS threads {', '.join(map(str, sorted(blas)))}",
-        peer.describe() if peer else "without PyTorch",
+        f"{describe_device()}; BLAS threads {', '.join(map(str, sorted(blas)))}",
+        peer.describe_device() if peer else "without PyTorch",
         f"load of the machine before: {load}",
     ]
 

@@ -15,7 +15,7 @@ from bench.report import write
 from bench.sample import SamplingStep
 from bench.train import CASES
 from tinyldm.backend import DeviceError, to_device
-from tinyldm.threads import describe
+from tinyldm.threads import describe_device
 
 DEVICE = "cuda"
 ROUNDS = 15
@@ -33,7 +33,7 @@ def main() -> None:
     """Exit code 2 where there is no GPU, or no CuPy."""
     os.environ["CUPY_TF32"] = "0"  # CuPy reads it when it is imported
     try:
-        print(describe(DEVICE))
+        print(describe_device(DEVICE))
     except DeviceError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
@@ -42,7 +42,7 @@ def main() -> None:
     report(f"{SAMPLING.name}, {STEPS} steps", samples_differ(SAMPLING), SAMPLES_TOLERANCE)
     peer = load_peer()
     peer = peer if peer and peer.prepare_gpu() else None
-    print(peer.describe() if peer else "without PyTorch: none that has CUDA is installed")
+    print(peer.describe_device() if peer else "without PyTorch: none that has CUDA is installed")
     write(table, Run(tiny=False, rounds=ROUNDS, limits=None, peer=peer), print)
 
 

@@ -33,7 +33,7 @@ IMAGE, KERNEL = (
 )  # our order of the axes, of (n, c, h, w) and (k, c, h, w)
 
 
-def describe() -> str:
+def describe_device() -> str:
     """Version and threads."""
     return f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads"
 

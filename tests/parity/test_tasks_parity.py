@@ -103,7 +103,13 @@ COMMON = {"negative_prompt": [NEGATIVE] * 2, "output_type": "np", "guidance_scal
 def test_image_to_image(folders, name, init_image, noise, sampler, strength):
     ours = Pipeline.load(folders[name])
     recipe = ours.sampling_params(
-        PROMPTS, NEGATIVE, 10, 3.0, sampler, size=(HEIGHT, WIDTH), strength=strength
+        PROMPTS,
+        NEGATIVE,
+        (HEIGHT, WIDTH),
+        steps=10,
+        guidance=3.0,
+        sampler=sampler,
+        strength=strength,
     )
     scene = Scene.of(init_image, None, recipe)
     theirs = diffusers_pipeline(diffusers.StableDiffusionImg2ImgPipeline, folders[name], sampler)
@@ -127,7 +133,13 @@ def test_image_to_image_by_pndm(folders, init_image, noise):
 
     def both(strength):
         recipe = ours.sampling_params(
-            PROMPTS, NEGATIVE, 10, 3.0, "pndm", size=(HEIGHT, WIDTH), strength=strength
+            PROMPTS,
+            NEGATIVE,
+            (HEIGHT, WIDTH),
+            steps=10,
+            guidance=3.0,
+            sampler="pndm",
+            strength=strength,
         )
         options = {"strength": strength, "num_inference_steps": 10, **COMMON}
         expected = theirs(PROMPTS, image=resized, **options).images
@@ -150,7 +162,13 @@ def test_inpainting(folders, name, init_image, mask, noise, sampler, strength):
     """With the model of nine channels, and with those of four by keeping the known part."""
     ours = Pipeline.load(folders[name])
     recipe = ours.sampling_params(
-        PROMPTS, NEGATIVE, 10, 3.0, sampler, size=(HEIGHT, WIDTH), strength=strength
+        PROMPTS,
+        NEGATIVE,
+        (HEIGHT, WIDTH),
+        steps=10,
+        guidance=3.0,
+        sampler=sampler,
+        strength=strength,
     )
     scene = Scene.of(init_image, mask, recipe)
     theirs = diffusers_pipeline(diffusers.StableDiffusionInpaintPipeline, folders[name], sampler)
