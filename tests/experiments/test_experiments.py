@@ -67,7 +67,7 @@ def small(monkeypatch):
     monkeypatch.setattr(latent_vs_pixel, "WIDTHS", (4, 4, 8, 8))
     monkeypatch.setattr(latent_vs_pixel, "CAPTIONS", (9, 9))
     monkeypatch.setattr(latent_vs_pixel, "LONG_ENOUGH", 0.0)
-    monkeypatch.setattr(latent_vs_pixel, "JUDGE_SECONDS", 0.2)
+    monkeypatch.setattr(latent_vs_pixel, "CLASSIFIER_SECONDS", 0.2)
     steps = SimpleNamespace(steps={"autoencoder": 4, "denoiser": 4})
     for module in (latent_vs_pixel, schedules):
         monkeypatch.setattr(module, "estimate_run", lambda *args: steps)

@@ -13,16 +13,15 @@ def theirs(model, params, x, dy):
     x = peers.pixels_to_torch(x)
     h = x
     for i, conv in enumerate(model.convs):
-        h = torch.nn.functional.conv2d(
-            h, leaves[conv.weight], leaves[conv.bias], stride=conv.stride, padding=1
-        )
+        stride, _ = conv.options
+        weights = (leaves[name] for name in conv.weights)
+        h = torch.nn.functional.conv2d(h, *weights, stride=stride, padding=1)
         if conv is model.convs[-1]:
             break
         if i > 0:
             norm = model.norms[i - 1]
-            h = torch.nn.functional.group_norm(
-                h, norm.groups, leaves[norm.weight], leaves[norm.bias], EPS
-            )
+            groups, weights = norm.options[0], (leaves[name] for name in norm.weights)
+            h = torch.nn.functional.group_norm(h, groups, *weights, EPS)
         h = torch.nn.functional.leaky_relu(h, 0.2)
     h.backward(peers.pixels_to_torch(dy))
     grads = {name: peers.weight_to_numpy(leaf.grad) for name, leaf in leaves.items()}
