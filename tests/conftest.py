@@ -11,7 +11,8 @@ import gradients
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tinyldm import cli
+from tinyldm import cli, threads
+from tinyldm.nn.protocol import use_kernels
 
 # On a busy machine all is slow: no deadlines.
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -30,6 +31,16 @@ slow = []  # the tests that were left to the nightly profile
 def short_estimate(monkeypatch):
     """How long a run takes is told from one step of each stage: tests run many, and short ones."""
     monkeypatch.setattr("tinyldm.training.estimate.CALLS", 1)
+
+
+@pytest.fixture
+def with_kernels(monkeypatch):
+    """For tests of kernels: they are in use, whatever TINYLDM_KERNELS says."""
+    monkeypatch.delenv("TINYLDM_KERNELS", raising=False)
+    monkeypatch.setattr(threads, "_held", [])
+    token = use_kernels.set(True)
+    yield
+    use_kernels.reset(token)
 
 
 @pytest.fixture

@@ -122,7 +122,7 @@ def test_steps_with_a_fixed_context_predict_what_single_calls_do(
             np.testing.assert_allclose(predict(x, t), pipe.predict(x, t, context), atol=1e-5)
 
 
-def test_what_depends_on_the_context_alone_is_made_once(pipe, monkeypatch):
+def test_what_depends_on_the_context_alone_is_made_once(pipe, monkeypatch, with_kernels):
     """Then weights that change there change nothing, and elsewhere they do."""
     monkeypatch.setenv("TINYLDM_PROCESSES", "1")
     params = {name: w.copy() for name, w in pipe.params["unet"].items()}
