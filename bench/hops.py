@@ -24,7 +24,7 @@ from tinyldm.training.state import State
 from tinyldm.training.step import stage_gradient, train_step
 
 ROOT = str(Path(tinyldm.__file__).parent)
-CAPTION = "a large red circle on blue at the left"
+CAPTION = "a red circle"
 
 
 def passed(function: Callable[[], object]) -> set[tuple[str, int, str]]:

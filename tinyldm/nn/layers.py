@@ -107,7 +107,7 @@ class Leaf(Layer):
         return self.weights
 
     def __call__(self, params: Params, x: Array) -> tuple[Array, Backward]:
-        weights = [params[name] for name in self.weights]
+        weights = map(params.__getitem__, self.weights)  # by name, in the order of the arguments
         y, function_back = self.function(x, *weights, *self.options)
         if function_back is None:
             return y, None

@@ -23,7 +23,9 @@ def train_step(
     discriminator too, that makes a step of its own optimizer.
     """
     loss, grads = loss_and_grads(batch)
-    of_discriminator = {name: grads.pop(name) for name in grads.keys() & state.discriminator.keys()}
+    of_discriminator = {}
+    for name in grads.keys() & state.discriminator.keys():
+        of_discriminator[name] = grads.pop(name)
     norm = global_norm(grads)
     adamw(
         state.params, grads, state.moments, state.average, state.step, rate,
