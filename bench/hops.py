@@ -1,4 +1,4 @@
-"""How much one has to read: the functions and files that a step of the demo passes through.
+"""Count what one has to read: the functions and files that a step of the demo passes through.
 
     python -m bench hops
 

@@ -79,7 +79,7 @@ def step_difference(ours: Sequence, theirs: Sequence) -> float:
 
 
 def image_difference(ours: Array, theirs: Any) -> float:
-    """Of images (n, h, w, c), and PyTorch's; relative."""
+    """Relative difference to PyTorch's, of images (n, h, w, c)."""
     from bench.peer import to_numpy
 
     return relative(to_device(ours, "cpu"), to_numpy(theirs))

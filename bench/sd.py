@@ -95,7 +95,7 @@ class Decoding(NetworkCase):
         return random_params(AutoencoderKL(self.config()).shapes())
 
     def latents(self) -> np.ndarray:
-        """Of one image, at the autoencoder's own scale."""
+        """Draw the latents of one image, at the autoencoder's own scale."""
         return np.random.default_rng(1).standard_normal((1, self.side, self.side, 4), np.float32)
 
     def ours(self, params: Params, device: str) -> Step:

@@ -29,7 +29,7 @@ slow = []  # the tests that were left to the nightly profile
 
 @pytest.fixture(autouse=True)
 def short_estimate(monkeypatch):
-    """How long a run takes is told from one step of each stage: tests run many, and short ones."""
+    """Estimate the time of a run from one step of each stage: tests run many short ones."""
     monkeypatch.setattr("tinyldm.training.estimate.CALLS", 1)
 
 
@@ -59,7 +59,7 @@ def call(capfd):
 
 
 def pytest_collection_modifyitems(config, items):
-    """What is slow by nature runs in the nightly profile, or where it is asked for: -m slow."""
+    """Leave out what is marked slow, except in the nightly profile or with -m."""
     if PROFILE == "nightly" or config.getoption("markexpr"):
         return
     slow.extend(item for item in items if item.get_closest_marker("slow"))

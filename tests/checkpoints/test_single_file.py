@@ -288,7 +288,7 @@ def test_other_models_are_named(tmp_path):
 
 @one_version
 def test_in_channels_that_mean_something_else(made, known, tmp_path):
-    """Such as those of the model that edits images by instruction."""
+    """Tensors such as those of the model that edits images by instruction."""
     stored = dict(made[-1])
     stored["model.diffusion_model.input_blocks.0.0.weight"] = np.zeros((3, 3, 8, 32), np.float32)
     save_weights(tmp_path / "model.safetensors", stored)

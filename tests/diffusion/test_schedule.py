@@ -270,7 +270,7 @@ def test_other_keys_are_kept():
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 def test_without_signal_at_the_end(prediction):
-    """Of Stable Diffusion's schedule, whose last step still shows 7 % of the image."""
+    """Stable Diffusion's schedule, whose last step still shows 7 % of the image."""
     config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     usual = Schedule(config)
     rescaled = Schedule(config | {"rescale_betas_zero_snr": True, "prediction_type": prediction})
