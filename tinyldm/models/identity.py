@@ -28,8 +28,8 @@ class IdentityFirstStage(Layer):
         return self._scaled(images, self.config.scaling_factor)
 
     def latent_distribution(self, params: Params, images: Array) -> tuple[Array, Array | None]:
-        """Return the images at the scale of the diffusion, and None: no spread."""
-        return self.to_latents(params, images)[0], None
+        """Return the images at their own scale, and None: they have no spread."""
+        return images.copy(), None
 
     def from_latents(self, params: Params, latents: Array) -> tuple[Array, Backward]:
         """Divide latents by scaling_factor, the inverse of `to_latents`."""

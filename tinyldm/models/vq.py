@@ -50,9 +50,9 @@ class VQModel(coders.Autoencoder):
         return z, loss, backward
 
     def latent_distribution(self, params: Params, images: Array) -> tuple[Array, Array | None]:
-        """Return the latents of images at the scale of the diffusion, and None: no spread."""
+        """Return the latents of images at their own scale, and None: they have no spread."""
         with no_grad():
-            return self.to_latents(params, images)[0], None
+            return self.encode(params, images)[0], None
 
     def describe(self, params: Params, images: Array) -> dict[str, float]:
         """Measure how much of the codebook images use: the share of codes, and their perplexity."""
