@@ -123,7 +123,7 @@ def test_the_core_is_plain():
 
 
 def code_lines(text):
-    """How many lines hold code: no blanks, comments or docstrings."""
+    """Count the lines that hold code: no blanks, comments or docstrings."""
     layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
     lines = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):

@@ -16,7 +16,7 @@ WORKERS = 2  # asked for by number, so that a machine with one core tests thread
 
 
 def test_after_an_error_nothing_is_still_running():
-    """What went on would find the BLAS library's threads let loose again."""
+    """Code that went on would find the BLAS library's threads let loose again."""
     running = []
 
     def run(i):

@@ -1,4 +1,4 @@
-"""What `tinyldm sample` can do beside a prompt: begin with images, films, tiles, other VAEs."""
+"""`tinyldm sample` with more than a prompt: init images, films, tiles, other autoencoders."""
 
 import re
 import shutil

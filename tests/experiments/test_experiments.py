@@ -224,7 +224,7 @@ def test_mistakes(call, tmp_path):
 
 
 def not_of_shapes(run):
-    """As if it had been trained on a folder of images."""
+    """Make a run look as if it had been trained on a folder of images."""
     file = state_files(run)[-1]
     notes = json.loads(load_metadata(file)["tinyldm"])
     notes["config"]["data"] = "images"

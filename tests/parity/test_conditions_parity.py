@@ -84,7 +84,7 @@ def test_the_autoencoder_is_diffusers_own(run):
 
 @pytest.mark.parametrize("run", ["inpainting"], indirect=True)
 def test_a_run_that_inpaints_is_a_pipeline_of_diffusers(run, monkeypatch):
-    """The same image from the same latents; of the image's latents both take the means."""
+    """Both generate the same image from the same latents, and encode the init image to means."""
     monkeypatch.setattr(
         DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode()
     )

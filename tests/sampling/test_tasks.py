@@ -208,7 +208,7 @@ def batches(task, run):
 
 @pytest.mark.slow
 def test_in_training_the_u_net_sees_what_it_sees_later(task, trained):
-    """What is beside the latents of a batch is what the pipeline makes of the same images."""
+    """The concatenation conditioning of a batch equals the pipeline's for the same images."""
     run, pipeline = trained(task)
     batch_at, conditioner_of, training = batches(task, run)
     z, _, _, _, *shown = batch_at(3)

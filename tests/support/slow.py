@@ -1,10 +1,11 @@
-"""What the quick suite takes less of, and the nightly profile all."""
+"""Leave parameters and examples of slow tests to the nightly profile."""
 
 import pytest
 from hypothesis import settings
 
-# For properties of whole networks: 4 examples in ci, 83 at night.
-seldom = settings(max_examples=max(3, settings.default.max_examples // 6))
+# For properties of whole networks: 3 examples in dev, 4 in ci, and all 500 at night.
+EXAMPLES = settings.default.max_examples
+seldom = settings(max_examples=EXAMPLES if EXAMPLES > 25 else max(3, EXAMPLES // 6))
 
 
 def mostly_slow(values, *quick):

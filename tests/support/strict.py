@@ -439,7 +439,7 @@ def _as_strided(x, shape, strides):
 
 
 def _sliding_window_view(x, window_shape, axis=None):
-    """As CuPy's: a view that may not be written to."""
+    """Return a read-only view, as CuPy does."""
     view = np.lib.stride_tricks.sliding_window_view(_array(x), window_shape, axis)
     return ndarray(view)
 
