@@ -414,7 +414,6 @@ CHECKS = {
     "weighted_mean": weighted_mean,
     "kl": function("kl_to_standard_normal", (3, 4), (3, 4)),
     "cross_entropy": cross_entropy,
-    "elementwise": lambda module: check(module.ACTIVATIONS["silu"], arrays((6, 5))),
     "conv2d": convolution("conv2d"),
     "im2col": convolution("im2col"),
     "windows": shared_by_convolutions,
@@ -484,24 +483,23 @@ FAULTS = {
             "[gelu_back(dy * value), dy * activated]",
         ),
     ],
-    "tinyldm.kernels.cpu.gelu": [
-        ("gelu: term lost", "normal_cdf(x_) + x_ * _normal_density(x_)", "normal_cdf(x_)"),
+    "tinyldm.kernels.cpu.activations": [
+        ("gelu: term lost", "y += cdf\n", "y += 0\n"),
         ("gelu: factor of the density", "1 / math.sqrt(2 * math.pi)", "1 / math.sqrt(math.pi)"),
         ("gelu: exponent of the density", "y *= -0.5\n", "y *= -1\n"),
-        ("geglu: term lost", "slope += cdf\n", "slope += 0\n"),
+        ("gelu: slope of another", "_slope(x, normal_cdf(x))", "_slope(x, normal_cdf(-x))"),
+        ("geglu: term lost", "slope *= value\n", "slope *= 1\n"),
         (
             "geglu: halves swapped",
             "out=dx_[:, :d])\n            np.multiply(dy_, slope, out=dx_[:, d:])",
             "out=dx_[:, d:])\n            np.multiply(dy_, slope, out=dx_[:, :d])",
         ),
-    ],
-    "tinyldm.kernels.cpu.elementwise": [
         (
-            "elementwise: dy lost",
-            "np.multiply(dy_, activation.derivative(x_), out=dx_)",
-            "dx_[...] = activation.derivative(x_)",
+            "silu: dy lost",
+            "np.multiply(dy_, derivative(x_), out=dx_)",
+            "dx_[...] = derivative(x_)",
         ),
-        ("elementwise: slope at dy", "activation.derivative(x_)", "activation.derivative(dy_)"),
+        ("silu: slope at dy", "derivative(x_)", "derivative(dy_)"),
     ],
     "tinyldm.kernels.cpu.linear": [
         ("linear: weight transposed in dx", "matmul(dy_rows, w, out", "matmul(dy_rows, w.T, out"),
@@ -661,7 +659,8 @@ FAULTS = {
         ("conv2d: dw of the result", ".T @ dy_rows).reshape(w.shape)", ".T @ y).reshape(w.shape)"),
     ],
     "tinyldm.kernels.cpu.pointwise": [
-        ("pointwise: kernel not transposed in dx", "@ w[0, 0].T)", "@ w[0, 0])"),
+        ("pointwise: dw transposed", "(dw.T)[", "(dw)["),
+        ("pointwise: db lost", "return dx, dw, db", "return dx, dw, db * 0"),
     ],
     "tinyldm.kernels.windows": [
         ("windows: kernel not turned", "w[::-1, ::-1].swapaxes", "w.swapaxes"),

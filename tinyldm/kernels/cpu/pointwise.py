@@ -1,11 +1,10 @@
-"""A 1×1 convolution as one matrix product; a kernel of `nn.conv.conv2d`."""
+"""A 1×1 convolution as a linear map of every pixel; a kernel of `nn.conv.conv2d`."""
 
 import numpy as np
 
 from tinyldm.backend import Array
+from tinyldm.kernels.cpu.linear import linear
 from tinyldm.kernels.registry import NEVER, kernel, on_cpu
-from tinyldm.kernels.windows import bias_gradient
-from tinyldm.kernels.workspace import empty
 from tinyldm.nn.conv import Padding, output_shape
 from tinyldm.nn.protocol import Backward
 
@@ -22,17 +21,12 @@ def pointwise(
 ) -> tuple[Array, Backward]:
     """Multiply every pixel by the kernel; stride 1, no padding."""
     output_shape(x.shape, w.shape, stride, padding)
-    c_in, c_out = w.shape[2:]
-    y = empty((*x.shape[:3], c_out), x, w)
-    np.matmul(x.reshape(-1, c_in), w[0, 0], out=y.reshape(-1, c_out))
-    if b is not None:
-        y += b
+    y, linear_back = linear(x, w[0, 0].T, b)
 
     def backward(dy, weights=True):
-        dy_rows = dy.reshape(-1, c_out)
-        dx = (dy_rows @ w[0, 0].T).reshape(x.shape)
-        if not weights:
-            return dx, None, None
-        return dx, (x.reshape(-1, c_in).T @ dy_rows).reshape(w.shape), bias_gradient(b, dy)
+        dx, dw, db = linear_back(dy, weights)
+        if weights:
+            dw = np.ascontiguousarray(dw.T)[None, None]
+        return dx, dw, db
 
     return y, backward

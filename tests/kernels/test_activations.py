@@ -6,13 +6,13 @@ import numpy as np
 from numpy.polynomial import chebyshev, polynomial
 from scipy import special
 
-from tinyldm.kernels.cpu import gelu
+from tinyldm.kernels.cpu import activations
 
 
 def test_normal_cdf_in_float32():
     far = np.array([20, 1e4, 3e38, np.inf])
     x = np.concatenate([np.linspace(-8, 8, 400_001), far, -far]).astype("float32")
-    cdf = gelu.normal_cdf(x)
+    cdf = activations.normal_cdf(x)
     assert cdf.dtype == "float32"
     assert np.abs(cdf - special.ndtr(x.astype("float64"))).max() < 1.5e-7
     assert (cdf >= 0).all() and (cdf <= 1).all()
@@ -25,7 +25,7 @@ def test_the_coefficients_of_normal_cdf_are_the_minimax_fit():
     with these weights, and again with each point's weight multiplied by its error, converges to
     the P with the smallest maximal error (Lawson 1961).
     """
-    end, degree = 5.6, len(gelu._CDF_COEFFICIENTS) - 1
+    end, degree = 5.6, len(activations._CDF_COEFFICIENTS) - 1
     x = end * np.sin(np.linspace(0, np.pi / 2, 601))[1:]
     erfc = special.erfc(x / math.sqrt(2))
     wanted = 0.5 * np.log((2 - erfc) / erfc) / x
@@ -38,7 +38,7 @@ def test_the_coefficients_of_normal_cdf_are_the_minimax_fit():
         fit = np.linalg.lstsq(basis * row[:, None], wanted * row, rcond=None)[0]
         error = np.abs(slope * (basis @ fit - wanted))
         weight *= error / error.max()
-    stored = np.abs(slope * (polynomial.polyval(x**2, gelu._CDF_COEFFICIENTS) - wanted)).max()
+    stored = np.abs(slope * (polynomial.polyval(x**2, activations._CDF_COEFFICIENTS) - wanted)).max()
     assert degree == 6
     assert error.max() < 6e-8  # of erf, so half of it for the normal distribution
     assert 0.99 * error.max() < stored < 1.02 * error.max()
