@@ -270,19 +270,10 @@ def vq_sample(module):
     sampled(vae, *arrays((1, 4, 4, 3)))
 
 
-def to_latents(module):
+def draw(module):
     vae = module.AutoencoderKL(VAE)
     images, noise = arrays((1, 4, 4, 3), (1, 2, 2, 2))
-    params = random_params(vae)
-    used = {name: w for name, w in params.items() if name.startswith(("encoder", "quant"))}
-    check(lambda p, x: vae.to_latents(p, x, noise), images, used)
-
-
-def from_latents(module):
-    vae = module.AutoencoderKL(VAE)
-    params = random_params(vae)
-    used = {name: w for name, w in params.items() if name.startswith(("decoder", "post_quant"))}
-    check(vae.from_latents, arrays((1, 2, 2, 2)), used)
+    check(lambda p, x: vae.draw(p, x, noise), images, used(vae, "encoder", "quant"))
 
 
 def gaussians(module):
@@ -318,6 +309,8 @@ def coders(module):
     auto = module.Autoencoder(AutoencoderKL(VAE).config, 2, 2, 2)
     check(auto.encode, arrays((1, 4, 4, 3)), used(auto, "encoder.", "quant_conv."))
     check(auto.decode, arrays((1, 2, 2, 2)), used(auto, "decoder.", "post_quant_conv."))
+    check(auto.to_latents, arrays((1, 4, 4, 3)), used(auto, "encoder.", "quant_conv."))
+    check(auto.from_latents, arrays((1, 2, 2, 2)), used(auto, "decoder.", "post_quant_conv."))
 
 
 def classifier(module):
@@ -331,7 +324,6 @@ def classifier(module):
 def vq(module):
     config = {key: value for key, value in VAE.items() if key != "shift_factor"}
     model = module.VQModel(config | {"num_vq_embeddings": 4})
-    check(model.to_latents, arrays((1, 4, 4, 3)), used(model, "encoder.", "quant_conv."))
     check(model.quantize.loss, arrays((3, 2)), used(model, "quantize."))
 
 
@@ -442,8 +434,7 @@ CHECKS = {
     "pooled text": unet(addition_embed_type="text", addition_embed_type_num_heads=2),
     "sample": gaussian_sample,
     "vq sample": vq_sample,
-    "to_latents": to_latents,
-    "from_latents": from_latents,
+    "draw": draw,
     "gaussians": gaussians,
     "text encoder": text_encoder,
     "coders": coders,
@@ -863,12 +854,7 @@ FAULTS = {
         ("gaussians: mean and log-variance swapped", "[dz, dlogvar]", "[dlogvar, dz]"),
         ("sample: KL forgotten", "sample_back(dz) + kl_back(dkl / size)", "sample_back(dz)"),
         ("sample: KL of all latents", "kl_back(dkl / size)", "kl_back(dkl)"),
-        ("to_latents: scale lost", "sample_back(dlatents * scale)", "sample_back(dlatents)"),
-        (
-            "from_latents: scale upside down",
-            "decode_back(dimages, grads) * (1 / scale)",
-            "decode_back(dimages, grads) * scale",
-        ),
+        ("draw: noise lost", "encode_back(sample_back(dz), grads)", "encode_back(moments, grads)"),
     ],
     "tinyldm.models.coders": [
         (
@@ -886,6 +872,12 @@ FAULTS = {
             "features_back(conv_back(dimages, grads), grads)",
             "features_back(conv_back(dimages, None), grads)",
         ),
+        ("coders: scale lost", "draw_back(dlatents * scale, grads)", "draw_back(dlatents, grads)"),
+        (
+            "coders: scale upside down",
+            "decode_back(dimages, grads) * scale",
+            "decode_back(dimages, grads) / scale",
+        ),
     ],
     "tinyldm.models.classifier": [
         (
@@ -902,7 +894,6 @@ FAULTS = {
     ],
     "tinyldm.models.vq": [
         ("vq sample: codebook loss forgotten", "dz + loss_back(dloss, grads)", "dz"),
-        ("vq: scale lost", "encode_back(dlatents * scale, grads)", "encode_back(dlatents, grads)"),
         ("vq: codebook forgotten", "add_grad(grads, self.weight, dcodebook)", "pass"),
     ],
     "tinyldm.models.discriminator": [

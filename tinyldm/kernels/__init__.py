@@ -6,8 +6,16 @@ Importing this package registers them all.
 import os
 
 from tinyldm.kernels import attention, cached, im2col, nearest_codes, shared_steps  # noqa: F401
-from tinyldm.kernels.cpu import activations, adamw, group_norm, layer_norm, linear  # noqa: F401
-from tinyldm.kernels.cpu import parallel, pointwise, winograd  # noqa: F401
+from tinyldm.kernels.cpu import (  # noqa: F401
+    activations,
+    adamw,
+    group_norm,
+    layer_norm,
+    linear,
+    parallel,
+    pointwise,
+    winograd,
+)
 from tinyldm.kernels.registry import plain
 
 __all__ = ["plain"]

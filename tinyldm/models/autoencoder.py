@@ -43,7 +43,7 @@ class AutoencoderKL(coders.Autoencoder):
     def sample(
         self, params: Params, images: Array, noise: Array | None = None
     ) -> tuple[Array, Array, Backward]:
-        """Encode images and draw z at the autoencoder's own scale; see `to_latents` for `noise`.
+        """Encode images and draw z at the autoencoder's own scale; see `draw` for `noise`.
 
         → z, the KL divergence per latent from N(0, 1), and backward(dz, dkl, grads) → dimages.
         """
@@ -68,10 +68,10 @@ class AutoencoderKL(coders.Autoencoder):
         with no_grad():
             return {"kl": float(self.sample(params, images)[1])}
 
-    def to_latents(
+    def draw(
         self, params: Params, images: Array, noise: Array | None = None
     ) -> tuple[Array, Backward]:
-        """Encode images → latents at the scale of the diffusion: (z − shift) · scaling_factor.
+        """Encode images → z at the autoencoder's own scale.
 
         `noise` (n, h/f, w/f, latent_channels), standard normal, draws z from the Gaussian;
         without it z is the mean. Raises ValueError for noise of another shape.
@@ -81,22 +81,11 @@ class AutoencoderKL(coders.Autoencoder):
         if noise is not None and noise.shape != latents:
             raise ValueError(f"vae: expected noise {latents}, found {noise.shape}")
         z, sample_back = sample_gaussian(moments, noise)
-        scale, shift = self.config.scaling_factor, self.config.shift_factor or 0
 
-        def backward(dlatents, grads):
-            return encode_back(sample_back(dlatents * scale), grads)
+        def backward(dz, grads):
+            return encode_back(sample_back(dz), grads)
 
-        return (z - shift) * scale, backward
-
-    def from_latents(self, params: Params, latents: Array) -> tuple[Array, Backward]:
-        """Decode latents at the scale of the diffusion: latents / scaling_factor + shift."""
-        scale, shift = self.config.scaling_factor, self.config.shift_factor or 0
-        images, decode_back = self.decode(params, latents * (1 / scale) + shift)
-
-        def backward(dimages, grads):
-            return decode_back(dimages, grads) * (1 / scale)
-
-        return images, backward
+        return z, backward
 
 
 def split_moments(moments: Array) -> tuple[Array, Array, Array]:

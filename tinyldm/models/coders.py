@@ -47,6 +47,7 @@ class Autoencoder(Layer):
         convolutions: tuple[bool, bool] = (True, True),
     ):
         self.config, self.latent_channels = c, latent_channels
+        self.shift = getattr(c, "shift_factor", None) or 0  # of latents, before they are scaled
         levels = len(c.block_out_channels)
         for key in BLOCKS:
             for kind in per_block("vae config", key, getattr(c, key), levels):
@@ -116,6 +117,37 @@ class Autoencoder(Layer):
             return quant_back(dz, grads) if self.post_quant else dz
 
         return h, backward
+
+    def draw(
+        self, params: Params, images: Array, noise: Array | None = None
+    ) -> tuple[Array, Backward]:
+        """Encode images → z at the autoencoder's own scale; `noise` is for those that draw it."""
+        return self.encode(params, images)
+
+    def to_latents(
+        self, params: Params, images: Array, noise: Array | None = None
+    ) -> tuple[Array, Backward]:
+        """Encode images → latents at the scale of the diffusion: (z − shift) · scaling_factor.
+
+        noise: see `draw`.
+        """
+        z, draw_back = self.draw(params, images, noise)
+        scale = self.config.scaling_factor
+
+        def backward(dlatents, grads):
+            return draw_back(dlatents * scale, grads)
+
+        return (z - self.shift) * scale, backward
+
+    def from_latents(self, params: Params, latents: Array) -> tuple[Array, Backward]:
+        """Decode latents at the scale of the diffusion: latents / scaling_factor + shift."""
+        scale = 1 / self.config.scaling_factor
+        images, decode_back = self.decode(params, latents * scale + self.shift)
+
+        def backward(dimages, grads):
+            return decode_back(dimages, grads) * scale
+
+        return images, backward
 
 
 class Encoder(Layer):

@@ -72,28 +72,6 @@ class VQModel(coders.Autoencoder):
 
         return h, backward
 
-    def to_latents(
-        self, params: Params, images: Array, noise: Array | None = None
-    ) -> tuple[Array, Backward]:
-        """Encode images → latents at the scale of the diffusion. `noise` is not used."""
-        z, encode_back = self.encode(params, images)
-        scale = self.config.scaling_factor
-
-        def backward(dlatents, grads):
-            return encode_back(dlatents * scale, grads)
-
-        return z * scale, backward
-
-    def from_latents(self, params: Params, latents: Array) -> tuple[Array, Backward]:
-        """Decode latents at the scale of the diffusion: divided by scaling_factor, quantised."""
-        scale = self.config.scaling_factor
-        images, decode_back = self.decode(params, latents * (1 / scale))
-
-        def backward(dimages, grads):
-            return decode_back(dimages, grads) * (1 / scale)
-
-        return images, backward
-
 
 class Codebook(Layer):
     """Codebook: z (..., d) → the nearest of `count` learned vectors, with the gradient of z."""
