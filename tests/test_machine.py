@@ -134,3 +134,15 @@ def test_freed_memory_is_kept():
         for argument in ([], ["keep"])
     ]  # fmt: skip
     assert counts[0] > 20 * 256 and counts[1] < 1100
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (260, "4 min 20 s"), (7500, "2 h 5 min")],
+)
+def test_durations(seconds, text):
+    assert machine.duration(seconds) == text
+
+
+def test_sizes():
+    assert machine.gigabytes(849_000_000) == "0.8 GB"

@@ -120,3 +120,18 @@ def keep_freed_memory(most: int = 2**30) -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(trim_threshold, most)
         libc.mallopt(mmap_max, 0)
+
+
+def duration(seconds: float) -> str:
+    """Format a duration, such as "45 s", "4 min 20 s", "2 h 5 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def gigabytes(size: float) -> str:
+    """Format bytes, such as "0.8 GB"."""
+    return f"{size / 1e9:.1f} GB"

@@ -17,6 +17,7 @@ from tinyldm.evaluation.metrics import evaluate, table
 from tinyldm.models import ClassEmbedder, ClassNames, UNet
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training import run as runs
+from tinyldm.training import stages
 from tinyldm.training.networks import Models, denoiser_loss
 from tinyldm.training.preparation import fit_tokenizer, load_data
 
@@ -180,8 +181,8 @@ def test_classes_left_out_are_the_class_of_nothing():
     tokenizer, config = fit_tokenizer(config, data.captions, silent)
     models = Models(config, tokenizer)
     params = models.vae.init(np.random.default_rng(0))
-    state = runs.second_stage(config, models, params, data, "", 0, "cpu", silent)
-    batch_at, _ = runs.Run("", state, models, data, data, "cpu", silent).latent_batches()
+    state = stages.second_stage(models, params, data, "", "cpu", silent)
+    batch_at = stages.Run("", state, models, data, data, "cpu", silent).job().batch_at
     labels = np.concatenate([batch_at(step)[2] for step in range(60)])
     assert 0.35 < (labels == len(tokenizer) - 1).mean() < 0.65
     assert set(labels) <= set(range(len(tokenizer)))

@@ -12,7 +12,7 @@ from small_run import CONFIG, STAGE, STEPS, assert_goes_on_alike, silent, withou
 from tinyldm.config import ConfigError
 from tinyldm.models import IdentityFirstStage, VQModel
 from tinyldm.sampling.pipeline import Pipeline
-from tinyldm.training import codebook, loop, overfit, presets
+from tinyldm.training import codebook, loop, overfit, presets, stages
 from tinyldm.training import run as runs
 from tinyldm.training.config import Config
 from tinyldm.training.estimate import estimate_run
@@ -190,7 +190,7 @@ def test_a_single_batch_is_learnt_by_heart(call, monkeypatch, first_stage, tmp_p
 @pytest.mark.slow
 def test_what_does_not_learn_is_told(call, monkeypatch):
     """Here every gradient has the wrong sign."""
-    real = overfit.denoiser_loss
+    real = stages.denoiser_loss
 
     def wrong(*args):
         loss_fn = real(*args)
@@ -207,7 +207,7 @@ def test_what_does_not_learn_is_told(call, monkeypatch):
 
         return loss_of
 
-    monkeypatch.setattr(overfit, "denoiser_loss", wrong)
+    monkeypatch.setattr(stages, "denoiser_loss", wrong)
     monkeypatch.setattr(overfit, "STEPS", 30)
     monkeypatch.setattr(overfit, "ENOUGH", 0.9)
     result = call("train", "--preset", "tiny", "--overfit", "--first-stage", "none")

@@ -42,7 +42,7 @@ from tinyldm.sampling.tasks import (
     task_of,
     times_larger,
 )
-from tinyldm.training import overfit
+from tinyldm.training import overfit, stages
 from tinyldm.training import run as runs
 from tinyldm.training.latents import conditioner
 from tinyldm.training.networks import Models, denoiser_loss
@@ -202,7 +202,8 @@ def batches(task, run):
     config, state = CONFIGS[task], load_state(run)
     models = Models(config, state.tokenizer)
     training, held_out = commands.split(load_data(config), config)
-    batch_at, _ = runs.Run(run, state, models, training, held_out, "cpu", silent).latent_batches()
+    job = stages.Run(run, state, models, training, held_out, "cpu", silent).job()
+    batch_at = job.batch_at
     return batch_at, conditioner(state, models), training
 
 

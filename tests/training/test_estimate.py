@@ -13,7 +13,7 @@ from tinyldm.models import Tokenizer
 from tinyldm.nn import no_grad
 from tinyldm.training import estimate
 from tinyldm.training.config import Config, Stage
-from tinyldm.training.estimate import RunEstimate, duration, estimate_run, gigabytes
+from tinyldm.training.estimate import RunEstimate, estimate_run
 from tinyldm.training.networks import Models
 
 STAGE = Stage(batch=4, rate=1e-3, warmup=2, ema=0.9, steps=6)
@@ -118,8 +118,10 @@ def test_encoding_takes_as_much_as_all_threads_together(monkeypatch):
     for module in (estimate, threads):
         monkeypatch.setattr(module, "cores", lambda: 1)
     models = Models(dataclasses.replace(CONFIG, side=64), Tokenizer.train([""]))
-    _, found = estimate._encoding(models, 10_000, "cpu", 0)
     params = models.vae.init(np.random.default_rng(0))
+    _, found = estimate._encoding(
+        models, params, np.zeros((8, 64, 64, 3), np.uint8), 10_000, "cpu", 0
+    )
     images = np.zeros((estimate.AT_ONCE, 64, 64, 3), np.float32)
 
     def encode():
@@ -172,13 +174,8 @@ def test_which_times_count(monkeypatch, device, seconds, times, expected):
 def test_on_a_gpu(no_timing, monkeypatch):
     """On a double of CuPy, which accepts nothing that a GPU would not."""
 
-    def to_device(x, device):
-        if isinstance(x, dict):
-            return {name: to_device(value, device) for name, value in x.items()}
-        return strict.asarray(x)
-
     monkeypatch.setitem(backend.SPECIAL_FUNCTIONS, "strict", "strict")
-    monkeypatch.setattr(estimate, "to_device", to_device)
+    monkeypatch.setattr(backend, "_cupy", lambda device: strict)
     found = estimate_run(CONFIG, 16, device="cuda")
     assert found.step_seconds == {"autoencoder": 1, "denoiser": 1}
 
@@ -221,15 +218,3 @@ def test_too_little_memory_is_said_with_what_to_do():
     line, advice = said(dataclasses.replace(FOUND, free=699_999_999))
     assert "(0.7 GB are free)" in line
     assert "more than is free" in advice and "--size" in advice
-
-
-@pytest.mark.parametrize(
-    "seconds, text",
-    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (260, "4 min 20 s"), (7500, "2 h 5 min")],
-)
-def test_durations(seconds, text):
-    assert duration(seconds) == text
-
-
-def test_sizes():
-    assert gigabytes(849_000_000) == "0.8 GB"

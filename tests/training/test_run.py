@@ -33,7 +33,7 @@ from tinyldm.data.dataset import DataError
 from tinyldm.data.shapes import ATTRIBUTES, make_shapes
 from tinyldm.models import Tokenizer
 from tinyldm.sampling.pipeline import Pipeline
-from tinyldm.training import loop, networks, snapshots
+from tinyldm.training import loop, networks, snapshots, stages
 from tinyldm.training import run as runs
 from tinyldm.training.config import STAGES, Config
 from tinyldm.training.metrics import Diverged
@@ -510,9 +510,9 @@ def test_a_signal_between_the_stages_waits_for_the_next_step(
     tmp_path, monkeypatch, no_images, whole
 ):
     with monkeypatch.context() as patch:
-        begin = runs.Run.begin_denoiser
+        begin = stages.Run.begin_denoiser
         patch.setattr(
-            runs.Run,
+            stages.Run,
             "begin_denoiser",
             lambda run: signal.raise_signal(signal.SIGTERM) or begin(run),
         )
@@ -883,7 +883,7 @@ def batches(whole):
     with pytest.MonkeyPatch.context() as patch:
         without_images(patch)
         patch.setattr(
-            runs, "fit", lambda run, state, job, stop: found.update({state.stage: job.batch_at})
+            stages, "fit", lambda run, state, job, stop: found.update({state.stage: job.batch_at})
         )
         big = dataclasses.replace(STAGE, batch=256)
         config = dataclasses.replace(CONFIG, autoencoder=big, denoiser=big)
@@ -893,8 +893,8 @@ def batches(whole):
         models = networks.Models(config, whole.pipeline.tokenizer)
         first = State(config, "autoencoder", state.first_stage, state.tokenizer, state.data)
         rest = models, training, held_out, "cpu", silent
-        runs.Run(whole.run, first, *rest).fit_autoencoder(None)
-        runs.Run(whole.run, state, *rest).fit_denoiser(None)
+        stages.Run(whole.run, first, *rest).fit_autoencoder(None)
+        stages.Run(whole.run, state, *rest).fit_denoiser(None)
     found["images"], found["captions"] = training.images, training.captions
     return SimpleNamespace(models=models, **found)
 

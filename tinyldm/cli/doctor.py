@@ -222,7 +222,7 @@ def speed(device: str) -> Finding:
 def demonstration(device: str) -> Finding:
     """Estimate what `tinyldm demo` takes on this machine, and what to expect of it."""
     from tinyldm.backend import DeviceError
-    from tinyldm.training.estimate import duration, estimate_run, gigabytes
+    from tinyldm.training.estimate import estimate_run
     from tinyldm.training.presets import PRESETS
 
     config = PRESETS["demo"]
@@ -240,7 +240,7 @@ def demonstration(device: str) -> Finding:
     )
     facts = {
         **{f"{name} step (ms)": round(1e3 * s, 1) for name, s in demo.step_seconds.items()},
-        "the demo trains": duration(demo.seconds),
+        "the demo trains": machine.duration(demo.seconds),
         "the demo's steps": steps,
         "the demo's memory (GB)": round((demo.memory + images) / 1e9, 1),
     }
@@ -253,8 +253,9 @@ def demonstration(device: str) -> Finding:
         )
     if demo.free is not None and demo.memory - demo.held + images > demo.free:
         problems.append(
-            f"the demo needs {gigabytes(demo.memory + images)} of memory and "
-            f"{gigabytes(demo.free)} are free: close other programs, or give the container more"
+            f"the demo needs {machine.gigabytes(demo.memory + images)} of memory and "
+            f"{machine.gigabytes(demo.free)} are free: close other programs, or give the container "
+            "more"
         )
     return facts, problems
 

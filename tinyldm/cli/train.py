@@ -5,12 +5,12 @@ from argparse import ArgumentParser, Namespace
 
 from tinyldm import __version__
 from tinyldm.cli.arguments import add_device, add_options, say
+from tinyldm.machine import duration
 from tinyldm.models import ClassNames
 from tinyldm.options import options_of
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.threads import describe_device
 from tinyldm.training.config import IMAGES, LEARNT, MODEL, RESOURCES, Config
-from tinyldm.training.estimate import duration
 from tinyldm.training.metrics import Diverged
 from tinyldm.training.overfit import overfit, report
 from tinyldm.training.presets import NewRun, make_config

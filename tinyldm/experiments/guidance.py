@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from tinyldm.data.shapes import Attributes, draw, make_shapes
-from tinyldm.evaluation.figures import curves, grid, save_image
 from tinyldm.evaluation.metrics import SEED, latent_features
 from tinyldm.evaluation.scenes import generate
 from tinyldm.evaluation.statistics import frechet_distance, precision_recall
@@ -69,11 +68,9 @@ def run(folder: Path, out: Path, say: Say) -> list[dict]:
             say(f"guidance {name}: {row['accuracy_all']:.1%} of the captions are right")
             sheet.append(images[:SHOWN])
             names.append(name.replace(", ", "\n"))
-    save_image(
-        out / "samples.png", grid(np.concatenate(sheet), columns=len(sheet[0]), labels=names)
-    )
+    report.save_samples(sheet, names)
     title = "Fréchet distance from real images, against guidance"
-    save_image(out / "guidance.png", curves(lines(report.rows), title, logarithmic=False))
+    report.save_curves("guidance.png", lines(report.rows), title)
     return report.rows
 
 

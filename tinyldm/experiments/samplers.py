@@ -17,7 +17,6 @@ import numpy as np
 from tinyldm.backend import Array
 from tinyldm.data.shapes import make_shapes
 from tinyldm.diffusion.samplers import SAMPLERS
-from tinyldm.evaluation.figures import curves, grid, save_image
 from tinyldm.evaluation.metrics import SEED
 from tinyldm.evaluation.scenes import generate
 from tinyldm.experiments.scoring import Report, accuracy
@@ -70,6 +69,7 @@ def run(folder: Path, out: Path, say: Say) -> list[dict]:
     with Interruptible() as stop:
         report = Report(out, COLUMNS, stop)
         for sampler in SAMPLERS:
+            first = []
             for steps in STEPS:
                 before, started = pipeline.seen, time.monotonic()
                 images = generated(sampler, steps)
@@ -84,14 +84,14 @@ def run(folder: Path, out: Path, say: Say) -> list[dict]:
                     "distance": None if SAMPLERS[sampler].needs_noise else float(error),
                 }
                 report.add(row)
-                sheet.append(images[0])
+                first.append(images[0])
+            sheet.append(first)
             say(f"{sampler}: {row['accuracy_all']:.1%} right in {steps} steps")
-    labels = list(SAMPLERS)
-    save_image(out / "samples.png", grid(np.stack(sheet), columns=len(STEPS), labels=labels))
+    report.save_samples(sheet, list(SAMPLERS))
     for key, title in (("accuracy_all", "captions right"), ("distance", "distance")):
         title = f"{title} against network calls per image"
-        plot = curves(lines(report.rows, key), title, logarithmic=key == "distance")
-        save_image(out / f"{key.partition('_')[0]}.png", plot)
+        name = f"{key.partition('_')[0]}.png"
+        report.save_curves(name, lines(report.rows, key), title, logarithmic=key == "distance")
     return report.rows
 
 

@@ -17,19 +17,17 @@ import numpy as np
 
 from tinyldm.data.shapes import make_shapes
 from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
-from tinyldm.evaluation.figures import curves, grid, save_image
 from tinyldm.evaluation.metrics import SEED
 from tinyldm.evaluation.scenes import generate
 from tinyldm.experiments.scoring import Report, accuracy
-from tinyldm.training.config import SCHEDULES, STAGES
-from tinyldm.training.estimate import estimate_run
+from tinyldm.experiments.trained import new_run, with_steps
+from tinyldm.training.config import SCHEDULES
 from tinyldm.training.loop import Job, fit
-from tinyldm.training.networks import Models, denoiser_loss
-from tinyldm.training.preparation import Say, fit_tokenizer, load_data, remove, split
+from tinyldm.training.networks import Models
+from tinyldm.training.preparation import Say, fit_tokenizer, load_data, split
 from tinyldm.training.presets import PRESETS
-from tinyldm.training.run import Run, second_stage
 from tinyldm.training.signals import Interruptible
-from tinyldm.training.state import State, save_state
+from tinyldm.training.stages import begin, second_stage
 
 BASE = PRESETS["demo"]
 TRIALS = [  # schedule, prediction, weighting
@@ -56,21 +54,8 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
     data = load_data(BASE)
     images = split(data, BASE)
     tokenizer, base = fit_tokenizer(BASE, data.captions, say)
-    lengths = {"steps": None, "seconds": seconds}
-    base = replace(base, **{name: replace(getattr(base, name), **lengths) for name in STAGES})
-    steps = estimate_run(base, len(images[0])).steps
-    stages = {name: replace(getattr(base, name), steps=n) for name, n in steps.items()}
-    base = replace(base, **stages)
+    base = with_steps(base, seconds, len(images[0]))
     fingerprint, models = data.fingerprint(), Models(base, tokenizer)
-
-    def begin(state, models):
-        config = state.config
-        names = config.schedule, config.prediction, config.weighting
-        folder = out / ("first-stage" if state.stage == STAGES[0] else "-".join(names))
-        remove(folder)
-        save_state(folder, state)
-        return Run(folder, state, models, *images, "cpu", say)
-
     prompts = {
         name: make_shapes(CAPTIONS, base.side, SEED, held_out=name == "held_out")[1]
         for name in ("seen", "held_out")
@@ -78,21 +63,20 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
     sheet = []
     with Interruptible() as stop:
         report = Report(out, COLUMNS, stop)
-        params = models.vae.init(np.random.default_rng((base.seed, 0)))
-        first = begin(State(base, STAGES[0], params, tokenizer, fingerprint), models)
+        first = begin(models, images[0], fingerprint, "cpu", say)
+        first = new_run(out / "first-stage", first, models, images, say)
         first.fit_autoencoder(stop)
         first_stage, batch_at = dict(first.state.average), None
-        for schedule, prediction, weighting in TRIALS:
-            trial = {"schedule": schedule, "prediction": prediction, "weighting": weighting}
+        for names in TRIALS:
+            trial = dict(zip(("schedule", "prediction", "weighting"), names, strict=True))
             models = Models(replace(base, **trial), tokenizer)
-            say(", ".join(trial.values()))
-            state = second_stage(
-                models.config, models, first_stage, images[0], fingerprint, 0, "cpu", say
-            )
-            one = begin(state, models)
-            batch_at = batch_at or one.latent_batches()[0]
+            say(", ".join(names))
+            state = second_stage(models, first_stage, images[0], fingerprint, "cpu", say)
+            one = new_run(out / "-".join(names), state, models, images, say)
+            job = one.job()
+            batch_at = batch_at or job.batch_at  # the images are encoded once for all
             started = time.monotonic()
-            fit(one.folder, state, Job(denoiser_loss(models), batch_at, say), stop)
+            fit(one.folder, state, Job(job.loss_fn, batch_at, say), stop)
             row = trial | {"steps": state.step, "seconds": time.monotonic() - started}
             pipeline = one.export()
             for name, captions in prompts.items():
@@ -102,12 +86,9 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
                     sheet.append(generated[:SHOWN])
             report.add(row)
             say(f"{row['accuracy_seen']:.1%} of the captions are right")
-    labels = ["\n".join(trial) for trial in TRIALS]
-    save_image(
-        out / "samples.png", grid(np.concatenate(sheet), columns=len(sheet[0]), labels=labels)
-    )
+    report.save_samples(sheet, ["\n".join(trial) for trial in TRIALS])
     title = "signal to noise against the time step"
-    save_image(out / "signal-to-noise.png", curves(signal_to_noise(), title))
+    report.save_curves("signal-to-noise.png", signal_to_noise(), title, logarithmic=True)
     return report.rows
 
 

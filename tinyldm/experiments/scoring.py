@@ -1,10 +1,11 @@
-"""The accuracy of generated images, and the report of an experiment."""
+"""The accuracy of generated images, and the report of an experiment: its table and its images."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from tinyldm.evaluation.figures import curves, grid, save_image
 from tinyldm.evaluation.reader import score
 from tinyldm.files import replacing, write_json
 from tinyldm.training.signals import Interruptible, Stopped
@@ -36,6 +37,17 @@ class Report:
             temporary.write_text(text, encoding="utf-8")
         if self.stop.number:
             raise Stopped(self.stop.number)
+
+    def save_samples(self, images: Sequence[np.ndarray], labels: Sequence[str]) -> None:
+        """Save samples.png: a row of images, uint8 (n, h, w, 3), for each label."""
+        sheet = grid(np.concatenate(images), columns=len(images[0]), labels=labels)
+        save_image(self.out / "samples.png", sheet)
+
+    def save_curves(
+        self, name: str, series: dict[str, tuple], title: str, logarithmic: bool = False
+    ) -> None:
+        """Save a plot of {name: (x, y)} under this name."""
+        save_image(self.out / name, curves(series, title, logarithmic))
 
     def _cell(self, row, key):
         return "–" if row[key] is None else format(row[key], self.columns[key][1])

@@ -1,12 +1,17 @@
-"""The trained run on which an experiment works."""
+"""The runs on which experiments work, and those that they train."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from tinyldm.data.dataset import DataError
-from tinyldm.training.preparation import Say
+from tinyldm.data.dataset import DataError, Dataset
+from tinyldm.training.config import STAGES, Config
+from tinyldm.training.estimate import estimate_run
+from tinyldm.training.networks import Models
+from tinyldm.training.preparation import Say, remove
 from tinyldm.training.presets import PRESETS, with_length
 from tinyldm.training.run import train
-from tinyldm.training.state import load_notes, state_files
+from tinyldm.training.stages import Run
+from tinyldm.training.state import State, load_notes, save_state, state_files
 
 
 def trained_run(run: str | Path | None, seconds: float, out: Path, say: Say) -> Path:
@@ -30,3 +35,20 @@ def trained_run(run: str | Path | None, seconds: float, out: Path, say: Say) -> 
             + ")"
         )
     return Path(run)
+
+
+def with_steps(config: Config, seconds: float, images: int) -> Config:
+    """Return the config with as many steps in each stage as fit into `seconds` on this machine."""
+    timed = {name: replace(getattr(config, name), steps=None, seconds=seconds) for name in STAGES}
+    steps = estimate_run(replace(config, **timed), images).steps
+    stages = {name: replace(getattr(config, name), steps=n) for name, n in steps.items()}
+    return replace(config, **stages)
+
+
+def new_run(
+    folder: Path, state: State, models: Models, data: tuple[Dataset, Dataset], say: Say
+) -> Run:
+    """Return a Run that begins with this state; it replaces what its folder held."""
+    remove(folder)
+    save_state(folder, state)
+    return Run(folder, state, models, *data, "cpu", say)

@@ -11,20 +11,22 @@ from functools import partial
 import numpy as np
 
 from tinyldm.backend import to_device
+from tinyldm.data.dataset import Dataset
 from tinyldm.kernels.cpu.processes import available
-from tinyldm.machine import free_memory, held_memory
+from tinyldm.machine import duration, free_memory, gigabytes, held_memory
 from tinyldm.models import ClassNames, Tokenizer
 from tinyldm.sampling.tasks import takes_whole_image
-from tinyldm.threads import cores, map_batch
-from tinyldm.training.config import STAGES, Config
-from tinyldm.training.latents import AT_ONCE, conditioner
+from tinyldm.threads import cores
+from tinyldm.training.config import Config
+from tinyldm.training.latents import AT_ONCE, all_gaussians
+from tinyldm.training.loop import mean_seconds
 from tinyldm.training.losses import Features
-from tinyldm.training.networks import Models, denoiser_loss, new_discriminator
-from tinyldm.training.state import State
+from tinyldm.training.networks import Models
+from tinyldm.training.stages import Run, begin, second_stage
 from tinyldm.training.step import stage_gradient, train_step
 
 CALLS = 8  # of a step, at most; more would add nothing
-CAPTION = "a large red circle on blue at the left"  # any will do
+CAPTIONS = ["a large red circle on blue at the left", "another"]  # any will do
 
 
 @dataclass(frozen=True)
@@ -84,30 +86,34 @@ def estimate_run(
     Memory is that of the host, on a GPU too. DeviceError where the device is not there.
     """
     free, held = free_memory(), held_memory()
-    models = Models(config, _some_tokenizer(config), features)
+    data, tokenizer = _some_data(config)
+    models = Models(config, tokenizer, features)
+    first_stage = to_device(models.vae.init(np.random.default_rng(0)), device)
     step_seconds, states, peaks = {}, [], []
-    makers = dict(zip(STAGES, (_autoencoder, _denoiser), strict=True))
     for name in models.stages:
-        make = makers[name]
         with _traced() as traced:
-            state, loss_fn, batch = make(models, np.random.default_rng(0), device)
+            state = begin(models, data, "", device, _silent)
+            if name != state.stage:
+                state = second_stage(models, first_stage, data, "", device, _silent)
+            job = Run("", state, models, data, data, device, _silent).job()
+            batch = job.batch_at(0)
             # Parameters, and the gradients of other processes, lie where tracing does not see them.
             trained = sum(w.nbytes for w in (state.params | state.discriminator).values())
             states.append(traced()[0] + trained * cores())
         stage = getattr(config, name)
         state.total = 0  # so that a discriminator has begun
-        with stage_gradient(loss_fn, state, stage.parts, {}, processes=1) as threads:
+        with stage_gradient(job.loss_fn, state, stage.parts, {}, processes=1) as threads:
             _, peak = _measure(partial(_step, state, threads, batch), 0, device)
         peaks.append(peak)
-        with stage_gradient(loss_fn, state, stage.parts, {}) as in_training:
+        with stage_gradient(job.loss_fn, state, stage.parts, {}) as in_training:
             step = partial(_step, state, in_training, batch)
             step_seconds[name], _ = _measure(step, seconds / 2, device)
             if state.discriminator:
                 state.total = None
                 before, _ = _measure(step, seconds / 2, device)
                 step_seconds[name] = mean_seconds(config, before, step_seconds[name])
-        del state, loss_fn, batch, threads, in_training, step
-    encoding, encoded = _encoding(models, images, device, seconds / 10)
+        del state, job, batch, threads, in_training, step
+    encoding, encoded = _encoding(models, first_stage, data.images, images, device, seconds / 10)
     copies = 1 + takes_whole_image(config.task)  # of every image, encoded
     encoding *= copies
     latents = 4 * images * math.prod(config.latent_shape) * copies
@@ -123,56 +129,24 @@ def estimate_run(
     return RunEstimate(step_seconds, steps, encoding, int(memory), held, free)
 
 
-def mean_seconds(config: Config, before: float, after: float) -> float:
-    """Average the seconds of a step of stage 1 over its steps without and with discriminator."""
-    return config.adversarial_start * before + (1 - config.adversarial_start) * after
-
-
-def _some_tokenizer(config):
-    """Make a tokenizer of about the size that the run will have."""
+def _some_data(config):
+    """Make a few images with captions, and a tokenizer of about the size that the run will have."""
+    rng, n = np.random.default_rng(0), 8 * cores()
+    images = rng.integers(0, 256, (n, *config.sides, 3), np.uint8)
+    captions = [CAPTIONS[i % 2] for i in range(n)]
     if config.has_classes:
-        return ClassNames(["a class", "another"])
-    return Tokenizer.train([CAPTION], config.vocabulary, config.tokens)
+        tokenizer = ClassNames(CAPTIONS)
+    else:
+        tokenizer = Tokenizer.train(captions, config.vocabulary, config.tokens)
+    return Dataset(images, captions, captions, maps=images), tokenizer
+
+
+def _silent(line):
+    """Say nothing: these stages are not those of the run."""
 
 
 def _steps(stage, step_seconds):
     return stage.steps or max(1, int(stage.seconds / step_seconds))
-
-
-def _autoencoder(models, rng, device):
-    """Return what a step of stage 1 needs: state, loss, batch."""
-    config = models.config
-    n = config.autoencoder.batch
-    images = _normal(rng, n, *config.sides, config.image_channels)
-    batch = images, _normal(rng, n, *config.latent_shape)
-    batch = batch if models.vae.draws_noise else batch[:1]
-    params = models.vae.init(rng), new_discriminator(models)
-    return _work(models, params, models.first_stage_loss(), batch, device)
-
-
-def _denoiser(models, rng, device):
-    """Return what a step of stage 2 needs: state, loss, batch."""
-    config = models.config
-    n = config.denoiser.batch
-    h, w, c = config.latent_shape
-    z, noise = _normal(rng, 2, n, h, w, c)
-    ids = rng.integers(0, len(models.tokenizer), models.tokenizer([""] * n).shape)
-    t = rng.integers(0, len(models.schedule), n)
-    params = models.init_denoiser(rng), {}
-    first_stage = to_device(models.vae.init(rng), device)
-    pixels = _normal(rng, n, *config.sides, config.image_channels)
-    arrays = {"generation": (), "inpainting": (noise[..., :1], pixels)}.get(config.task, (noise,))
-    arrays = (to_device(x, device) for x in arrays)
-    made = _work(models, params, None, (z, noise, ids), device, t, *arrays)
-    state = made[0]
-    state.first_stage = first_stage
-    return state, denoiser_loss(models, conditioner(state, models)), made[2]
-
-
-def _work(models, params, loss_fn, batch, device, *others):
-    params, discriminator = (to_device(named, device) for named in params)
-    state = State(models.config, "", params, models.tokenizer, "", discriminator=discriminator)
-    return state, loss_fn, (*(to_device(x, device) for x in batch), *others)
 
 
 def _step(state, gradient_of, batch):
@@ -180,26 +154,13 @@ def _step(state, gradient_of, batch):
     float(loss)  # waits for a GPU
 
 
-def _encoding(models, count, device, seconds):
+def _encoding(models, params, images, count, device, seconds):
     """Measure the seconds to encode so many images, and the bytes for those encoded at once."""
-    config, rng = models.config, np.random.default_rng(0)
-    params = to_device(models.vae.init(rng), device)
-    n = min(count, 8 * cores())
-    images = to_device(_normal(rng, n, *config.sides, config.image_channels), device)
-
-    def part(x):
-        return models.vae.latent_distribution(params, x)[0]
-
-    def encode():
-        return float(map_batch(part, images).sum())
-
+    encode = partial(all_gaussians, models, params, images, device)
     encode()  # each thread has its scratch memory now, which does not grow with the images
     each, peak = _measure(encode, seconds, device)
+    n = len(images)
     return each * count / n, peak * min(count, AT_ONCE * cores()) / n
-
-
-def _normal(rng, *shape):
-    return rng.standard_normal(shape, dtype=np.float32)
 
 
 def _measure(function, seconds, device):
@@ -232,18 +193,3 @@ def _traced():
     finally:
         if ours:
             tracemalloc.stop()
-
-
-def duration(seconds: float) -> str:
-    """Format a duration, such as "45 s", "4 min 20 s", "2 h 5 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def gigabytes(size: float) -> str:
-    """Format bytes, such as "0.8 GB"."""
-    return f"{size / 1e9:.1f} GB"

@@ -9,10 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 from tinyldm.backend import Array
+from tinyldm.machine import duration
 from tinyldm.training import snapshots
 from tinyldm.training.adversarial import Adversarial
-from tinyldm.training.config import Stage
-from tinyldm.training.estimate import duration, mean_seconds
+from tinyldm.training.config import Config, Stage
 from tinyldm.training.metrics import MetricsLog, finite
 from tinyldm.training.optim import learning_rate
 from tinyldm.training.signals import Interruptible, Stopped
@@ -128,6 +128,11 @@ class Pace:
             f"  {state.stage} {state.step}/{state.total}: {1 / seconds:.1f} steps/s, "
             f"{duration(left)} left, loss {loss:.4f}"
         )
+
+
+def mean_seconds(config: Config, before: float, after: float) -> float:
+    """Average the seconds of a step of stage 1 over its steps without and with discriminator."""
+    return config.adversarial_start * before + (1 - config.adversarial_start) * after
 
 
 def seconds_with_discriminator(

@@ -8,15 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from tinyldm.backend import to_device
 from tinyldm.config import ConfigError
-from tinyldm.training.config import Config
-from tinyldm.training.latents import conditioner
-from tinyldm.training.networks import Models, denoiser_loss
+from tinyldm.training.config import STAGES, Config
+from tinyldm.training.networks import Models
 from tinyldm.training.optim import learning_rate
 from tinyldm.training.preparation import Say, fit_tokenizer, load_data
-from tinyldm.training.run import Run, second_stage
-from tinyldm.training.state import State
+from tinyldm.training.stages import Run, begin
 from tinyldm.training.step import gradient, train_step
 
 STEPS, BATCH = 300, 8
@@ -32,31 +29,25 @@ def overfit(config: Config, device: str, say: Say) -> dict[str, tuple[float, flo
         raise ConfigError(
             "adversarial: two networks contend, and no loss need fall; leave it out for --overfit"
         )
-    stages = ("autoencoder", "denoiser")
-    shorter = {name: replace(getattr(config, name), batch=BATCH, ema=0.9) for name in stages}
+    shorter = {name: replace(getattr(config, name), batch=BATCH, ema=0.9) for name in STAGES}
     config = replace(config, images=BATCH, held_out=0.0, caption_dropout=0.0, **shorter)
     data = load_data(config)
     tokenizer, config = fit_tokenizer(config, data.captions, say)
     data = data.pick(np.linspace(0, len(data) - 1, min(BATCH, len(data))).astype(int))
     models = Models(config, tokenizer)
-    params = to_device(models.vae.init(np.random.default_rng((config.seed, 0))), device)
-    losses = {}
-    if params:
-        state = State(config, "autoencoder", params, tokenizer, "")
-        batch_at = Run("", state, models, data, data, device, say).image_batches()
-        losses["autoencoder"] = _learn(state, models.first_stage_loss(), batch_at(0))
-        params = dict(state.params)
-    state = second_stage(config, models, params, data, "", 0, device, say)
-    batch_at, _ = Run("", state, models, data, data, device, say).latent_batches()
-    loss_fn = denoiser_loss(models, conditioner(state, models))
-    losses["denoiser"] = _learn(state, loss_fn, batch_at(0))
+    state = begin(models, data, "", device, say)
+    run, losses = Run("", state, models, data, data, device, say), {}
+    for name in models.stages:
+        if name != run.state.stage:
+            run.begin_denoiser()
+        losses[name] = _learn(run.state, run.job())
     return losses
 
 
-def _learn(state, loss_fn, batch):
-    stage = getattr(state.config, state.stage)
+def _learn(state, job):
+    stage, batch = getattr(state.config, state.stage), job.batch_at(0)
     seen = []
-    with gradient(loss_fn, state.params) as gradient_of:
+    with gradient(job.loss_fn, state.params) as gradient_of:
         for step in range(STEPS):
             rate = learning_rate(step, STEPS, stage.rate, min(stage.warmup, STEPS // 10))
             loss, _ = train_step(state, gradient_of, batch, rate, stage.ema)

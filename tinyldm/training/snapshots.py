@@ -83,12 +83,10 @@ def autoencoder(
     return numbers, f"; held-out images: {validation:.4f}, {quality:.1f} dB, {text}"
 
 
-def first_stage(run: Path, pipeline: Pipeline, training: Dataset, latents: np.ndarray) -> None:
-    """Save forward.png (the forward process) and reconstructions.png, once stage 1 is done.
-
-    latents: those of the first image, (h, w, c).
-    """
+def first_stage(run: Path, pipeline: Pipeline, training: Dataset) -> None:
+    """Save forward.png (the forward process) and reconstructions.png, once stage 1 is done."""
     folder, schedule = run / "samples", pipeline.schedule
+    latents = to_device(pipeline.encode(training.images[:1]), "cpu")[0]
     noise = np.random.default_rng(0).standard_normal(latents.shape, dtype=np.float32)
     t = [min(t, len(schedule) - 1) for t in FORWARD_STEPS]
     noisy = np.stack([schedule.add_noise(latents[None], noise, [step])[0] for step in t])
