@@ -98,6 +98,12 @@ def map_threads(function: Callable, items: Iterable, workers: int | None = None)
         return [future.result() for future in futures]
 
 
+def spans(n: int, count: int) -> list[slice]:
+    """Cut 0…n into `count` slices of about equal length."""
+    bounds = [n * i // count for i in range(count + 1)]
+    return list(map(slice, bounds, bounds[1:]))
+
+
 def map_batch(function: Callable[..., Array], *arrays: Array, size: int = 64) -> Array:
     """Apply `function(*arrays)` to a whole batch, in parts of at most `size` on all cores.
 
@@ -107,13 +113,13 @@ def map_batch(function: Callable[..., Array], *arrays: Array, size: int = 64) ->
     n = len(arrays[0])
     host = on_host(arrays[0])
     count = max(-(-n // size), min(free_cores(), n) if host else 1)
-    bounds = [n * i // count for i in range(count + 1)]
 
-    def part(i):
-        return function(*(array[bounds[i] : bounds[i + 1]] for array in arrays))
+    def part(span):
+        return function(*(array[span] for array in arrays))
 
-    parts = map_threads(part, range(count)) if host else [part(i) for i in range(count)]
-    return parts[0] if count == 1 else array_module(parts[0]).concatenate(parts)
+    parts = (map_threads if host else map)(part, spans(n, count))
+    first, *others = parts
+    return array_module(first).concatenate([first, *others]) if others else first
 
 
 def cut_batch(batch: tuple[Array, ...], count: int) -> list[tuple[float, tuple[Array, ...]]]:
@@ -124,11 +130,9 @@ def cut_batch(batch: tuple[Array, ...], count: int) -> list[tuple[float, tuple[A
             "value_and_grad: expected arrays of one length, at least 1, found "
             f"{[len(array) for array in batch]}"
         )
-    count = min(n, count)
-    bounds = [n * i // count for i in range(count + 1)]
     return [
-        ((end - begin) / n, tuple(array[begin:end] for array in batch))
-        for begin, end in zip(bounds, bounds[1:], strict=False)
+        ((span.stop - span.start) / n, tuple(array[span] for array in batch))
+        for span in spans(n, min(n, count))
     ]
 
 

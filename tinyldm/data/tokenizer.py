@@ -18,7 +18,7 @@ from typing import Self
 
 import numpy as np
 
-from tinyldm.files import replacing
+from tinyldm.files import read_json, replacing
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LONGEST_NAMED = 200  # characters of a text that a warning repeats
@@ -96,17 +96,6 @@ def _merge(symbols, ranks):
             break
         symbols = [*symbols[:at], "".join(pairs[at]), *symbols[at + 2 :]]
     return symbols
-
-
-def _read_json(path):
-    """Read the JSON object in a file; an empty one where there is no file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path.name}: expected JSON, found {error}") from error
-    if isinstance(data, dict):
-        return data
-    raise ValueError(f"{path.name}: expected an object, found a {type(data).__name__}")
 
 
 class CaptionCut(UserWarning):
@@ -295,17 +284,18 @@ class Tokenizer:
             )
         try:
             if in_two_files:
-                vocab = _read_json(folder / "vocab.json")
+                vocab = read_json(folder / "vocab.json")
                 lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
                 merges = lines[1:] if lines and lines[0].startswith("#version") else lines
             else:
-                model = _read_json(folder / "tokenizer.json").get("model", {})
+                model = read_json(folder / "tokenizer.json").get("model", {})
                 vocab, merges = model.get("vocab", {}), model.get("merges", [])
             merges = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges]
 
-            config = _read_json(folder / "tokenizer_config.json")
-            if "added_tokens_decoder" not in config:  # an old config, which the map overrides
-                config |= _read_json(folder / "special_tokens_map.json")
+            config = {}
+            for name in ("tokenizer_config.json", "special_tokens_map.json"):
+                if name in names and "added_tokens_decoder" not in config:  # else the map is old
+                    config |= read_json(folder / name)
             max_length = config.get("model_max_length")
             if not isinstance(max_length, int) or max_length > 1_000_000:  # a huge one: "no limit"
                 max_length = 77

@@ -97,20 +97,14 @@ def evaluate(
     """
     true = held_out if len(held_out) else training
     decoded = pipeline.decode(pipeline.encode(true.images))
+    sets = {"training": training, "held_out": held_out}
+    some = {name: data.pick(range(min(len(data), 256))) for name, data in sets.items() if len(data)}
     result = {
         "images": {"trained_on": len(training), "held_out": len(held_out)},
         "psnr": psnr(decoded, true.images),
         "ssim": ssim(decoded, true.images),
-        "loss_by_noise": {
-            name: loss_by_noise(pipeline, data.pick(range(min(len(data), 256))))
-            for name, data in (("training", training), ("held_out", held_out))
-            if len(data)
-        },
-    }
-    result["bits"] = {
-        name: likelihood(pipeline, data.pick(range(min(len(data), 256))))
-        for name, data in (("training", training), ("held_out", held_out))
-        if len(data)
+        "loss_by_noise": {name: loss_by_noise(pipeline, data) for name, data in some.items()},
+        "bits": {name: likelihood(pipeline, data) for name, data in some.items()},
     }
     with tqdm(total=count, desc="sampling", unit="image", disable=None) as bar:
 
@@ -179,27 +173,23 @@ def _compare(features, generated, training, held_out, result):
     """Compare generated with real images; → those nearest to training images, and the latter."""
     at, distance = nearest_images(generated, training.images)
     result["nearest"] = {"generated": float(np.median(distance))}
-    n = min(len(generated), len(held_out)) if len(held_out) > 1 else len(generated)
-    made = features(generated[:n])  # equally many, to compare like with like
-    some = training.pick(np.linspace(0, len(training) - 1, min(len(training), 2048)).astype(int))
-    real = features(some.images)
-    if min(len(made), len(some)) > 1:  # one image has no covariance
-        result["frechet"] = {"generated": frechet_distance(made, real)}
-        result["kernel"] = {"generated": kernel_distance(made, real)}
-    if len(made) > NEIGHBOURS and len(some) > NEIGHBOURS:
-        precision, recall = precision_recall(made, real, NEIGHBOURS)
-        result["precision"], result["recall"] = {"generated": precision}, {"generated": recall}
     if len(held_out) > 1:
         _, real_distance = nearest_images(held_out.images, training.images)
-        unseen = features(held_out.images[:n])
         result["nearest"]["held_out"] = float(np.median(real_distance))
         if len(held_out) >= FEWEST_FOR_COPIES:
             result["nearest"]["copied"] = copied(distance, real_distance)
-        result["frechet"]["held_out"] = frechet_distance(unseen, real)
-        result["kernel"]["held_out"] = kernel_distance(unseen, real)
-        if "precision" in result and len(unseen) > NEIGHBOURS:
-            precision, recall = precision_recall(unseen, real, NEIGHBOURS)
-            result["precision"]["held_out"], result["recall"]["held_out"] = precision, recall
+    n = min(len(generated), len(held_out)) if len(held_out) > 1 else len(generated)
+    some = training.pick(np.linspace(0, len(training) - 1, min(len(training), 2048)).astype(int))
+    real = features(some.images)
+    for name, images in (("generated", generated), ("held_out", held_out.images)):
+        made = features(images[:n]) if len(images) else real[:0]  # equally many, to compare
+        if min(len(made), len(real)) > 1:  # one image has no covariance
+            result.setdefault("frechet", {})[name] = frechet_distance(made, real)
+            result.setdefault("kernel", {})[name] = kernel_distance(made, real)
+        if min(len(made), len(real)) > NEIGHBOURS:
+            precision, recall = precision_recall(made, real, NEIGHBOURS)
+            result.setdefault("precision", {})[name] = precision
+            result.setdefault("recall", {})[name] = recall
     closest = np.argsort(distance, kind="stable")[:12]
     return {"samples": generated[closest], "nearest": training.images[at[closest]]}
 

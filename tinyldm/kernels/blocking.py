@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from tinyldm.backend import Array, on_host
-from tinyldm.threads import free_cores, map_threads
+from tinyldm.threads import free_cores, map_threads, spans
 
 # Elements of one array that a memory-bound loop touches at a time: 512 KiB of float32. With fewer,
 # calls would take as long as their work; more would no longer lie in the cache.
@@ -70,8 +70,7 @@ def shares(work: list, size: int, like: Array) -> list[list]:
     """
     if size < WORTH_THREADS or len(work) == 1 or not on_host(like):
         return [work]
-    count = min(len(work), free_cores())
-    return [work[len(work) * i // count : len(work) * (i + 1) // count] for i in range(count)]
+    return [work[span] for span in spans(len(work), min(len(work), free_cores()))]
 
 
 def on_free_cores(function: Callable, work: list, size: int, like: Array) -> list:

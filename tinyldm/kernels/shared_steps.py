@@ -12,7 +12,7 @@ from tinyldm.backend import Array, array_module, on_host
 from tinyldm.kernels.cached import fixed
 from tinyldm.kernels.cpu.processes import available, worker_pool
 from tinyldm.kernels.registry import any_device, kernel
-from tinyldm.threads import cores, map_threads
+from tinyldm.threads import cores, map_threads, spans
 
 
 @kernel("sampling.pipeline.predictor", cost=any_device)
@@ -25,9 +25,8 @@ def predictor(
     processes = available() if on_cpu else 1
     workers = min(n, processes if processes > 1 else cores() if on_cpu else 1)
     count = min(n, -(-n // (at_once * workers)) * workers)
-    bounds = [n * i // count for i in range(count + 1)]
-    spans = [slice(*bounds[i : i + 2]) for i in range(count)]
-    conditions = [condition[span] for span in spans]
+    shares = spans(n, count)
+    conditions = [condition[span] for span in shares]
 
     def part(i, x, t):
         return network(x, xp.full(len(x), t), conditions[i])
@@ -42,7 +41,7 @@ def predictor(
             share = partial(map, lambda item: part(*item))
 
         def predict(x, t):
-            work = [(i, x[span], t) for i, span in enumerate(spans)]
+            work = [(i, x[span], t) for i, span in enumerate(shares)]
             rounds = [work[i : i + workers] for i in range(0, count, workers)]
             return xp.concatenate([y for some in rounds for y in share(some)])
 

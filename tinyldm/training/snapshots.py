@@ -169,7 +169,7 @@ def reverse_process(
 
 def generate_samples(pipeline: Pipeline, prompts: list[str], file: Path) -> np.ndarray:
     """Generate an image per prompt from the same noise → uint8 (n, h, w, 3); save a grid."""
-    images = np.stack([np.asarray(image) for image in pipeline(prompts)])
+    images = generate(pipeline, prompts)
     save_image(file, grid(images, prompts, columns=6))
     return images
 
@@ -190,7 +190,7 @@ def generate_scenes(pipeline: Pipeline, data: Dataset, file: Path) -> tuple[list
 
 def sweep_guidance(pipeline: Pipeline, prompts: list[str], file: Path) -> None:
     """Save images at rising guidance, same noise and captions: variety and tones suffer."""
-    rows = [np.stack(list(map(np.asarray, pipeline(prompts, guidance=g)))) for g in GUIDANCES]
+    rows = [generate(pipeline, prompts, guidance=g) for g in GUIDANCES]
     labels = [f"guidance {g}" for g in GUIDANCES]
     save_image(file, grid(np.concatenate(rows), columns=len(prompts), labels=labels))
 

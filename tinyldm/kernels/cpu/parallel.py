@@ -8,6 +8,7 @@ from tinyldm.backend import Array, on_host
 from tinyldm.kernels.cpu.flat import Flat
 from tinyldm.kernels.cpu.processes import available, worker_pool
 from tinyldm.kernels.registry import NEVER, kernel
+from tinyldm.nn.protocol import add_grad
 from tinyldm.threads import cut_batch, free_cores, map_threads
 
 Gradient = Callable[[tuple[Array, ...]], tuple[Array, dict[str, Array]]]  # batch → loss, gradients
@@ -91,8 +92,5 @@ def _sum(results):
     for other_loss, other_grads in others:
         loss = loss + other_loss
         for name, dw in other_grads.items():
-            if name in grads:
-                grads[name] += dw
-            else:
-                grads[name] = dw
+            add_grad(grads, name, dw)
     return loss, grads
