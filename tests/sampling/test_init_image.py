@@ -61,7 +61,7 @@ def test_a_sketch_enters_with_the_noise_of_its_step(pipe, image, sampler, monkey
     seen = {}
 
     def spy(predict, schedule, x, steps, **options):
-        seen.update(x=x, steps=steps, start=options.get("start"))
+        seen.update(x=x, steps=steps, start=options["span"].start)
         return iter([(x, x)])
 
     monkeypatch.setitem(SAMPLERS, sampler, dataclasses.replace(SAMPLERS[sampler], function=spy))

@@ -4,9 +4,7 @@ A sampler is a generator. It takes `predict(x, t) → what the schedule's networ
 start noise, and after each step yields `(x, x0)`: the current x, and the predicted clean image.
 The last x is the sample.
 
-All of them also take two options. `start`: begin with this step of the `steps`, counted from 0;
-then x are latents with the noise level that the sampler's `levels` says, not pure noise.
-`post_step(x, i)`: returns the x that replaces x after the i-th step taken.
+Two options are the same for all, in a `Span`: where to begin, and what to do after each step.
 """
 
 import math
@@ -33,9 +31,19 @@ Steps = Iterator[tuple[Array, Array]]  # of x and the predicted x0
 PostStep = Callable[[Array, int], Array]  # x after the i-th step taken → x as the next one finds it
 
 
-def unchanged(x: Array, i: int) -> Array:
-    """Leave x as it is: the default `post_step`."""
-    return x
+@dataclass(frozen=True)
+class Span:
+    """Span of the steps that a sampler takes: from `start` on, counted from 0, to the end.
+
+    From a start, even 0, x are latents with the noise level that the sampler's `levels` says there,
+    not pure noise. post_step: `post_step(x, i)` returns the x that replaces x after the i-th step.
+    """
+
+    start: int | None = None
+    post_step: PostStep = lambda x, i: x
+
+
+ALL = Span()
 
 
 def ddim(
@@ -45,15 +53,14 @@ def ddim(
     steps: int,
     eta: float = 0.0,
     noise: Noise | None = None,
-    start: int | None = None,
-    post_step: PostStep = unchanged,
+    span: Span = ALL,
 ) -> Steps:
     """Denoising diffusion implicit models: x' = √ᾱ' x_0 + √(1 − ᾱ' − σ²) ε + σ · fresh noise.
 
     Song, Meng & Ermon 2020, eq. 12; σ is η times that of DDPM (eq. 16).
     eta: 0 deterministic … 1 as random as DDPM; then `noise()` gives fresh normal noise like x.
     """
-    t = timesteps(schedule, steps)[start:]
+    t = timesteps(schedule, steps)[span.start :]
     last = _final_alpha_bar(schedule, default=True)
     alphas_bar = [*schedule.alphas_bar[t].tolist(), last]  # Python floats keep x in float32
     for i in range(len(t)):
@@ -64,21 +71,15 @@ def ddim(
         x = math.sqrt(next_alpha_bar) * x0 + math.sqrt(rest) * epsilon
         if variance > 0:
             x = x + math.sqrt(variance) * noise()
-        x = post_step(x, i)
+        x = span.post_step(x, i)
         yield x, x0
 
 
 def ddpm(
-    predict: Predict,
-    schedule: Schedule,
-    x: Array,
-    steps: int,
-    noise: Noise,
-    start: int | None = None,
-    post_step: PostStep = unchanged,
+    predict: Predict, schedule: Schedule, x: Array, steps: int, noise: Noise, span: Span = ALL
 ) -> Steps:
     """Ancestral sampling with the posterior's variance (Ho et al. 2020, algorithm 2)."""
-    t = timesteps(schedule, steps)[start:]
+    t = timesteps(schedule, steps)[span.start :]
     alphas_bar = [*schedule.alphas_bar[t].tolist(), 1.0]
     for i in range(len(t)):
         x0, _ = _split(schedule, predict(x, t[i]), x, alphas_bar[i])
@@ -86,25 +87,18 @@ def ddpm(
         x = x0_weight * x0 + xt_weight * x
         if i + 1 < len(t):
             x = x + math.sqrt(variance) * noise()
-        x = post_step(x, i)
+        x = span.post_step(x, i)
         yield x, x0
 
 
-def pndm(
-    predict: Predict,
-    schedule: Schedule,
-    x: Array,
-    steps: int,
-    start: int | None = None,
-    post_step: PostStep = unchanged,
-) -> Steps:
+def pndm(predict: Predict, schedule: Schedule, x: Array, steps: int, span: Span = ALL) -> Steps:
     """Pseudo numerical methods: DDIM with a prediction extrapolated from the last four.
 
     Liu et al. 2022, eq. 9, 11 and 12. The first three steps are pseudo Runge-Kutta (eq. 13), of
     four predictions each. With fewer than four steps, or the scheduler config's `skip_prk_steps`,
     as Stable Diffusion has it, the first is corrected once and the next extrapolate from fewer.
     """
-    t = timesteps(schedule, steps)[start:].tolist()
+    t = timesteps(schedule, steps)[span.start :].tolist()
     steps = len(t)
     alphas_bar = [*schedule.alphas_bar[t].tolist(), _final_alpha_bar(schedule, default=False)]
     runge_kutta = steps > 3 and not schedule.config.get("skip_prk_steps", False)
@@ -122,7 +116,7 @@ def pndm(
                 weight * old for weight, old in zip(ADAMS_BASHFORTH[len(known)], known, strict=True)
             )
         x, x0 = _transfer(schedule, prediction, x, alphas_bar[i], alphas_bar[i + 1])
-        x = post_step(x, i)
+        x = span.post_step(x, i)
         yield x, x0
 
 
@@ -173,58 +167,38 @@ def _split(schedule, prediction, x, alpha_bar):
 # yielded x is in the coordinates of the other samplers.
 
 
-def euler(
-    predict: Predict,
-    schedule: Schedule,
-    x: Array,
-    steps: int,
-    start: int | None = None,
-    post_step: PostStep = unchanged,
-) -> Steps:
+def euler(predict: Predict, schedule: Schedule, x: Array, steps: int, span: Span = ALL) -> Steps:
     """Euler steps straight towards x0 (Karras et al. 2022, algorithm 1 without correction)."""
-    t, sigmas, x = _begin(schedule, x, steps, start)
+    t, sigmas, x = _begin(schedule, x, steps, span)
     sigmas[-1] = last_sigma(schedule)
     for i in range(len(t)):
         x0 = _clean_image(predict, schedule, x, sigmas[i], t[i])
         x = _towards(x, x0, sigmas[i + 1] / sigmas[i])
-        latents, x = _changed(x, sigmas[i + 1], post_step, i)
+        latents, x = _changed(x, sigmas[i + 1], span, i)
         yield latents, x0
 
 
 def euler_ancestral(
-    predict: Predict,
-    schedule: Schedule,
-    x: Array,
-    steps: int,
-    noise: Noise,
-    start: int | None = None,
-    post_step: PostStep = unchanged,
+    predict: Predict, schedule: Schedule, x: Array, steps: int, noise: Noise, span: Span = ALL
 ) -> Steps:
     """Ancestral Euler: step below the next σ, then add fresh noise up to it, as DDPM does."""
-    t, sigmas, x = _begin(schedule, x, steps, start)
+    t, sigmas, x = _begin(schedule, x, steps, span)
     for i in range(len(t)):
         sigma, next_sigma = sigmas[i : i + 2]
         x0 = _clean_image(predict, schedule, x, sigma, t[i])
         x = _towards(x, x0, (next_sigma / sigma) ** 2)
         if next_sigma > 0:
             x = x + next_sigma * math.sqrt(1 - (next_sigma / sigma) ** 2) * noise()
-        latents, x = _changed(x, next_sigma, post_step, i)
+        latents, x = _changed(x, next_sigma, span, i)
         yield latents, x0
 
 
-def heun(
-    predict: Predict,
-    schedule: Schedule,
-    x: Array,
-    steps: int,
-    start: int | None = None,
-    post_step: PostStep = unchanged,
-) -> Steps:
+def heun(predict: Predict, schedule: Schedule, x: Array, steps: int, span: Span = ALL) -> Steps:
     """Heun's method: step with the mean of the slopes at both ends (Karras et al. 2022, alg. 1).
 
     The last step, to σ = 0, has one end alone: 2 · steps − 1 predictions.
     """
-    t, sigmas, x = _begin(schedule, x, steps, start)
+    t, sigmas, x = _begin(schedule, x, steps, span)
     for i in range(len(t)):
         sigma, next_sigma = sigmas[i : i + 2]
         x0 = _clean_image(predict, schedule, x, sigma, t[i])
@@ -233,7 +207,7 @@ def heun(
             x0_ahead = _clean_image(predict, schedule, ahead, next_sigma, t[i + 1])
             slope = 0.5 * ((x - x0) * (1 / sigma) + (ahead - x0_ahead) * (1 / next_sigma))
             ahead, x0 = x + (next_sigma - sigma) * slope, x0_ahead
-        latents, x = _changed(ahead, next_sigma, post_step, i)
+        latents, x = _changed(ahead, next_sigma, span, i)
         yield latents, x0
 
 
@@ -243,15 +217,14 @@ def dpm_solver_2m(
     x: Array,
     steps: int,
     noise: Noise | None = None,
-    start: int | None = None,
-    post_step: PostStep = unchanged,
+    span: Span = ALL,
 ) -> Steps:
     """DPM-Solver++ (2M) (Lu et al. 2022b, algorithm 2).
 
     x0 is extrapolated in log σ from the last two predictions. With `noise` it is the stochastic
     variant, SDE-DPM-Solver++ (2M) (section 5 and appendix B there).
     """
-    t, sigmas = (table[start:].tolist() for table in dpm_solver_steps(schedule, steps))
+    t, sigmas = (table[span.start :].tolist() for table in dpm_solver_steps(schedule, steps))
     x = x * math.sqrt(1 + sigmas[0] ** 2)
     previous = None  # x0, and the length of the step after it in log σ
     for i in range(len(t)):
@@ -269,17 +242,17 @@ def dpm_solver_2m(
             if next_sigma > 0:
                 x = x + next_sigma * math.sqrt(1 - ratio**2) * noise()
         previous = x0, length
-        latents, x = _changed(x, next_sigma, post_step, i)
+        latents, x = _changed(x, next_sigma, span, i)
         yield latents, x0
 
 
-def _begin(schedule, x, steps, start):
+def _begin(schedule, x, steps, span):
     """Return t, σ, and x before the first step, in the coordinates of these samplers."""
     t, sigmas = sigma_steps(schedule, steps)
-    t, sigmas = t[start:], sigmas[start:].tolist()
+    t, sigmas = t[span.start :], sigmas[span.start :].tolist()
     # As in diffusers: where the last trained step is visited, x counts as noise alone.
     leading = schedule.config.get("timestep_spacing", "linspace") == "leading"
-    noise_alone = not leading and start is None
+    noise_alone = not leading and span.start is None
     return t, sigmas, x * (sigmas[0] if noise_alone else math.sqrt(sigmas[0] ** 2 + 1))
 
 
@@ -294,13 +267,13 @@ def _towards(x, x0, ratio):
     return x0 + (x - x0) * float(ratio)
 
 
-def _changed(x, sigma, post_step, i):
+def _changed(x, sigma, span, i):
     """Apply `post_step` in the coordinates of the other samplers → x there, and x here."""
     a = 1 / math.sqrt(1 + sigma**2)
     latents = x * a
-    if post_step is unchanged:
+    if span.post_step is ALL.post_step:
         return latents, x
-    latents = post_step(latents, i)
+    latents = span.post_step(latents, i)
     return latents, latents * (1 / a)
 
 
@@ -319,8 +292,9 @@ class Sampler:
     def __call__(
         self, predict: Predict, schedule: Schedule, x: Array, steps: int, **options: object
     ) -> Steps:
-        """Yield (x, x0) after each step, from noise x (n, ...)."""
-        return self.function(predict, schedule, x, steps, **options)
+        """Yield (x, x0) after each step, from noise x (n, ...). options: also those of Span."""
+        given = {name: options.pop(name) for name in ("start", "post_step") if name in options}
+        return self.function(predict, schedule, x, steps, span=Span(**given), **options)
 
 
 in_sigma = partial(levels_of_sigmas, sigma_steps)
