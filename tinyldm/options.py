@@ -45,38 +45,37 @@ def options_of(cls: type) -> dict[str, dataclasses.Field]:
 
 
 def kind_of(field: dataclasses.Field) -> tuple[type, bool]:
-    """Return the type of an option, such as float, and whether it may be None too."""
+    """Return the type of an option, `object` where it may have several, and if it may be None."""
     kinds = typing.get_args(field.type) or (field.type,)
-    return kinds[0], type(None) in kinds
+    kind, *others = (kind for kind in kinds if kind is not type(None))
+    return object if others else kind, type(None) in kinds
 
 
 def check_options(instance: object, error: type[ValueError] = ValueError) -> None:
     """Raise `error`, in one line, for the first option of a dataclass that is not as expected."""
     for name, field in options_of(type(instance)).items():
-        value, (kind, may_be_none) = getattr(instance, name), kind_of(field)
-        if value is None and may_be_none:
-            continue
-        choices = field.metadata["choices"]
-        if choices is not None:
-            if value not in choices:
-                raise error(f"{name}: {unknown(value, choices)}")
-        elif kind is int and not isinstance(value, Integral):
-            raise error(f"{name}: expected an integer, found {value!r}")
-        elif kind is float and not isinstance(value, Real):
-            raise error(f"{name}: expected a number, found {value!r}")
-        if kind in (int, float) and choices is None:
-            least, most = field.metadata["least"], field.metadata["most"]
-            if not in_range(value, least, most):
-                raise error(f"{name}: expected {range_text(least, most)}, found {value}")
-            if not math.isfinite(value):
-                raise error(f"{name}: expected a finite number, found {value}")
+        if found := problem(field, getattr(instance, name)):
+            raise error(f"{name}: {found}")
 
 
-def in_range(value: float, least: float | None, most: float | None) -> bool:
-    """Return whether a number is not below `least` and not above `most`."""
-    return (least is None or value >= least) and (most is None or value <= most)
-
-
-def range_text(least: float | None, most: float | None) -> str:
-    """Name a range: "1 or more", "0…1"."""
-    return f"{least:g} or more" if most is None else f"{least:g}…{most:g}"
+def problem(field: dataclasses.Field, value: object) -> str:
+    """Return what an option expects and what `value` is instead; "" where it is as expected."""
+    kind, may_be_none = kind_of(field)
+    least, most, choices = (field.metadata[key] for key in ("least", "most", "choices"))
+    if value is None and may_be_none:
+        return ""
+    if choices is not None:
+        return "" if value in choices else unknown(str(value), list(map(str, choices)))
+    if kind not in (int, float):
+        return ""
+    if (
+        isinstance(value, Integral if kind is int else Real)
+        and -math.inf < value < math.inf
+        and (least is None or value >= least)
+        and (most is None or value <= most)
+    ):
+        return ""
+    wanted = "an integer" if kind is int else "a number"
+    if least is not None:
+        wanted += f" ≥ {least}" if most is None else f" {least}…{most}"
+    return f"expected {wanted}, found {value!r}"

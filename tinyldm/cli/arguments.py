@@ -3,14 +3,13 @@
 import argparse
 import dataclasses
 import importlib
-import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from tinyldm.config import meant, unknown
-from tinyldm.options import kind_of, options_of
+from tinyldm.options import kind_of, options_of, problem
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,35 +64,6 @@ def one_of(choices: Iterable) -> Callable[[str], str | int]:
     return parse
 
 
-def integer(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Return the type of an argument that is an integer in a range."""
-    wanted = f"{least}…{most}" if most else f"≥ {least}"
-
-    def parse(text):
-        number = int(text) if re.fullmatch(r"-?[0-9]{1,30}", text) else least - 1
-        if number < least or (most is not None and number > most):
-            raise argparse.ArgumentTypeError(f"expected an integer {wanted}, found {text!r}")
-        return number
-
-    return parse
-
-
-def number(least: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
-    """Return the type of an argument that is a finite number in a range."""
-    wanted = f" {least:g}…{most:g}" if math.isfinite(least) else ""
-
-    def parse(text):
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not (math.isfinite(number) and least <= number <= most):
-            raise argparse.ArgumentTypeError(f"expected a number{wanted}, found {text!r}")
-        return number
-
-    return parse
-
-
 def size(text: str) -> tuple[int, int]:
     """Parse S or HEIGHTxWIDTH into (height, width)."""
     found = re.fullmatch(r"(-?[0-9]{1,5})(?:[x×](-?[0-9]{1,5}))?", text.lower())
@@ -125,17 +95,20 @@ def add_options(parser: argparse.ArgumentParser, cls: type, names: Iterable[str]
 
 
 def _type_of(field):
-    if field.name == "size":  # one integer or two
-        return size
     kind, _ = kind_of(field)
-    least, most = field.metadata["least"], field.metadata["most"]
-    if field.metadata["choices"]:
-        return one_of(field.metadata["choices"])
-    if kind is int:
-        return integer(least, most)
-    if kind is float:
-        return number(-math.inf if least is None else least, math.inf if most is None else most)
-    return str
+    if kind is object:  # one integer or two
+        return size
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = text
+        if problem(field, value):
+            raise argparse.ArgumentTypeError(problem(field, text))  # as it was typed
+        return value
+
+    return parse
 
 
 def _default_text(field):
@@ -143,6 +116,12 @@ def _default_text(field):
     if text is None and default is not dataclasses.MISSING and not isinstance(default, bool):
         text = f"{default:g}" if isinstance(default, float) else default
     return "" if text is None else f" (default: {text})"
+
+
+def chosen(options: argparse.Namespace, *classes: type) -> dict[str, object]:
+    """Return {name: value} of the options of these dataclasses that were given."""
+    names = [name for cls in classes for name in options_of(cls)]
+    return {name: value for name in names if (value := getattr(options, name, None)) is not None}
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

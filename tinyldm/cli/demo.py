@@ -6,7 +6,6 @@ from pathlib import Path
 from tinyldm.cli import evaluate
 from tinyldm.cli import train as training
 from tinyldm.cli.arguments import add_options, say
-from tinyldm.training.classifier import SECONDS
 from tinyldm.training.config import Config
 
 OUT = "runs/demo"
@@ -23,9 +22,8 @@ def run(options: Namespace) -> None:
     """Train on the built-in shapes, and score the result."""
     training.run(options)
     say("scoring: 200 images are generated and read back by rule")
-    options.run_folder, options.captions, options.data = options.out, 200, None
+    options.run_folder, options.captions = options.out, 200
     options.steps = options.guidance = None
-    options.classifier_seconds = SECONDS
     evaluate.run(options)
     samples = Path(options.out) / "samples"
     say(

@@ -3,17 +3,18 @@
 import json
 import warnings
 from argparse import ArgumentParser, Namespace
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from tinyldm.cli.arguments import add_device, add_options, integer, number, say
+from tinyldm.cli.arguments import add_device, add_options, chosen, say
 from tinyldm.data.dataset import DataError
 from tinyldm.data.tokenizer import CaptionCut
 from tinyldm.evaluation.figures import grid, save_image
 from tinyldm.evaluation.metrics import evaluate, table
 from tinyldm.files import replacing
+from tinyldm.options import option
 from tinyldm.sampling.params import SamplingParams
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training.classifier import SECONDS, classifier_of
@@ -22,19 +23,22 @@ from tinyldm.training.run import whole_run
 from tinyldm.training.state import load_notes
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """Options of scoring."""
+
+    data: str | None = option("folder where its images are now", None, metavar="FOLDER")
+    captions: int = option("number of images to generate", 500, least=4, most=100_000, metavar="N")
+    classifier_seconds: float = option(
+        "seconds to train the classifier whose features compare images; 0 to compare latents",
+        SECONDS, least=0, most=100_000, metavar="S",
+    )  # fmt: skip
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the run to score, and the options of scoring."""
     parser.add_argument("run_folder", metavar="RUN", help="folder of the run")
-    parser.add_argument("--data", metavar="FOLDER", help="folder where its images are now")
-    parser.add_argument(
-        "--captions", type=integer(4, 100_000), default=500, metavar="N",
-        help="number of images to generate (default: 500)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--classifier-seconds", type=number(0, 100_000), default=SECONDS, metavar="S",
-        help="seconds to train the classifier whose features compare images; 0 to compare latents "
-        f"(default: {SECONDS:g})",
-    )  # fmt: skip
+    add_options(parser, Scoring)
     add_options(parser, SamplingParams, ("steps", "guidance"))
     add_device(parser)
 
@@ -42,8 +46,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> None:
     """Score a run on its own data: a table, eval.json and samples/nearest.png."""
     run = Path(whole_run(options.run_folder, say))
-    notes = load_notes(run)
-    config = replace(notes["config"], data=options.data or notes["config"].data)
+    notes, scoring = load_notes(run), Scoring(**chosen(options, Scoring))
+    config = replace(notes["config"], data=scoring.data or notes["config"].data)
     pipeline = Pipeline.load(run, options.device)
     data = load_data(config)
     if data.fingerprint() != notes["data"]:  # the held-out split is no longer known
@@ -53,12 +57,12 @@ def run(options: Namespace) -> None:
         )
     training, held_out = split(data, config)
     classifier = classifier_of(
-        run, training, held_out, notes["data"], options.classifier_seconds, config.seed,
+        run, training, held_out, notes["data"], scoring.classifier_seconds, config.seed,
         options.device, say,
     )  # fmt: skip
     with warnings.catch_warnings(action="ignore", category=CaptionCut):
         result, images = evaluate(
-            pipeline, training, held_out, options.captions, options.steps, options.guidance,
+            pipeline, training, held_out, scoring.captions, options.steps, options.guidance,
             prompts_of(config) if data.readable else None, classifier and classifier.features,
         )  # fmt: skip
     if classifier:

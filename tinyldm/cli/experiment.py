@@ -1,11 +1,13 @@
 """`tinyldm experiment`: try a claim of the field at small scale."""
 
 from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from tinyldm.cli.arguments import number, one_of, say
+from tinyldm.cli.arguments import add_options, chosen, one_of, say
 from tinyldm.experiments.trained import trained_run
+from tinyldm.options import option
 from tinyldm.training.run import whole_run
 
 EXPERIMENTS = {  # name → the question that it answers
@@ -17,14 +19,18 @@ EXPERIMENTS = {  # name → the question that it answers
 ON_A_RUN = ("guidance", "samplers")  # the experiments that take a trained run
 
 
+@dataclass(frozen=True)
+class Length:
+    """Length of an experiment."""
+
+    seconds: float = option("seconds that each network is trained", 240.0, least=1, most=1_000_000)
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the experiment's name, duration, run and output folder."""
     texts = "; ".join(f"{name}: {text}" for name, text in EXPERIMENTS.items())
     parser.add_argument("name", metavar="NAME", type=one_of(EXPERIMENTS), help=texts)
-    parser.add_argument(
-        "--seconds", type=number(1, 1_000_000), default=240.0,
-        help="seconds that each network is trained (default: 240)",
-    )  # fmt: skip
+    add_options(parser, Length)
     text = "a run on shapes for guidance and samplers (default: train the demo's in DIR/run)"
     parser.add_argument("--run", dest="run_folder", metavar="RUN", help=text)
     parser.add_argument(
@@ -38,10 +44,10 @@ def run(options: Namespace) -> None:
     out = Path(options.out)
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out}: expected a folder, or nothing, found a file")
-    subject = options.seconds
+    subject = seconds = Length(**chosen(options, Length)).seconds
     if options.name in ON_A_RUN:
         run = whole_run(options.run_folder, say) if options.run_folder else None
-        subject = trained_run(run, options.seconds, out, say)
+        subject = trained_run(run, seconds, out, say)
     elif options.run_folder:
         options.parser.error(f"--run: {options.name} trains its own model; leave it out")
     out.mkdir(parents=True, exist_ok=True)

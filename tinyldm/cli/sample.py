@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from tinyldm.cli.arguments import add_device, add_options, integer, say, size
+from tinyldm.cli.arguments import add_device, add_options, say, size
 from tinyldm.evaluation.figures import (
     check_image,
     grid,
@@ -16,6 +16,7 @@ from tinyldm.evaluation.figures import (
     save_animation,
     save_image,
 )
+from tinyldm.options import option
 from tinyldm.sampling.init_image import Scene, strength_of
 from tinyldm.sampling.metadata import MOST, OPTIONS, InputImage, Origin, fingerprint
 from tinyldm.sampling.params import SamplingParams
@@ -25,6 +26,17 @@ from tinyldm.training.run import whole_run
 ANIMATIONS = ("WEBP", "GIF")
 FRAMES = 10  # of a film, by default
 FRAME_SIDE = 256  # pixels, at most, of an image in a strip
+
+
+@dataclass(frozen=True)
+class Output:
+    """Options of what is written."""
+
+    n: int = option("number of images", 1, least=1, most=MOST)
+    every: int | None = option(
+        "steps from one frame of the film to the next", None, least=1,
+        default_text=f"{FRAMES} frames in all",
+    )  # fmt: skip
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -45,15 +57,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     file("--reproduce", "reproduce the image of this PNG from the notes in it")
     parser.add_argument("--negative", metavar="PROMPT", help="prompt that guidance leads away from")
     add_options(parser, SamplingParams)
-    parser.add_argument("--n", type=integer(1, MOST), help="number of images (default: 1)")
+    add_options(parser, Output)
     parser.add_argument("--size", type=size, help="size in pixels, S or HEIGHTxWIDTH")
     file("--image", "init image, or the low-resolution image or map of a model that needs one")
     file("--mask", "mask, white where to generate; the rest of --image stays")
     file("--film", "file of a strip of the steps (.png), or an animation of them (.webp, .gif)")
-    parser.add_argument(
-        "--every", type=integer(1), help="steps from one frame of the film to the next "
-        "(default: ten frames in all)",
-    )  # fmt: skip
     file("--vae", "another autoencoder, a folder or a file", str)
     add_device(parser)
 

@@ -4,10 +4,9 @@ import time
 from argparse import ArgumentParser, Namespace
 
 from tinyldm import __version__
-from tinyldm.cli.arguments import add_device, add_options, say
+from tinyldm.cli.arguments import add_device, add_options, chosen, say
 from tinyldm.machine import duration
 from tinyldm.models import ClassNames
-from tinyldm.options import options_of
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.threads import describe_device
 from tinyldm.training.config import IMAGES, LEARNT, MODEL, RESOURCES, Config
@@ -52,11 +51,7 @@ def run(options: Namespace) -> None:
         options.parser.error("--overfit: starts a new model; leave out --resume")
     say(f"tinyldm {__version__}: {describe_device(options.device)}")
     started = time.monotonic()
-    settings = {
-        name: value
-        for name in (*options_of(NewRun), *options_of(Config))
-        if (value := getattr(options, name, None)) is not None
-    }
+    settings = chosen(options, NewRun, Config)
     if options.resume:
         for name in settings.keys() & set(STAY):
             options.parser.error(f"--{name}: a resumed run keeps it; leave it out")

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tinyldm.config import ConfigError, unknown
+from tinyldm.config import ConfigError
 from tinyldm.data.images import both_sides
-from tinyldm.options import option
+from tinyldm.options import check_options, option, options_of
 from tinyldm.training.config import (
     DEMO_AUTOENCODER,
     DEMO_DENOISER,
@@ -95,51 +95,44 @@ class NewRun:
     )  # fmt: skip
 
 
-def make_config(
-    preset: str | None = None,
-    size: int | tuple[int, int] | None = None,
-    minutes: float | None = None,
-    factor: int | None = None,
-    channels: int | None = None,
-    accumulate: int | None = None,
-    decay: str | None = None,
-    **others: object,
-) -> Config:
+def make_config(preset: str | None = None, **options: object) -> Config:
     """Return the config of a new run.
 
-    The first seven are the options of NewRun; others are fields of Config. The preset is by default
-    the smallest for images of `size`, which is pixels, of a square or (height, width); `minutes`
-    are shared between the stages as the preset does.
+    options: of NewRun, and fields of Config. The preset is by default the smallest for images of
+    `size`, which is pixels, of a square or (height, width); `minutes` are shared between the stages
+    as the preset does.
     ConfigError for an unknown preset, or a size that does not divide.
     """
+    asked = {name: options.pop(name) for name in options_of(NewRun) if name in options}
+    new = NewRun(preset, **asked)
+    check_options(new, ConfigError)
     if preset is None:
         by_side = sorted((c.side, name) for name, c in PRESETS.items() if name != FOR_TESTS)
-        wanted = max(both_sides(size or PRESETS["demo"].side))
+        wanted = max(both_sides(new.size or PRESETS["demo"].side))
         fitting = [name for side, name in by_side if side >= wanted]
         preset = fitting[0] if fitting else by_side[-1][1]
-    if preset not in PRESETS:
-        raise ConfigError(f"preset: {unknown(preset, PRESETS)}")
-    if factor is not None:
-        others["vae_widths"] = _widths(PRESETS[preset].vae_widths, factor)
-    if channels is not None:
-        others["latent_channels"] = channels
-    if size is not None:
-        if max(both_sides(size)) > LARGEST_SIDE:
+    if new.factor is not None:
+        options["vae_widths"] = _widths(PRESETS[preset].vae_widths, new.factor)
+    if new.channels is not None:
+        options["latent_channels"] = new.channels
+    if new.size is not None:
+        if max(both_sides(new.size)) > LARGEST_SIDE:
             raise ConfigError(
-                f"size: expected at most {LARGEST_SIDE} pixels, found {max(both_sides(size))}"
+                f"size: expected at most {LARGEST_SIDE} pixels, found {max(both_sides(new.size))}"
             )
-        others["side"] = _one_if_equal(size)
-    config = replace(PRESETS[preset], **others)
-    for name, wanted in (("factor", factor), ("channels", channels)):
-        if wanted not in (None, getattr(config, name)):
+        options["side"] = _one_if_equal(new.size)
+    config = replace(PRESETS[preset], **options)
+    for name in ("factor", "channels"):
+        wanted, there = getattr(new, name), getattr(config, name)
+        if wanted not in (None, there):
             raise ConfigError(
-                f"{name}: expected {getattr(config, name)}, as there is with first stage "
-                f"{config.first_stage}, found {wanted}"
+                f"{name}: expected {there}, as there is with first stage {config.first_stage}, "
+                f"found {wanted}"
             )
-    given = {"parts": accumulate, "decay": decay}
+    given = {"parts": new.accumulate, "decay": new.decay}
     given = {name: value for name, value in given.items() if value is not None}
     config = replace(config, **{name: replace(getattr(config, name), **given) for name in STAGES})
-    return config if minutes is None else with_length(config, 60 * minutes)
+    return config if new.minutes is None else with_length(config, 60 * new.minutes)
 
 
 def _widths(widths, factor):

@@ -5,6 +5,7 @@ header the run's config and how far it is. Random numbers need no state: those o
 from (seed, stage, step). The component folders beside it are exports, which can be recreated.
 """
 
+import contextlib
 import dataclasses
 import json
 from dataclasses import dataclass, field
@@ -104,8 +105,7 @@ def state_files(run: str | Path) -> list[Path]:
 
 def load_notes(run: str | Path) -> dict:
     """Read the notes of a run's newest state: its config, its stage, how far it is."""
-    file = _newest(run)
-    try:
+    with _newest(run) as file:
         notes = json.loads(load_metadata(file)["tinyldm"])
         notes["config"] = Config.from_json(notes["config"])
         content = notes["tokenizer"]
@@ -114,35 +114,14 @@ def load_notes(run: str | Path) -> dict:
         else:
             content["merges"] = [tuple(pair) for pair in content["merges"]]
             notes["tokenizer"] = Tokenizer(**content)
-    except WeightsError as error:
-        raise WeightsError(f"{error}; {_way_back(run)}") from None
-    except KeyError as error:
-        raise WeightsError(
-            f"{file}: not a state of tinyldm, or of another version: no {error}"
-        ) from None
-    except (TypeError, ValueError) as error:
-        raise WeightsError(f"{file}: a state of another version: {error}") from None
-    return notes
-
-
-def _way_back(run):
-    before = state_files(run)[-2:-1]
-    return f"remove it to go on from {before[0].name}" if before else "there is none before it"
-
-
-def _newest(run):
-    files = state_files(run)
-    if not files:
-        raise FileNotFoundError(f"{run}: holds no run (no training/state-*.safetensors)")
-    return files[-1]
+        return notes
 
 
 def load_state(run: str | Path, device: str = "cpu") -> State:
     """Load the newest state of a run. FileNotFoundError if it has none, WeightsError if damaged."""
     notes = load_notes(run)
-    file = _newest(run)
     groups = {name: {} for name in GROUPS}
-    try:
+    with _newest(run) as file:
         for path, array in load_weights(file).items():
             group, name = path.split("/", 1)
             groups[group][name] = to_device(array, device)
@@ -155,7 +134,22 @@ def load_state(run: str | Path, device: str = "cpu") -> State:
             discriminator_moments={m: groups[f"discriminator_{m}"] for m in ("m", "v")},
             **notes,
         )
+
+
+@contextlib.contextmanager
+def _newest(run):
+    """Yield the newest state file of a run, and say what is wrong with one that cannot be read."""
+    *before, file = state_files(run) or [None]
+    if file is None:
+        raise FileNotFoundError(f"{run}: holds no run (no training/state-*.safetensors)")
+    try:
+        yield file
     except WeightsError as error:
-        raise WeightsError(f"{error}; {_way_back(run)}") from None
-    except (TypeError, KeyError) as error:
+        way = f"remove it to go on from {before[-1].name}" if before else "there is none before it"
+        raise WeightsError(f"{error}; {way}") from None
+    except KeyError as error:
+        raise WeightsError(
+            f"{file}: not a state of tinyldm, or of another version: no {error}"
+        ) from None
+    except (TypeError, ValueError) as error:
         raise WeightsError(f"{file}: a state of another version: {error}") from None
