@@ -4,6 +4,8 @@ It goes down through ever smaller and deeper features, keeps each on a stack, an
 joins them again (Ronneberger et al. 2015; Ho et al. 2020; Rombach et al. 2022, section 3.3).
 """
 
+from typing import NamedTuple
+
 from tinyldm.backend import Array
 from tinyldm.config import ConfigError, per_block, read_config
 from tinyldm.models.blocks import (
@@ -78,6 +80,53 @@ MID = {None: None, "UNetMidBlock2D": False, "UNetMidBlock2DCrossAttn": True}
 UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
 
+class Level(NamedTuple):
+    """Sizes of one level, and whether it attends to the context on the way down and up."""
+
+    width: int  # channels
+    layers: int
+    heads: int
+    d_context: int
+    depth: int  # transformer blocks of a layer
+    attends_down: bool
+    attends_up: bool
+
+
+def _levels(c):
+    """Return the levels that a config asks for, from fine to coarse, checked."""
+    widths, dims = list(c.block_out_channels), c.cross_attention_dim
+    if isinstance(dims, (list, tuple)):
+        c.cross_attention_dim = dims = list(dims)
+        if dims != widths:
+            raise ConfigError(
+                f"unet config: cross_attention_dim = {dims} is not implemented, only one integer, "
+                f"or {widths}, with which levels attend to themselves"
+            )
+        if c.addition_embed_type:
+            raise ConfigError("unet config: addition_embed_type needs one cross_attention_dim")
+    if c.addition_embed_type not in (None, "text"):
+        raise ConfigError(
+            f"unet config: addition_embed_type = {c.addition_embed_type!r} is not implemented, "
+            "only None or 'text'"
+        )
+    sizes = {
+        key: per_block("unet config", key, getattr(c, key), len(widths))
+        for key in (
+            "layers_per_block", "attention_head_dim", "cross_attention_dim",
+            "transformer_layers_per_block", "down_block_types", "up_block_types",
+        )
+    }  # fmt: skip
+    for key, known in (("down_block_types", DOWN), ("mid_block_type", MID), ("up_block_types", UP)):
+        for kind in sizes.get(key, [c.mid_block_type]):
+            read_config("unet config", {key: kind}, {}, {key: list(known)})
+    for key in ("cross_attention_dim", "transformer_layers_per_block"):
+        if not all(isinstance(number, int) for number in sizes[key]):
+            raise ConfigError(f"unet config: {key} = {getattr(c, key)!r} is not implemented")
+    *numbers, down, up = sizes.values()
+    attends = [DOWN[kind] for kind in down], [UP[kind] for kind in reversed(up)]
+    return [Level(*level) for level in zip(widths, *numbers, *attends, strict=True)]
+
+
 class UNet(Layer):
     """U-Net: unet(params, x, t, context, labels) → prediction of the shape of x, and backward.
 
@@ -86,120 +135,73 @@ class UNet(Layer):
 
     def __init__(self, config: dict):
         self.config = c = read_config("unet config", config, DEFAULTS, FIXED)
-        widths = list(c.block_out_channels)
-        levels = len(widths)
-        if isinstance(c.cross_attention_dim, (list, tuple)):
-            c.cross_attention_dim = list(c.cross_attention_dim)
-            if c.cross_attention_dim != widths:
-                raise ConfigError(
-                    f"unet config: cross_attention_dim = {c.cross_attention_dim} is not "
-                    f"implemented, only one integer, or {widths}, with which levels attend to "
-                    "themselves"
-                )
+        levels = _levels(c)
+        widest, narrowest = levels[-1], levels[0].width
+        d_time = c.time_embedding_dim or 4 * narrowest
 
-        def levelwise(key):
-            return per_block("unet config", key, getattr(c, key), levels)
-
-        heads, counts = levelwise("attention_head_dim"), levelwise("layers_per_block")
-        d_context = levelwise("cross_attention_dim")
-        depths = levelwise("transformer_layers_per_block")
-        down_types, up_types = levelwise("down_block_types"), levelwise("up_block_types")
-        for key, kinds, known in (
-            ("down_block_types", down_types, DOWN),
-            ("mid_block_type", [c.mid_block_type], MID),
-            ("up_block_types", up_types, UP),
-        ):
-            for kind in kinds:
-                read_config("unet config", {key: kind}, {}, {key: list(known)})
-        for key, numbers in (
-            ("cross_attention_dim", d_context),
-            ("transformer_layers_per_block", depths),
-        ):
-            if not all(isinstance(number, int) for number in numbers):
-                raise ConfigError(f"unet config: {key} = {getattr(c, key)!r} is not implemented")
-        d_time = c.time_embedding_dim or 4 * widths[0]
-
-        def layer(name, i, c_in, level, has_attention):
+        def layer(name, i, c_in, level, attends):
+            groups, transformer = c.norm_num_groups, None
             resnet = ResnetBlock(
-                f"{name}.resnets.{i}", c_in, widths[level], c.norm_num_groups, c.norm_eps, d_time
+                f"{name}.resnets.{i}", c_in, level.width, groups, c.norm_eps, d_time
             )
-            return UNetLayer(resnet, transformer(name, i, level) if has_attention else None)
+            if attends:
+                transformer = SpatialTransformer(
+                    f"{name}.attentions.{i}", level.width, level.heads, level.d_context, groups,
+                    level.depth, c.use_linear_projection,
+                )  # fmt: skip
+            return UNetLayer(resnet, transformer)
 
-        def transformer(name, i, level):
-            return SpatialTransformer(
-                f"{name}.attentions.{i}", widths[level], heads[level], d_context[level],
-                c.norm_num_groups, depths[level], c.use_linear_projection,
-            )  # fmt: skip
-
-        self.linear_1 = Linear("time_embedding.linear_1", widths[0], d_time)
+        self.linear_1 = Linear("time_embedding.linear_1", narrowest, d_time)
         self.linear_2 = Linear("time_embedding.linear_2", d_time, d_time)
-        self.class_embedding = (
-            Embedding("class_embedding", c.num_class_embeds, d_time) if c.num_class_embeds else None
-        )
-        if c.addition_embed_type and isinstance(c.cross_attention_dim, list):
-            raise ConfigError("unet config: addition_embed_type needs one cross_attention_dim")
-        if c.addition_embed_type not in (None, "text"):
-            raise ConfigError(
-                f"unet config: addition_embed_type = {c.addition_embed_type!r} is not implemented, "
-                "only None or 'text'"
-            )
-        self.add_embedding = (
-            TextTimeEmbedding(
+        self.class_embedding = self.add_embedding = None
+        if c.num_class_embeds:
+            self.class_embedding = Embedding("class_embedding", c.num_class_embeds, d_time)
+        if c.addition_embed_type:
+            self.add_embedding = TextTimeEmbedding(
                 "add_embedding", c.cross_attention_dim, d_time, c.addition_embed_type_num_heads
             )
-            if c.addition_embed_type
-            else None
-        )
 
-        self.conv_in = Conv2d(
-            "conv_in",
-            c.in_channels,
-            widths[0],
-            c.conv_in_kernel,
-            padding=(c.conv_in_kernel - 1) // 2,
-        )
-        skip_widths = [widths[0]]
+        padding = (c.conv_in_kernel - 1) // 2
+        self.conv_in = Conv2d("conv_in", c.in_channels, narrowest, c.conv_in_kernel, 1, padding)
+        skip_widths = [narrowest]
         self.down_blocks = []
-        for level, kind in enumerate(down_types):
-            name = f"down_blocks.{level}"
-            layers = []
-            for i in range(counts[level]):
-                layers.append(layer(name, i, skip_widths[-1], level, DOWN[kind]))
-                skip_widths.append(widths[level])
-            down = None
-            if level < levels - 1:
-                down = downsample(name, widths[level], 1)
-                skip_widths.append(widths[level])
+        for i, level in enumerate(levels):
+            name, layers, down = f"down_blocks.{i}", [], None
+            for j in range(level.layers):
+                layers.append(layer(name, j, skip_widths[-1], level, level.attends_down))
+                skip_widths.append(level.width)
+            if level is not widest:
+                down = downsample(name, level.width, 1)
+                skip_widths.append(level.width)
             self.down_blocks.append(DownBlock(layers, down))
 
         self.mid_layers = []
         if c.mid_block_type:
-            has_attention = MID[c.mid_block_type]
-            self.mid_layers = [layer("mid_block", 0, widths[-1], levels - 1, has_attention)]
-            if has_attention:
-                self.mid_layers.append(layer("mid_block", 1, widths[-1], levels - 1, False))
+            attends = MID[c.mid_block_type]
+            self.mid_layers = [
+                layer("mid_block", i, widest.width, widest, attends and i == 0)
+                for i in range(1 + attends)
+            ]
 
-        width = widths[-1]
+        width = widest.width
         self.up_blocks = []
-        for i, kind in enumerate(up_types):
-            level = levels - 1 - i
-            name = f"up_blocks.{i}"
-            layers = []
-            for j in range(counts[level] + 1):
-                c_in = width + skip_widths.pop()
-                layers.append(layer(name, j, c_in, level, UP[kind]))
-                width = widths[level]
-            self.up_blocks.append(UpBlock(layers, Upsample(name, width) if level else None))
+        for i, level in enumerate(reversed(levels)):
+            name, layers = f"up_blocks.{i}", []
+            for j in range(level.layers + 1):
+                layers.append(layer(name, j, width + skip_widths.pop(), level, level.attends_up))
+                width = level.width
+            up = Upsample(name, width) if level is not levels[0] else None
+            self.up_blocks.append(UpBlock(layers, up))
 
-        self.norm_out = GroupNorm("conv_norm_out", widths[0], c.norm_num_groups, c.norm_eps, True)
+        self.norm_out = GroupNorm("conv_norm_out", narrowest, c.norm_num_groups, c.norm_eps, True)
+        kernel = c.conv_out_kernel
         self.conv_out = Conv2d(
-            "conv_out", widths[0], c.out_channels, c.conv_out_kernel,
-            padding=(c.conv_out_kernel - 1) // 2, init=zeros,
-        )  # fmt: skip
+            "conv_out", narrowest, c.out_channels, kernel, 1, (kernel - 1) // 2, init=zeros
+        )
         layers = [s for block in [*self.down_blocks, *self.up_blocks] for s in block.layers]
         attends = any(s.attention for s in layers + self.mid_layers)
         # Without a context each position attends to the others once more, as in diffusers.
-        to_itself = c.cross_attention_dim == widths
+        to_itself = isinstance(c.cross_attention_dim, list)
         self.needs_context = (attends and not to_itself) or self.add_embedding is not None
 
     def recompute(self) -> None:
