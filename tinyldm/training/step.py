@@ -53,7 +53,12 @@ def value_and_grad(
     loss_fn: `loss_fn(params, *batch) → (mean loss, backward(grads))`. batch: a tuple of arrays with
     equal first axes; ValueError where they are not, or empty.
     """
-    ((_, batch),) = cut_batch(batch, 1)
+    for array in batch:
+        if len(array) != len(batch[0]) or len(array) == 0:
+            lengths = [len(array) for array in batch]
+            raise ValueError(
+                f"value_and_grad: expected arrays of one length, at least 1, found {lengths}"
+            )
     loss, backward = loss_fn(params, *batch)
     grads = {}
     backward(grads)
