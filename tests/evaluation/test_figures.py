@@ -51,7 +51,7 @@ def test_a_grid_has_its_images_in_rows(n, columns, expected):
 @pytest.mark.parametrize(
     ("h", "w", "tile", "scale"), [(8, 12, 24, 2), (32, 32, 96, 3), (5, 5, 24, 5), (99, 20, 24, 1)]
 )
-def test_tiles_are_enlarged_by_a_integer(h, w, tile, scale):
+def test_tiles_are_enlarged_by_an_integer(h, w, tile, scale):
     images = images_of(2, h, w)
     before = images.copy()
     sheet = grid(images, columns=2, tile=tile)
