@@ -12,7 +12,7 @@ from bench.nets import Params, random_params, unet_config
 from tinyldm.backend import to_device
 from tinyldm.kernels.cpu.flat import Flat
 from tinyldm.models import UNet
-from tinyldm.training.optim import (
+from tinyldm.nn.optim import (
     BETA1,
     BETA2,
     EPSILON,

@@ -39,7 +39,7 @@ ASK_FOR_THE_LIBRARY = """
     threads models.autoencoder models.vq
     diffusion.schedule diffusion.loss diffusion.samplers diffusion.guidance
     sampling.init_image sampling.tiling sampling.pipeline evaluation.likelihood
-    training.optim training.networks training.latents training.codebook training.adversarial
+    training.networks training.latents training.codebook training.adversarial
     training.snapshots training.stages testing.gradcheck
 """.split()
 

@@ -19,7 +19,7 @@ import numpy as np
 Array = np.ndarray  # or cupy.ndarray, which has the same methods
 Arrays = TypeVar("Arrays", bound=Array | dict)  # an array, or a dict of arrays
 
-# Arrays of an unlisted library cannot be passed to the layers.
+# Where each array library keeps its special functions, such as `erf`.
 SPECIAL_FUNCTIONS = {"numpy": "scipy.special", "cupy": "cupyx.scipy.special"}
 
 

@@ -26,13 +26,13 @@ from tinyldm.cli import sample as generating
 from tinyldm.diffusion import SAMPLERS
 from tinyldm.diffusion.loss import WEIGHTINGS
 from tinyldm.diffusion.schedule import PREDICTIONS
+from tinyldm.nn.optim import DECAYS
 from tinyldm.sampling.metadata import fingerprint
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.sampling.tasks import TASKS
 from tinyldm.training import classifier, config, loop, presets
 from tinyldm.training import run as runs
 from tinyldm.training.config import Stage
-from tinyldm.training.optim import DECAYS
 from tinyldm.training.state import load_state
 
 STEPS = 3  # of each stage

@@ -41,8 +41,9 @@ TOLERANCE = {"float32": 1e-5, "float64": 1e-11, "complex128": 1e-11}
 # Those of functions without a backward pass, and the test file that compares each with its twin.
 OTHERS = {
     ("tinyldm.nn.quantize.nearest_codes", "nearest_codes"): "tests/models/test_vq.py",
-    ("tinyldm.training.optim.adamw", "adamw"): "tests/training/test_optim.py",
-    ("tinyldm.training.optim.global_norm", "global_norm"): "tests/training/test_optim.py",
+    ("tinyldm.nn.optim.adamw", "adamw"): "tests/nn/test_optim.py",
+    ("tinyldm.nn.muon.muon", "muon"): "tests/nn/test_muon.py",
+    ("tinyldm.nn.optim.global_norm", "global_norm"): "tests/nn/test_optim.py",
     ("tinyldm.training.step.value_and_grad", "value_and_grad"): "tests/training/test_step.py",
     ("tinyldm.training.step.gradients", "gradients"): "tests/kernels/test_processes.py",
     ("tinyldm.sampling.pipeline.predictor", "predictor"): "tests/sampling/test_pipeline.py",

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from tinyldm.kernels.cpu.flat import Flat
-from tinyldm.training.optim import adam_state, adamw, clip_factor, global_norm, learning_rate
+from tinyldm.nn.muon import ITERATIONS, MOMENTUM, QUINTIC, muon
+from tinyldm.nn.optim import adam_state, adamw, clip_factor, global_norm, learning_rate
 
 SHAPES = {"matrix": (4, 5), "kernel": (3, 3, 2, 4), "bias": (6,), "scale": (1,)}
 # What torch adds to a norm before it divides by it, so as to never divide by zero. Ours is 1e-12,
@@ -53,3 +54,29 @@ def test_ten_steps_are_those_of_torch(decay, limit):
             expected = [p.detach(), moments["exp_avg"], moments["exp_avg_sq"]]
             for a, b in zip(ours, expected, strict=True):
                 np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * abs(b).max().item())
+
+
+def test_muon_is_that_of_torch():
+    """Torch orthogonalises in bfloat16, so its steps have two to three digits."""
+    rng = np.random.default_rng(0)
+    shapes = {"wide": (8, 20), "tall": (30, 6), "square": (16, 16)}
+    params = {name: rng.normal(size=shape).astype("f4") for name, shape in shapes.items()}
+    theirs = {name: torch.nn.Parameter(torch.tensor(w)) for name, w in params.items()}
+    optimizer = torch.optim.Muon(
+        theirs.values(), lr=0.02, weight_decay=0.0, momentum=MOMENTUM, nesterov=True,
+        ns_coefficients=QUINTIC, ns_steps=ITERATIONS, adjust_lr_fn="original",
+    )  # fmt: skip
+    momentum = {name: np.zeros_like(w) for name, w in params.items()}
+    average = {name: w.copy() for name, w in params.items()}
+    for step in range(5):
+        before = {name: w.copy() for name, w in params.items()}
+        grads = {name: rng.normal(size=shape).astype("f4") for name, shape in shapes.items()}
+        for name, p in theirs.items():
+            p.data, p.grad = torch.tensor(params[name]), torch.tensor(grads[name])
+        optimizer.step()
+        muon(params, grads, momentum, average, step, 0.02)
+        for name, p in theirs.items():
+            ours, expected = params[name] - before[name], p.detach().numpy() - before[name]
+            assert np.linalg.norm(ours - expected) < 0.02 * np.linalg.norm(expected), name
+            buffer = optimizer.state[p]["momentum_buffer"].numpy()
+            np.testing.assert_allclose(momentum[name], buffer, rtol=1e-5, atol=1e-6)

@@ -343,9 +343,13 @@ def test_scoring_a_task(task, trained):
     scene = scenes.task_input(task, truth, shapes=True)
     generated = scenes.generate(pipeline, list(truth.captions), scene, seed=metrics.SEED)
     if task == "inpainting":
-        seen = ~scene.mask[..., None]
-        expected = psnr(generated * seen, truth.images * seen)
-        assert math.isclose(found["psnr_seen"], expected)
+        one_by_one = [
+            10 * math.log10(255**2 / max(1e-10, np.square(made[~mask] - true[~mask]).mean()))
+            for made, true, mask in zip(
+                generated.astype(float), truth.images.astype(float), scene.mask, strict=True
+            )
+        ]
+        assert math.isclose(found["psnr_seen"], np.mean(one_by_one))
     else:
         assert math.isclose(found["psnr"], psnr(generated, truth.images))
         assert math.isclose(found["psnr_given"], psnr(scene.images, truth.images))

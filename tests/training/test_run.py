@@ -32,12 +32,12 @@ from tinyldm.config import ConfigError
 from tinyldm.data.dataset import DataError
 from tinyldm.data.shapes import ATTRIBUTES, make_shapes
 from tinyldm.models import Tokenizer
+from tinyldm.nn.optim import learning_rate
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training import loop, networks, snapshots, stages
 from tinyldm.training import run as runs
 from tinyldm.training.config import STAGES, Config
 from tinyldm.training.metrics import Diverged
-from tinyldm.training.optim import learning_rate
 from tinyldm.training.preparation import load_data
 from tinyldm.training.presets import PRESETS
 from tinyldm.training.run import rebuild, resume, train

@@ -74,8 +74,7 @@ def parser() -> Parser:
     top = Parser(
         prog="tinyldm",
         description="A whole Stable Diffusion, trained and sampled in NumPy.",
-        epilog='start with: tinyldm demo    then: tinyldm sample runs/demo "a large red circle on '
-        'blue at the left" -o circle.png    if anything is odd: tinyldm doctor',
+        epilog="Start with `tinyldm demo`. If anything is odd, run `tinyldm doctor`.",
     )
     top.add_argument("--version", action="version", version=f"tinyldm {__version__}")
     top.set_defaults(parser=top)

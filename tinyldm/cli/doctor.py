@@ -159,7 +159,7 @@ def arithmetic(device: str) -> Finding:
     preset = {name: os.environ[name] for name in (CORE, PRESET, *THREADS) if name in os.environ}
     facts = {
         "CPU": describe_device(),
-        "processes that share a training or generating step": available(),
+        "processes that share a training or sampling step": available(),
         "threads of any other batch, with one of BLAS each": cores(),
         "threads that share the operations on a single image": cores(),
         "threads of BLAS in its matrix products": max(threads, default="unknown"),
@@ -248,8 +248,8 @@ def demonstration(device: str) -> Finding:
     if any(demo.steps[name] < 0.75 * number for name, number in DEMO_STEPS.items()):
         minutes = sum(demo.step_seconds[name] * number for name, number in DEMO_STEPS.items()) / 60
         problems.append(
-            f"the demo generates less sharply than in the README, which took {wanted} steps: for "
-            f"as many, tinyldm train --minutes {math.ceil(minutes)} --out runs/long"
+            f"the demo's images are less sharp than in the README, where it took {wanted} steps: "
+            f"for as many, tinyldm train --minutes {math.ceil(minutes)} --out runs/long"
         )
     if demo.free is not None and demo.memory - demo.held + images > demo.free:
         problems.append(

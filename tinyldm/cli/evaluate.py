@@ -27,7 +27,9 @@ from tinyldm.training.state import load_notes
 class Scoring:
     """Options of scoring."""
 
-    data: str | None = option("folder where its images are now", None, metavar="FOLDER")
+    data: str | None = option(
+        "folder of the run's images, if they have moved", None, metavar="FOLDER"
+    )
     captions: int = option("number of images to generate", 500, least=4, most=100_000, metavar="N")
     classifier_seconds: float = option(
         "seconds to train the classifier whose features compare images; 0 to compare latents",

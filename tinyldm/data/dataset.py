@@ -18,8 +18,8 @@ class DataError(ValueError):
 class Dataset:
     """Images, uint8 (n, height, width, 3), their captions, and their names for messages.
 
-    remarks: notes about the data for the user. skipped: files left out, and why. A line each.
-    maps: the layout maps, of the shape of the images, or None. readable: these are the embedded
+    notes: remarks on the data for the user. skipped: files left out, and why. A line each.
+    maps: the layout maps, of the shape of the images, or None. readable: these are the built-in
     shapes, so the attributes that a prompt asks for can be read back from an image by rule.
     """
 

@@ -1,4 +1,4 @@
-"""Captioned shapes, the embedded data set: one coloured shape on a plain ground, drawn from a seed.
+"""Captioned shapes, the built-in data set: one coloured shape on a plain ground, drawn from a seed.
 
 "a large red circle on blue at the left" names five attributes that an image either has or has
 not, so generated images can be scored by rule. Five pairs of colour and shape are held out of

@@ -84,7 +84,8 @@ def sigma_steps(schedule: Schedule, steps: int) -> tuple[np.ndarray, np.ndarray]
 def dpm_solver_steps(schedule: Schedule, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Return t (steps,), rounded, and σ (steps + 1,) of DPM-Solver++, both falling.
 
-    They are `steps` + 1 points of the spacing without the last.
+    With "leading" and "linspace" they are `steps` + 1 points of the spacing without the last, with
+    "trailing" or Karras' σ they are `steps` points.
 
     σ ends with the smallest trained where `final_sigmas_type` is "sigma_min".
     """

@@ -1,4 +1,4 @@
-"""Figures: grids, strips, animations and curves of images, drawn with Pillow."""
+"""Figures: grids, strips and animations of images, and curves, drawn with Pillow."""
 
 import errno
 import os

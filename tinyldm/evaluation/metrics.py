@@ -58,7 +58,7 @@ def loss_by_noise(pipeline: Pipeline, data: Dataset, bands: int = BANDS) -> list
 
 
 def likelihood(pipeline: Pipeline, data: Dataset) -> float:
-    """Estimate bits per dimension of the latents given the captions; of pixels where f = 1.
+    """Estimate bits per dimension of latents given captions; of pixels without a first stage.
 
     For latents it is a density, which can be negative; for pixels it is that of one of 256 levels.
     """
@@ -88,8 +88,8 @@ def evaluate(
     """Score a model against its training images and the held-out ones.
 
     count: images to generate. shapes: turns a caption into the model's prompt; with it attributes
-    are read back by rule, for text half of them of held-out pairs. A model with a task is
-    conditioned on held-out images and compared with them. features: the features in which Fréchet
+    are read back by rule, and half of the captions of a model of text name held-out pairs. A model
+    with a task is conditioned on held-out images and compared with them. features: the features in which Fréchet
     and kernel distance, precision and recall are measured, by default `latent_features`; the caller
     notes others as result["features"].
     Returns what eval.json holds, and the samples nearest to training images with those images:
@@ -221,7 +221,7 @@ def table(result: dict) -> str:
                 f"{100 * row[name]:12.1f}" if name in row else " " * 12 for name in names
             )
             lines.append(title.ljust(32) + shares)
-        lines.append(f"{result['captions']} captions generated\n")
+        lines.append(f"{result['captions']} images generated\n")
     unseen = "held_out" in result["loss_by_noise"]
     which = "held-out images" if unseen else "training images (none are held out)"
     lines += [
@@ -238,7 +238,7 @@ def table(result: dict) -> str:
     bits = f"{result['bits']['training']:.3f}"
     if unseen:
         bits += f" (held-out {result['bits']['held_out']:.3f})"
-    meaning = "upper bound, per latent value (per pixel value, if f = 1)"
+    meaning = "upper bound, per latent value (per pixel value, without a first stage)"
     lines.append(_row("bits per dimension", bits, meaning))
     if "frechet" in result:
         lines.append(_compared_by(result["features"]))
@@ -265,9 +265,9 @@ def table(result: dict) -> str:
 
 
 def _rows_of_task(task):
-    if not task:
+    name = task.get("name")
+    if not task.keys() & {"psnr", "psnr_seen"}:
         return []
-    name = task["name"]
     if "psnr_seen" in task:
         meaning = "of the unmasked part, generated against the image"
         return [_row(f"{name}, PSNR", f"{task['psnr_seen']:.1f} dB", meaning)]

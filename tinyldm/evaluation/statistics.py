@@ -166,8 +166,8 @@ def copied(samples_distance: np.ndarray, real_distance: np.ndarray) -> float:
     """Estimate the share of samples as near to training images as the nearest 5 % of held-out ones.
 
     About 0.05 where nothing is copied, towards 1 where everything is. The distances, (n,) and
-    (m,), are those that `nearest` finds in the training images; held-out images as the reference
-    are the idea of Meehan, Chaudhuri and Dasgupta (2020). Blurred images are near
+    (m,), are those that `nearest_images` finds in the training images; held-out images as the
+    reference are the idea of Meehan, Chaudhuri and Dasgupta (2020). Blurred images are near
     to many: a high share is a reason to look at the pairs, not a proof. With m < 19 the nearest
     held-out image is the limit, and 1 / (m + 1) is expected. ValueError for distances that are
     not finite, or none.

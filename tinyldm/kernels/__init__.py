@@ -12,6 +12,7 @@ from tinyldm.kernels.cpu import (  # noqa: F401
     group_norm,
     layer_norm,
     linear,
+    muon,
     parallel,
     pointwise,
     winograd,

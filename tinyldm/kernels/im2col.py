@@ -20,7 +20,7 @@ from tinyldm.nn.protocol import Backward
 from tinyldm.threads import map_threads
 
 # Bytes at a time, on the CPU: what a core's cache holds, about.
-BLOCK_BYTES = 2**20  # of gathered neighbourhoods
+BLOCK_BYTES = 2**20  # of gathered windows
 WEIGHT_BLOCK_BYTES = 2**20  # the same in the pass to dw, where each block adds to dw
 
 

@@ -23,7 +23,7 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 
 class AutoencoderKL(coders.Autoencoder):
-    """Images (n, h, w, 3) in −1…1 ↔ latents (n, h/f, w/f, latent_channels).
+    """KL autoencoder: images (n, h, w, 3) in −1…1 ↔ latents (n, h/f, w/f, latent_channels).
 
     config: the keys of diffusers' AutoencoderKL; f = 2^(number of blocks − 1). ConfigError names
     what is not implemented. Every backward pass is (dy, grads) → dx.
@@ -89,7 +89,7 @@ class AutoencoderKL(coders.Autoencoder):
 
 
 def split_moments(moments: Array) -> tuple[Array, Array, Array]:
-    """Split (n, h, w, 2c) → mean, log-variance, where it is within bounds, all (n, h, w, c).
+    """Split (n, h, w, 2c) → mean, log-variance, mask of what is within bounds, all (n, h, w, c).
 
     The log-variance is clamped to LOGVAR_RANGE; a clamped entry has slope 0.
     """

@@ -185,7 +185,7 @@ class TransformerBlock(Layer):
 
 
 class SpatialTransformer(Layer):
-    """Transformer blocks over the pixels as tokens, of diffusers' Transformer2DModel.
+    """Spatial transformer: x + transformer blocks over its pixels, diffusers' Transformer2DModel.
 
     x (n, h, w, c), context (n, l, d_context); backward gives (dx, dcontext).
     """
@@ -236,7 +236,7 @@ class SpatialTransformer(Layer):
 
 
 class SpatialAttention(Layer):
-    """x + self-attention over the pixels with one head, as in the middle of the autoencoder."""
+    """Self-attention over the pixels with one head, plus x, as in the middle of the autoencoder."""
 
     def __init__(self, name: str, c: int, groups: int, eps: float):
         self.norm = GroupNorm(f"{name}.group_norm", c, groups, eps)

@@ -24,7 +24,7 @@ HALVING = (0, 1, 0, 1)  # padding with which a stride of 2 turns h into h // 2, 
 
 
 class Classifier(Layer):
-    """Images (n, h, w, in_channels) → for each attribute logits (n, number of its words).
+    """Classifier: images (n, h, w, in_channels) → logits (n, words) for each attribute.
 
     A side of h pixels has h // stride at the first level, and at the last 1 or more: ValueError
     for smaller images, ConfigError for a config without classes.

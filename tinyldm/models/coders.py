@@ -31,7 +31,7 @@ EPS = 1e-6  # of every group norm in an autoencoder
 
 
 class Autoencoder(Layer):
-    """Images (n, h, w, in_channels) ↔ features (n, h/f, w/f, c), f = 2^(number of blocks − 1).
+    """Autoencoder: images (n, h, w, in_channels) ↔ features (n, h/f, w/f, c), f = 2^(blocks − 1).
 
     c: the config. encoded: output channels of the encoder. features: channels after `quant_conv`,
     if there is one. latent_channels: channels that `decode` takes; `post_quant_conv`, if any,
@@ -175,7 +175,7 @@ class Encoder(Layer):
 
 
 class Decoder(Layer):
-    """Latents (n, h, w, latent_channels) → features (n, f·h, f·w, c), for `conv_out`."""
+    """Decode latents (n, h, w, latent_channels) → features (n, f·h, f·w, c), for `conv_out`."""
 
     def __init__(self, name: str, c: SimpleNamespace):
         widths = list(c.block_out_channels)[::-1]

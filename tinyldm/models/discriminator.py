@@ -11,12 +11,12 @@ EPS = 1e-5  # of every group norm
 
 
 class PatchDiscriminator(Layer):
-    """Images (n, h, w, c_in) → logits (n, h', w', 1), high where a patch looks real.
+    """Patch discriminator: images (n, h, w, c_in) → logits (n, h', w', 1), high where real.
 
     `layers` convolutions of stride 2 and two of stride 1, all 4×4 (Isola et al. 2017, section 6.1;
     latent diffusion's NLayerDiscriminator). The receptive field of a logit is 34 pixels wide with
-    two layers, 70 with three. GroupNorm replaces BatchNorm: a batch's own statistics would
-    give a batch that is split, over cores or in parts, other gradients than the whole.
+    two layers, 70 with three. GroupNorm replaces BatchNorm: with statistics of
+    the batch, a batch split over cores or into parts would have other gradients than the whole.
 
     Raises ValueError, as `conv2d` does, for images that are too small: 16 pixels will do for two
     layers.

@@ -44,7 +44,7 @@ class TextEncoder(Layer):
         # Embeddings start far apart. CLIP starts with 0.02, and trains far longer to separate them.
         self.tokens = Embedding(f"{root}.embeddings.token_embedding", c.vocab_size, d, std=1.0)
         self.positions = Offset(
-            f"{root}.embeddings.position_embedding.weight", c.max_position_embeddings, d, std=0.1
+            f"{root}.embeddings.position_embedding.weight", c.max_position_embeddings, d, std=1.0
         )
         self.layers = [
             EncoderLayer(f"{root}.encoder.layers.{i}", c) for i in range(c.num_hidden_layers)

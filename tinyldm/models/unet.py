@@ -218,7 +218,7 @@ class UNet(Layer):
         context: Array | None = None,
         labels: Array | None = None,
     ) -> tuple[Array, Backward]:
-        """Denoise latents x (n, h, w, c) at t (n,), with context (n, l, d), class labels (n,).
+        """Predict ε, x_0 or v at x (n, h, w, c), t (n,), for context (n, l, d), class labels (n,).
 
         Where cross_attention_dim lists the widths of the levels there is no context: the levels
         attend to themselves.

@@ -20,7 +20,7 @@ FIXED = coders.FIXED | {"norm_type": ["group"], "lookup_from_codebook": [False]}
 
 
 class VQModel(coders.Autoencoder):
-    """Images (n, h, w, 3) in −1…1 ↔ latents (n, h/f, w/f, c) before quantisation.
+    """VQ autoencoder: images (n, h, w, 3) in −1…1 ↔ latents (n, h/f, w/f, c), not yet quantised.
 
     c is vq_embed_dim or, where that is None, latent_channels. config: the keys of diffusers'
     VQModel; ConfigError names what is not implemented.

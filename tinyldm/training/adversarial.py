@@ -8,8 +8,8 @@ from tinyldm.models import AutoencoderKL, VQModel
 from tinyldm.models.discriminator import PatchDiscriminator
 from tinyldm.nn import Grads, no_grad
 from tinyldm.nn import functional as F
+from tinyldm.nn.optim import MAX_NORM, clip_factor, global_norm
 from tinyldm.nn.protocol import add_grad
-from tinyldm.training.optim import MAX_NORM, clip_factor, global_norm
 from tinyldm.training.state import State
 
 MAX_WEIGHT = 1e4  # of the discriminator
@@ -52,7 +52,7 @@ def with_discriminator(criterion: Callable, discriminator: PatchDiscriminator) -
 def discriminator_loss(
     vae: AutoencoderKL | VQModel, criterion: Callable, discriminator: PatchDiscriminator
 ) -> Callable:
-    """The discriminator's hinge loss on images and their reconstructions.
+    """Make the discriminator's hinge loss on images and their reconstructions.
 
     The reconstructions pass no gradient on to the autoencoder. Besides its parameters' gradients,
     backward(grads) gives two that set the weight in the autoencoder's next step: of the decoder's

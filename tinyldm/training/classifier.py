@@ -30,9 +30,9 @@ from tinyldm.kernels.cpu.flat import Flat
 from tinyldm.models.classifier import Classifier
 from tinyldm.nn import functional as F
 from tinyldm.nn import no_grad
+from tinyldm.nn.optim import adam_state, adamw, clip_factor, global_norm, learning_rate
 from tinyldm.nn.protocol import Backward, Params
 from tinyldm.threads import map_batch
-from tinyldm.training.optim import adam_state, adamw, clip_factor, global_norm, learning_rate
 from tinyldm.training.preparation import Say
 from tinyldm.training.step import gradient
 

@@ -11,9 +11,9 @@ from tinyldm.data.images import both_sides
 from tinyldm.diffusion.loss import WEIGHTINGS
 from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
 from tinyldm.models import ClassNames, Tokenizer
+from tinyldm.nn.optim import DECAYS
 from tinyldm.options import check_options, option
 from tinyldm.sampling.tasks import TASKS, concat_channels, times_larger
-from tinyldm.training.optim import DECAYS
 
 STAGES = ("autoencoder", "denoiser")
 DISCRIMINATED = 16  # pixels of a side, at least, for the discriminator's convolutions
@@ -54,6 +54,7 @@ class Stage:
     seconds: float | None = None
     parts: int = 1  # of a batch, one after the other, for less memory
     decay: str = "cosine"  # of the learning rate after its peak, or "linear" or "constant"
+    muon: float | None = None  # peak size of Muon's step; None trains all by AdamW
 
     def __post_init__(self):
         if self.decay not in DECAYS:
@@ -110,10 +111,11 @@ class Config:
         group=LEARNT, metavar="X",
     )  # fmt: skip
     vae_widths: tuple = (32, 64)  # channels per level: f = 2^(levels − 1)
+    vae_layers: int = 1  # ResNet blocks per level of the encoder; the decoder has one more
     latent_channels: int = 4
     unet_widths: tuple = (48, 48, 96)
     unet_attention: tuple = (False, True, True)  # per level
-    unet_layers: int = 1
+    unet_layers: int | tuple = 1  # ResNet blocks per level on the way down, or of each level
     heads: int = 4
     groups: int = 8
     text_width: int = 64
@@ -155,7 +157,7 @@ class Config:
     def from_json(cls, content: dict) -> "Config":
         """Rebuild a Config from the JSON of dataclasses.asdict."""
         content = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-        if "pictures" in content:  # its name in states of version 0.1.0
+        if "pictures" in content:  # its name in states written before the rename
             content["images"] = content.pop("pictures")
         for stage in ("autoencoder", "denoiser"):
             content[stage] = Stage(**content[stage])
@@ -220,7 +222,7 @@ class Config:
             "down_block_types": ["DownEncoderBlock2D"] * levels,
             "up_block_types": ["UpDecoderBlock2D"] * levels,
             "block_out_channels": list(self.vae_widths),
-            "layers_per_block": 1,
+            "layers_per_block": self.vae_layers,
             "in_channels": self.image_channels,
             "out_channels": self.image_channels,
             "latent_channels": self.latent_channels,

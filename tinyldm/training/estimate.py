@@ -121,8 +121,8 @@ def estimate_run(
     # What is freed is rarely given back to the system, so what is needed in turn adds up. Of the
     # latents there are the mean, the standard deviation, the moments they came from, and a copy.
     memory = held + sum(states) + max(*peaks, saving) + encoded + 4 * latents
-    # A worker process keeps the memory it was forked with, which is overwritten here, and
-    # its own work has freed.
+    # A worker process keeps its copy of the memory that is overwritten here after the fork, and
+    # all that its own work has freed.
     others = available() - 1 if device == "cpu" else 0
     memory += others * (max(states) + max(peaks))
     steps = {name: _steps(getattr(config, name), step_seconds[name]) for name in step_seconds}

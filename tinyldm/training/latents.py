@@ -59,7 +59,7 @@ def conditioning_arrays(
 
 
 def conditioner(state: State, models: Models) -> Callable[..., Array]:
-    """Map a batch's conditioning arrays to the channels concatenated to the U-Net input.
+    """Return the function from conditioning arrays to the channels concatenated to the U-Net input.
 
     This is part of the loss, so that all cores share the encoding that every step needs.
     """

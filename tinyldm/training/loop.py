@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from tinyldm.backend import Array
 from tinyldm.machine import duration
+from tinyldm.nn.optim import learning_rate
 from tinyldm.training import snapshots
 from tinyldm.training.adversarial import Adversarial
 from tinyldm.training.config import Config, Stage
 from tinyldm.training.metrics import MetricsLog, finite
-from tinyldm.training.optim import learning_rate
 from tinyldm.training.signals import Interruptible, Stopped
 from tinyldm.training.state import State, save_state
 from tinyldm.training.step import Gradient, stage_gradient, train_step

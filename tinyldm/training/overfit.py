@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 
 from tinyldm.config import ConfigError
+from tinyldm.nn.optim import learning_rate
 from tinyldm.training.config import STAGES, Config
 from tinyldm.training.networks import Models
-from tinyldm.training.optim import learning_rate
 from tinyldm.training.preparation import Say, fit_tokenizer, load_data
 from tinyldm.training.stages import Run, begin
 from tinyldm.training.step import gradient, train_step

@@ -135,9 +135,9 @@ def remove(run: Path) -> None:
 
 def describe_data(training: Dataset, held_out: Dataset, say: Say) -> None:
     """Print what to know of the data before hours are spent on them."""
-    side = training.images.shape[1]
+    height, width = training.images.shape[1:3]
     say(
-        f"{len(training):,} images of {side}×{side} to train on"
+        f"{len(training):,} images of {height}×{width} to train on"
         + (f", {len(held_out)} held out" if len(held_out) else "")
     )
     for remark in training.notes:

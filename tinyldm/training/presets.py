@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from tinyldm.config import ConfigError
 from tinyldm.data.images import both_sides
+from tinyldm.nn.optim import DECAYS
 from tinyldm.options import check_options, option, options_of
 from tinyldm.training.config import (
     DEMO_AUTOENCODER,
@@ -17,7 +18,6 @@ from tinyldm.training.config import (
     Config,
     Stage,
 )
-from tinyldm.training.optim import DECAYS
 
 PRESET = "the preset's"  # the default, where the preset states it
 
@@ -34,7 +34,17 @@ PRESETS = {
         text_width=32,
         steps=5,
     ),
-    "demo": Config(),
+    "demo": Config(
+        autoencoder=Stage(batch=16, rate=4e-3, muon=0.0136, warmup=20, ema=0.98, seconds=38),
+        denoiser=Stage(batch=16, rate=2e-3, muon=0.014, warmup=50, ema=0.995, seconds=222),
+        vae_widths=(32, 32),
+        vae_layers=0,
+        unet_widths=(48, 64),
+        unet_attention=(False, True),
+        unet_layers=(0, 1),
+        guidance=3.5,
+        tokens=11,  # as many as the captions need
+    ),
     "medium": Config(
         preset="medium",
         side=64,

@@ -206,7 +206,7 @@ def change_words(pipeline: Pipeline, file: Path) -> None:
 
 
 def prompts_for(training: Dataset) -> list[str]:
-    """Return 18 captions to generate: the first different ones, for shapes also held-out pairs."""
+    """Return up to 18 captions for samples: the first different ones; held-out pairs of shapes."""
     prompts = list(dict.fromkeys(training.captions))[:18]
     if not _has_captions_of_shapes(training):
         return (prompts * 18)[:18] if len(prompts) < 6 else prompts

@@ -95,7 +95,7 @@ class Run:
     # ------------------------------------------------------------------------------------- stage 1
 
     def fit_autoencoder(self, stop: Interruptible) -> None:
-        """Train stage 1: images (n, side, side, 3) to reconstructions of the same."""
+        """Train stage 1: images (n, height, width, c) to reconstructions of the same."""
         self.say("stage 1 of 2: the autoencoder learns to compress images into latents, and back")
         fit(self.folder, self.state, self.autoencoder_job(), stop)
 

@@ -1,4 +1,4 @@
-"""The state of a run: one file, written whole or not at all, that `resume` reads and nothing else.
+"""The state of a run: one file, written whole or not at all, all that `resume` reads.
 
 `training/state-<step>.safetensors` holds every array that training changes, and as notes in its
 header the run's config and how far it is. Random numbers need no state: those of a step are drawn
@@ -15,8 +15,9 @@ from tinyldm.backend import to_device
 from tinyldm.checkpoints.safetensors import WeightsError, load_metadata, load_weights, save_weights
 from tinyldm.kernels.cpu.flat import Flat
 from tinyldm.models import ClassNames, Tokenizer
+from tinyldm.nn.muon import is_inner
+from tinyldm.nn.optim import adam_state
 from tinyldm.training.config import STAGES, Config
-from tinyldm.training.optim import adam_state
 
 GROUPS = ("params", "m", "v", "average", "first_stage")  # of the arrays in a file
 GROUPS += ("discriminator", "discriminator_m", "discriminator_v")  # where there is one
@@ -45,8 +46,9 @@ class State:
     scaling_factor: float = 1.0
 
     def __post_init__(self):
-        self.params = Flat(self.params, shared=True)
-        self.average = Flat(self.average or self.params)
+        inner = [name for name, w in self.params.items() if is_inner(name, w)]
+        self.params = Flat(self.params, shared=True, first=inner)
+        self.average = Flat(self.average or self.params, first=inner)
         self.moments = _moments(self.params, self.moments)
         if self.discriminator:
             self.discriminator = Flat(self.discriminator, shared=True)
@@ -64,7 +66,7 @@ def _moments(params, found):
     """Return the moments that were found, or those of the start."""
     if not found:
         found = adam_state(params)
-    return {moment: Flat(named) for moment, named in found.items()}
+    return {moment: Flat(named, first=params.first) for moment, named in found.items()}
 
 
 def save_state(run: str | Path, state: State) -> Path:

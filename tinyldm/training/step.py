@@ -7,10 +7,11 @@ from functools import partial
 
 from tinyldm.backend import Array
 from tinyldm.machine import keep_freed_memory
+from tinyldm.nn.muon import muon
+from tinyldm.nn.optim import MAX_NORM, adamw, clip_factor, global_norm
 from tinyldm.nn.protocol import Params, add_grad, replaceable
 from tinyldm.threads import cut_batch
 from tinyldm.training.adversarial import Adversarial, Gradient, alternating
-from tinyldm.training.optim import MAX_NORM, adamw, clip_factor, global_norm
 from tinyldm.training.state import State
 
 
@@ -27,10 +28,14 @@ def train_step(
     for name in grads.keys() & state.discriminator.keys():
         of_discriminator[name] = grads.pop(name)
     norm = global_norm(grads)
-    adamw(
-        state.params, grads, state.moments, state.average, state.step, rate,
-        scale=clip_factor(norm, MAX_NORM), ema=ema,
-    )  # fmt: skip
+    scale, stage = clip_factor(norm, MAX_NORM), getattr(state.config, state.stage)
+    if stage.muon:
+        inner = {name: grads.pop(name) for name in state.params.first}
+        muon(
+            state.params, inner, state.moments["m"], state.average, state.step,
+            stage.muon * (rate / stage.rate), scale, ema,
+        )  # fmt: skip
+    adamw(state.params, grads, state.moments, state.average, state.step, rate, scale, ema=ema)
     if of_discriminator:
         _discriminator_step(state, of_discriminator, rate)
     return loss, norm

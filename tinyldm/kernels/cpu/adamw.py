@@ -1,6 +1,6 @@
 """The optimizer on flat buffers, in blocks that stay in the cache for all operations of a step.
 
-Twins of `training.optim.adamw` and `training.optim.global_norm`.
+Twins of `nn.optim.adamw` and `nn.optim.global_norm`.
 """
 
 import math
@@ -11,10 +11,9 @@ from tinyldm.backend import Array, on_host
 from tinyldm.kernels.cpu.flat import Flat
 from tinyldm.kernels.registry import NEVER, kernel
 from tinyldm.kernels.workspace import scratch
+from tinyldm.nn.optim import BETA1, BETA2, EPSILON, ema_decay
 from tinyldm.threads import cores, map_threads
 
-BETA1, EPSILON = 0.9, 1e-8
-BETA2 = 1 - (1 - BETA1) ** 2  # 0.99, so that ((1 − β₁) g)² is (1 − β₂) g²: a pass less
 BLOCK = 2**18  # elements of each buffer at a time: few calls, and most of them find it in the cache
 
 
@@ -22,7 +21,7 @@ def _of_host_arrays(grads):
     return 0.0 if all(map(on_host, grads.values())) else NEVER
 
 
-@kernel("training.optim.global_norm", cost=_of_host_arrays)
+@kernel("nn.optim.global_norm", cost=_of_host_arrays)
 def global_norm(grads: dict[str, Array]) -> Array:
     """Compute the norm with the gradients shared between the cores, about equally."""
     names = sorted(grads, key=lambda name: grads[name].size)
@@ -37,10 +36,14 @@ def global_norm(grads: dict[str, Array]) -> Array:
 
 def _of_flat_buffers(params, grads, state, average, *_, **__):
     buffers = (params, average, *state.values())
-    return 0.0 if all(isinstance(x, Flat) and on_host(x.flat) for x in buffers) else NEVER
+    if not all(isinstance(x, Flat) and on_host(x.flat) for x in buffers):
+        return NEVER
+    last = params.order[len(params) - len(grads) :]  # those with gradients must be the last ones
+    same = all(x.order == params.order for x in buffers)
+    return 0.0 if same and grads.keys() == set(last) else NEVER
 
 
-@kernel("training.optim.adamw", cost=_of_flat_buffers)
+@kernel("nn.optim.adamw", cost=_of_flat_buffers)
 def adamw(
     params: Flat,
     grads: dict[str, Array],
@@ -57,9 +60,9 @@ def adamw(
     correction = math.sqrt(1 - BETA2 ** (step + 1))
     rate = lr * correction / (1 - BETA1 ** (step + 1))
     small = EPSILON * correction
-    keep = min(ema, (2 + step) / (11 + step))
+    keep = ema_decay(step, ema)
     g_scale = scale * (1 - BETA1)
-    size = len(params.flat)
+    first, size = params.starts[len(params) - len(grads)], len(params.flat)
 
     def update(start):
         stop = min(start + BLOCK, size)
@@ -69,7 +72,7 @@ def adamw(
             np.multiply(grads[name].reshape(-1)[inside], g_scale, out=g[here])
         m *= BETA1
         m += g
-        g *= g
+        g *= g  # ((1 − β₁) g)² is (1 − β₂) g², by the choice of the betas
         v *= BETA2
         v += g
         np.sqrt(v, out=g)
@@ -84,7 +87,7 @@ def adamw(
         e += other
 
     def update_share(i):
-        for start in range(i * BLOCK, size, shares * BLOCK):
+        for start in range(first + i * BLOCK, size, shares * BLOCK):
             update(start)
 
     shares = cores()

@@ -5,6 +5,7 @@ calls.
 """
 
 import bisect
+from collections.abc import Collection
 
 import numpy as np
 
@@ -16,12 +17,14 @@ from tinyldm.kernels.workspace import empty
 class Flat(dict):
     """A dict {name: array} whose arrays are views of one buffer, `flat`, copied from `named`.
 
-    Matrices and kernels come first in the buffer, `decayed` elements: only they have weight decay.
+    In the buffer those named in `first` come first, then the other matrices and kernels: only they
+    have weight decay, `decayed` elements together.
     `shared`: on the CPU, forked copies of this process read and write the same memory.
     """
 
-    def __init__(self, arrays: dict[str, Array], shared: bool = False):
-        order = sorted(arrays, key=lambda name: arrays[name].ndim <= 1)
+    def __init__(self, arrays: dict[str, Array], shared: bool = False, first: Collection[str] = ()):
+        order = sorted(arrays, key=lambda name: (name not in first, arrays[name].ndim <= 1))
+        self.first = first
         sizes = [arrays[name].size for name in order]
         self.order, self.starts = order, np.cumsum([0, *sizes]).tolist()
         self.decayed = sum(arrays[name].size for name in order if arrays[name].ndim > 1)
@@ -36,7 +39,7 @@ class Flat(dict):
 
     def copy(self) -> "Flat":
         """Copy the values into another buffer."""
-        return Flat(self)
+        return Flat(self, first=self.first)
 
     def parts(self, start: int, stop: int) -> list[tuple[str, slice, slice]]:
         """List the arrays in start…stop of the buffer: (name, slice of it, slice from start)."""

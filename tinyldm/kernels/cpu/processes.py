@@ -38,7 +38,7 @@ def available() -> int:
 
     A fork has only the thread that made it, and a lock that another one held stays locked. So
     there must be no other; ours, and those of BLAS, wait idle and are restarted. The environment
-    variable TINYLDM_PROCESSES sets another number; ValueError where that is none.
+    variable TINYLDM_PROCESSES sets another number; ValueError for anything but an integer ≥ 1.
     """
     if sys.platform != "linux" or not use_kernels.get() or not only_thread():
         return 1

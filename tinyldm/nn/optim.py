@@ -5,7 +5,7 @@ import math
 from tinyldm.backend import Array, array_module
 from tinyldm.nn.protocol import Params, replaceable
 
-BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8
+BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8  # β₂ = 1 − (1 − β₁)², which saves the kernel a pass
 MAX_NORM = 1.0  # of the gradient: longer ones are scaled down to it
 
 
@@ -63,11 +63,12 @@ def adamw(
 ) -> None:
     """Take one step of AdamW (Loshchilov & Hutter 2017, algorithm 2), and of the moving average.
 
+    Parameters without a gradient stay as they are.
     step: from 0. scale: multiplies the gradients (`clip_factor`). decay: weight decay, of matrices
     and kernels only. `params`, `state` and `average` are changed in place.
     """
-    for name, w in params.items():
-        m, v, g = state["m"][name], state["v"][name], scale * grads[name]
+    for name, g in grads.items():
+        w, m, v, g = params[name], state["m"][name], state["v"][name], scale * g
         m[...] = BETA1 * m + (1 - BETA1) * g
         v[...] = BETA2 * v + (1 - BETA2) * g * g
         m_hat, v_hat = m / (1 - BETA1 ** (step + 1)), v / (1 - BETA2 ** (step + 1))

@@ -12,9 +12,8 @@ from tinyldm.config import ConfigError
 from tinyldm.kernels import plain
 from tinyldm.kernels.cpu import adamw as kernel
 from tinyldm.kernels.cpu.flat import Flat
-from tinyldm.training import optim
-from tinyldm.training.config import Stage
-from tinyldm.training.optim import (
+from tinyldm.nn import optim
+from tinyldm.nn.optim import (
     BETA1,
     BETA2,
     EPSILON,
@@ -24,6 +23,7 @@ from tinyldm.training.optim import (
     global_norm,
     learning_rate,
 )
+from tinyldm.training.config import Stage
 
 SHAPES = {"matrix": (3, 4), "kernel": (3, 3, 2, 2), "bias": (5,), "scalar": ()}
 seeds = st.integers(0, 2**32 - 1)
@@ -176,6 +176,21 @@ def test_parts_of_a_flat_cover_each_number_once(sizes, data):
     for name, inside, here in named.parts(start, stop):
         found[here] = named[name][inside]
     np.testing.assert_array_equal(found, named.flat[start:stop])
+
+
+@pytest.mark.parametrize("first", [["kernel"], ["kernel", "matrix"], []])
+def test_what_has_no_gradient_stays(first):
+    """As the matrices that another optimizer moves, which lie first in the buffers."""
+    params, grads = random_tensors(0), random_tensors(1)
+    expected, _ = step_from(params, grads, decay=0.1)
+    for name in first:
+        del grads[name]
+    in_order = Flat(params, first=first)
+    moved, average = in_order.copy(), in_order.copy()
+    state = {m: Flat(x, first=first) for m, x in optim.adam_state(params).items()}
+    adamw(moved, grads, state, average, 0, lr=0.01, decay=0.1)
+    assert_equal(moved, {n: params[n] if n in first else w for n, w in expected.items()})
+    assert set(moved.order[: len(first)]) == set(first)
 
 
 def test_large_arrays_in_blocks(monkeypatch):
