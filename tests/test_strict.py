@@ -36,7 +36,7 @@ from tinyldm.nn import activations, no_grad, norms, quantize, recompute
 from tinyldm.nn import functional as F
 from tinyldm.sampling.init_image import Scene
 from tinyldm.sampling.pipeline import Pipeline
-from tinyldm.training.config import Config
+from tinyldm.training.config import Config, Stage
 from tinyldm.training.latents import conditioner, conditioning_arrays
 from tinyldm.training.losses import autoencoder_loss
 from tinyldm.training.networks import Models, denoiser_loss
@@ -485,6 +485,7 @@ def test_value_and_grad():
 CONFIG = Config(
     side=8, vae_widths=(4, 8), latent_channels=2, unet_widths=(4, 8), unet_attention=(False, True),
     heads=2, groups=2, text_width=4, text_layers=1, tokens=16, vocabulary=560,
+    denoiser=Stage(batch=4, rate=1e-3, warmup=1, ema=0.9, steps=2, muon=0.01),
 )  # fmt: skip
 CAPTIONS = ["a red circle", "a blue square", "a blue circle", "a square"]
 FLOAT32 = 1e-5  # the CPU takes other algorithms, and their sums are rounded elsewhere

@@ -47,6 +47,11 @@ CHANGES = [
     {"attention_head_dim": 1},
     {"attention_head_dim": [4, 3]},
     {"layers_per_block": 2},
+    {
+        "layers_per_block": [0, 1],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    },
     THREE_LEVELS | {"layers_per_block": [1, 3, 2]},
     {"addition_embed_type": "text", "addition_embed_type_num_heads": 3},
     PLAIN | {"addition_embed_type": "text", "addition_embed_type_num_heads": 1},

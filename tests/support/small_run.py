@@ -1,6 +1,7 @@
 """A run of a few steps of tiny networks, for the tests of training and of what goes around it."""
 
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ CONFIG = Config(
     side=16,
     images=32,
     autoencoder=STAGE,
-    denoiser=STAGE,
+    denoiser=replace(STAGE, muon=0.01),
     vae_widths=(4, 8),
     unet_widths=(8,),
     unet_attention=(True,),

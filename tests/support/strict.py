@@ -47,6 +47,7 @@ FUNCTIONS = {
     "split": "axis",
     "stack": "axis",
     "zeros": "dtype",
+    "eye": "dtype",
     "zeros_like": "dtype",
 }
 METHODS = {

@@ -89,9 +89,9 @@ def evaluate(
 
     count: images to generate. shapes: turns a caption into the model's prompt; with it attributes
     are read back by rule, and half of the captions of a model of text name held-out pairs. A model
-    with a task is conditioned on held-out images and compared with them. features: the features in which Fréchet
-    and kernel distance, precision and recall are measured, by default `latent_features`; the caller
-    notes others as result["features"].
+    with a task is conditioned on held-out images and compared with them. features: the features in
+    which Fréchet and kernel distance, precision and recall are measured, by default
+    `latent_features`; the caller notes others as result["features"].
     Returns what eval.json holds, and the samples nearest to training images with those images:
     {"samples", "nearest": uint8 (n, h, w, 3)}.
     """

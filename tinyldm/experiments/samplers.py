@@ -1,10 +1,10 @@
 """Samplers: how many steps does each of them need?
 
 Every sampler generates images of the same captions from the same noise, in few steps and in many.
-The cost of a step differs, so network calls are counted: U-Net evaluations per image, two a prediction
-with guidance. Samplers that draw no noise on the way all solve one differential equation: their
-error is the distance from the result of DDIM in 200 steps. A little of it stays, because their
-first and last time steps differ, as in diffusers.
+The cost of a step differs, so network calls are counted: U-Net evaluations per image, two a
+prediction with guidance. Samplers that draw no noise on the way all solve one differential
+equation: their error is the distance from the result of DDIM in 200 steps. A little of it stays,
+because their first and last time steps differ, as in diffusers.
 """
 
 import contextlib

@@ -61,7 +61,7 @@ class Models:
         return self.unet.init(rng) | (self.text.init(rng) if self.text else {})
 
     def pixels(self, images: Array) -> Array:
-        """Convert uint8 (n, h, w, 3) → the first stage's input, −1…1, float32; one channel if grey."""
+        """Convert uint8 (n, h, w, 3) → what the first stage takes: −1…1, one channel if grey."""
         return in_channels(from_uint8(images), self.config.image_channels)
 
     def first_stage_loss(self) -> Callable | Adversarial:
