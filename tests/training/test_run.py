@@ -817,7 +817,8 @@ def timed(monkeypatch, no_images):
 
 
 @pytest.mark.slow
-def test_seconds_become_steps_once(tmp_path, monkeypatch, timed):
+def test_seconds_become_steps(tmp_path, monkeypatch, timed):
+    """At an even pace there is nothing to correct."""
     with monkeypatch.context() as patch:
         Clock(patch, 0.5)
         train(tmp_path, timed, say=silent)
@@ -830,8 +831,50 @@ def test_seconds_become_steps_once(tmp_path, monkeypatch, timed):
         assert line["rate"] == expected
 
 
+@pytest.mark.parametrize("first, later", [(0.5, 0.1), (0.1, 0.5)])
+def test_a_busy_moment_at_the_start_does_not_decide(tmp_path, monkeypatch, timed, first, later):
+    """The first ten steps take as long as half of the stage's five seconds, or a fifth."""
+    with monkeypatch.context() as patch:
+        clock, step = Clock(patch, first), loop.train_step
+
+        def changing(state, *args):
+            clock.step_seconds = first if state.step < 5 else later
+            return step(state, *args)
+
+        patch.setattr(loop, "train_step", changing)
+        fit, totals = stages.fit, []
+        patch.setattr(stages, "fit", lambda *args: (fit(*args), totals.append(args[1])))
+        train(tmp_path, timed, say=silent)
+    for state in totals:
+        spent = 5 * first + (state.total - 5) * later
+        assert state.total == state.step and state.corrections == len(loop.CORRECTIONS)
+        assert state.seconds == pytest.approx(spent) and 4 < spent < 6.5
+    assert 5 < state.total < 50
+
+
+def test_a_correction_is_saved_at_once(tmp_path, monkeypatch, timed):
+    """So a run that is resumed knows of each, and does not make it a second time."""
+    with monkeypatch.context() as patch:
+        clock, saved = Clock(patch, 0.5), []
+        save = loop.save_state
+
+        def watched(run, state):
+            saved.append((state.step, state.total, state.corrections))
+            return save(run, state)
+
+        patch.setattr(loop, "save_state", watched)
+        at_step(patch, 7, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Stopped):
+            train(tmp_path, timed, say=silent)
+    assert saved == [(4, 10, 0), (5, 10, 1), (6, 10, 2), (7, 10, 2)] and clock.now == 3.5
+    notes = load_notes(tmp_path)
+    assert (notes["seconds"], notes["corrections"]) == (3.5, 2)
+
+
 @pytest.mark.slow
 def test_a_resumed_run_keeps_the_total_on_a_faster_machine(tmp_path, monkeypatch, timed):
+    """After the last correction."""
+    monkeypatch.setattr(loop, "CORRECTIONS", ())
     with monkeypatch.context() as patch:
         Clock(patch, 0.5)
         at_step(patch, 7, lambda: signal.raise_signal(signal.SIGINT))
@@ -945,8 +988,8 @@ def test_the_latent_scale_gives_a_standard_deviation_of_one(batches):
 LOSSES = {
     "autoencoder": [0.496801, 0.5474652, 0.5148995, 0.5062388, 0.4505463,
                     0.5002872, 0.4483837, 0.4958444, 0.5062534, 0.4630535],
-    "denoiser": [1.089615, 0.9922487, 1.104326, 1.046409, 1.079097,
-                 0.9247974, 1.008382, 0.94717, 1.042423, 1.032382],
+    "denoiser": [1.089615, 0.9922232, 1.104451, 1.046389, 1.079273,
+                 0.924785, 1.008583, 0.9470485, 1.042331, 1.032401],
 }  # fmt: skip
 
 

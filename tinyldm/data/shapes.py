@@ -49,6 +49,7 @@ HELD_OUT = frozenset(  # (colour, shape) on any background: never in a training 
     }
 )
 
+JITTER = 1 / 32  # of the side, at most, each way
 MIN_SIDE = 16  # in smaller images a small square and a small circle are the same few pixels
 SUPERSAMPLING = 4
 LANCZOS_REACH = 3  # a reduced pixel depends on what lies within 3 pixels of its centre
@@ -129,7 +130,7 @@ def place(
     """Draw the geometry of one image from rng: its centre and half-extent (x, y, r)."""
     r = rng.uniform(*SIZES[attributes.size]) * side
     x, y = centre(attributes.position, r, side)
-    jitter_x, jitter_y = rng.uniform(-1, 1, 2) / 32 * side
+    jitter_x, jitter_y = rng.uniform(-1, 1, 2) * JITTER * side
     return x + jitter_x, y + jitter_y, r
 
 
@@ -137,7 +138,11 @@ def draw(attributes: Attributes, rng: np.random.Generator, side: int = 32) -> np
     """Draw an image, geometry from rng: uint8 (side, side, 3). ValueError below 16 pixels."""
     if side < MIN_SIDE:
         raise ValueError(f"side must be at least {MIN_SIDE} pixels, not {side}")
-    x, y, r = place(attributes, rng, side)
+    return draw_at(attributes, *place(attributes, rng, side), side)
+
+
+def draw_at(attributes: Attributes, x: float, y: float, r: float, side: int) -> np.ndarray:
+    """Draw an image with this centre and half-extent, in pixels: uint8 (side, side, 3)."""
     background = COLOURS[attributes.background]
     large = Image.new("RGB", (SUPERSAMPLING * side, SUPERSAMPLING * side), background)
     fill_shape(ImageDraw.Draw(large), attributes, x, y, r)

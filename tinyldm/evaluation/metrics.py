@@ -1,6 +1,6 @@
 """Metrics of a model, each with a reference value to compare it with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -8,9 +8,9 @@ from tqdm import tqdm
 
 from tinyldm.backend import to_device
 from tinyldm.data.dataset import Dataset
-from tinyldm.data.shapes import ATTRIBUTES, make_shapes
+from tinyldm.data.shapes import ATTRIBUTES, Attributes, make_shapes
 from tinyldm.evaluation.likelihood import bits_per_dim
-from tinyldm.evaluation.reader import score
+from tinyldm.evaluation.reader import drawing_distance, score
 from tinyldm.evaluation.scenes import compare, concat_conditioning, generate, task_input
 from tinyldm.evaluation.statistics import (
     copied,
@@ -30,6 +30,7 @@ DRAWS = 4  # of noise, for each image whose likelihood is estimated
 BANDS = 5  # of noise levels, from the least to the most
 FEWEST_FOR_COPIES = 19  # held-out images, to know what the nearest 5 % of them are
 NEIGHBOURS = 3  # the k-th nearest, of precision and recall
+DRAWN = 200  # images whose distance from true drawings is measured
 CELLS = 4  # positions along each side of the latents that features are averaged over
 
 Describe = Callable[[np.ndarray], np.ndarray]  # of uint8 images (n, h, w, 3): float64 (n, d)
@@ -133,13 +134,25 @@ def _score_shapes(pipeline, generated_of, count, prompt_of, result):
     truth, captions = make_shapes(n, side, SEED)
     result["captions"] = n * len(sets)
     result["reader"] = score(truth, captions)
-    result["reconstructed"] = score(pipeline.decode(pipeline.encode(truth)), captions)
+    decoded = pipeline.decode(pipeline.encode(truth))
+    result["reconstructed"] = score(decoded, captions)
+    result["drawing"] = {"reconstructed": from_drawings(decoded, captions)}
     generated = {}
     for name, unseen in sets.items():
-        prompts = [prompt_of(caption) for caption in make_shapes(n, side, SEED, unseen)[1]]
+        asked = make_shapes(n, side, SEED, unseen)[1]
+        prompts = [prompt_of(caption) for caption in asked]
         generated[name] = generated_of(prompts)
         result[name] = score(generated[name], prompts)
+        if prompts == asked:  # a class alone leaves colours and place open
+            result["drawing"][name] = from_drawings(generated[name], prompts)
     return generated["seen"]  # the held-out pairs are meant to differ from all that was trained on
+
+
+def from_drawings(images: np.ndarray, captions: Sequence[str]) -> float:
+    """Compute the median distance of images from the nearest true drawings of their captions."""
+    some = range(min(len(images), DRAWN))
+    drawn = [drawing_distance(images[i], Attributes.parse(captions[i])) for i in some]
+    return float(np.median(drawn))
 
 
 def _score_task(pipeline, generated_of, count, true, shapes, result):
@@ -221,6 +234,11 @@ def table(result: dict) -> str:
                 f"{100 * row[name]:12.1f}" if name in row else " " * 12 for name in names
             )
             lines.append(title.ljust(32) + shares)
+        if "seen" in result.get("drawing", {}):
+            distances = result["drawing"]
+            numbers = f"{distances['seen']:.1f} (reconstructions {distances['reconstructed']:.1f})"
+            meaning = "median difference from the nearest drawing of the caption, of 255"
+            lines.append(_row("distance from true drawings", numbers, meaning))
         lines.append(f"{result['captions']} images generated\n")
     unseen = "held_out" in result["loss_by_noise"]
     which = "held-out images" if unseen else "training images (none are held out)"

@@ -12,12 +12,14 @@ import numpy as np
 from tinyldm.data.shapes import (
     ATTRIBUTES,
     COLOURS,
+    JITTER,
     POSITIONS,
     SHAPES,
     SIZES,
     Attributes,
     attributes_in,
     centre,
+    draw_at,
 )
 
 # A shape of half-extent r has the area AREA · r², and its centre of mass DROP · r below its centre.
@@ -95,6 +97,33 @@ def shape_coverage(shape: str, dx: np.ndarray, dy: np.ndarray, r: float) -> np.n
             slanted = (1.8 * abs(dx) - (dy + r)) / np.hypot(1.8, 1)
             distance = np.maximum(slanted, dy - 0.8 * r)
     return np.clip(0.5 - distance, 0, 1)  # the outline is one pixel soft
+
+
+def drawing_distance(image: np.ndarray, attributes: Attributes) -> float:
+    """Measure how far an image is from the nearest true drawing of its attributes.
+
+    Root mean square difference in levels of 255, of a uint8 image (side, side, 3). The geometry is
+    searched within its ranges, each number by itself in ever smaller steps.
+    """
+    side, (smallest, largest) = len(image), SIZES[attributes.size]
+    pixels = image.astype(np.float64)
+
+    def distance(geometry):
+        share, right, down = geometry  # each in −1…1 of its range
+        r = side * (smallest + largest + share * (largest - smallest)) / 2
+        x, y = centre(attributes.position, r, side)
+        jitter = JITTER * side
+        drawn = draw_at(attributes, x + right * jitter, y + down * jitter, r, side)
+        return np.sqrt(np.square(drawn - pixels).mean())
+
+    best = np.zeros(3)
+    least = distance(best)
+    for step in (0.5, 0.5, 0.25, 0.25, 0.125, 0.0625):
+        for move in np.concatenate([np.eye(3), -np.eye(3)]):
+            there = np.clip(best + step * move, -1, 1)
+            if (found := distance(there)) < least:
+                best, least = there, found
+    return float(least)
 
 
 def box_around(image: np.ndarray, margin: int) -> np.ndarray:

@@ -22,6 +22,8 @@ from tinyldm.training.step import Gradient, stage_gradient, train_step
 SAVE_EVERY = 45.0  # seconds between states
 LOG_EVERY = 10  # steps between lines of metrics, and between looks at the loss
 CALIBRATION = (10, 40)  # steps that are timed to find how many fit into a stage's seconds
+CORRECTIONS = (0.2, 0.45, 0.7, 0.85)  # shares of the steps after which their number is corrected
+RECENT = 100  # steps, the last ones, whose time says how long a step takes
 
 
 def _nothing():
@@ -75,13 +77,14 @@ def fit(folder: Path, state: State, job: Job, stop: Interruptible) -> None:
                 numbers = {name: finite(number, state) for name, number in numbers.items()}
                 log.write({"rate": rate} | numbers)
                 bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
-            pace.seconds.append(time.monotonic() - started)
-            if state.total is None and len(pace.seconds) >= CALIBRATION[1]:
-                state.total = pace.steps_that_fit(state, gradient_of, batch)
+            pace.add(time.monotonic() - started, state)
+            corrected = pace.is_due(state) and not last
+            if corrected:
+                pace.set_total(state, gradient_of, batch)
                 extra.clear()
                 bar.total = state.total
                 bar.refresh()
-            if last or time.monotonic() - saved > SAVE_EVERY:
+            if last or corrected or time.monotonic() - saved > SAVE_EVERY:
                 for number in numbers.values():
                     finite(number, state)
                 save_state(folder, state)
@@ -111,14 +114,39 @@ class Pace:
     stage: Stage
     seconds: list[float] = field(default_factory=list)  # of each step since the loop began
 
-    def steps_that_fit(self, state: State, gradient_of: Gradient, batch: tuple[Array, ...]) -> int:
-        """Return how many steps the stage's seconds allow in all, from those timed so far."""
-        step_seconds = float(np.median(self.seconds[CALIBRATION[0] :]))
-        if state.discriminator:
-            later = seconds_with_discriminator(state, gradient_of, batch)
-            step_seconds = mean_seconds(state.config, step_seconds, later)
-        begun = state.step - len(self.seconds)
-        return max(state.step + 1, begun + int(self.stage.seconds / step_seconds))
+    def add(self, seconds: float, state: State) -> None:
+        """Count the seconds of one more step; where steps are given, the state knows no time."""
+        self.seconds.append(seconds)
+        if self.stage.seconds is not None:
+            state.seconds += seconds
+
+    def is_due(self, state: State) -> bool:
+        """Return whether it is time to find how many steps fit into the stage's seconds."""
+        if self.stage.seconds is None or len(self.seconds) < CALIBRATION[1]:
+            return False
+        if state.total is None:
+            return True
+        k = state.corrections
+        return k < len(CORRECTIONS) and state.step >= CORRECTIONS[k] * state.total
+
+    def set_total(self, state: State, gradient_of: Gradient, batch: tuple[Array, ...]) -> None:
+        """Set the number of steps to what the stage's seconds allow, at the pace of late.
+
+        A machine that was busy while the first steps were timed is free later, or the reverse.
+        """
+        step_seconds = float(np.median(self.seconds[CALIBRATION[0] :][-RECENT:]))
+        if state.total is None:
+            state.seconds = sum(self.seconds)  # the time counts from the start of the measurement
+            if state.discriminator:
+                later = seconds_with_discriminator(state, gradient_of, batch)
+                begun = state.step - len(self.seconds)
+                step_seconds = mean_seconds(state.config, step_seconds, later)
+                state.seconds = (state.step - begun) * step_seconds
+                state.corrections = len(CORRECTIONS)  # its steps are of two kinds
+        else:
+            state.corrections += 1
+        left = max(0.0, self.stage.seconds - state.seconds)
+        state.total = state.step + max(1, int(left / step_seconds))
 
     def line(self, state: State, loss: float) -> str:
         """Tell how far a stage is, and how long it will still take."""

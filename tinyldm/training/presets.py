@@ -42,7 +42,7 @@ PRESETS = {
         unet_widths=(48, 64),
         unet_attention=(False, True),
         unet_layers=(0, 1),
-        guidance=3.5,
+        guidance=2.5,
         tokens=11,  # as many as the captions need
     ),
     "medium": Config(

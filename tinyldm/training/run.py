@@ -81,6 +81,7 @@ def resume(
     if minutes is not None:
         left = STAGES[STAGES.index(state.stage) :]
         state.config, state.total = with_length(state.config, 60 * minutes, left), None
+        state.seconds, state.corrections = 0.0, 0
     data = load_data(state.config)
     if data.fingerprint() != state.data:
         raise DataError(

@@ -42,6 +42,8 @@ class State:
     discriminator_moments: dict = field(default_factory=dict)
     step: int = 0  # done in this stage
     total: int | None = None  # steps of this stage, once it is known
+    seconds: float = 0.0  # of this stage's steps, since they were first timed
+    corrections: int = 0  # of their number, so far
     done_before: int = 0  # steps of the stages before
     scaling_factor: float = 1.0
 
@@ -88,7 +90,16 @@ def save_state(run: str | Path, state: State) -> Path:
     }
     notes = {
         key: getattr(state, key)
-        for key in ("stage", "data", "step", "total", "done_before", "scaling_factor")
+        for key in (
+            "stage",
+            "data",
+            "step",
+            "total",
+            "seconds",
+            "corrections",
+            "done_before",
+            "scaling_factor",
+        )
     }
     notes["config"] = dataclasses.asdict(state.config)
     notes["tokenizer"] = state.tokenizer.content

@@ -1,4 +1,4 @@
-"""One step of training: batch → loss → gradient → AdamW."""
+"""One step of training: batch → loss → gradient → Muon and AdamW."""
 
 import contextlib
 import math
