@@ -47,7 +47,7 @@ def passed(function: Callable[[], object]) -> set[tuple[str, int, str]]:
 def steps() -> dict[str, Callable[[], Callable[[], object]]]:
     """Return {name: a function that prepares the step} of what is counted."""
     config = PRESETS["demo"]
-    tokenizer = Tokenizer.train([CAPTION], config.vocabulary, config.tokens)
+    tokenizer = Tokenizer.train([CAPTION] * 2, config.vocabulary, config.tokens)
     models = Models(config, tokenizer)
     rng = np.random.default_rng(0)
     h, w, c = config.latent_shape

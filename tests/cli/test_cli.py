@@ -390,7 +390,7 @@ def test_demo(call, small, tmp_path, monkeypatch):
     first, *lines = result.out.splitlines()
     assert first == str(tmp_path / "run")
     assert lines[0].startswith("right by rule, in %")
-    assert "4 captions generated" in lines
+    assert "4 images generated" in lines
     assert (tmp_path / "run" / "eval.json").exists()
     assert f'tinyldm sample {tmp_path / "run"} "' in result.err
 
@@ -569,7 +569,7 @@ def test_eval(call, copy):
     assert head.split() == ["right", "by", "rule,", "in", "%", "size", "colour", "shape",
                             "background", "position", "all"]  # fmt: skip
     found = json.loads((copy / "eval.json").read_text())
-    assert found["captions"] == 6 and "6 captions generated" in rows
+    assert found["captions"] == 6 and "6 images generated" in rows
     for row, name in zip(rows[:4], ("reader", "reconstructed", "seen", "held_out"), strict=True):
         shares = [float(text) for text in row.split()[-6:]]
         assert shares == pytest.approx([100 * x for x in found[name].values()], abs=0.05)

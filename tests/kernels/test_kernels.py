@@ -42,7 +42,7 @@ TOLERANCE = {"float32": 1e-5, "float64": 1e-11, "complex128": 1e-11}
 OTHERS = {
     ("tinyldm.nn.quantize.nearest_codes", "nearest_codes"): "tests/models/test_vq.py",
     ("tinyldm.nn.optim.adamw", "adamw"): "tests/nn/test_optim.py",
-    ("tinyldm.nn.muon.muon", "muon"): "tests/nn/test_muon.py",
+    ("tinyldm.nn.optim.muon", "muon"): "tests/nn/test_muon.py",
     ("tinyldm.nn.optim.global_norm", "global_norm"): "tests/nn/test_optim.py",
     ("tinyldm.training.step.value_and_grad", "value_and_grad"): "tests/training/test_step.py",
     ("tinyldm.training.step.gradients", "gradients"): "tests/kernels/test_processes.py",

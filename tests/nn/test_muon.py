@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from tinyldm.kernels import plain
 from tinyldm.kernels.cpu.flat import Flat
 from tinyldm.models import AutoencoderKL, ClassEmbedder, TextEncoder, UNet, VQModel
-from tinyldm.nn.muon import ITERATIONS, MOMENTUM, QUINTIC, is_inner, muon, orthogonalise
-from tinyldm.nn.optim import ema_decay
+from tinyldm.nn.optim import ITERATIONS, MOMENTUM, QUINTIC, ema_decay, is_inner, muon, orthogonalise
 
 SHAPES = {"tall": (7, 3), "wide": (2, 5), "alike": (7, 3), "kernel": (3, 3, 2, 4)}
 seeds = st.integers(0, 2**32 - 1)

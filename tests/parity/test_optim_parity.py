@@ -5,8 +5,17 @@ import pytest
 import torch
 
 from tinyldm.kernels.cpu.flat import Flat
-from tinyldm.nn.muon import ITERATIONS, MOMENTUM, QUINTIC, muon
-from tinyldm.nn.optim import adam_state, adamw, clip_factor, global_norm, learning_rate
+from tinyldm.nn.optim import (
+    ITERATIONS,
+    MOMENTUM,
+    QUINTIC,
+    adam_state,
+    adamw,
+    clip_factor,
+    global_norm,
+    learning_rate,
+    muon,
+)
 
 SHAPES = {"matrix": (4, 5), "kernel": (3, 3, 2, 4), "bias": (6,), "scale": (1,)}
 # What torch adds to a norm before it divides by it, so as to never divide by zero. Ours is 1e-12,

@@ -124,9 +124,9 @@ def test_factors():
     for factor in (1, 2, 4, 8):
         config = make_config("demo", factor=factor, channels=7)
         assert config.factor == factor and config.channels == 7
-        assert config.vae_widths == (32, 64, 64, 64)[: factor.bit_length()]
-    with pytest.raises(ConfigError, match="multiple of 64 .* found 32"):
-        make_config("demo", factor=16)
+        assert config.vae_widths == (32, 32, 32, 32)[: factor.bit_length()]
+    with pytest.raises(ConfigError, match="multiple of 32 .* found 48"):
+        make_config("demo", factor=16, size=48)
     with pytest.raises(ConfigError, match="factor: expected 1, as there is with first stage none"):
         make_config("demo", factor=4, first_stage="none")
     assert make_config("demo", factor=1, first_stage="none").factor == 1

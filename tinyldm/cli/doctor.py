@@ -31,7 +31,7 @@ PACKAGES = {  # as pip knows them → as Python does
 }
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 CORE = "OPENBLAS_CORETYPE"
-DEMO_STEPS = {"autoencoder": 600, "denoiser": 1400}  # behind the numbers in the README
+DEMO_STEPS = {"autoencoder": 500, "denoiser": 1600}  # behind the numbers in the README
 DEMO_DISK = 250_000_000  # bytes that its folder needs, with room to write the next state
 SLOW = 5.0  # GF/s a core: about what a processor reaches without an optimised BLAS
 

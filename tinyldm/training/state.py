@@ -15,8 +15,7 @@ from tinyldm.backend import to_device
 from tinyldm.checkpoints.safetensors import WeightsError, load_metadata, load_weights, save_weights
 from tinyldm.kernels.cpu.flat import Flat
 from tinyldm.models import ClassNames, Tokenizer
-from tinyldm.nn.muon import is_inner
-from tinyldm.nn.optim import adam_state
+from tinyldm.nn.optim import adam_state, is_inner
 from tinyldm.training.config import STAGES, Config
 
 GROUPS = ("params", "m", "v", "average", "first_stage")  # of the arrays in a file

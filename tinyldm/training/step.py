@@ -7,8 +7,7 @@ from functools import partial
 
 from tinyldm.backend import Array
 from tinyldm.machine import keep_freed_memory
-from tinyldm.nn.muon import muon
-from tinyldm.nn.optim import MAX_NORM, adamw, clip_factor, global_norm
+from tinyldm.nn.optim import MAX_NORM, adamw, clip_factor, global_norm, muon
 from tinyldm.nn.protocol import Params, add_grad, replaceable
 from tinyldm.threads import cut_batch
 from tinyldm.training.adversarial import Adversarial, Gradient, alternating
@@ -30,7 +29,9 @@ def train_step(
     norm = global_norm(grads)
     scale, stage = clip_factor(norm, MAX_NORM), getattr(state.config, state.stage)
     if stage.muon:
-        inner = {name: grads.pop(name) for name in state.params.first}
+        inner = {}
+        for name in state.params.first:
+            inner[name] = grads.pop(name)
         muon(
             state.params, inner, state.moments["m"], state.average, state.step,
             stage.muon * (rate / stage.rate), scale, ema,

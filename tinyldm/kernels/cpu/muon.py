@@ -1,12 +1,11 @@
-"""Muon on all matrices of a shape at once, the shapes on all cores; the twin of `nn.muon.muon`."""
+"""Muon on all matrices of a shape at once, the shapes on all cores; the twin of `nn.optim.muon`."""
 
 import numpy as np
 
 from tinyldm.backend import Array, on_host
 from tinyldm.kernels.blocking import BLOCK
 from tinyldm.kernels.registry import NEVER, kernel
-from tinyldm.nn.muon import MOMENTUM, matrix_shape, orthogonalise, stretch
-from tinyldm.nn.optim import ema_decay
+from tinyldm.nn.optim import MOMENTUM, ema_decay, orthogonalise, stretch
 from tinyldm.nn.protocol import Params
 from tinyldm.threads import map_threads
 
@@ -15,7 +14,7 @@ def _on_host(params, grads, *_, **__):
     return 0.0 if all(map(on_host, grads.values())) else NEVER
 
 
-@kernel("nn.muon.muon", cost=_on_host)
+@kernel("nn.optim.muon", cost=_on_host)
 def muon(
     params: Params,
     grads: Params,
@@ -29,12 +28,13 @@ def muon(
     """Orthogonalise matrices of one shape as one array: fewer, larger operations."""
     alike = {}
     for name in grads:
-        alike.setdefault((params[name].ndim, *matrix_shape(params[name])), []).append(name)
+        alike.setdefault(params[name].shape, []).append(name)
     rest = 1 - ema_decay(step, ema)
 
     def update(names):
-        shape = matrix_shape(params[names[0]])
-        ahead = np.empty((len(names), *shape), params[names[0]].dtype)
+        first = params[names[0]]
+        shape = first.shape if first.ndim == 2 else (-1, first.shape[-1])
+        ahead = np.empty((len(names), *first.reshape(shape).shape), first.dtype)
         for name, matrix in zip(names, ahead, strict=True):
             g, m = grads[name].reshape(shape), momentum[name].reshape(shape)
             np.multiply(g, (1 - MOMENTUM) * scale, out=matrix)
@@ -42,7 +42,7 @@ def muon(
             m += matrix
             matrix += MOMENTUM * m
         steps = orthogonalise(ahead)
-        steps *= size * stretch(params[names[0]])
+        steps *= size * stretch(first)
         for name, change in zip(names, steps, strict=True):
             w, mean = params[name], average[name]
             w -= change.reshape(w.shape)
