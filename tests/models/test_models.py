@@ -418,6 +418,8 @@ def test_values_that_are_not_implemented_are_refused_by_name(what, key):
         ("unet", {"downsample_padding": 0}, ["downsample_padding"]),
         ("unet", {"cross_attention_dim": [6, 6]}, ["cross_attention_dim"]),
         ("unet", {"transformer_layers_per_block": [[1], [2]]}, ["transformer_layers_per_block"]),
+        ("unet", {"layers_per_block": 0}, ["no layers", "block_out_channels"]),
+        ("vae", {"layers_per_block": 0}, ["layers_per_block = 0", "expected all alike"]),
         ("vae", {"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, ["AttnDownEncoderBlock2D"]),
         ("vae", {"up_block_types": ["AttnUpDecoderBlock2D"] * 3}, ["AttnUpDecoderBlock2D"]),
         ("text_encoder", {"hidden_act": "relu"}, ["hidden_act", "relu", "quick_gelu"]),

@@ -28,7 +28,7 @@ CHANGES = [
     {"block_out_channels": [4, 12, 8], "down_block_types": ["DownEncoderBlock2D"] * 3,
      "up_block_types": ["UpDecoderBlock2D"] * 3},
     {"layers_per_block": 2},
-    {"layers_per_block": 0},
+    {"layers_per_block": 0, "block_out_channels": [8, 8]},
     {"in_channels": 1, "out_channels": 4, "latent_channels": 3},
     {"norm_num_groups": 1},
     {"scaling_factor": 0.36, "shift_factor": 0.12},

@@ -831,7 +831,9 @@ def test_seconds_become_steps(tmp_path, monkeypatch, timed):
         assert line["rate"] == expected
 
 
-@pytest.mark.parametrize("first, later", [(0.5, 0.1), (0.1, 0.5)])
+@pytest.mark.parametrize(
+    "first, later", [(0.5, 0.1), pytest.param(0.1, 0.5, marks=pytest.mark.slow)]
+)
 def test_a_busy_moment_at_the_start_does_not_decide(tmp_path, monkeypatch, timed, first, later):
     """The first ten steps take as long as half of the stage's five seconds, or a fifth."""
     with monkeypatch.context() as patch:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from numpy.random import Generator
 
 from tinyldm.backend import Array
-from tinyldm.config import per_block, read_config
+from tinyldm.config import ConfigError, per_block, read_config
 from tinyldm.models.blocks import ResnetBlock, SpatialAttention, Upsample, downsample
 from tinyldm.nn.layers import Conv2d, GroupNorm, Layer, Recomputed, zeros
 from tinyldm.nn.protocol import Backward, Params
@@ -49,6 +49,11 @@ class Autoencoder(Layer):
         self.config, self.latent_channels = c, latent_channels
         self.shift = getattr(c, "shift_factor", None) or 0  # of latents, before they are scaled
         levels = len(c.block_out_channels)
+        if c.layers_per_block == 0 and len(set(c.block_out_channels)) > 1:
+            raise ConfigError(
+                f"vae config: layers_per_block = 0 leaves the channels as they are, but "
+                f"block_out_channels = {list(c.block_out_channels)}; expected all alike"
+            )
         for key in BLOCKS:
             for kind in per_block("vae config", key, getattr(c, key), levels):
                 read_config("vae config", {key: kind}, {}, BLOCKS)

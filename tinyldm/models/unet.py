@@ -122,6 +122,14 @@ def _levels(c):
     for key in ("cross_attention_dim", "transformer_layers_per_block"):
         if not all(isinstance(number, int) for number in sizes[key]):
             raise ConfigError(f"unet config: {key} = {getattr(c, key)!r} is not implemented")
+    before = widths[0]
+    for width, layers in zip(widths, sizes["layers_per_block"], strict=True):
+        if layers == 0 and width != before:
+            raise ConfigError(
+                f"unet config: a level of no layers leaves the {before} channels as they are, but "
+                f"block_out_channels = {widths}"
+            )
+        before = width
     *numbers, down, up = sizes.values()
     attends = [DOWN[kind] for kind in down], [UP[kind] for kind in reversed(up)]
     return [Level(*level) for level in zip(widths, *numbers, *attends, strict=True)]
