@@ -5,14 +5,13 @@ Importing this package registers them all.
 
 import os
 
-from tinyldm.kernels import attention, cached, im2col, nearest_codes, shared_steps  # noqa: F401
+from tinyldm.kernels import attention, cached, im2col, muon, nearest_codes, shared_steps  # noqa: F401
 from tinyldm.kernels.cpu import (  # noqa: F401
     activations,
     adamw,
     group_norm,
     layer_norm,
     linear,
-    muon,
     parallel,
     pointwise,
     winograd,

@@ -66,6 +66,7 @@ PRESETS = {
     ),
 }
 MAY_CHANGE = {"keep", "data", "skip_bad", "checkpointing"}  # when a run is resumed
+VAE_WIDTHS = (32, 64, 64, 96, 96)  # channels per level, for other factors than a preset's
 LARGEST_SIDE = 1024  # pixels of a side
 FOR_TESTS = "tiny"  # too small to be chosen by size
 
@@ -121,8 +122,8 @@ def make_config(preset: str | None = None, **options: object) -> Config:
         wanted = max(both_sides(new.size or PRESETS["demo"].side))
         fitting = [name for side, name in by_side if side >= wanted]
         preset = fitting[0] if fitting else by_side[-1][1]
-    if new.factor is not None:
-        options["vae_widths"] = _widths(PRESETS[preset].vae_widths, new.factor)
+    if new.factor not in (None, PRESETS[preset].factor):  # the preset's is made for its own
+        options |= {"vae_widths": VAE_WIDTHS[: new.factor.bit_length()], "vae_layers": 1}
     if new.channels is not None:
         options["latent_channels"] = new.channels
     if new.size is not None:
@@ -143,12 +144,6 @@ def make_config(preset: str | None = None, **options: object) -> Config:
     given = {name: value for name, value in given.items() if value is not None}
     config = replace(config, **{name: replace(getattr(config, name), **given) for name in STAGES})
     return config if new.minutes is None else with_length(config, 60 * new.minutes)
-
-
-def _widths(widths, factor):
-    """Return the widths of an autoencoder's levels for a factor, with the last one repeated."""
-    levels = factor.bit_length()
-    return (*widths, *[widths[-1]] * levels)[:levels]
 
 
 def _one_if_equal(size):

@@ -1,20 +1,14 @@
-"""Muon on all matrices of a shape at once, the shapes on all cores; the twin of `nn.optim.muon`."""
+"""Muon on many matrices of one shape at once, on any device; the twin of `nn.optim.muon`."""
 
-import numpy as np
-
-from tinyldm.backend import Array, on_host
+from tinyldm.backend import Array, array_module, on_host
 from tinyldm.kernels.blocking import BLOCK
-from tinyldm.kernels.registry import NEVER, kernel
+from tinyldm.kernels.registry import any_device, kernel
 from tinyldm.nn.optim import MOMENTUM, ema_decay, orthogonalise, stretch
 from tinyldm.nn.protocol import Params
 from tinyldm.threads import map_threads
 
 
-def _on_host(params, grads, *_, **__):
-    return 0.0 if all(map(on_host, grads.values())) else NEVER
-
-
-@kernel("nn.optim.muon", cost=_on_host)
+@kernel("nn.optim.muon", cost=any_device)
 def muon(
     params: Params,
     grads: Params,
@@ -25,7 +19,7 @@ def muon(
     scale: float | Array = 1.0,
     ema: float = 0.999,
 ) -> None:
-    """Orthogonalise matrices of one shape as one array: fewer, larger operations."""
+    """Orthogonalise matrices of one shape as one array, on all cores: fewer, larger operations."""
     alike = {}
     for name in grads:
         alike.setdefault(params[name].shape, []).append(name)
@@ -33,11 +27,12 @@ def muon(
 
     def update(names):
         first = params[names[0]]
-        shape = first.shape if first.ndim == 2 else (-1, first.shape[-1])
-        ahead = np.empty((len(names), *first.reshape(shape).shape), first.dtype)
+        shape = first.shape if first.ndim == 2 else (first.size // first.shape[-1], first.shape[-1])
+        xp = array_module(first)
+        ahead = xp.empty((len(names), *shape), first.dtype)
         for name, matrix in zip(names, ahead, strict=True):
             g, m = grads[name].reshape(shape), momentum[name].reshape(shape)
-            np.multiply(g, (1 - MOMENTUM) * scale, out=matrix)
+            xp.multiply(g, (1 - MOMENTUM) * scale, out=matrix)
             m *= MOMENTUM
             m += matrix
             matrix += MOMENTUM * m
@@ -48,8 +43,9 @@ def muon(
             w -= change.reshape(w.shape)
             mean += rest * (w - mean)
 
+    host = all(map(on_host, grads.values()))
     work = []
     for names in alike.values():
-        some = max(1, BLOCK // params[names[0]].size)  # that stay in the cache together
+        some = max(1, BLOCK // params[names[0]].size) if host else len(names)  # that fit the cache
         work += [names[i : i + some] for i in range(0, len(names), some)]
-    map_threads(update, work)
+    map_threads(update, work) if host else list(map(update, work))
