@@ -66,7 +66,7 @@ PRESETS = {
     ),
 }
 MAY_CHANGE = {"keep", "data", "skip_bad", "checkpointing"}  # when a run is resumed
-VAE_WIDTHS = (32, 64, 64, 96, 96)  # channels per level, for other factors than a preset's
+VAE_WIDTHS = (32, 64)  # channels per level, the last again and again, for other factors
 LARGEST_SIDE = 1024  # pixels of a side
 FOR_TESTS = "tiny"  # too small to be chosen by size
 
@@ -122,8 +122,11 @@ def make_config(preset: str | None = None, **options: object) -> Config:
         wanted = max(both_sides(new.size or PRESETS["demo"].side))
         fitting = [name for side, name in by_side if side >= wanted]
         preset = fitting[0] if fitting else by_side[-1][1]
-    if new.factor not in (None, PRESETS[preset].factor):  # the preset's is made for its own
-        options |= {"vae_widths": VAE_WIDTHS[: new.factor.bit_length()], "vae_layers": 1}
+    like = PRESETS[preset]
+    if new.factor not in (None, like.factor):  # the first stage of a preset is made for its own
+        widths, levels = like.vae_widths if like.vae_layers else VAE_WIDTHS, new.factor.bit_length()
+        options["vae_widths"] = (*widths, *[widths[-1]] * levels)[:levels]
+        options["vae_layers"] = like.vae_layers or 1
     if new.channels is not None:
         options["latent_channels"] = new.channels
     if new.size is not None:
