@@ -28,7 +28,7 @@ def random_tensors(seed, dtype="float64"):
 
 
 def by_singular_values(g):
-    """What `orthogonalise` should give: the polynomial applied to each singular value."""
+    """Apply the polynomial to each singular value: what `orthogonalise` should give."""
     u, s, v = np.linalg.svd(g, full_matrices=False)
     s = s / (np.linalg.norm(g) + 1e-7)
     for _ in range(ITERATIONS):

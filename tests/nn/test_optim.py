@@ -180,7 +180,7 @@ def test_parts_of_a_flat_cover_each_number_once(sizes, data):
 
 @pytest.mark.parametrize("first", [["kernel"], ["kernel", "matrix"], []])
 def test_what_has_no_gradient_stays(first):
-    """As the matrices that another optimizer moves, which lie first in the buffers."""
+    """Leave alone the matrices that Muon moves, which lie first in the buffers."""
     params, grads = random_tensors(0), random_tensors(1)
     expected, _ = step_from(params, grads, decay=0.1)
     for name in first:

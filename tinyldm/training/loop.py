@@ -139,9 +139,8 @@ class Pace:
             state.seconds = sum(self.seconds)  # the time counts from the start of the measurement
             if state.discriminator:
                 later = seconds_with_discriminator(state, gradient_of, batch)
-                begun = state.step - len(self.seconds)
                 step_seconds = mean_seconds(state.config, step_seconds, later)
-                state.seconds = (state.step - begun) * step_seconds
+                state.seconds = len(self.seconds) * step_seconds
                 state.corrections = len(CORRECTIONS)  # its steps are of two kinds
         else:
             state.corrections += 1
