@@ -1,8 +1,8 @@
 """The optimizers AdamW and Muon, the moving average of the weights, and the learning rate.
 
 AdamW treats a matrix as a list of numbers. The gradient of a matrix has a few large singular
-values, so most of its steps go their way. Muon moves all singular values of the momentum to about 1
-before it steps, so that rare directions are learnt as fast as common ones (Jordan et al. 2024,
+values, and they decide most of AdamW's step. Muon moves all singular values of the momentum to
+about 1 before it steps. So rare directions are learnt as fast as common ones (Jordan et al. 2024,
 "Muon: an optimizer for hidden layers in neural networks"). It is for the matrices between features.
 """
 
