@@ -42,7 +42,7 @@ def main() -> None:
     report(f"{SAMPLING.name}, {STEPS} steps", samples_differ(SAMPLING), SAMPLES_TOLERANCE)
     peer = load_peer()
     peer = peer if peer and peer.prepare_gpu() else None
-    print(peer.describe_device() if peer else "without PyTorch: none that has CUDA is installed")
+    print(peer.describe_device() if peer else "without PyTorch: it takes CUDA and diffusers")
     write(table, Run(tiny=False, rounds=ROUNDS, limits=None, peer=peer), print)
 
 

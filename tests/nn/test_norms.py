@@ -83,9 +83,13 @@ def test_layer_norm_is_a_group_norm_of_single_places(seed, shift, scale):
 @given(seeds, st.floats(0.1, 10))
 def test_unit_norm_keeps_the_direction_alone(seed, scale):
     x = random_array(np.random.default_rng(seed), (3, 4))
-    y, _ = unit_norm(x)
-    assert_near((y * y).sum(axis=1), np.ones(3), tol=1e-9)
-    assert_near(unit_norm(scale * x)[0], y, tol=1e-9)
+    y, _ = unit_norm(x, eps=0)
+    assert_near((y * y).sum(axis=1), np.ones(3), tol=1e-14)
+    assert_near(unit_norm(scale * x, eps=0)[0], y, tol=1e-14)
+
+
+def test_unit_norm_adds_eps_to_the_length():
+    assert_near(unit_norm(np.array([3.0, 4]), eps=1)[0], [0.5, 4 / 6], tol=1e-14)
 
 
 def test_unit_norm_of_nothing_is_nothing():
