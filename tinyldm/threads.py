@@ -60,10 +60,15 @@ def sequential() -> Iterator[None]:
         _held.pop()
 
 
+def limited_blas() -> contextlib.AbstractContextManager:
+    """Hold the BLAS library to one thread for the length of a `with` block."""
+    return _thread_controller().limit(limits=1, user_api="blas")
+
+
 @contextlib.contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Hold the BLAS library to one thread for the length of a `with` block: the cores are taken."""
-    with _thread_controller().limit(limits=1, user_api="blas"), sequential():
+    """Hold `map_threads`, too, to one thread for the length of a `with` block: cores are taken."""
+    with limited_blas(), sequential():
         yield
 
 

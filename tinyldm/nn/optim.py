@@ -98,19 +98,15 @@ def orthogonalise(g: Array) -> Array:
     """Move the singular values of matrices (..., m, n) to about 1 (0.7…1.2), by Newton–Schulz.
 
     Each round is x ← p(x xᵀ) x. With x = U S Vᵀ, x xᵀ is U S² Uᵀ, so the polynomial p acts on the
-    singular values alone. QUINTIC is one that, applied a few times, takes all of 0…1 near 1. The
-    rounds commute: they are multiplied on the shorter side, and x is in the first and last alone.
+    singular values alone. QUINTIC is one that, applied a few times, takes all of 0…1 near 1.
     """
     xp = array_module(g)
     wide = g if g.shape[-2] <= g.shape[-1] else g.swapaxes(-1, -2)
     x = wide / (xp.sqrt((wide * wide).sum((-2, -1), keepdims=True)) + 1e-7)
-    square = x @ x.swapaxes(-1, -2)  # x xᵀ of each round
     a, b, c = QUINTIC
-    every = unit = xp.eye(x.shape[-2], dtype=x.dtype)
     for _ in range(ITERATIONS):
-        p = a * unit + b * square + c * (square @ square)
-        every, square = p @ every, p @ square @ p
-    x = every @ x
+        square = x @ x.swapaxes(-1, -2)
+        x = a * x + (b * square + c * (square @ square)) @ x
     return x if wide is g else x.swapaxes(-1, -2)
 
 

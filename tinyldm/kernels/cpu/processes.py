@@ -22,7 +22,14 @@ from multiprocessing.connection import Connection, Pipe
 import numpy as np
 
 from tinyldm.nn.protocol import use_kernels
-from tinyldm.threads import WORKER, cores, one_blas_thread, only_thread
+from tinyldm.threads import (
+    WORKER,
+    cores,
+    limited_blas,
+    one_blas_thread,
+    only_thread,
+    sequential,
+)
 
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 PRESET = "TINYLDM_PROCESSES"
@@ -70,7 +77,8 @@ class WorkerPool:
         with _explained():
             for connection, share in zip(others, shares[1:], strict=True):
                 connection.send(share)
-        outcomes = [_attempt(self._function, shares[0])]
+        with sequential():  # while the others work
+            outcomes = [_attempt(self._function, shares[0])]
         with _explained():
             outcomes += [connection.recv() for connection in others]
         for _, error in outcomes:
@@ -83,7 +91,7 @@ class WorkerPool:
 def worker_pool(function: Callable, size: int) -> Iterator[WorkerPool]:
     """Open a worker pool of `size` processes, this one included, for the length of a `with` block.
 
-    Within it BLAS has one thread.
+    Within it BLAS has one thread; between two calls `map_threads` has all cores.
     """
     connections, processes = [], []
     try:
@@ -99,7 +107,7 @@ def worker_pool(function: Callable, size: int) -> Iterator[WorkerPool]:
             there.close()
             connections.append(here)
             processes.append(process)
-        with one_blas_thread() if size > 1 else contextlib.nullcontext():
+        with limited_blas() if size > 1 else contextlib.nullcontext():
             yield WorkerPool(function, connections)
     finally:
         for connection in connections:
