@@ -19,7 +19,7 @@ from types import ModuleType
 
 from threadpoolctl import threadpool_info
 
-from bench import against, conv, hops, image, ops, sample, scaling, sd, train
+from bench import against, conv, equal, hops, image, ops, sample, scaling, sd, train
 from bench.compare import Run, load_peer
 from bench.measure import Limits
 from bench.report import write
@@ -87,5 +87,5 @@ def environment(peer: ModuleType | None) -> list[str]:
 
 
 if __name__ == "__main__":  # and not in the processes in which memory is measured
-    others = {"against": against.main, "hops": hops.main}
+    others = {"against": against.main, "equal": equal.main, "hops": hops.main}
     others.get(sys.argv[1] if len(sys.argv) > 1 else "", main)()

@@ -1,5 +1,7 @@
 """PyTorch and diffusers, with our weights and our arrays. Importing this file needs both."""
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,9 +35,18 @@ IMAGE, KERNEL = (
 )  # our order of the axes, of (n, c, h, w) and (k, c, h, w)
 
 
-def describe_device() -> str:
-    """Version and threads."""
-    return f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads"
+def describe_device(seconds: float = 1.0) -> str:
+    """Describe version, threads and the rate of a matrix product, measured for so many seconds."""
+    a = torch.ones(1024, 1024)
+    end, best = time.perf_counter() + seconds, math.inf
+    while time.perf_counter() < end:
+        started = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - started)
+    return (
+        f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, SGEMM "
+        f"{2 * len(a) ** 3 / best / 1e9:.0f} GF/s"
+    )
 
 
 def prepare_gpu() -> bool:
