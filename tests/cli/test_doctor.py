@@ -191,16 +191,9 @@ def test_a_numpy_without_a_fast_blas(patient):
 
 
 def test_too_slow_for_the_demo(patient):
-    """500 · 0.3 + 1,600 · 0.4 seconds are 13 ⅙ minutes."""
-    slow = replace(
-        DEMO,
-        step_seconds={"autoencoder": 0.3, "denoiser": 0.4},
-        steps={"autoencoder": 240, "denoiser": 470},
-    )
-    patient.setattr(estimate, "estimate_run", lambda *args: slow)
+    patient.setattr(estimate, "estimate_run", lambda *args: replace(DEMO, enough=14))
     problem = the_problem()
-    assert "less sharp" in problem and "500 + 1,600 steps" in problem
-    assert problem.endswith("tinyldm train --minutes 14 --out runs/long")
+    assert "too few steps" in problem and problem.endswith(": tinyldm demo --minutes 14")
 
 
 def test_too_little_memory(patient):

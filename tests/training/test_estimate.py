@@ -15,6 +15,7 @@ from tinyldm.training import estimate
 from tinyldm.training.config import Config, Stage
 from tinyldm.training.estimate import RunEstimate, estimate_run
 from tinyldm.training.networks import Models
+from tinyldm.training.presets import PRESETS
 
 STAGE = Stage(batch=4, rate=1e-3, warmup=2, ema=0.9, steps=6)
 CONFIG = Config(
@@ -211,6 +212,36 @@ def test_what_a_person_is_told():
     ]
     unknown = dataclasses.replace(FOUND, free=None)
     assert said(unknown)[0].endswith("0.9 GB of memory") and len(said(unknown)) == 1
+
+
+def test_a_slow_machine_hears_how_long_good_images_take():
+    assert said(dataclasses.replace(FOUND, enough=12))[1:] == [
+        "  95 % of the captions or more come out right after 500 + 1,900 steps, which take 12 "
+        "minutes here: begin with --minutes 12, or go on afterwards with --resume --minutes 5"
+    ]
+
+
+@pytest.mark.parametrize(
+    "step_seconds, steps, enough",
+    [
+        # Within 38 and 222 s, of which 20 pass while the images are encoded.
+        ({"autoencoder": 0.05, "denoiser": 0.1}, {"autoencoder": 760, "denoiser": 2020}, None),
+        # 20 + 1,900 · 0.3 s are 590 of 222: of the 260 s of both, 691, or 11.5 minutes.
+        ({"autoencoder": 0.05, "denoiser": 0.3}, {"autoencoder": 760, "denoiser": 673}, 12),
+        # 500 · 0.2 s are 100 of 38: 684 s.
+        ({"autoencoder": 0.2, "denoiser": 0.1}, {"autoencoder": 190, "denoiser": 2020}, 12),
+    ],
+)
+def test_minutes_that_the_demo_needs(monkeypatch, step_seconds, steps, enough):
+    demo = dataclasses.replace(PRESETS["demo"], seed=3, keep=5)
+    every = iter([x for each in step_seconds.values() for x in (0.0, each)])
+    monkeypatch.setattr(estimate, "_measure", lambda *args: (next(every), 0))
+    monkeypatch.setattr(estimate, "_encoding", lambda *args: (20.0, 0))
+    found = estimate_run(demo, 20_000)
+    assert (found.steps, found.enough) == (steps, enough)
+    every = iter([x for each in step_seconds.values() for x in (0.0, each)])
+    other = dataclasses.replace(demo, condition="class-time")
+    assert estimate_run(other, 20_000).enough is None, "other models need others"
 
 
 def test_too_little_memory_is_said_with_what_to_do():

@@ -29,8 +29,8 @@ def test_presets_are_models(name):
 
 @pytest.mark.parametrize(
     ("size", "preset"),
-    [(None, "demo"), (8, "demo"), (16, "demo"), (32, "demo"), (48, "medium"), (64, "medium"),
-     (96, "large"), (128, "large"), (256, "large")],
+    [(None, "demo"), (8, "lesson"), (16, "lesson"), (32, "demo"), (48, "medium"),
+     (64, "medium"), (96, "large"), (128, "large"), (256, "large")],
 )  # fmt: skip
 def test_the_size_chooses_the_preset(size, preset):
     config = make_config(size=size)
@@ -57,7 +57,7 @@ def test_a_size_divides_or_the_nearest_are_named(size, name):
 
 
 def test_a_preset_that_there_is_not():
-    with pytest.raises(ConfigError, match="tiny, demo, medium or large, found 'dmeo'; did you mea"):
+    with pytest.raises(ConfigError, match="tiny, lesson, demo, medium or large, found 'dmeo'; did you mea"):
         make_config("dmeo")
 
 

@@ -894,6 +894,26 @@ def test_a_resumed_run_keeps_the_total_on_a_faster_machine(tmp_path, monkeypatch
     assert rates[7:] == [learning_rate(s, 10, STAGE.rate, STAGE.warmup) for s in (7, 8, 9)]
 
 
+def test_a_stage_counts_its_preparation_and_its_reports(tmp_path, monkeypatch, timed):
+    """Of five seconds two go before the first step, and one for images after the fourth."""
+    with monkeypatch.context() as patch:
+        clock, job, due = Clock(patch, 0.25), stages.Run.denoiser_job, loop.snapshots.due
+
+        def slow_job(run):
+            clock.now += 2
+            return job(run)
+
+        def slow_report(step, *others):
+            clock.now += step == 4
+            return due(step, *others)
+
+        patch.setattr(stages.Run, "denoiser_job", slow_job)
+        patch.setattr(loop.snapshots, "due", slow_report)
+        train(tmp_path, timed, say=silent)
+    state = load_state(tmp_path)
+    assert (state.done_before, state.step, state.seconds) == (16, 8, 5)
+
+
 def test_stopped_while_it_measures_a_run_measures_again(tmp_path, monkeypatch, timed):
     with monkeypatch.context() as patch:
         Clock(patch, 0.5)
@@ -902,11 +922,11 @@ def test_stopped_while_it_measures_a_run_measures_again(tmp_path, monkeypatch, t
             train(tmp_path, timed, say=silent)
     assert load_state(tmp_path).total is None
     with monkeypatch.context() as patch:
-        Clock(patch, 1.0)
+        Clock(patch, 0.25)
         resume(tmp_path, say=silent)
     state = load_state(tmp_path)
-    assert state.done_before == 2 + 5  # the time counts from the start of the measurement
-    assert state.total == 5
+    assert state.done_before == 2 + 16  # a second of the five had passed before
+    assert state.total == 20
 
 
 def test_states_are_saved_as_time_goes_by(tmp_path, monkeypatch, no_images):
@@ -928,7 +948,9 @@ def batches(whole):
     with pytest.MonkeyPatch.context() as patch:
         without_images(patch)
         patch.setattr(
-            stages, "fit", lambda run, state, job, stop: found.update({state.stage: job.batch_at})
+            stages,
+            "fit",
+            lambda run, state, make, stop: found.update({state.stage: make().batch_at}),
         )
         big = dataclasses.replace(STAGE, batch=256)
         config = dataclasses.replace(CONFIG, autoencoder=big, denoiser=big)

@@ -7,12 +7,14 @@ from tinyldm.cli import evaluate
 from tinyldm.cli import train as training
 from tinyldm.cli.arguments import add_options, say
 from tinyldm.training.config import Config
+from tinyldm.training.presets import NewRun
 
 OUT = "runs/demo"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of a training run that the demo has."""
+    add_options(parser, NewRun, ("minutes",))
     add_options(parser, Config, ("seed", "keep"))
     training.add_run(parser, out=OUT)
     parser.set_defaults(preset="demo", overfit=None)
@@ -33,5 +35,6 @@ def run(options: Namespace) -> None:
         f'  tinyldm sample {options.out} "a large red circle on blue at the left" -o circle.png\n'
         f'  tinyldm sample {options.out} "a small white triangle on black at the top" --n 4 '
         "--seed 7 -o triangle.png\n"
-        f"  tinyldm eval {options.out}"
+        "or go on to better images:\n"
+        f"  tinyldm demo --out {options.out} --resume --minutes 5"
     )

@@ -121,8 +121,13 @@ def train_unet(
 
     Before the end, a third of the captions will do. The seconds are those of training alone.
     """
-    job, quality, paused, started = run.job(), [], 0.0, time.monotonic()
-    images = None
+    quality, paused, started, images = [], 0.0, 0.0, None
+
+    def make_job():
+        nonlocal started
+        job = run.job()
+        started = time.monotonic()
+        return Job(job.loss_fn, job.batch_at, run.say, report)
 
     def report():
         nonlocal images, paused
@@ -133,7 +138,7 @@ def train_unet(
         paused += time.monotonic() - now
         return {}, f", {quality[-1][1]:.0%} of {len(some)} captions right"
 
-    fit(run.folder, run.state, Job(job.loss_fn, job.batch_at, run.say, report), stop)
+    fit(run.folder, run.state, make_job, stop)
     return images, quality
 
 

@@ -17,11 +17,12 @@ from tinyldm.machine import duration, free_memory, gigabytes, held_memory
 from tinyldm.models import ClassNames, Tokenizer
 from tinyldm.sampling.tasks import takes_whole_image
 from tinyldm.threads import cores
-from tinyldm.training.config import Config
+from tinyldm.training.config import STAGES, Config
 from tinyldm.training.latents import AT_ONCE, all_gaussians
 from tinyldm.training.loop import mean_seconds
 from tinyldm.training.losses import Features
 from tinyldm.training.networks import Models
+from tinyldm.training.presets import ENOUGH, is_demo
 from tinyldm.training.stages import Run, begin, second_stage
 from tinyldm.training.step import stage_gradient, train_step
 
@@ -39,6 +40,7 @@ class RunEstimate:
     memory: int  # bytes, the most that its processes will hold
     held: int  # of them, what it held before
     free: int | None  # bytes that it could take beside those; None if unknown
+    enough: int | None = None  # minutes for good images, where the demo's own are too few for them
 
     @property
     def seconds(self) -> float:
@@ -58,12 +60,17 @@ class RunEstimate:
 
     def announce(self, say: Callable[[str], None]) -> None:
         """Print the estimate, and what to do if the memory does not suffice."""
-        steps = " + ".join(f"{steps:,}" for steps in self.steps.values())
         free = "" if self.free is None else f" ({gigabytes(self.free)} are free)"
         say(
-            f"{steps} steps will take about {duration(self.seconds)}, plus the images sampled "
-            f"on the way, and {gigabytes(self.memory)} of memory{free}"
+            f"{_added(self.steps)} steps will take about {duration(self.seconds)}, plus the images "
+            f"sampled on the way, and {gigabytes(self.memory)} of memory{free}"
         )
+        if self.enough:
+            say(
+                "  95 % of the captions or more come out right after "
+                f"{_added(ENOUGH)} steps, which take {self.enough} minutes here: begin with "
+                f"--minutes {self.enough}, or go on afterwards with --resume --minutes 5"
+            )
         if not self.fits:
             say(
                 "  that is more than is free: close other programs, or take fewer images, a "
@@ -92,8 +99,9 @@ def estimate_run(
     step_seconds, states, peaks = {}, [], []
     for name in models.stages:
         with _traced() as traced:
-            state = begin(models, data, "", device, _silent)
-            if name != state.stage:
+            if name == models.stages[0]:
+                state = begin(models, data, "", device, _silent)
+            else:
                 state = second_stage(models, first_stage, data, "", device, _silent)
             job = Run("", state, models, data, data, device, _silent).job()
             batch = job.batch_at(0)
@@ -125,8 +133,14 @@ def estimate_run(
     # all that its own work has freed.
     others = available() - 1 if device == "cpu" else 0
     memory += others * (max(states) + max(peaks))
-    steps = {name: _steps(getattr(config, name), step_seconds[name]) for name in step_seconds}
-    return RunEstimate(step_seconds, steps, encoding, int(memory), held, free)
+    before = {STAGES[1]: encoding}  # seconds of a stage that pass before its first step
+    steps = {
+        name: _steps(getattr(config, name), each, before.get(name, 0.0))
+        for name, each in step_seconds.items()
+    }
+    few = is_demo(config) and any(steps[name] < n for name, n in ENOUGH.items())
+    enough = _minutes(config, step_seconds, before) if few else None
+    return RunEstimate(step_seconds, steps, encoding, int(memory), held, free, enough)
 
 
 def _some_data(config):
@@ -145,8 +159,22 @@ def _silent(line):
     """Say nothing: these stages are not those of the run."""
 
 
-def _steps(stage, step_seconds):
-    return stage.steps or max(1, int(stage.seconds / step_seconds))
+def _added(steps):
+    return " + ".join(f"{number:,}" for number in steps.values())
+
+
+def _steps(stage, step_seconds, before):
+    return stage.steps or max(1, int((stage.seconds - before) / step_seconds))
+
+
+def _minutes(config, step_seconds, before):
+    """Return the whole minutes in which both stages take ENOUGH steps, each with its share."""
+    lengths = {name: getattr(config, name).seconds for name in STAGES}
+    shares = (
+        (before.get(name, 0.0) + ENOUGH[name] * step_seconds[name]) / length
+        for name, length in lengths.items()
+    )
+    return math.ceil(max(shares) * sum(lengths.values()) / 60)
 
 
 def _step(state, gradient_of, batch):

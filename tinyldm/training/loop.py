@@ -46,15 +46,17 @@ class Job:
     after_step: Callable[[], None] = _nothing
 
 
-def fit(folder: Path, state: State, job: Job, stop: Interruptible) -> None:
-    """Take steps of AdamW until the present stage is done; save the state at least every minute.
+def fit(folder: Path, state: State, make_job: Callable[[], Job], stop: Interruptible) -> None:
+    """Take steps until the present stage is done; save the state at least every minute.
 
+    A stage's seconds hold all that it does: preparing its job, and the images on the way, too.
     Raises Stopped after a signal, with the state saved, and Diverged where the loss is not finite.
     """
     stage: Stage = getattr(state.config, state.stage)
     if state.total is None:
         state.total = stage.steps
     pace = Pace(stage)
+    job = make_job()
     saved = reported = time.monotonic()
     extra = {}  # further values of the last step, for the log
     with (
@@ -109,16 +111,18 @@ def _progress_bar(state):
 
 @dataclass
 class Pace:
-    """Pace of a stage: the seconds that its steps take."""
+    """Pace of a stage: the seconds that its steps take, and all that has passed."""
 
     stage: Stage
     seconds: list[float] = field(default_factory=list)  # of each step since the loop began
+    counted: float = field(default_factory=lambda: time.monotonic())  # in state.seconds, up to then
 
     def add(self, seconds: float, state: State) -> None:
         """Count the seconds of one more step; where steps are given, the state knows no time."""
         self.seconds.append(seconds)
         if self.stage.seconds is not None:
-            state.seconds += seconds
+            before, self.counted = self.counted, time.monotonic()
+            state.seconds += self.counted - before
 
     def is_due(self, state: State) -> bool:
         """Return whether it is time to find how many steps fit into the stage's seconds."""
@@ -136,7 +140,6 @@ class Pace:
         """
         step_seconds = float(np.median(self.seconds[CALIBRATION[0] :][-RECENT:]))
         if state.total is None:
-            state.seconds = sum(self.seconds)  # the time counts from the start of the measurement
             if state.discriminator:
                 later = seconds_with_discriminator(state, gradient_of, batch)
                 step_seconds = mean_seconds(state.config, step_seconds, later)

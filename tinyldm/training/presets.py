@@ -34,6 +34,20 @@ PRESETS = {
         text_width=32,
         steps=5,
     ),
+    "lesson": Config(  # the demo's networks, on images of half the size
+        preset="lesson",
+        side=16,
+        images=8192 + 512,
+        autoencoder=Stage(batch=16, rate=4e-3, muon=0.0136, warmup=20, ema=0.98, seconds=45),
+        denoiser=Stage(batch=16, rate=2e-3, muon=0.014, warmup=50, ema=0.995, seconds=120),
+        vae_widths=(32, 32),
+        vae_layers=0,
+        unet_widths=(48, 64),
+        unet_attention=(False, True),
+        unet_layers=(0, 1),
+        guidance=2.5,
+        tokens=11,  # as many as the captions need
+    ),
     "demo": Config(
         autoencoder=Stage(batch=16, rate=4e-3, muon=0.0136, warmup=20, ema=0.98, seconds=38),
         denoiser=Stage(batch=16, rate=2e-3, muon=0.014, warmup=50, ema=0.995, seconds=222),
@@ -65,6 +79,9 @@ PRESETS = {
         text_width=128,
     ),
 }
+# Steps of the demo's stages after which 95 % of the captions or more are right in all attributes:
+# 98.8 % after 518 + 1,837 of them, and 98.0 % where colour and shape were held out as a pair.
+ENOUGH = {"autoencoder": 500, "denoiser": 1900}
 MAY_CHANGE = {"keep", "data", "skip_bad", "checkpointing"}  # when a run is resumed
 VAE_WIDTHS = (32, 64)  # channels per level, the last again and again, for other factors
 LARGEST_SIDE = 1024  # pixels of a side
@@ -76,8 +93,8 @@ class NewRun:
     """Options of a new run besides the fields of its Config; None is the preset's value."""
 
     preset: str | None = option(
-        "preset: tiny (16 px, seconds, to try things out), demo (32 px, 5 minutes), "
-        "medium (64 px, 30 minutes) or large (128 px, 3 hours)", None,
+        "preset: tiny (16 px, seconds, to try things out), lesson (16 px, 3 minutes), "
+        "demo (32 px, 5 minutes), medium (64 px, 30 minutes) or large (128 px, 3 hours)", None,
         choices=PRESETS, group=MODEL, default_text="the smallest for --size, else demo",
     )  # fmt: skip
     size: int | tuple[int, int] | None = option(
@@ -164,6 +181,14 @@ def with_length(config: Config, seconds: float, stages: Sequence[str] = STAGES) 
         for name, part in parts.items()
     }
     return replace(config, **parts)
+
+
+def is_demo(config: Config) -> bool:
+    """Return whether a config is the demo's, whatever its seed and its minutes."""
+    demo = PRESETS["demo"]
+    own = {name: getattr(demo, name) for name in ("seed", "keep", *STAGES)}
+    timed = all(getattr(config, name).seconds is not None for name in STAGES)
+    return timed and replace(config, **own) == demo
 
 
 def changed(config: Config, **settings: object) -> Config:

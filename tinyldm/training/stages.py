@@ -97,7 +97,7 @@ class Run:
     def fit_autoencoder(self, stop: Interruptible) -> None:
         """Train stage 1: images (n, height, width, c) to reconstructions of the same."""
         self.say("stage 1 of 2: the autoencoder learns to compress images into latents, and back")
-        fit(self.folder, self.state, self.autoencoder_job(), stop)
+        fit(self.folder, self.state, self.autoencoder_job, stop)
 
     def autoencoder_job(self) -> Job:
         """Make stage 1's job. A batch: images, and noise for a KL autoencoder's latents."""
@@ -143,10 +143,9 @@ class Run:
             "its loss goes flat early, and that is normal: most of it is noise that no network "
             "could predict. Look at samples/, and at the loss at high noise"
         )
-        job = self.denoiser_job()
         snapshots.first_stage(self.folder, self.export(), self.training)
         try:
-            fit(self.folder, self.state, job, stop)
+            fit(self.folder, self.state, self.denoiser_job, stop)
         except Stopped:
             self.export()
             raise

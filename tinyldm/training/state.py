@@ -41,7 +41,7 @@ class State:
     discriminator_moments: dict = field(default_factory=dict)
     step: int = 0  # done in this stage
     total: int | None = None  # steps of this stage, once it is known
-    seconds: float = 0.0  # of this stage's steps, since they were first timed
+    seconds: float = 0.0  # that this stage has taken so far, where its length is given in them
     corrections: int = 0  # of their number, so far
     done_before: int = 0  # steps of the stages before
     scaling_factor: float = 1.0
