@@ -21,6 +21,7 @@ from slow import mostly_slow
 
 import tinyldm
 from tinyldm import backend, cli
+from tinyldm.cli import demo
 from tinyldm.cli import evaluate as commands
 from tinyldm.cli import sample as generating
 from tinyldm.diffusion import SAMPLERS
@@ -393,6 +394,19 @@ def test_demo(call, small, tmp_path, monkeypatch):
     assert "4 images generated" in lines
     assert (tmp_path / "run" / "eval.json").exists()
     assert f'tinyldm sample {tmp_path / "run"} "' in result.err
+
+
+def test_demo_takes_minutes_and_goes_on(call, small, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(demo.training, "make_config", lambda **options: asked.append(options))
+    monkeypatch.setattr(demo.training, "train", lambda *args, **others: 1 / 0)
+    monkeypatch.setattr(demo.training, "resume", lambda *args, **options: asked.append(options))
+    monkeypatch.setattr(demo.evaluate, "run", lambda options: None)
+    with pytest.raises(ZeroDivisionError):
+        call("demo", "--minutes", 10, "--out", tmp_path)
+    monkeypatch.setattr(demo.training, "_what_to_say", lambda pipeline: "…")
+    assert call("demo", "--resume", "--minutes", 5, "--out", tmp_path).code == 0
+    assert [options["minutes"] for options in asked] == [10, 5]
 
 
 # ------------------------------------------------------------------------------------------ sample

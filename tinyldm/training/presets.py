@@ -38,7 +38,7 @@ PRESETS = {
         preset="lesson",
         side=16,
         images=8192 + 512,
-        autoencoder=Stage(batch=16, rate=4e-3, muon=0.0136, warmup=20, ema=0.98, seconds=45),
+        autoencoder=Stage(batch=16, rate=4e-3, muon=0.0136, warmup=20, ema=0.98, seconds=40),
         denoiser=Stage(batch=16, rate=2e-3, muon=0.014, warmup=50, ema=0.995, seconds=120),
         vae_widths=(32, 32),
         vae_layers=0,
