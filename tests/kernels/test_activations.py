@@ -3,13 +3,35 @@
 import math
 
 import numpy as np
+import pytest
 from numpy.polynomial import chebyshev, polynomial
 from scipy import special
 
 from tinyldm.kernels.cpu import activations
 
 
-def test_normal_cdf_in_float32():
+@pytest.fixture(params=["tanh", "exp"])
+def loop(request, monkeypatch):
+    """Which of NumPy's loops is taken: on each machine both must be right."""
+    monkeypatch.setattr(activations, "_tanh_is_fast", lambda: request.param == "tanh")
+
+
+@pytest.mark.parametrize("dtype, tol", [("float32", 4e-7), ("float64", 1e-15)])
+def test_one_plus_tanh(loop, dtype, tol):
+    x = np.concatenate([np.linspace(-12, 12, 100_001), [-1e4, -1e30, 1e4, 1e30]]).astype(dtype)
+    before, found = x.copy(), np.empty_like(x)
+    activations.one_plus_tanh(x, out=found)
+    assert found.dtype == dtype and np.array_equal(x, before)
+    assert np.abs(found - 2 * special.expit(2 * x.astype("float64"))).max() < tol
+    activations.one_plus_tanh(x, out=x)
+    assert np.array_equal(x, found)
+
+
+def test_the_choice_between_tanh_and_exp_is_known():
+    assert activations._tanh_is_fast() in (False, True)
+
+
+def test_normal_cdf_in_float32(loop):
     far = np.array([20, 1e4, 3e38, np.inf])
     x = np.concatenate([np.linspace(-8, 8, 400_001), far, -far]).astype("float32")
     cdf = activations.normal_cdf(x)

@@ -57,7 +57,9 @@ def test_a_size_divides_or_the_nearest_are_named(size, name):
 
 
 def test_a_preset_that_there_is_not():
-    with pytest.raises(ConfigError, match="tiny, lesson, demo, medium or large, found 'dmeo'; did you mea"):
+    with pytest.raises(
+        ConfigError, match="tiny, lesson, demo, medium or large, found 'dmeo'; did you mea"
+    ):
         make_config("dmeo")
 
 

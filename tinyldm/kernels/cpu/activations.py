@@ -3,6 +3,7 @@
 GELU and GEGLU take a fast normal distribution in float32.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -94,6 +95,26 @@ def _slope(x, cdf):
     return y
 
 
+@functools.cache
+def _tanh_is_fast():
+    """Return whether NumPy's tanh takes no longer than its exp; without AVX-512 it takes twice."""
+    loops = np.lib.introspect.opt_func_info(func_name="^tanh$")
+    chosen = loops["tanh"]["ff"]["current"]
+    return "AVX512" in chosen or "X86_V4" in chosen
+
+
+def one_plus_tanh(x: Array, out: Array) -> None:
+    """Compute 1 + tanh(x), which is 2 σ(2x), into `out`; it may be x."""
+    if x.dtype != "float32" or _tanh_is_fast():
+        np.tanh(x, out=out)
+        out += 1
+        return
+    with np.errstate(over="ignore"):  # 2 / (1 + ∞) is 0, as it should be
+        np.exp(np.multiply(x, -2, out=out), out=out)
+    out += 1
+    np.divide(2, out, out=out)
+
+
 # erf(x/√2) = tanh(x P(x²)). The coefficients of P, lowest first, are the weighted minimax fit on
 # |x| ≤ 5.6 that tests/kernels/test_activations.py repeats; in float32 the error stays below 1.5e-7.
 _CDF_COEFFICIENTS = (
@@ -114,9 +135,8 @@ def normal_cdf(x: Array) -> Array:
         y *= square
     y += _CDF_COEFFICIENTS[0]
     y *= x
-    np.tanh(y, out=y)
+    one_plus_tanh(y, out=y)
     y *= 0.5
-    y += 0.5
     return y
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from tinyldm.backend import Array
 from tinyldm.kernels.blocking import on_free_cores, row_blocks
+from tinyldm.kernels.cpu.activations import one_plus_tanh
 from tinyldm.kernels.registry import kernel
 from tinyldm.kernels.workspace import empty, scratch_like
 from tinyldm.nn.protocol import Backward
@@ -71,8 +72,7 @@ def _group_norm(x, w, b, groups, eps, silu):
             h += shift
             if silu:
                 (gate,) = scratch_like(h)
-                np.tanh(h, out=gate)
-                gate += 1
+                one_plus_tanh(h, out=gate)
                 h *= gate
 
         on_free_cores(normalise, cut, x_.size, x)
@@ -91,15 +91,14 @@ def _group_norm(x, w, b, groups, eps, silu):
                 dz = dy_[:, ps]
                 centred, h, slope = scratch_like(dz, 3)
                 np.subtract(x_[:, ps], mean_, out=centred)
-                if silu:  # dz = ½ (1 + t) (1 + h (1 − t)) dy, t = tanh h
+                if silu:  # dz = ½ g (1 + h (2 − g)) dy, g = 1 + tanh h
                     dz = dx_[:, ps]
                     np.multiply(centred, scale, out=h)
                     h += b_half
-                    np.tanh(h, out=dz)
-                    np.subtract(1, dz, out=slope)
+                    one_plus_tanh(h, out=dz)
+                    np.subtract(2, dz, out=slope)
                     slope *= h
                     slope += 1
-                    dz += 1
                     dz *= slope
                     dz *= dy_[:, ps]
                 np.multiply(dz, centred, out=h)
