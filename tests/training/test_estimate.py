@@ -207,8 +207,8 @@ def said(found):
 
 def test_what_a_person_is_told():
     assert said(FOUND) == [
-        "600 + 1,400 steps will take about 4 min 50 s, plus the images sampled on the way, and "
-        "0.9 GB of memory (6.2 GB are free)"
+        "600 + 1,400 steps will take about 4 min 50 s, plus the last images, and 0.9 GB of memory "
+        "(6.2 GB are free)"
     ]
     unknown = dataclasses.replace(FOUND, free=None)
     assert said(unknown)[0].endswith("0.9 GB of memory") and len(said(unknown)) == 1
@@ -216,7 +216,7 @@ def test_what_a_person_is_told():
 
 def test_a_slow_machine_hears_how_long_good_images_take():
     assert said(dataclasses.replace(FOUND, enough=12))[1:] == [
-        "  95 % of the captions or more come out right after 500 + 1,900 steps, which take 12 "
+        "  95 % of the captions or more come out right after 500 + 1,800 steps, which take 12 "
         "minutes here: begin with --minutes 12, or go on afterwards with --resume --minutes 5"
     ]
 
@@ -226,8 +226,8 @@ def test_a_slow_machine_hears_how_long_good_images_take():
     [
         # Within 38 and 222 s, of which 20 pass while the images are encoded.
         ({"autoencoder": 0.05, "denoiser": 0.1}, {"autoencoder": 760, "denoiser": 2020}, None),
-        # 20 + 1,900 · 0.3 s are 590 of 222: of the 260 s of both, 691, or 11.5 minutes.
-        ({"autoencoder": 0.05, "denoiser": 0.3}, {"autoencoder": 760, "denoiser": 673}, 12),
+        # 20 + 1,800 · 0.3 s are 560 of 222: of the 260 s of both, 656, or 10.9 minutes.
+        ({"autoencoder": 0.05, "denoiser": 0.3}, {"autoencoder": 760, "denoiser": 673}, 11),
         # 500 · 0.2 s are 100 of 38: 684 s.
         ({"autoencoder": 0.2, "denoiser": 0.1}, {"autoencoder": 190, "denoiser": 2020}, 12),
     ],

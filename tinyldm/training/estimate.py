@@ -44,7 +44,7 @@ class RunEstimate:
 
     @property
     def seconds(self) -> float:
-        """Return the seconds of training, without the images sampled on the way."""
+        """Return the seconds of training, without the images sampled where steps are given."""
         steps = sum(seconds * self.steps[stage] for stage, seconds in self.step_seconds.items())
         return steps + self.encoding
 
@@ -62,8 +62,8 @@ class RunEstimate:
         """Print the estimate, and what to do if the memory does not suffice."""
         free = "" if self.free is None else f" ({gigabytes(self.free)} are free)"
         say(
-            f"{_added(self.steps)} steps will take about {duration(self.seconds)}, plus the images "
-            f"sampled on the way, and {gigabytes(self.memory)} of memory{free}"
+            f"{_added(self.steps)} steps will take about {duration(self.seconds)}, plus the last "
+            f"images, and {gigabytes(self.memory)} of memory{free}"
         )
         if self.enough:
             say(
