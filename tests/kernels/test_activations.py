@@ -13,7 +13,7 @@ from tinyldm.kernels.cpu import activations
 @pytest.fixture(params=["tanh", "exp"])
 def loop(request, monkeypatch):
     """Which of NumPy's loops is taken: on each machine both must be right."""
-    monkeypatch.setattr(activations, "_tanh_is_fast", lambda: request.param == "tanh")
+    monkeypatch.setattr(activations, "_exp_is_faster", lambda: request.param == "exp")
 
 
 @pytest.mark.parametrize("dtype, tol", [("float32", 4e-7), ("float64", 1e-15)])
@@ -27,8 +27,15 @@ def test_one_plus_tanh(loop, dtype, tol):
     assert np.array_equal(x, found)
 
 
-def test_the_choice_between_tanh_and_exp_is_known():
-    assert activations._tanh_is_fast() in (False, True)
+@pytest.mark.parametrize(
+    "chosen, faster",
+    [("X86_V4", False), ("AVX512_SKX", False), ("X86_V3", True), ("FMA3__AVX2", True),
+     ("baseline(NEON_VFPV4)", False), (None, False)],
+)  # fmt: skip
+def test_exp_is_faster_on_avx2_alone(monkeypatch, chosen, faster):
+    found = {"tanh": {"ff": {"current": chosen}}} if chosen else {}
+    monkeypatch.setattr(np.lib.introspect, "opt_func_info", lambda **_: found)
+    assert activations._exp_is_faster.__wrapped__() == faster
 
 
 def test_normal_cdf_in_float32(loop):

@@ -96,23 +96,23 @@ def _slope(x, cdf):
 
 
 @functools.cache
-def _tanh_is_fast():
-    """Return whether NumPy's tanh takes no longer than its exp; without AVX-512 it takes twice."""
-    loops = np.lib.introspect.opt_func_info(func_name="^tanh$")
-    chosen = loops["tanh"]["ff"]["current"]
-    return "AVX512" in chosen or "X86_V4" in chosen
+def _exp_is_faster():
+    """Return whether NumPy's exp takes half the time of its tanh: on x86 up to AVX2."""
+    loops = np.lib.introspect.opt_func_info(func_name="^tanh$", signature="float32")
+    chosen = loops.get("tanh", {}).get("ff", {}).get("current", "")
+    return "AVX2" in chosen or "X86_V3" in chosen  # in older NumPy, and in newer
 
 
 def one_plus_tanh(x: Array, out: Array) -> None:
     """Compute 1 + tanh(x), which is 2 σ(2x), into `out`; it may be x."""
-    if x.dtype != "float32" or _tanh_is_fast():
+    if x.dtype == "float32" and _exp_is_faster():
+        with np.errstate(over="ignore"):  # 2 / (1 + ∞) is 0, as it should be
+            np.exp(np.multiply(x, -2, out=out), out=out)
+        out += 1
+        np.divide(2, out, out=out)
+    else:
         np.tanh(x, out=out)
         out += 1
-        return
-    with np.errstate(over="ignore"):  # 2 / (1 + ∞) is 0, as it should be
-        np.exp(np.multiply(x, -2, out=out), out=out)
-    out += 1
-    np.divide(2, out, out=out)
 
 
 # erf(x/√2) = tanh(x P(x²)). The coefficients of P, lowest first, are the weighted minimax fit on
