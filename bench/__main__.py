@@ -81,7 +81,7 @@ def environment(peer: ModuleType | None) -> list[str]:
     return [
         f"tinyldm {__version__}, Python {platform.python_version()}, {platform.system()}",
         f"{describe_device()}; BLAS threads {', '.join(map(str, sorted(blas)))}",
-        peer.describe_device() if peer else "without PyTorch",
+        f"{peer.describe_device()}, SGEMM {peer.sgemm():.0f} GF/s" if peer else "without PyTorch",
         f"load of the machine before: {load}",
     ]
 

@@ -46,7 +46,7 @@ from tinyldm.training.step import stage_gradient, train_step
 
 def main() -> None:
     """Parse the command line, train both, print the table."""
-    parser = argparse.ArgumentParser(prog="python -m bench equal", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("command", choices=["equal"])
     parser.add_argument("run", type=Path, help="folder of a finished run on shapes")
     parser.add_argument("--seconds", type=float, default=222.0, help="of training, for each")

@@ -67,7 +67,7 @@ def limited_blas() -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Hold `map_threads`, too, to one thread for the length of a `with` block: cores are taken."""
+    """Hold BLAS and `map_threads` to one thread within a `with` block: the cores are taken."""
     with limited_blas(), sequential():
         yield
 

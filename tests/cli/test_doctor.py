@@ -193,7 +193,9 @@ def test_a_numpy_without_a_fast_blas(patient):
 def test_too_slow_for_the_demo(patient):
     patient.setattr(estimate, "estimate_run", lambda *args: replace(DEMO, enough=14))
     problem = the_problem()
-    assert "too few steps" in problem and problem.endswith(": tinyldm demo --minutes 14")
+    assert "five minutes are too short" in problem and problem.endswith(
+        ": tinyldm demo --minutes 14"
+    )
 
 
 def test_too_little_memory(patient):

@@ -13,7 +13,7 @@ from PIL import Image
 from tinyldm.checkpoints.safetensors import load_metadata, load_weights, save_weights
 from tinyldm.diffusion import SAMPLERS
 from tinyldm.experiments import guidance, latent_vs_pixel, samplers, schedules, scoring, trained
-from tinyldm.training import estimate, presets, snapshots
+from tinyldm.training import presets, snapshots
 from tinyldm.training import run as runs
 from tinyldm.training.config import Stage
 from tinyldm.training.signals import Interruptible, Stopped
@@ -68,7 +68,7 @@ def small(monkeypatch):
     monkeypatch.setattr(latent_vs_pixel, "CAPTIONS", (9, 9))
     monkeypatch.setattr(latent_vs_pixel, "LONG_ENOUGH", 0.0)
     monkeypatch.setattr(latent_vs_pixel, "CLASSIFIER_SECONDS", 0.2)
-    steps = SimpleNamespace(steps={"autoencoder": 4, "denoiser": 4})
+    steps = SimpleNamespace(step_seconds={"autoencoder": 0.25, "denoiser": 0.25})
     monkeypatch.setattr(trained, "estimate_run", lambda *args: steps)
 
 
@@ -160,7 +160,8 @@ def test_schedules(experiment, monkeypatch, tmp_path, call):
     ]  # fmt: skip
     for name, value in {"BASE": TINY, "CAPTIONS": 9, "TRIALS": trials}.items():
         monkeypatch.setattr(schedules, name, value)
-    monkeypatch.setattr(estimate, "_steps", lambda stage, seconds: 2)
+    steps = SimpleNamespace(step_seconds={"autoencoder": 0.5, "denoiser": 0.5})
+    monkeypatch.setattr(trained, "estimate_run", lambda *args: steps)
     names = "signal-to-noise.png", "samples.png"
     rows = experiment("schedules", "--seconds", 1, images=names)
     assert [(row["schedule"], row["prediction"], row["weighting"]) for row in rows] == trials

@@ -914,6 +914,24 @@ def test_a_stage_counts_its_preparation_and_its_reports(tmp_path, monkeypatch, t
     assert (state.done_before, state.step, state.seconds) == (16, 8, 5)
 
 
+@pytest.mark.slow
+def test_what_is_prepared_again_is_not_counted(tmp_path, monkeypatch, timed):
+    with monkeypatch.context() as patch:
+        clock, job = Clock(patch, 0.5), stages.Run.denoiser_job
+        at_step(patch, 15, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Stopped):
+            train(tmp_path, timed, say=silent)
+
+        def slow_job(run):
+            clock.now += 2
+            return job(run)
+
+        patch.setattr(stages.Run, "denoiser_job", slow_job)
+        resume(tmp_path, say=silent)
+    state = load_state(tmp_path)
+    assert (state.done_before, state.step, state.seconds) == (10, 10, 5)
+
+
 def test_stopped_while_it_measures_a_run_measures_again(tmp_path, monkeypatch, timed):
     with monkeypatch.context() as patch:
         Clock(patch, 0.5)

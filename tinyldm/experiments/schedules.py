@@ -10,6 +10,7 @@ prediction of ε does not determine the image, and the schedule refuses it.
 
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
             job = one.job()
             batch_at = batch_at or job.batch_at  # the images are encoded once for all
             started = time.monotonic()
-            fit(one.folder, state, Job(job.loss_fn, batch_at, say), stop)
+            fit(one.folder, state, partial(Job, job.loss_fn, batch_at, say), stop)
             row = trial | {"steps": state.step, "seconds": time.monotonic() - started}
             pipeline = one.export()
             for name, captions in prompts.items():

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tinyldm.data.dataset import DataError, Dataset
-from tinyldm.training.config import STAGES, Config
+from tinyldm.training.config import Config
 from tinyldm.training.estimate import estimate_run
 from tinyldm.training.networks import Models
 from tinyldm.training.preparation import Say, remove
@@ -38,9 +38,9 @@ def trained_run(run: str | Path | None, seconds: float, out: Path, say: Say) -> 
 
 
 def with_steps(config: Config, seconds: float, images: int) -> Config:
-    """Return the config with as many steps in each stage as fit into `seconds` on this machine."""
-    timed = {name: replace(getattr(config, name), steps=None, seconds=seconds) for name in STAGES}
-    steps = estimate_run(replace(config, **timed), images).steps
+    """Return the config with as many steps in each stage as take `seconds` on this machine."""
+    step_seconds = estimate_run(config, images).step_seconds
+    steps = {name: max(1, int(seconds / each)) for name, each in step_seconds.items()}
     stages = {name: replace(getattr(config, name), steps=n) for name, n in steps.items()}
     return replace(config, **stages)
 

@@ -77,5 +77,6 @@ def _polynomial(square):
     p = square @ square
     p *= c
     p += b * square
-    p.reshape(len(p), -1)[:, :: p.shape[1] + 1] += a  # the diagonals
+    diagonal = array_module(p).arange(p.shape[1])
+    p[:, diagonal, diagonal] += a
     return p

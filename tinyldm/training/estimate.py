@@ -44,7 +44,7 @@ class RunEstimate:
 
     @property
     def seconds(self) -> float:
-        """Return the seconds of training, without the images sampled where steps are given."""
+        """Return the seconds of training; where steps are given, images on the way come on top."""
         steps = sum(seconds * self.steps[stage] for stage, seconds in self.step_seconds.items())
         return steps + self.encoding
 
@@ -62,14 +62,13 @@ class RunEstimate:
         """Print the estimate, and what to do if the memory does not suffice."""
         free = "" if self.free is None else f" ({gigabytes(self.free)} are free)"
         say(
-            f"{_added(self.steps)} steps will take about {duration(self.seconds)}, plus the last "
-            f"images, and {gigabytes(self.memory)} of memory{free}"
+            f"{_added(self.steps)} steps will take about {duration(self.seconds)}, plus images "
+            f"to look at, and {gigabytes(self.memory)} of memory{free}"
         )
         if self.enough:
             say(
-                "  95 % of the captions or more come out right after "
-                f"{_added(ENOUGH)} steps, which take {self.enough} minutes here: begin with "
-                f"--minutes {self.enough}, or go on afterwards with --resume --minutes 5"
+                f"  95 % of the captions or more come out right after {_added(ENOUGH)} steps. Here "
+                f"they take {self.enough} minutes: tinyldm demo --overwrite --minutes {self.enough}"
             )
         if not self.fits:
             say(
@@ -168,13 +167,16 @@ def _steps(stage, step_seconds, before):
 
 
 def _minutes(config, step_seconds, before):
-    """Return the whole minutes in which both stages take ENOUGH steps, each with its share."""
+    """Return the whole minutes in which both stages take ENOUGH steps, each with its share.
+
+    A tenth is for the images on the way.
+    """
     lengths = {name: getattr(config, name).seconds for name in STAGES}
     shares = (
         (before.get(name, 0.0) + ENOUGH[name] * step_seconds[name]) / length
         for name, length in lengths.items()
     )
-    return math.ceil(max(shares) * sum(lengths.values()) / 60)
+    return math.ceil(1.1 * max(shares) * sum(lengths.values()) / 60)
 
 
 def _step(state, gradient_of, batch):

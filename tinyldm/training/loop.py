@@ -49,14 +49,15 @@ class Job:
 def fit(folder: Path, state: State, make_job: Callable[[], Job], stop: Interruptible) -> None:
     """Take steps until the present stage is done; save the state at least every minute.
 
-    A stage's seconds hold all that it does: preparing its job, and the images on the way, too.
+    A stage's seconds hold the preparation of its job and the images on the way, too.
     Raises Stopped after a signal, with the state saved, and Diverged where the loss is not finite.
     """
     stage: Stage = getattr(state.config, state.stage)
     if state.total is None:
         state.total = stage.steps
-    pace = Pace(stage)
+    began = time.monotonic()
     job = make_job()
+    pace = Pace(stage, began if state.step == 0 else time.monotonic())  # prepared again: for free
     saved = reported = time.monotonic()
     extra = {}  # further values of the last step, for the log
     with (
@@ -111,11 +112,11 @@ def _progress_bar(state):
 
 @dataclass
 class Pace:
-    """Pace of a stage: the seconds that its steps take, and all that has passed."""
+    """Pace of a stage: the seconds that its steps take, and those of all between them."""
 
     stage: Stage
+    counted: float  # the time up to which state.seconds is counted
     seconds: list[float] = field(default_factory=list)  # of each step since the loop began
-    counted: float = field(default_factory=lambda: time.monotonic())  # in state.seconds, up to then
 
     def add(self, seconds: float, state: State) -> None:
         """Count the seconds of one more step; where steps are given, the state knows no time."""
@@ -143,7 +144,7 @@ class Pace:
             if state.discriminator:
                 later = seconds_with_discriminator(state, gradient_of, batch)
                 step_seconds = mean_seconds(state.config, step_seconds, later)
-                state.seconds = len(self.seconds) * step_seconds
+                state.seconds += len(self.seconds) * step_seconds - sum(self.seconds)
                 state.corrections = len(CORRECTIONS)  # its steps are of two kinds
         else:
             state.corrections += 1

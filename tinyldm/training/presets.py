@@ -186,9 +186,11 @@ def with_length(config: Config, seconds: float, stages: Sequence[str] = STAGES) 
 def is_demo(config: Config) -> bool:
     """Return whether a config is the demo's, whatever its seed and its minutes."""
     demo = PRESETS["demo"]
-    own = {name: getattr(demo, name) for name in ("seed", "keep", *STAGES)}
     timed = all(getattr(config, name).seconds is not None for name in STAGES)
-    return timed and replace(config, **own) == demo
+    alike = {
+        name: replace(getattr(config, name), seconds=getattr(demo, name).seconds) for name in STAGES
+    }
+    return timed and replace(config, seed=demo.seed, keep=demo.keep, **alike) == demo
 
 
 def changed(config: Config, **settings: object) -> Config:

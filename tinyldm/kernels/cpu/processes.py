@@ -77,7 +77,7 @@ class WorkerPool:
         with _explained():
             for connection, share in zip(others, shares[1:], strict=True):
                 connection.send(share)
-        with sequential():  # while the others work
+        with sequential() if others else contextlib.nullcontext():  # the cores are taken
             outcomes = [_attempt(self._function, shares[0])]
         with _explained():
             outcomes += [connection.recv() for connection in others]
