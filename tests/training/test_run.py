@@ -895,7 +895,7 @@ def test_a_resumed_run_keeps_the_total_on_a_faster_machine(tmp_path, monkeypatch
 
 
 def test_a_stage_counts_its_preparation_and_its_reports(tmp_path, monkeypatch, timed):
-    """Of five seconds two go before the first step, and one for images after the fourth."""
+    """Count five seconds: two of preparation, two of eight steps, one of images in between."""
     with monkeypatch.context() as patch:
         clock, job, due = Clock(patch, 0.25), stages.Run.denoiser_job, loop.snapshots.due
 
