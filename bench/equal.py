@@ -132,7 +132,11 @@ def theirs(folder: Path, seconds: float) -> tuple[Params, int]:
     for name in inner:
         by_shape.setdefault(params[name].shape, []).append(params[name])
     groups = [
-        (weights, torch.zeros(len(weights), *shape), stretch(_ours(weights[0].detach().numpy())))
+        (
+            weights,
+            torch.zeros(len(weights), *shape),
+            stretch(peer.to_numpy(weights[0], peer.KERNEL)),
+        )
         for shape, weights in by_shape.items()
     ]
     average = {name: w.detach().clone() for name, w in params.items()}
@@ -170,12 +174,8 @@ def theirs(folder: Path, seconds: float) -> tuple[Params, int]:
             torch._foreach_lerp_(list(average.values()), list(params.values()), 1 - kept)
 
     steps = for_seconds(seconds, stage, take_step)
-    return {name: _ours(w.numpy()) for name, w in average.items()}, steps
-
-
-def _ours(w):
-    """Return a weight in our order of axes."""
-    return np.ascontiguousarray(w.transpose(2, 3, 1, 0)) if w.ndim == 4 else w
+    kernels = {name: peer.to_numpy(w, peer.KERNEL) for name, w in average.items()}
+    return {name: np.ascontiguousarray(w) for name, w in kernels.items()}, steps
 
 
 def scores(folder: Path, average: Params, count: int) -> tuple[list[float], list[float]]:

@@ -21,6 +21,15 @@ from tinyldm.training.config import (
 
 PRESET = "the preset's"  # the default, where the preset states it
 
+DEMO_MODEL = {
+    "vae_widths": (32, 32),
+    "vae_layers": 0,
+    "unet_widths": (48, 64),
+    "unet_attention": (False, True),
+    "unet_layers": (0, 1),
+    "guidance": 2.5,
+    "tokens": 11,  # as many as the captions need
+}
 PRESETS = {
     "tiny": Config(
         preset="tiny",
@@ -40,24 +49,12 @@ PRESETS = {
         images=8192 + 512,
         autoencoder=Stage(batch=16, rate=4e-3, muon=0.0136, warmup=20, ema=0.98, seconds=40),
         denoiser=Stage(batch=16, rate=2e-3, muon=0.014, warmup=50, ema=0.995, seconds=120),
-        vae_widths=(32, 32),
-        vae_layers=0,
-        unet_widths=(48, 64),
-        unet_attention=(False, True),
-        unet_layers=(0, 1),
-        guidance=2.5,
-        tokens=11,  # as many as the captions need
+        **DEMO_MODEL,
     ),
     "demo": Config(
         autoencoder=Stage(batch=16, rate=4e-3, muon=0.0136, warmup=20, ema=0.98, seconds=38),
         denoiser=Stage(batch=16, rate=2e-3, muon=0.014, warmup=50, ema=0.995, seconds=222),
-        vae_widths=(32, 32),
-        vae_layers=0,
-        unet_widths=(48, 64),
-        unet_attention=(False, True),
-        unet_layers=(0, 1),
-        guidance=2.5,
-        tokens=11,  # as many as the captions need
+        **DEMO_MODEL,
     ),
     "medium": Config(
         preset="medium",
