@@ -6,8 +6,11 @@ each core has its own share of the batch; where a single image leaves cores with
 of an operation are dealt out to them.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
+
+import numpy as np
 
 from tinyldm.backend import Array, on_host
 from tinyldm.threads import free_cores, map_threads, spans
@@ -15,6 +18,8 @@ from tinyldm.threads import free_cores, map_threads, spans
 # Elements of one array that a memory-bound loop touches at a time: 512 KiB of float32. With fewer,
 # calls would take as long as their work; more would no longer lie in the cache.
 BLOCK = 2**17
+ROW = 2**11  # elements of a row that is long enough for one call of a loop
+BUFFER = 2**9  # elements; rows as long are not copied, see `whole_rows`
 WORTH_THREADS = 2**20  # elements; for fewer, waking a thread takes too long
 
 
@@ -90,3 +95,35 @@ def each_block(function: Callable, *arrays: Array) -> list:
         return [function(*arrays)]
     cut = list(cache_blocks(*arrays))
     return on_free_cores(lambda block: function(*block), cut, arrays[0].size, arrays[0])
+
+
+@contextlib.contextmanager
+def whole_rows() -> Iterator[None]:
+    """Have NumPy read rows of BUFFER elements or more where they lie, within a `with` block.
+
+    Where rows repeat or are not adjacent, NumPy copies shorter ones than its buffer (8192 elements)
+    into it first, which takes as long as the operation.
+    """
+    before = np.setbufsize(BUFFER)
+    try:
+        yield
+    finally:
+        np.setbufsize(before)
+
+
+def wide_rows(x: Array) -> Array:
+    """View rows (..., p, c) as fewer and longer ones of at most ROW elements, (..., p / k, k c).
+
+    NumPy calls a loop for each row, and on one of 32 channels the call takes longest.
+    """
+    *lead, p, c = x.shape
+    k = 1
+    while 2 * k * c <= ROW and p % (2 * k) == 0:
+        k *= 2
+    return x.reshape(*lead, p // k, k * c)
+
+
+def repeated(v: Array, wide: Array) -> Array:
+    """Repeat v (..., c) along its last axis for an operation with `wide_rows` (..., k c)."""
+    k = wide.shape[-1] // v.shape[-1]
+    return v if k == 1 else v[..., None, :].repeat(k, axis=-2).reshape(*v.shape[:-1], -1)

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import numpy as np
 
 from tinyldm.backend import Array
-from tinyldm.kernels.blocking import each_block
+from tinyldm.kernels.blocking import each_block, whole_rows
 from tinyldm.kernels.registry import kernel
 from tinyldm.nn import activations
-from tinyldm.nn.protocol import Backward
+from tinyldm.nn.protocol import Backward, is_recording
 
 
 def in_blocks(name: str, f: Callable, derivative: Callable) -> Callable:
@@ -54,31 +54,33 @@ silu, quick_gelu, leaky_relu = (
 
 @kernel("nn.activations.geglu")
 def geglu(x: Array) -> tuple[Array, Backward]:
-    """Compute value · gate Φ(gate), block by block."""
+    """Compute value · gate Φ(gate), block by block; Φ(gate) is kept for the backward pass."""
     d = x.shape[-1] // 2
     y = np.empty((*x.shape[:-1], d), x.dtype)
+    kept = np.empty_like(y) if is_recording() else y
 
-    def block(x_, y_):
+    def block(x_, y_, kept_):
         value, gate = x_[:, :d], x_[:, d:]
-        cdf = normal_cdf(gate)
+        kept_[...] = cdf = normal_cdf(gate)
         cdf *= gate
         np.multiply(value, cdf, out=y_)
 
-    each_block(block, _rows(x), _rows(y))
+    with whole_rows():
+        each_block(block, _rows(x), _rows(y), _rows(kept))
 
     def backward(dy):
         dx = np.empty(x.shape, x.dtype)
 
-        def block(x_, dy_, dx_):
+        def block(x_, dy_, dx_, cdf):
             value, gate = x_[:, :d], x_[:, d:]
-            cdf = normal_cdf(gate)
             slope = _slope(gate, cdf)
             slope *= value
-            cdf *= gate
-            np.multiply(dy_, cdf, out=dx_[:, :d])
             np.multiply(dy_, slope, out=dx_[:, d:])
+            np.multiply(cdf, gate, out=slope)
+            np.multiply(dy_, slope, out=dx_[:, :d])
 
-        each_block(block, _rows(x), _rows(dy), _rows(dx))
+        with whole_rows():
+            each_block(block, _rows(x), _rows(dy), _rows(dx), _rows(kept))
         return dx
 
     return y, backward

@@ -10,7 +10,7 @@ from operator import add
 import numpy as np
 
 from tinyldm.backend import Array
-from tinyldm.kernels.blocking import on_free_cores, row_blocks
+from tinyldm.kernels.blocking import on_free_cores, repeated, row_blocks, whole_rows, wide_rows
 from tinyldm.kernels.cpu.activations import one_plus_tanh
 from tinyldm.kernels.registry import kernel
 from tinyldm.kernels.workspace import empty, scratch_like
@@ -32,15 +32,16 @@ def group_norm_silu(
 
 
 def _group_norm(x, w, b, groups, eps, silu):
-    c = x.shape[-1]
-    x3 = x.reshape(len(x), -1, c)
+    n, c = len(x), x.shape[-1]
+    x3 = wide_rows(x.reshape(n, -1, c))
     y = empty(x3.shape, x, w)
-    positions = x3.shape[1]
+    positions = x.size // (n * c)
     group_means = _group_means(c, groups, y.dtype.char)
     # Far from zero E[x²] − E[x]² cancels, and the rounding of a mean shows in y. So the moments are
-    # those of x − guess: the mean of every eighth position, off by √8 standard deviations at most.
+    # those of x − guess: the mean of every eighth row, off by √8 standard deviations at most.
     # Per sample and channel: what to subtract, what to multiply by.
-    mean = group_means(_sums(x3[:, ::8], -(-positions // 8)))
+    some = x3[:, ::8]
+    mean = group_means(_sums(c, some[0].size // c, some))
     rstd = np.empty_like(mean)
     half = 0.5 if silu else 1  # z σ(z) = h (1 + tanh h) for h = z / 2
     w_half, b_half = half * w, half * b
@@ -48,13 +49,14 @@ def _group_norm(x, w, b, groups, eps, silu):
 
     def forward(ns):
         x_, y_, mean_ = x3[ns], y[ns], mean[ns]
+        guess = repeated(mean_, x_)
 
         def moments(ps):
             centred = y_[:, ps]
             (square,) = scratch_like(centred)
-            np.subtract(x_[:, ps], mean_, out=centred)
+            np.subtract(x_[:, ps], guess, out=centred)
             np.multiply(centred, centred, out=square)
-            return _sums(centred, square, positions)
+            return _sums(c, positions, centred, square)
 
         rest, variance = group_means(reduce(add, on_free_cores(moments, cut, x_.size, x)))
         mean_ += rest
@@ -64,7 +66,7 @@ def _group_norm(x, w, b, groups, eps, silu):
         np.divide(1, rstd_, out=rstd_)
         scale = rstd_ * w_half
         rest *= scale
-        shift = b_half - rest
+        scale, shift = repeated(scale, x_), repeated(b_half - rest, x_)
 
         def normalise(ps):
             h = y_[:, ps]
@@ -77,15 +79,17 @@ def _group_norm(x, w, b, groups, eps, silu):
 
         on_free_cores(normalise, cut, x_.size, x)
 
-    on_free_cores(forward, samples, x.size, x)
+    with whole_rows():
+        on_free_cores(forward, samples, x.size, x)
 
     def backward(dy, weights=True):
         dy3 = dy.reshape(x3.shape)
         dx = empty(x3.shape, dy, w)
+        shift = repeated(b_half, x3)
 
         def part(ns):
-            x_, dy_, dx_, mean_, rstd_ = x3[ns], dy3[ns], dx[ns], mean[ns], rstd[ns]
-            scale = rstd_ * w_half
+            x_, dy_, dx_, rstd_ = x3[ns], dy3[ns], dx[ns], rstd[ns]
+            mean_, scale = repeated(mean[ns], x_), repeated(rstd_ * w_half, x_)
 
             def moments(ps):
                 dz = dy_[:, ps]
@@ -94,7 +98,7 @@ def _group_norm(x, w, b, groups, eps, silu):
                 if silu:  # dz = ½ g (1 + h (2 − g)) dy, g = 1 + tanh h
                     dz = dx_[:, ps]
                     np.multiply(centred, scale, out=h)
-                    h += b_half
+                    h += shift
                     one_plus_tanh(h, out=dz)
                     np.subtract(2, dz, out=slope)
                     slope *= h
@@ -102,14 +106,14 @@ def _group_norm(x, w, b, groups, eps, silu):
                     dz *= slope
                     dz *= dy_[:, ps]
                 np.multiply(dz, centred, out=h)
-                return _sums(h, dz, positions)
+                return _sums(c, positions, h, dz)
 
             # dx = rstd · (w dz − mean(w dz) − normal · mean(w dz · normal)), means over a group,
             # for normal = rstd · centred
             means = half * reduce(add, on_free_cores(moments, cut, x_.size, x))
             means[0] *= rstd_
             along, across = group_means(means * w) * rstd_
-            along *= rstd_
+            along, across = repeated(along * rstd_, x_), repeated(across, x_)
 
             def spread_out(ps):
                 dz, centred = (dx_ if silu else dy_)[:, ps], scratch_like(dx_[:, ps])[0]
@@ -122,18 +126,19 @@ def _group_norm(x, w, b, groups, eps, silu):
             on_free_cores(spread_out, cut, x_.size, x)
             return means.sum(axis=(1, 2))
 
-        dw, db = reduce(add, on_free_cores(part, samples, x.size, x)) * positions
+        with whole_rows():
+            dw, db = reduce(add, on_free_cores(part, samples, x.size, x)) * positions
         return dx.reshape(x.shape), *((dw, db) if weights else (None, None))
 
     return y.reshape(x.shape), backward
 
 
-def _sums(*arrays_and_divisor):
-    """Sum over positions and divide, (n, p, c) → (n, 1, c), as a product: faster than `sum` here.
+def _sums(c, divisor, *arrays):
+    """Sum over positions and divide, (n, ...) → (n, 1, c), as a product: faster than `sum` here.
 
     The sums of several arrays come in one, as (number of arrays, n, 1, c).
     """
-    *arrays, divisor = arrays_and_divisor
+    arrays = [x.reshape(len(x), -1, c) for x in arrays]
     n, p, c = arrays[0].shape
     weights = _equal_weights(p, divisor, arrays[0].dtype.char)
     if len(arrays) == 1:

@@ -1,9 +1,13 @@
-"""Layer norm in blocks that fit the cache; the twin of `nn.norms.layer_norm`."""
+"""Layer norm in blocks that fit the cache; the twin of `nn.norms.layer_norm`.
+
+NumPy is slow where each row has a number of its own. So such numbers are written out as a matrix,
+by a product, and all passes run over whole blocks.
+"""
 
 import numpy as np
 
 from tinyldm.backend import Array
-from tinyldm.kernels.blocking import each_block
+from tinyldm.kernels.blocking import each_block, repeated, whole_rows, wide_rows
 from tinyldm.kernels.registry import kernel
 from tinyldm.kernels.workspace import empty, scratch_like
 from tinyldm.nn.protocol import Backward
@@ -18,36 +22,38 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Backwar
     mean = np.empty((len(x2), 1), x.dtype)
     rstd = np.empty_like(mean)
     average = np.full((d, 1), 1 / d, x.dtype)
+    one = np.ones(d, x.dtype)
 
     def forward(x_, y_, mean_, rstd_):
-        (square,) = scratch_like(y_)
+        (table,) = scratch_like(y_)
         np.matmul(x_, average, out=mean_)
-        np.subtract(x_, mean_, out=y_)
-        np.multiply(y_, y_, out=square)
-        rstd_[...] = 1 / np.sqrt(square @ average + eps)
-        y_ *= rstd_
-        y_ *= w
-        y_ += b
+        np.subtract(x_, _outer(mean_, one, table), out=y_)
+        variance = np.matmul(y_[:, None], y_[:, :, None])[:, 0] / d
+        np.divide(1, np.sqrt(variance + eps), out=rstd_)
+        y_ *= _outer(rstd_, w, table)
+        y_ = wide_rows(y_)
+        y_ += repeated(b, y_)
 
-    each_block(forward, x2, y, mean, rstd)
+    with whole_rows():
+        each_block(forward, x2, y, mean, rstd)
 
     def backward(dy, weights=True):
         dx = empty(x2.shape, dy, w)
         w_average = (w * (1 / d))[:, None]
 
+        # dx = r (w dy − mean(w dy) − normal · mean(w dy · normal)), for normal = r · centred
         def part(x_, dy_, dx_, mean_, rstd_):
-            normal, weighted = scratch_like(dx_, 2)
-            np.subtract(x_, mean_, out=normal)
-            normal *= rstd_
-            np.multiply(dy_, normal, out=weighted)
-            along, across = weighted @ w_average, dy_ @ w_average
-            ones = np.ones((1, len(x_)), x.dtype)
-            dw_db = (ones @ weighted, ones @ dy_) if weights else None
-            np.multiply(dy_, w, out=dx_)
-            dx_ -= across
-            normal *= along
-            dx_ -= normal
-            dx_ *= rstd_
+            centred, table = scratch_like(dx_, 2)
+            np.subtract(x_, _outer(mean_, one, table), out=centred)
+            product = np.multiply(dy_, centred, out=table)
+            along, across = product @ w_average, dy_ @ w_average
+            dw_db = None
+            if weights:
+                dw_db = rstd_.T @ product, np.ones((1, len(x_)), x.dtype) @ dy_
+            np.multiply(dy_, _outer(rstd_, w, dx_), out=dx_)
+            centred *= _outer(along * rstd_**3, one, table)
+            dx_ -= centred
+            dx_ -= _outer(across * rstd_, one, table)
             return dw_db
 
         parts = each_block(part, x2, dy.reshape(x2.shape), dx, mean, rstd)
@@ -55,3 +61,14 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Backwar
         return (dx, *(sum(z)[0] for z in zip(*parts, strict=True))) if weights else (dx, None, None)
 
     return y.reshape(x.shape), backward
+
+
+def _outer(column, row, out):
+    """Compute column · row, (n, 1) and (d,) → (n, d): a product over two terms, one of them 0.
+
+    BLAS is not used for a product over one term.
+    """
+    left = np.zeros((len(column), 2), out.dtype)
+    right = np.zeros((2, len(row)), out.dtype)
+    left[:, :1], right[0] = column, row
+    return np.matmul(left, right, out=out)
