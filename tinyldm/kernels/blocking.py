@@ -20,6 +20,7 @@ from tinyldm.threads import free_cores, map_threads, spans
 BLOCK = 2**17
 ROW = 2**11  # elements of a row that is long enough for one call of a loop
 BUFFER = 2**9  # elements; rows as long are not copied, see `whole_rows`
+WORTH_WIDE = 2**16  # elements; for fewer, preparing long rows takes longer than it saves
 WORTH_THREADS = 2**20  # elements; for fewer, waking a thread takes too long
 
 
@@ -127,3 +128,13 @@ def repeated(v: Array, wide: Array) -> Array:
     """Repeat v (..., c) along its last axis for an operation with `wide_rows` (..., k c)."""
     k = wide.shape[-1] // v.shape[-1]
     return v if k == 1 else v[..., None, :].repeat(k, axis=-2).reshape(*v.shape[:-1], -1)
+
+
+def add_to_rows(x: Array, b: Array) -> None:
+    """Add b (c,) to each row of x (..., c), in place."""
+    if x.size < WORTH_WIDE or not on_host(x):
+        x += b
+        return
+    with whole_rows():
+        wide = wide_rows(x)
+        wide += repeated(b, wide)

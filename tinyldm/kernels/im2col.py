@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from tinyldm.backend import Array, array_module, on_host
-from tinyldm.kernels.blocking import blocks
+from tinyldm.kernels.blocking import add_to_rows, blocks
 from tinyldm.kernels.matmul import product
 from tinyldm.kernels.registry import kernel
 from tinyldm.kernels.windows import bias_gradient, cut, turned_kernel, windows
@@ -82,7 +82,7 @@ def _correlate(x, w, b, stride, padding, outputs):
             block = y[ns, hs].reshape(-1, c_out)
             product(_rows(seen), matrix, block)
             if b is not None:
-                block += b
+                add_to_rows(block, b)
 
     map_threads(part, cut(n, out_h, out_w * len(matrix) * x.itemsize, BLOCK_BYTES, x))
     return y

@@ -3,6 +3,7 @@
 import numpy as np
 
 from tinyldm.backend import Array
+from tinyldm.kernels.blocking import add_to_rows
 from tinyldm.kernels.registry import kernel
 from tinyldm.kernels.workspace import empty
 from tinyldm.nn.protocol import Backward
@@ -15,7 +16,7 @@ def linear(x: Array, w: Array, b: Array | None = None) -> tuple[Array, Backward]
     y = empty((len(x_rows), len(w)), x, w)
     np.matmul(x_rows, w.T, out=y)
     if b is not None:
-        y += b
+        add_to_rows(y, b)
 
     def backward(dy, weights=True):
         dy_rows = dy.reshape(-1, len(w))

@@ -22,7 +22,7 @@ import math
 import numpy as np
 
 from tinyldm.backend import Array, array_module, on_host
-from tinyldm.kernels.blocking import shares
+from tinyldm.kernels.blocking import add_to_rows, shares
 from tinyldm.kernels.matmul import product, spread
 from tinyldm.kernels.registry import NEVER, kernel
 from tinyldm.kernels.windows import bias_gradient, cut, turned_kernel, windows
@@ -132,10 +132,10 @@ def winograd(
                 block = squares[:, :, ns, hs, :, ks]
                 out = result[: block.size]
                 _transform("output", m, products, out)
-                if b is None:
-                    block[...] = out.reshape(block.shape)
-                else:
-                    array_module(x).add(out.reshape(block.shape), b[ks], out=block)
+                out = out.reshape(block.shape)
+                if b is not None:
+                    add_to_rows(out, b[ks])
+                block[...] = out
 
     map_threads(part, work)
     return y if (out_h, out_w) == y.shape[1:3] else y[:, :out_h, :out_w].copy()
