@@ -98,13 +98,18 @@ def each_block(function: Callable, *arrays: Array) -> list:
     return on_free_cores(lambda block: function(*block), cut, arrays[0].size, arrays[0])
 
 
-@contextlib.contextmanager
-def whole_rows() -> Iterator[None]:
-    """Have NumPy read rows of BUFFER elements or more where they lie, within a `with` block.
+def whole_rows(row: int) -> contextlib.AbstractContextManager:
+    """Have NumPy read rows of this length where they lie, within a `with` block, if they are long.
 
-    Where rows repeat or are not adjacent, NumPy copies shorter ones than its buffer (8192 elements)
-    into it first, which takes as long as the operation.
+    Where rows repeat or are not adjacent, NumPy copies those shorter than its buffer (8192
+    elements) into it first, which takes as long as the operation. Rows of fewer than BUFFER
+    elements are better copied.
     """
+    return contextlib.nullcontext() if row < BUFFER else _short_buffer()
+
+
+@contextlib.contextmanager
+def _short_buffer():
     before = np.setbufsize(BUFFER)
     try:
         yield
@@ -113,15 +118,16 @@ def whole_rows() -> Iterator[None]:
 
 
 def wide_rows(x: Array) -> Array:
-    """View rows (..., p, c) as fewer and longer ones of at most ROW elements, (..., p / k, k c).
+    """View the rows of a large x (..., p, c) as fewer and longer ones, (..., p / k, k c).
 
-    NumPy calls a loop for each row, and on one of 32 channels the call takes longest.
+    They have at most ROW elements. NumPy calls a loop for each row, and on a row of 32 channels the
+    call takes longest.
     """
     *lead, p, c = x.shape
     k = 1
-    while 2 * k * c <= ROW and p % (2 * k) == 0:
+    while x.size >= WORTH_WIDE and 2 * k * c <= ROW and p % (2 * k) == 0:
         k *= 2
-    return x.reshape(*lead, p // k, k * c)
+    return x if k == 1 else x.reshape(*lead, p // k, k * c)
 
 
 def repeated(v: Array, wide: Array) -> Array:
@@ -135,6 +141,6 @@ def add_to_rows(x: Array, b: Array) -> None:
     if x.size < WORTH_WIDE or not on_host(x):
         x += b
         return
-    with whole_rows():
-        wide = wide_rows(x)
+    wide = wide_rows(x)
+    with whole_rows(wide.shape[-1]):
         wide += repeated(b, wide)

@@ -57,15 +57,18 @@ def geglu(x: Array) -> tuple[Array, Backward]:
     """Compute value · gate Φ(gate), block by block; Φ(gate) is kept for the backward pass."""
     d = x.shape[-1] // 2
     y = np.empty((*x.shape[:-1], d), x.dtype)
-    kept = np.empty_like(y) if is_recording() else y
+    recording = is_recording()
+    kept = np.empty_like(y) if recording else y
 
     def block(x_, y_, kept_):
         value, gate = x_[:, :d], x_[:, d:]
-        kept_[...] = cdf = normal_cdf(gate)
+        cdf = normal_cdf(gate)
+        if recording:
+            kept_[...] = cdf
         cdf *= gate
         np.multiply(value, cdf, out=y_)
 
-    with whole_rows():
+    with whole_rows(d):
         each_block(block, _rows(x), _rows(y), _rows(kept))
 
     def backward(dy):
@@ -79,7 +82,7 @@ def geglu(x: Array) -> tuple[Array, Backward]:
             np.multiply(cdf, gate, out=slope)
             np.multiply(dy_, slope, out=dx_[:, :d])
 
-        with whole_rows():
+        with whole_rows(d):
             each_block(block, _rows(x), _rows(dy), _rows(dx), _rows(kept))
         return dx
 

@@ -79,7 +79,7 @@ def _group_norm(x, w, b, groups, eps, silu):
 
         on_free_cores(normalise, cut, x_.size, x)
 
-    with whole_rows():
+    with whole_rows(x3.shape[2]):
         on_free_cores(forward, samples, x.size, x)
 
     def backward(dy, weights=True):
@@ -126,7 +126,7 @@ def _group_norm(x, w, b, groups, eps, silu):
             on_free_cores(spread_out, cut, x_.size, x)
             return means.sum(axis=(1, 2))
 
-        with whole_rows():
+        with whole_rows(x3.shape[2]):
             dw, db = reduce(add, on_free_cores(part, samples, x.size, x)) * positions
         return dx.reshape(x.shape), *((dw, db) if weights else (None, None))
 

@@ -7,7 +7,13 @@ by a product, and all passes run over whole blocks.
 import numpy as np
 
 from tinyldm.backend import Array
-from tinyldm.kernels.blocking import each_block, repeated, whole_rows, wide_rows
+from tinyldm.kernels.blocking import (
+    WORTH_WIDE,
+    each_block,
+    repeated,
+    whole_rows,
+    wide_rows,
+)
 from tinyldm.kernels.registry import kernel
 from tinyldm.kernels.workspace import empty, scratch_like
 from tinyldm.nn.protocol import Backward
@@ -22,20 +28,19 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Backwar
     mean = np.empty((len(x2), 1), x.dtype)
     rstd = np.empty_like(mean)
     average = np.full((d, 1), 1 / d, x.dtype)
-    one = np.ones(d, x.dtype)
 
     def forward(x_, y_, mean_, rstd_):
         (table,) = scratch_like(y_)
         np.matmul(x_, average, out=mean_)
-        np.subtract(x_, _outer(mean_, one, table), out=y_)
-        variance = np.matmul(y_[:, None], y_[:, :, None])[:, 0] / d
+        np.subtract(x_, _columns(mean_, table), out=y_)
+        variance = np.multiply(y_, y_, out=table) @ average
         np.divide(1, np.sqrt(variance + eps), out=rstd_)
         y_ *= _outer(rstd_, w, table)
         y_ = wide_rows(y_)
-        y_ += repeated(b, y_)
+        with whole_rows(y_.shape[1]):
+            y_ += repeated(b, y_)
 
-    with whole_rows():
-        each_block(forward, x2, y, mean, rstd)
+    each_block(forward, x2, y, mean, rstd)
 
     def backward(dy, weights=True):
         dx = empty(x2.shape, dy, w)
@@ -44,16 +49,16 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Backwar
         # dx = r (w dy − mean(w dy) − normal · mean(w dy · normal)), for normal = r · centred
         def part(x_, dy_, dx_, mean_, rstd_):
             centred, table = scratch_like(dx_, 2)
-            np.subtract(x_, _outer(mean_, one, table), out=centred)
+            np.subtract(x_, _columns(mean_, table), out=centred)
             product = np.multiply(dy_, centred, out=table)
             along, across = product @ w_average, dy_ @ w_average
             dw_db = None
             if weights:
                 dw_db = rstd_.T @ product, np.ones((1, len(x_)), x.dtype) @ dy_
             np.multiply(dy_, _outer(rstd_, w, dx_), out=dx_)
-            centred *= _outer(along * rstd_**3, one, table)
+            centred *= _columns(along * rstd_**3, table)
             dx_ -= centred
-            dx_ -= _outer(across * rstd_, one, table)
+            dx_ -= _columns(across * rstd_, table)
             return dw_db
 
         parts = each_block(part, x2, dy.reshape(x2.shape), dx, mean, rstd)
@@ -64,11 +69,19 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Backwar
 
 
 def _outer(column, row, out):
-    """Compute column · row, (n, 1) and (d,) → (n, d): a product over two terms, one of them 0.
+    """Compute column · row, (n, 1) and (d,) → (n, d).
 
-    BLAS is not used for a product over one term.
+    Where it is large, as a matrix product over two terms, one of them 0: NumPy does not use BLAS
+    for a product over one.
     """
+    if out.size < WORTH_WIDE:
+        return np.multiply(column, row, out=out)
     left = np.zeros((len(column), 2), out.dtype)
     right = np.zeros((2, len(row)), out.dtype)
     left[:, :1], right[0] = column, row
     return np.matmul(left, right, out=out)
+
+
+def _columns(column, out):
+    """Repeat a column (n, 1) → (n, d), where that is worth it."""
+    return column if out.size < WORTH_WIDE else _outer(column, np.ones(out.shape[1]), out)
