@@ -248,12 +248,15 @@ def test_velocity_is_the_derivative_along_the_circle():
             {"rescale_betas_zero_snr": True},
             "from where a prediction of ε does not lead back; take v_prediction",
         ),
-        ({"num_train_timesteps": 0}, "found 0, 0.0001, 0.02"),
+        (
+            {"num_train_timesteps": 0},
+            "num_train_timesteps: expected an integer of 1 to 100,000, found 0",
+        ),
         ({"beta_start": 0.0}, "found 1000, 0.0, 0.02"),
         ({"beta_start": -0.1}, "found 1000, -0.1, 0.02"),
         ({"beta_start": 0.03}, "found 1000, 0.03, 0.02"),
         ({"beta_end": 1.0}, "found 1000, 0.0001, 1.0"),
-        ({"beta_end": math.nan}, "found 1000, 0.0001, nan"),
+        ({"beta_end": math.nan}, "beta_end: expected a number, found nan"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused_in_one_line(config, message):

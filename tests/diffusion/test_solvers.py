@@ -86,15 +86,46 @@ def test_unknown_spacing_is_refused(grid):
 @pytest.mark.parametrize(
     "name, key, value, only",
     [
-        *((name, "use_beta_sigmas", True, "False") for name in SOLVERS),
+        *((name, "use_beta_sigmas", True, "False") for name in ("euler", "heun", "dpm++2m")),
         *((name, "solver_order", 3, "2") for name in ("dpm++2m", "dpm++2m_sde")),
-        *((name, "thresholding", True, "False") for name in ("dpm++2m", "dpm++2m_sde")),
+        *((name, "thresholding", True, "False") for name in ("ddpm", "ddim", "dpm++2m")),
+        *((name, "lambda_min_clipped", -5.1, "-inf") for name in ("dpm++2m", "dpm++2m_sde")),
+        ("dpm++2m", "variance_type", "'learned_range'", "fixed_small or .*"),
+        ("ddpm", "variance_type", "'fixed_large_log'", "fixed_small or .* fixed_large"),
+        ("heun", "clip_sample", True, "False"),
+        ("euler", "final_sigmas_type", "'sigma_max'", "zero or sigma_min"),
+        ("euler", "timestep_type", "'continuous'", "discrete"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(name, key, value, only):
-    message = f"^scheduler config: {key} = {value} is not implemented .*only {only}; take ddim$"
+    message = f"^scheduler config: {key} = {value} is not implemented .*only {only}; take another"
+    value = value.strip("'") if isinstance(value, str) else value
     with pytest.raises(ConfigError, match=message):
         run(name, Schedule({key: value}), np.ones(1), 5)
+
+
+@pytest.mark.parametrize(
+    "key, value, expected",
+    [
+        ("steps_offset", "1", "an integer of 0 to 16,777,216"),
+        ("steps_offset", -1, "an integer of 0 to 16,777,216"),
+        ("steps_offset", 1.0, "an integer of 0 to 16,777,216"),
+        ("steps_offset", 10**30, "an integer of 0 to 16,777,216"),
+        ("set_alpha_to_one", "false", "true or false"),
+        ("set_alpha_to_one", 0, "true or false"),
+        ("clip_sample_range", None, "a number"),
+        ("beta_end", "0.02", "a number"),
+        ("beta_end", float("nan"), "a number"),
+        ("num_train_timesteps", True, "an integer of 1 to 100,000"),
+        ("num_train_timesteps", 10**9, "an integer of 1 to 100,000"),
+        ("sigma_min", [0.1], "a number or null"),
+        ("timestep_spacing", {"leading": 1}, "a word"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(key, value, expected):
+    with pytest.raises(ConfigError) as error:
+        Schedule({key: value})
+    assert str(error.value).startswith(f"scheduler config: {key}: expected {expected}, found ")
 
 
 @pytest.mark.parametrize("name", SOLVERS)

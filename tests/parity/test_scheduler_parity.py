@@ -165,8 +165,10 @@ def test_without_signal_at_the_end(prediction):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_ddpm(name, prediction, monkeypatch):
-    theirs, ours = both_schedules(DDPMScheduler, CONFIGS[name] | {"prediction_type": prediction})
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large"])
+def test_ddpm(name, prediction, variance, monkeypatch):
+    config = CONFIGS[name] | {"prediction_type": prediction, "variance_type": variance}
+    theirs, ours = both_schedules(DDPMScheduler, config)
     for steps in (*STEPS, 30, 300):
         # After a last step at t > 0 theirs adds noise of variance 1e-20, ours none; it is 0 here.
         x, noises = start(steps)

@@ -48,6 +48,9 @@ CONFIGS = {
     "linspace": {"timestep_spacing": "linspace"},
     "Karras": {"use_karras_sigmas": True},
     "down to the least": {"final_sigmas_type": "sigma_min"},
+    "Karras, own ends": {"use_karras_sigmas": True, "sigma_min": 0.05, "sigma_max": 12.0},
+    "one last step of first order": {"euler_at_final": True, "final_sigmas_type": "sigma_min"},
+    "second order to the end": {"lower_order_final": False, "final_sigmas_type": "sigma_min"},
     "without Runge-Kutta": {"skip_prk_steps": True, "steps_offset": 1},
 }
 MODULES = (
@@ -108,7 +111,7 @@ def fails_there(name, config, steps):
         # Runge-Kutta wants four steps; with an offset the first of 1,000 is past the last trained.
         short = steps < 4 and not CONFIGS[config].get("skip_prk_steps")
         return short or (steps == 1000 and offset > 0)
-    if name.startswith("dpm") and config != "Karras" and config != "trailing":
+    if name.startswith("dpm") and not config.startswith("Karras") and config != "trailing":
         # It cuts one step more, and so meets the same one twice or, here, only one.
         return steps == 1000 or (steps == 999 and leading)
     return False

@@ -16,6 +16,7 @@ import numpy as np
 
 from tinyldm.backend import Array, array_module
 from tinyldm.diffusion.schedule import Schedule, posterior
+from tinyldm.diffusion.scheduler_config import check_sampler
 from tinyldm.diffusion.timesteps import (
     dpm_solver_steps,
     last_sigma,
@@ -78,13 +79,19 @@ def ddim(
 def ddpm(
     predict: Predict, schedule: Schedule, x: Array, steps: int, noise: Noise, span: Span = ALL
 ) -> Steps:
-    """Ancestral sampling with the posterior's variance (Ho et al. 2020, algorithm 2)."""
+    """Ancestral sampling with the posterior's variance (Ho et al. 2020, algorithm 2).
+
+    With the scheduler config's `variance_type` "fixed_large" the variance is β (section 3.2).
+    """
+    large = schedule.config.get("variance_type") == "fixed_large"
     t = timesteps(schedule, steps)[span.start :]
     alphas_bar = [*schedule.alphas_bar[t].tolist(), 1.0]
     for i in range(len(t)):
         x0, _ = _split(schedule, predict(x, t[i]), x, alphas_bar[i])
         x0_weight, xt_weight, variance = posterior(alphas_bar[i], alphas_bar[i + 1])
         x = x0_weight * x0 + xt_weight * x
+        if large:
+            variance = 1 - alphas_bar[i] / alphas_bar[i + 1]
         if i + 1 < len(t):
             x = x + math.sqrt(variance) * noise()
         x = span.post_step(x, i)
@@ -226,13 +233,15 @@ def dpm_solver_2m(
     """
     t, sigmas = (table[span.start :].tolist() for table in dpm_solver_steps(schedule, steps))
     x = x * math.sqrt(1 + sigmas[0] ** 2)
+    few = schedule.config.get("lower_order_final", True) and steps < 15
+    first_order_last = few or schedule.config.get("euler_at_final", False)
     previous = None  # x0, and the length of the step after it in log σ
     for i in range(len(t)):
         sigma, next_sigma = sigmas[i : i + 2]
         ratio = next_sigma / sigma
         length = -math.log(ratio) if ratio > 0 else math.inf
         x0 = goal = _clean_image(predict, schedule, x, sigma, t[i])
-        last = i + 1 == len(t) and (next_sigma == 0 or steps < 15)
+        last = i + 1 == len(t) and (next_sigma == 0 or first_order_last)
         if previous and previous[1] > 0 and not last:
             goal = x0 + (x0 - previous[0]) * (length / (2 * previous[1]))
         if noise is None:
@@ -292,7 +301,11 @@ class Sampler:
     def __call__(
         self, predict: Predict, schedule: Schedule, x: Array, steps: int, **options: object
     ) -> Steps:
-        """Yield (x, x0) after each step, from noise x (n, ...). options: also those of Span."""
+        """Yield (x, x0) after each step, from noise x (n, ...). options: also those of Span.
+
+        Raises ConfigError for a scheduler config that asks for more than the sampler can do.
+        """
+        check_sampler(schedule.config, self.scheduler)
         given = {name: options.pop(name) for name in ("start", "post_step") if name in options}
         return self.function(predict, schedule, x, steps, span=Span(**given), **options)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from tinyldm.backend import Array, array_module
 from tinyldm.config import ConfigError
+from tinyldm.diffusion.scheduler_config import check_scheduler
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
@@ -67,6 +68,7 @@ class Schedule:
     """
 
     def __init__(self, config: dict):
+        check_scheduler(config)
         self.config = config
         steps = config.get("num_train_timesteps", 1000)
         start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
@@ -76,8 +78,6 @@ class Schedule:
                 f"scheduler config: beta_schedule = {kind!r} is not implemented, "
                 f"only {', '.join(BETAS)}"
             )
-        if config.get("trained_betas") is not None:
-            raise ConfigError("scheduler config: trained_betas is not implemented")
         if not (steps >= 1 and 0 < start <= end < 1):
             raise ConfigError(
                 "scheduler config: expected num_train_timesteps ≥ 1 and 0 < beta_start ≤ beta_end "

@@ -7,27 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tinyldm.config import ConfigError
 from tinyldm.diffusion.schedule import Schedule
 
 RHO = 7.0  # of Karras et al., eq. 5
-IMPLEMENTED = {  # values of a scheduler config; others are refused by name
-    "use_exponential_sigmas": (None, False),
-    "use_beta_sigmas": (None, False),
-    "use_flow_sigmas": (None, False),
-    "interpolation_type": (None, "linear"),
-    "timestep_type": (None, "discrete"),
-    "final_sigmas_type": (None, "zero", "sigma_min"),
-}
-IMPLEMENTED_OF_DPM_SOLVER = IMPLEMENTED | {
-    "use_lu_lambdas": (None, False),
-    "thresholding": (None, False),
-    "solver_order": (None, 2),
-    # Keys of DEIS and UniPC, from whose configs diffusers builds an ordinary DPM-Solver++.
-    "solver_type": (None, "midpoint", "logrho", "bh1", "bh2"),
-    "euler_at_final": (None, False),
-    "algorithm_type": (None, "dpmsolver++", "sde-dpmsolver++", "deis"),
-}
 
 
 def check_steps(schedule: Schedule, steps: int) -> None:
@@ -72,11 +54,11 @@ def sigma_steps(schedule: Schedule, steps: int) -> tuple[np.ndarray, np.ndarray]
     `use_karras_sigmas` as Karras et al. 2022, eq. 5, between the same ends. σ ends with 0. Raises
     ValueError for more steps than were trained, or an unknown spacing.
     """
-    _check(schedule, steps, IMPLEMENTED)
+    check_steps(schedule, steps)
     t = spaced(schedule, steps, "linspace")
     sigmas = np.interp(t, np.arange(len(schedule)), schedule.sigmas)
     if schedule.config.get("use_karras_sigmas"):
-        sigmas = _karras(sigmas[-1], sigmas[0], steps)
+        sigmas = _karras(schedule, sigmas[-1], sigmas[0], steps)
         t = _time_of(schedule, sigmas)
     return t, np.append(sigmas, 0.0)
 
@@ -89,10 +71,10 @@ def dpm_solver_steps(schedule: Schedule, steps: int) -> tuple[np.ndarray, np.nda
 
     σ ends with the smallest trained where `final_sigmas_type` is "sigma_min".
     """
-    _check(schedule, steps, IMPLEMENTED_OF_DPM_SOLVER)
+    check_steps(schedule, steps)
     total = len(schedule)
     if schedule.config.get("use_karras_sigmas"):
-        sigmas = _karras(schedule.sigmas[0], schedule.sigmas[-1], steps)
+        sigmas = _karras(schedule, schedule.sigmas[0], schedule.sigmas[-1], steps)
         t = _time_of(schedule, sigmas)
         if schedule.config.get("beta_schedule") != "squaredcos_cap_v2":
             t = np.round(t)
@@ -109,19 +91,12 @@ def dpm_solver_steps(schedule: Schedule, steps: int) -> tuple[np.ndarray, np.nda
     return t.astype(np.int64), np.append(sigmas, last_sigma(schedule))
 
 
-def _check(schedule, steps, implemented):
-    check_steps(schedule, steps)
-    for key, values in implemented.items():
-        value = schedule.config.get(key)
-        if value not in values:
-            known = " or ".join(map(str, values[1:]))
-            raise ConfigError(
-                f"scheduler config: {key} = {value!r} is not implemented for this sampler, only "
-                f"{known}; take ddim"
-            )
-
-
-def _karras(least, most, steps):
+def _karras(schedule, least, most, steps):
+    """Return σ (steps,), falling, between the config's own ends or these (eq. 5)."""
+    own = schedule.config.get("sigma_min"), schedule.config.get("sigma_max")
+    least, most = (
+        given if own is None else own for own, given in zip(own, (least, most), strict=True)
+    )
     return np.linspace(most ** (1 / RHO), least ** (1 / RHO), steps) ** RHO
 
 
