@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinyldm.data.byte_pairs import merge
 from tinyldm.data.tokenizer import END, START, Tokenizer
 
 CAPTIONS = ["a red circle", "a blue square", "two red squares on blue", "a small blue circle"] * 3
@@ -76,6 +77,75 @@ def test_merges_are_applied_in_the_order_learned():
     assert tokens_of(with_merges(("a", "b</w>")), "ab abb") == ["ab</w>", "a", "b", "b</w>"]
 
 
+def merged_by_looking_at_all_pairs(symbols, ranks):
+    while len(symbols) > 1:
+        pairs = list(pairwise(symbols))
+        at = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
+        if pairs[at] not in ranks:
+            break
+        symbols = [*symbols[:at], "".join(pairs[at]), *symbols[at + 2 :]]
+    return symbols
+
+
+@given(text=st.text("abc", min_size=1, max_size=40), data=st.data())
+def test_merging_with_a_heap_is_merging_the_first_pair_of_all(text, data):
+    known, ranks = ["a", "b", "c"], {}
+    for _ in range(data.draw(st.integers(0, 12))):
+        pair = data.draw(st.sampled_from(known)), data.draw(st.sampled_from(known))
+        ranks.setdefault(pair, len(ranks))
+        known.append("".join(pair))
+    assert merge(list(text), ranks) == merged_by_looking_at_all_pairs(list(text), ranks)
+
+
+def test_a_long_word_takes_about_as_long_as_many_short_ones():
+    """Steps are counted, not seconds: look-ups of pairs in the table of merges."""
+
+    class Counted(dict):
+        looks = 0
+
+        def __contains__(self, pair):
+            Counted.looks += 1
+            return super().__contains__(pair)
+
+    merges = Tokenizer.clip()._ranks
+    word = [chr(97 + i) for i in np.random.default_rng(0).integers(0, 26, 50_000)]
+    merge(word, Counted(merges))
+    assert Counted.looks < 4 * len(word)
+
+
+def test_added_tokens_are_taken_whole(tokenizer):
+    vocab = tokenizer.vocab | {"<cat>": len(tokenizer), "<Dog>": len(tokenizer) + 1}
+    ours = Tokenizer(vocab, tokenizer.merges, 16, added={"<cat>": False, "<Dog>": True})
+    cat, dog = len(tokenizer), len(tokenizer) + 1
+    plain = [i for i in tokenizer("a red circle")[0, 1:4]]
+    assert ours("a red <CAT>circle<Dog>")[0, 1:7].tolist() == [
+        *plain[:2],
+        cat,
+        plain[2],
+        dog,
+        ours.end_id,
+    ]
+    assert cat not in ours("<c at> <dog>")[0] and dog not in ours("<dog>")[0]
+    assert ours.decode(ours("a <cat> red")[0]) == "a <cat> red"
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"content": "<cat>", "id": 9000}, "the ids must be"),
+        ({"content": "a</w>", "id": 3}, "the added token 'a</w>' has ids"),
+        ({"content": "<cat>", "id": 600, "lstrip": True}, "'<cat>': lstrip is not implemented"),
+    ],
+)
+def test_added_tokens_that_cannot_be(tokenizer, tmp_path, entry, message):
+    tokenizer.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {str(entry.pop("id")): entry}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.load(tmp_path)
+
+
 def test_training_joins_the_most_frequent_pair_then_the_first_in_order():
     # a b</w> twice, b c</w> three times, x y</w> three times, p q</w> once
     trained = Tokenizer.train(["ab bc xy", "ab bc xy", "bc xy pq"])
@@ -87,7 +157,7 @@ def test_training_joins_the_most_frequent_pair_then_the_first_in_order():
 
 @settings(deadline=None)
 @given(words=st.lists(st.text("ab", min_size=1, max_size=8), max_size=8))
-def test_training_agrees_with_counting_afresh_before_each_merge(words):
+def test_training_agrees_with_counting_afresh_before_eachmerge(words):
     trained = Tokenizer.train([" ".join(words)])
     merges, split = [], [[*word[:-1], word[-1] + "</w>"] for word in words]
     while True:

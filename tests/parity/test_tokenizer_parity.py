@@ -1,5 +1,6 @@
 """Token ids against transformers' CLIPTokenizer, loaded from the folder that `save` wrote."""
 
+import json
 import unicodedata
 
 import pytest
@@ -115,3 +116,41 @@ def test_special_tokens_map_overrides_the_padding_token(pair, tmp_path):
     theirs = CLIPTokenizer.from_pretrained(tmp_path)
     expected = theirs("hm? yes", padding="max_length")["input_ids"]
     assert Tokenizer.load(tmp_path)("hm? yes")[0].tolist() == expected
+
+
+CAT = "<cat-toy>"
+WITH_ADDED = [
+    f"a photo of a {CAT}", f"{CAT}{CAT} {CAT}!", f"A {CAT.upper()} on it", f"an{CAT}in a word", CAT,
+    "<cat-toy", f"{CAT}2 and <dog> and <DOG>", "", f"  {CAT}  ", f"<<cat-toy>>{CAT}é",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("files", ["tokenizer.json", "written here", "old"])
+def test_tokens_added_by_textual_inversion(pair, tmp_path, files):
+    ours, _ = pair
+    ours.save(tmp_path)
+    theirs = CLIPTokenizer.from_pretrained(tmp_path)
+    theirs.add_tokens([CAT, CAT + "2"])
+    theirs.add_tokens(["<dog>"], special_tokens=True)
+    if files == "old":  # a file of names and ids beside vocab.json and merges.txt
+        names = (CAT, CAT + "2", "<dog>")
+        added = {name: len(ours) + i for i, name in enumerate(names)}
+        (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    else:
+        for file in tmp_path.glob("*"):
+            file.unlink()
+        theirs.save_pretrained(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    if files == "written here":
+        for file in tmp_path.glob("*"):
+            file.unlink()
+        loaded.save(tmp_path)
+        again = Tokenizer.load(tmp_path)
+        assert again.content == loaded.content == Tokenizer(**loaded.content).content
+        theirs = CLIPTokenizer.from_pretrained(tmp_path)
+    unlimited = Tokenizer(**loaded.content | {"max_length": 100})
+    for text in WITH_ADDED:
+        if files == "old" and "DOG" in text:
+            continue  # the old file does not say that one of them is special
+        expected = theirs(text)["input_ids"]
+        assert unlimited(text)[0, : len(expected)].tolist() == expected, text

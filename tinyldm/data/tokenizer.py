@@ -8,94 +8,50 @@ Every byte is itself a token, so no caption is ever out of vocabulary.
 import gzip
 import json
 import re
-import unicodedata
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
+from tinyldm.data.byte_pairs import (
+    BYTES,
+    SYMBOLS,
+    WORD_END,
+    merge,
+    normalised,
+    pieces,
+    symbols_of,
+)
 from tinyldm.files import read_json, replacing
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LONGEST_NAMED = 200  # characters of a text that a warning repeats
-WORD_END = "</w>"  # closes the last symbol of a piece: "art</w>" ends a word, "art" goes on
-
-# Every byte gets a printable character, so that tokens can be stored as text, one pair to a line.
-# Bytes that already are printable Latin-1 keep their own; the others take 256 and up, in order.
-_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(0xAE, 0x100)]
-_SYMBOLS = {byte: chr(byte) for byte in _PRINTABLE}
-_SYMBOLS |= {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
-_BYTES = {symbol: byte for byte, symbol in _SYMBOLS.items()}
-
-# Runs over the shape of a text (see below). The special tokens stand here for captions that spell
-# them in capitals: they are no special tokens then, but CLIP still cuts them out, in three parts.
-_PIECE = re.compile(
-    r"(<\|)((?:start|end)oftext)(\|>)|('(?:s|t|re|ve|m|ll|d)|[a-z]+|[0-9]|[^\sa-z0-9]+)", re.ASCII
-)
 
 
-# What Unicode 10 to 18 added to the characters that combine. The normaliser of CLIP's tokenizers in
-# transformers knows Unicode 9: it neither reorders nor joins them.
-_LEFT_ALONE = re.compile(
-    "(["
-    "\u05c8\u05c9\u07fd\u0897-\u089f\u08ca-\u08d3\u09fe\u0c3c\u0d3b\u0d3c\u0eba\u1715"
-    "\u1abf-\u1af0\u1df6-\u1dfa\ua82c\U000105d2\U000105da\U00010d24-\U00010d27"
-    "\U00010d69-\U00010d6d\U00010eab\U00010eac\U00010ecb-\U00010ecf\U00010ef0-\U00010efb"
-    "\U00010efd-\U00010eff\U00010f46-\U00010f50\U00010f82-\U00010f85\U00011070\U0001133b"
-    "\U000113b8\U000113bb\U000113c2\U000113c9\U000113ce-\U000113d0\U0001145e"
-    "\U00011839\U0001183a\U00011930\U0001193d\U0001193e\U00011943\U000119e0\U00011a34"
-    "\U00011a47\U00011a99\U00011d42\U00011d44\U00011d45\U00011d97\U00011f41\U00011f42"
-    "\U0001611e-\U00016120\U00016129\U0001612f\U00016d67\U00016ff0\U00016ff1"
-    "\U0001d127\U0001d128\U0001d250-\U0001d252\U0001d25b\U0001d25c\U0001d25f"
-    "\U0001d280\U0001d281\U0001e08f\U0001e130-\U0001e136\U0001e2ae\U0001e2ec-\U0001e2ef"
-    "\U0001e4ec-\U0001e4ef\U0001e5ee\U0001e5ef\U0001e6e3\U0001e6e6\U0001e6ee\U0001e6ef"
-    "\U0001e6f5"
-    "])"
-)  # fmt: skip
+def _whole(tokens):
+    """Compile an expression that splits text at these tokens, the longest first; None for none."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if tokens else None
 
 
-def _shape(char):
-    """Return the ASCII stand-in of a character, so that an ASCII pattern splits any script.
-
-    `z`, `0` and `.` occur in none of the words that `_PIECE` spells out.
-    """
-    if char.isascii():
-        return char
-    kind = unicodedata.category(char)[0]
-    return "z" if kind == "L" else "0" if kind == "N" else " " if char.isspace() else "."
-
-
-def _pieces(text):
-    """Normalise `text` (NFC, lower case) and split it; white space only separates."""
-    # One character at a time: str.lower() would turn a sigma that ends a word into its final form.
-    parts = _LEFT_ALONE.split(text)
-    parts[::2] = [unicodedata.normalize("NFC", part) for part in parts[::2]]
-    text = "".join(char.lower() for char in "".join(parts))
-    matches = _PIECE.finditer("".join(map(_shape, text)))
-    spans = (match.span(group) for match in matches for group in range(1, 5))
-    return [text[start:stop] for start, stop in spans if start >= 0]
-
-
-def _symbols(piece):
-    symbols = [_SYMBOLS[byte] for byte in piece.encode("utf-8")]
-    symbols[-1] += WORD_END
-    return symbols
-
-
-def _merge(symbols, ranks):
-    """Join neighbours, the pair learned first before any other, until no learned pair is left."""
-    while len(symbols) > 1:
-        pairs = list(pairwise(symbols))
-        # `min` returns the first of equals: the leftmost occurrence is joined first.
-        at = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
-        if pairs[at] not in ranks:
-            break
-        symbols = [*symbols[:at], "".join(pairs[at]), *symbols[at + 2 :]]
-    return symbols
+def _add_tokens(vocab, listed):
+    """Put listed tokens that `vocab` lacks into it, in order → {token: only as it is written}."""
+    added = {}
+    for entry in sorted(listed, key=lambda entry: entry["id"]):
+        token = entry["content"]
+        if vocab.setdefault(token, entry["id"]) != entry["id"]:
+            raise ValueError(f"the added token {token!r} has ids {vocab[token]} and {entry['id']}")
+        if token in (START, END):
+            continue
+        flags = [flag for flag in ("lstrip", "rstrip", "single_word") if entry.get(flag)]
+        if flags:
+            raise ValueError(f"the added token {token!r}: {flags[0]} is not implemented")
+        added.setdefault(token, not entry.get("normalized", True))
+    return added
 
 
 class CaptionCut(UserWarning):
@@ -111,6 +67,9 @@ class Tokenizer:
         max_length: tokens in a row, start and end token included.
         pad_token: the token of `vocab` that fills short rows. Like the start and end token, it is
             taken whole where a caption spells it out.
+        added: tokens of `vocab` that were added to a trained tokenizer, as by textual inversion
+            (Gal et al. 2022), and whether they count only as they are written, not in other
+            capitals. They are taken whole too.
 
     Attributes:
         start_id, end_id, pad_id: ids of the start, end and padding token. The end token also
@@ -127,10 +86,12 @@ class Tokenizer:
         merges: list[tuple[str, str]],
         max_length: int = 77,
         pad_token: str = END,
+        added: Mapping[str, bool] | None = None,
     ):
+        added = dict(added or {})
         if sorted(vocab.values()) != list(range(len(vocab))):
             raise ValueError(f"vocab: the ids must be 0 .. {len(vocab) - 1}, each once")
-        for token in (START, END, pad_token):
+        for token in (START, END, pad_token, *added):
             if token not in vocab:
                 raise ValueError(f"vocab: {token!r} is not among the {len(vocab)} tokens")
         for pair in merges:
@@ -142,12 +103,15 @@ class Tokenizer:
         if max_length < 2:
             raise ValueError(f"max_length: expected 2 (start and end) or more, found {max_length}")
         self.vocab, self.merges = vocab, merges
-        self.max_length, self.pad_token = max_length, pad_token
+        self.max_length, self.pad_token, self.added = max_length, pad_token, added
         self.start_id, self.end_id, self.pad_id = vocab[START], vocab[END], vocab[pad_token]
         self._tokens = sorted(vocab, key=vocab.__getitem__)
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
-        special = sorted((START, END, pad_token), key=len, reverse=True)  # the longest match wins
-        self._special = re.compile(f"({'|'.join(map(re.escape, special))})")
+        exact = {token for token, as_written in added.items() if as_written}
+        self._special = _whole({START, END, pad_token} | exact)
+        loose = added.keys() - exact
+        self._id_of_added = {normalised(token): vocab[token] for token in loose}
+        self._added = _whole(self._id_of_added)
         self._ids_of_piece = {}
 
     def __len__(self) -> int:
@@ -156,7 +120,7 @@ class Tokenizer:
     @property
     def content(self) -> dict:
         """Return the constructor's arguments, from which it can be rebuilt."""
-        names = ("vocab", "merges", "max_length", "pad_token")
+        names = ["vocab", "merges", "max_length", "pad_token", *(["added"] if self.added else [])]
         return {name: getattr(self, name) for name in names}
 
     def __call__(self, texts: str | Sequence[str]) -> np.ndarray:
@@ -188,11 +152,18 @@ class Tokenizer:
             if i % 2:  # plain text and special tokens take turns
                 ids.append(self.vocab[part])
                 continue
-            for piece in _pieces(part):
-                if piece not in self._ids_of_piece:  # captions repeat their words: merge each once
-                    tokens = _merge(_symbols(piece), self._ranks)
-                    self._ids_of_piece[piece] = [self.vocab.get(t, self.end_id) for t in tokens]
-                ids += self._ids_of_piece[piece]
+            part = normalised(part)
+            for j, plain in enumerate(self._added.split(part) if self._added else [part]):
+                ids += [self._id_of_added[plain]] if j % 2 else self._encode_plain(plain)
+        return ids
+
+    def _encode_plain(self, text):
+        ids = []
+        for piece in pieces(text):
+            if piece not in self._ids_of_piece:  # captions repeat their words: merge each once
+                tokens = merge(symbols_of(piece), self._ranks)
+                self._ids_of_piece[piece] = [self.vocab.get(t, self.end_id) for t in tokens]
+            ids += self._ids_of_piece[piece]
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -210,7 +181,10 @@ class Tokenizer:
                 raise ValueError(f"token id {i} is outside the vocabulary, 0 .. {len(self) - 1}")
             if i not in (self.start_id, self.end_id, self.pad_id):
                 token = self._tokens[i]
-                data += bytes(_BYTES[symbol] for symbol in token.removesuffix(WORD_END))
+                if token in self.added:
+                    data += f"{token} ".encode()
+                    continue
+                data += bytes(BYTES[symbol] for symbol in token.removesuffix(WORD_END))
                 data += b" " * token.endswith(WORD_END)
         return data.decode("utf-8", errors="replace").strip()
 
@@ -227,8 +201,8 @@ class Tokenizer:
         """
         if vocab_size < 514:
             raise ValueError(f"vocab_size: expected 514 or more, found {vocab_size}")
-        times = Counter(piece for text in texts for piece in _pieces(text))
-        words = {piece: _symbols(piece) for piece in times}
+        times = Counter(piece for text in texts for piece in pieces(normalised(text)))
+        words = {piece: symbols_of(piece) for piece in times}
         tally = Counter()  # pair -> how often it occurs
         homes = defaultdict(set)  # pair -> the words that have had it: no others need a revisit
 
@@ -239,7 +213,7 @@ class Tokenizer:
 
         for word in words:
             count(word, +1)
-        tokens = [*_SYMBOLS.values(), *(symbol + WORD_END for symbol in _SYMBOLS.values())]
+        tokens = [*SYMBOLS.values(), *(symbol + WORD_END for symbol in SYMBOLS.values())]
         vocab, merges = {token: i for i, token in enumerate(tokens)}, []
         while len(vocab) < vocab_size - 2 and (most := max(tally.values(), default=0)) > 1:
             best = min(pair for pair, number in tally.items() if number == most)
@@ -247,7 +221,7 @@ class Tokenizer:
             vocab["".join(best)] = len(vocab)
             for word in homes.pop(best):
                 count(word, -1)
-                words[word] = _merge(words[word], {best: 0})
+                words[word] = merge(words[word], {best: 0})
                 count(word, +1)
         vocab |= {START: len(vocab), END: len(vocab) + 1}
         return cls(vocab, merges, max_length)
@@ -258,7 +232,7 @@ class Tokenizer:
         file = Path(__file__).with_name("clip_merges.txt.gz")
         lines = gzip.decompress(file.read_bytes()).decode("utf-8").splitlines()
         merges = [tuple(line.split()) for line in lines]
-        symbols = [*_SYMBOLS.values()]
+        symbols = [*SYMBOLS.values()]
         tokens = [*symbols, *(s + WORD_END for s in symbols), *map("".join, merges), START, END]
         return cls({token: i for i, token in enumerate(tokens)}, merges, 77, pad_token)
 
@@ -292,7 +266,12 @@ class Tokenizer:
                 vocab, merges = model.get("vocab", {}), model.get("merges", [])
             merges = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges]
 
-            config = {}
+            config, listed = {}, []
+            if "tokenizer.json" in names:
+                listed += read_json(folder / "tokenizer.json").get("added_tokens", [])
+            if "added_tokens.json" in names:
+                by_name = read_json(folder / "added_tokens.json")
+                listed += [{"content": token, "id": i} for token, i in by_name.items()]
             for name in ("tokenizer_config.json", "special_tokens_map.json"):
                 if name in names and "added_tokens_decoder" not in config:  # else the map is old
                     config |= read_json(folder / name)
@@ -301,7 +280,10 @@ class Tokenizer:
                 max_length = 77
             pad = config.get("pad_token") or END
             pad = pad.get("content") if isinstance(pad, dict) else pad
-            return cls(vocab, merges, max_length, pad)
+            by_id = config.get("added_tokens_decoder") or {}
+            listed += [entry | {"id": int(i)} for i, entry in by_id.items()]
+            added = _add_tokens(vocab, listed)
+            return cls(vocab, merges, max_length, pad, added)
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{folder}: not the files of one CLIP tokenizer ({error}); fetch them again"
@@ -317,9 +299,18 @@ class Tokenizer:
             "unk_token": END,
             "pad_token": self.pad_token,
         }
+        if self.added:
+            config["added_tokens_decoder"] = {
+                str(self.vocab[token]): {
+                    "content": token, "lstrip": False, "normalized": not exact, "rstrip": False,
+                    "single_word": False, "special": exact,
+                }
+                for token, exact in self.added.items()
+            }  # fmt: skip
         merges = ["#version: 0.2", *map(" ".join, self.merges)]
+        vocab = {token: i for token, i in self.vocab.items() if token not in self.added}
         files = {
-            "vocab.json": json.dumps(self.vocab, ensure_ascii=False),
+            "vocab.json": json.dumps(vocab, ensure_ascii=False),
             "merges.txt": "\n".join(merges) + "\n",
             "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
         }
