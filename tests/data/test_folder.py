@@ -503,3 +503,138 @@ def test_a_large_photograph_is_the_same_image(tmp_path):
     plain = load_image(save(image, tmp_path / "a.png"), 16).astype(int)
     photograph = load_image(save(image, tmp_path / "a.jpg", quality=95), 16)
     assert abs(photograph - plain).max() <= 4
+
+
+# ---------------------------------------------------------------------- what the user sees in it
+
+
+def named(folder):
+    """{name: caption} as it was read, and the remarks."""
+    data = load_folder(folder, SIDE)
+    return dict(zip(data.names, data.captions, strict=True)), data.notes
+
+
+def picture(file):
+    return save(solid("RGB", (1, 2, 3)), file)
+
+
+def test_linked_folders_are_followed_and_loops_end(tmp_path):
+    shelf, outside = tmp_path / "shelf", tmp_path / "outside"
+    picture(shelf / "a.png")
+    picture(outside / "cats" / "b.png")
+    (shelf / "others").symlink_to(outside)
+    (shelf / "same.png").symlink_to(shelf / "a.png")
+    (outside / "back").symlink_to(shelf)
+    (outside / "cats" / "round").symlink_to(outside / "cats")
+    (shelf / "self").symlink_to(shelf)
+    found, notes = named(shelf)
+    assert found == {"a.png": "", "same.png": "", "others/cats/b.png": "cats"}
+    assert notes[0] == "1 files are reached by links that lead out of the folder"
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
+    with pytest.raises(DataError, match=r"gone\.png: No such file"):
+        load_folder(tmp_path, SIDE)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.txt", "metadata.jsonl", "metadata.csv"])
+def test_a_pipe_does_not_hang(tmp_path, name):
+    picture(tmp_path / ("b.png" if name == "a.png" else "a.png"))
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=f"{name}: expected a file"):
+        load_folder(tmp_path, SIDE)
+
+
+def test_a_caption_is_a_short_file_of_text(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("x" * 2**16)
+    assert named(tmp_path)[0]["a.png"] == "x" * 2**16
+    (tmp_path / "a.txt").write_text("x" * (2**16 + 1))
+    with pytest.raises(DataError, match=r"a\.txt: expected a caption of at most 65,536 bytes"):
+        load_folder(tmp_path, SIDE)
+
+
+def test_metadata_in_sub_folders_and_as_a_table(tmp_path):
+    for name in ("train/a.png", "train/b.png", "train/deep/c.png", "test/d.png", "e.png", "f.png"):
+        picture(tmp_path / name)
+    lines = [{"file_name": "a.png", "text": "A"}, {"file_name": "deep/c.png", "text": "C"}]
+    (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    table = 'file_name,text,other\nd.png,"two, words",1\n'
+    (tmp_path / "test" / "metadata.csv").write_text("\ufeff" + table)
+    above = 'text,file_name\r\nE,e.png\r\n"B\r\nof two lines",./train/b.png\r\nno,train/a.png\r\n'
+    (tmp_path / "metadata.csv").write_bytes(above.encode())
+    found, notes = named(tmp_path)
+    assert found == {
+        "e.png": "E", "f.png": "", "test/d.png": "two, words", "train/a.png": "A",
+        "train/b.png": "B\nof two lines", "train/deep/c.png": "C",
+    }  # fmt: skip
+    assert "2 from metadata.jsonl" in notes[0] and "3 from metadata.csv" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("metadata.csv", "file_name,caption\na.png,A\n"),
+        ("metadata.csv", "a.png,A\n"),
+        ("metadata.csv", "file_name,text\nb.png,A\n"),
+        ("metadata.csv", "file_name,text\n../a.png,A\n"),
+        ("metadata.csv", "file_name,text\na.png\n"),
+        ("metadata.jsonl", "[" * 100_000),
+        ("metadata.jsonl", '{"file_name": "/etc/passwd", "text": "A"}'),
+        ("metadata.jsonl", '{"file_name": "sub/../../a.png", "text": "A"}'),
+        ("metadata.jsonl", '["a.png", "A"]'),
+        ("metadata.jsonl", '{"file_name": ["a.png"], "text": "A"}'),
+    ],
+)
+def test_a_bad_line_of_metadata_is_named(tmp_path, name, content):
+    folder = tmp_path / "shelf"
+    picture(folder / "a.png")
+    picture(tmp_path / "a.png")
+    (folder / name).write_text(content)
+    if name.endswith(".csv") and not content.startswith("file_name"):
+        assert named(folder)[0] == {"a.png": ""}  # a table of no lines
+        return
+    with pytest.raises(DataError, match=f"{name}: line [12]: "):
+        load_folder(folder, SIDE)
+
+
+COMPOSED, DECOMPOSED = "caf\u00e9.png", "cafe\u0301.png"
+
+
+@pytest.mark.parametrize("on_disk, listed", [(COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)])
+def test_names_are_found_in_either_normal_form(tmp_path, on_disk, listed):
+    picture(tmp_path / on_disk)
+    line = json.dumps({"file_name": listed, "text": "a café"})
+    (tmp_path / "metadata.jsonl").write_text(line)
+    assert named(tmp_path)[0] == {on_disk: "a café"}
+    picture(tmp_path / listed)  # now both are there, and each is itself
+    assert named(tmp_path)[0] == {listed: "a café", on_disk: ""}
+
+
+@pytest.mark.parametrize(
+    "name, as_shown",
+    [
+        (b"caf\xe9", r"caf\udce9"),  # Latin-1
+        (b"a\nb", r"a\nb"),
+        (b"\x1b[31mred", r"\x1b[31mred"),
+        (b"\x07", r"\x07"),
+        ("\u202eevil".encode(), r"\u202eevil"),
+        (b"\xff\xfe", r"\udcff\udcfe"),
+        (b"tab\there", r"tab\there"),
+        (b"c1\xc2\x9b31m", r"c1\x9b31m"),
+        ("\u2028".encode(), r"\u2028"),
+        ("\ufeffbom".encode(), r"\ufeffbom"),
+    ],
+)
+def test_names_that_cannot_be_shown_are_escaped(tmp_path, name, as_shown):
+    folder = tmp_path / os.fsdecode(name)
+    picture(folder / os.fsdecode(name + b".png"))
+    found, _ = named(folder)
+    assert list(found) == [f"{as_shown}.png"]
+    (folder / os.fsdecode(name + b"2.png")).write_bytes(b"no image")
+    with pytest.raises(DataError) as error:
+        load_folder(folder, SIDE)
+    problem = str(error.value).splitlines()[-1]
+    assert f"{as_shown}2.png: not an image" in problem and problem.lstrip().isprintable()

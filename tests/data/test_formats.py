@@ -1,6 +1,7 @@
 """Data sets in a few large files: written by others' code here, read by ours."""
 
 import gzip
+import os
 import struct
 
 import numpy as np
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 
 from tinyldm.data.dataset import DataError
 from tinyldm.data.formats import find_arrays, load_arrays, read_idx
+from tinyldm.training.preparation import load_data
+from tinyldm.training.presets import make_config
 
 NAMES = ["airplane", "automobile", "bird"]
 
@@ -182,7 +185,7 @@ def test_a_damaged_cifar_file(cifar):
         ({"images": random_images(2, 8)}, "found uint8 (2, 8)"),
         ({"images": random_images(2, 8, 8, 4)}, "found uint8 (2, 8, 8, 4)"),
         ({"images": random_images(2, 8, 8), "captions": np.array(["a"])}, "1 captions for 2"),
-        ({"images": random_images(2, 8, 8), "labels": np.ones(2)}, "integers, found"),
+        ({"images": random_images(2, 8, 8), "labels": np.ones(2)}, "integers (2,), found float64"),
         ({"images": np.array([{}], object)}, "not an .npz of plain arrays"),
         ({"images": random_images(0, 8, 8)}, "hold no image"),
     ],
@@ -210,3 +213,117 @@ def test_a_pickle_in_an_npz_is_not_opened(tmp_path, monkeypatch):
     np.savez(tmp_path / "data.npz", images=np.array([Bomb()], object))
     assert_refused(tmp_path / "data.npz", "not an .npz of plain arrays")
     assert not (tmp_path / "exploded").exists()
+
+
+# ------------------------------------------------------------------------------ where files lie
+
+
+@pytest.mark.parametrize("below", ["MNIST/raw", "FashionMNIST/raw", "raw", "a/b/c"])
+def test_files_in_a_folder_below_are_found(mnist, tmp_path_factory, below):
+    folder, images, labels = mnist
+    root = tmp_path_factory.mktemp("root")
+    folder.rename(root / "x")
+    (root / below).parent.mkdir(parents=True, exist_ok=True)
+    (root / "x").rename(root / below)
+    (root / below / ".hidden.png").write_bytes(b"")
+    config = make_config("tiny", data=str(root))
+    assert load_data(config).captions == [str(label) for label in labels]
+
+
+def test_data_sets_in_two_folders_are_refused(mnist):
+    folder, *_ = mnist
+    (folder / "more").mkdir()
+    np.savez(folder / "more" / "data.npz", images=random_images(2, 8, 8))
+    with pytest.raises(DataError, match="data sets in several folders"):
+        find_arrays(folder)
+
+
+def test_a_folder_or_a_pipe_of_such_a_name(tmp_path):
+    (tmp_path / "train-images-idx3-ubyte").mkdir()
+    assert find_arrays(tmp_path) == []
+    os.mkfifo(tmp_path / "data.npz")
+    with pytest.raises(DataError, match=r"data\.npz: expected a file, found a device or a pipe"):
+        load_arrays(find_arrays(tmp_path), 28)
+
+
+# ------------------------------------------------------------------------- a table never shifts
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("\ufeffzero\none\ntwo", ["zero", "two"]),
+        ("zero  \n one\t\ntwo \n", ["zero", "two"]),
+        ("zero\r\none\r\ntwo\r\n\r\n\n", ["zero", "two"]),
+        ("zero\n\none\ntwo", "labels.txt: line 2 is empty"),
+        ("\nzero\none\ntwo", "labels.txt: line 1 is empty"),
+        ("zero\none\n   \n\ntwo", "labels.txt: line 3 is empty"),
+        ("zero\none", "labels.txt: 2 names, but there is a class 2"),
+        ("", "labels.txt: 0 names, but there is a class 2"),
+        (b"z\xe9ro\none\ntwo", "labels.txt: expected text in UTF-8"),
+    ],
+)
+def test_names_of_classes(tmp_path, text, expected):
+    np.savez(tmp_path / "data.npz", images=random_images(2, 8, 8), labels=np.array([0, 2]))
+    (tmp_path / "labels.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    if isinstance(expected, list):
+        assert load_arrays(find_arrays(tmp_path), 8).captions == expected
+    else:
+        with pytest.raises(DataError, match=expected):
+            load_arrays(find_arrays(tmp_path), 8)
+
+
+@pytest.mark.parametrize(
+    "column, expected",
+    [
+        ({"labels": [0, -1]}, "data.npz: expected class numbers of 0 or more, found -1"),
+        ({"labels": [-100, 0]}, "data.npz: expected class numbers of 0 or more, found -100"),
+        ({"labels": [[1, 0], [0, 1]]}, "expected `labels` of integers (2,), found int64 (2, 2)"),
+        ({"labels": [[3], [4]]}, ["3", "4"]),
+        ({"labels": [3, 4, 5]}, "expected `labels` of integers (2,), found int64 (3,)"),
+        ({"labels": [True, False]}, "expected `labels` of integers (2,), found bool (2,)"),
+        ({"labels": 3}, "expected `labels` of integers (2,), found int64 ()"),
+        ({"captions": [b"a cat", "d\u00e9j\u00e0".encode()]}, ["a cat", "d\u00e9j\u00e0"]),
+        ({"captions": [b"a cat", b"d\xe9j\xe0"]}, "expected captions in UTF-8"),
+        ({"captions": ["a cat", "two\nlines"]}, ["a cat", "two\nlines"]),
+        ({"captions": [["a", "b"], ["c", "d"]]}, "expected `captions` of text (n,), found <U1"),
+        ({"captions": [1, 2]}, "expected `captions` of text (n,), found int64 (2,)"),
+        ({"captions": "one for all"}, "expected `captions` of text (n,), found <U11 ()"),
+    ],
+)
+def test_captions_and_labels_of_an_npz(tmp_path, column, expected):
+    arrays = {name: np.array(values) for name, values in column.items()}
+    np.savez(tmp_path / "data.npz", images=random_images(2, 8, 8), **arrays)
+    if isinstance(expected, list):
+        assert load_arrays([tmp_path / "data.npz"], 8).captions == expected
+    else:
+        assert_refused(tmp_path / "data.npz", expected)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.ones((2, 8, 8), bool),
+        np.zeros((8, 8, 3), np.uint8),  # one image, not eight of 8×3
+        np.zeros((8, 8, 4), np.uint8),
+        np.zeros((2, 3, 8, 8), np.uint8),
+        np.zeros((2, 0, 8), np.uint8),
+        np.zeros((2, 8, 0, 3), np.uint8),
+        np.zeros((1, 1, 10**8), np.uint8),
+        np.zeros((), np.uint8),
+        np.zeros(5, np.uint8),
+        np.zeros((2, 8, 8, 3, 1), np.uint8),
+    ],
+)
+def test_images_of_another_rank(tmp_path, images):
+    np.savez_compressed(tmp_path / "data.npz", images=images)
+    assert_refused(tmp_path / "data.npz", "images")
+
+
+def test_an_npz_of_an_unknown_compression(tmp_path):
+    np.savez(tmp_path / "data.npz", images=random_images(2, 8, 8))
+    data = bytearray((tmp_path / "data.npz").read_bytes())
+    entry = data.index(b"PK\x01\x02")  # of the list of contents: its method
+    data[entry + 10 : entry + 12] = b"\x63\x00"
+    (tmp_path / "data.npz").write_bytes(data)
+    assert_refused(tmp_path / "data.npz", "not an .npz of plain arrays")

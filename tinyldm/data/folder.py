@@ -1,22 +1,30 @@
 """A folder of images as a data set: any sizes, captions from where they are usually kept."""
 
+import csv
 import glob
+import io
 import json
 import posixpath
+import unicodedata
 import warnings
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from tinyldm.data.dataset import DataError, Dataset
 from tinyldm.data.images import as_rgb, both_sides, fitted
+from tinyldm.files import is_regular, shown
 from tinyldm.threads import map_threads
 
 FORMATS = {  # suffix of a file → a format that is read, whichever of these suffixes it has
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF",
 }  # fmt: skip
+PNG = b"\x89PNG\r\n\x1a\n"  # what it begins with
+OF_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"iCCP")
+METADATA = ("metadata.jsonl", "metadata.csv")
+LONGEST_TEXT = 2**16  # bytes of a caption's file
 MAP = ".map"  # at the end of the name of an image's layout map
 MOST_PIXELS = 64_000_000  # of one image; a larger one is a mistake, or meant to fill the memory
 
@@ -29,8 +37,9 @@ def load_folder(
 ) -> Dataset:
     """Load all images below `folder`, in the order of their names, as `open_image` reads them.
 
-    An image's caption is its line (`file_name`, `text`) in metadata.jsonl, else the text file of
-    its name, else the name of its sub-folder, else "". Hidden files are ignored.
+    An image's caption is its line (`file_name`, `text`) in the metadata.jsonl or metadata.csv of
+    its folder or one above, else the text file of its name, else the name of its sub-folder, else
+    "". Hidden files are ignored, and links are followed.
 
     maps: an image a.png has its layout map in a.map.png, cropped and resized in the same way.
 
@@ -45,10 +54,10 @@ def load_folder(
             "CIFAR-10's .bin and .npz"
         )
     height, width = both_sides(size)
-    files, others = _find(folder)
+    files, others, metadata, notes = _find(folder)
     if maps:
         files = [file for file in files if not file.stem.endswith(MAP)]
-    listed, damaged = _read_metadata(folder, files)
+    listed, damaged = _read_metadata(folder, files, metadata)
 
     def read(file):
         try:
@@ -72,20 +81,48 @@ def load_folder(
     if not good:
         raise DataError(f"{folder}: none of its {len(files)} images can be read")
     images, layouts, enlarged, captions, sources = zip(*(results[i] for i in good), strict=True)
-    notes = [f"captions: {_count(sources)}"]
+    notes = [*notes, f"captions: {_count(sources)}"]
     if any(enlarged):
         pixels = f"{height}×{width}" if height != width else height
         notes.append(f"{sum(enlarged)} of {len(good)} images are enlarged to {pixels} pixels")
     if others:
         notes.append(f"files of other kinds, ignored: {_count(others)}")
-    names = [files[i].relative_to(folder).as_posix() for i in good]
+    names = [shown(files[i].relative_to(folder).as_posix()) for i in good]
     layouts = np.stack(layouts) if maps else None
     return Dataset(np.stack(images), list(captions), names, tuple(notes), tuple(damaged), layouts)
 
 
 def holds_images(folder: Path) -> bool:
     """Return whether the name of any file below the folder has the suffix of an image format."""
-    return any(path.suffix.lower() in FORMATS for path in folder.rglob("*"))
+    files = files_below(folder) if folder.is_dir() else []
+    return any(path.suffix.lower() in FORMATS for path in files)
+
+
+def files_below(folder: Path) -> list[Path]:
+    """List the files below a folder in the order of their names, without hidden ones.
+
+    Links are followed, but not back to a folder that is being listed. DataError for a folder that
+    cannot be read.
+    """
+    found = []
+
+    def search(current, above):
+        real = current.resolve()
+        if real in above:
+            return
+        for path in current.iterdir():
+            if path.name.startswith("."):
+                continue
+            if path.is_dir():
+                search(path, {*above, real})
+            else:
+                found.append(path)
+
+    try:
+        search(folder, set())
+    except OSError as error:
+        raise DataError(f"{shown(error.filename)}: {error.strerror}") from None
+    return sorted(found)
 
 
 def open_image(file: Path, side: int) -> Image.Image:
@@ -94,36 +131,63 @@ def open_image(file: Path, side: int) -> Image.Image:
     Its EXIF orientation is applied, transparency becomes white, and of an animation the first
     frame is read. DataError says in one line why a file cannot be used.
     """
-    formats = tuple(FORMATS.values())
+    kinds = ", ".join(dict.fromkeys(FORMATS.values()))
     try:
-        with Image.open(file, formats=formats) as opened:
-            if opened.width * opened.height > MOST_PIXELS:
-                raise ValueError(
-                    f"expected at most {MOST_PIXELS // 10**6} million pixels, found "
-                    f"{opened.width}×{opened.height}"
-                )
-            opened.verify()  # the checksums of PNG, which reading alone ignores
-        with Image.open(file, formats=formats) as opened:
-            opened.draft(None, (2 * side, 2 * side))  # JPEG: decode no more of it than is needed
-            return as_rgb(opened)
+        if not is_regular(file):
+            raise ValueError("expected a file, found a device or a pipe")
+        try:
+            return _decoded(file, side)
+        except Exception:  # perhaps of its notes, which no viewer reads
+            with open(file, "rb") as stream:
+                if stream.read(8) != PNG:
+                    raise
+                pixels = _without_notes(stream.read())
+            return _decoded(io.BytesIO(pixels), side)
     except UnidentifiedImageError:
-        reason = f"not an image in a format that is read ({', '.join(dict.fromkeys(formats))})"
+        reason = f"not an image in a format that is read ({kinds})"
     except OSError as error:
         reason = error.strerror or str(error)
     except Exception as error:  # decoders of damaged bytes raise whatever they stumble over
         reason = str(error) or type(error).__name__
-    raise DataError(f"{file}: {reason}")
+    raise DataError(f"{shown(file)}: {reason}")
+
+
+def _decoded(file, side):
+    formats = tuple(FORMATS.values())
+    with Image.open(file, formats=formats) as opened:
+        if opened.width * opened.height > MOST_PIXELS:
+            raise ValueError(
+                f"expected at most {MOST_PIXELS // 10**6} million pixels, found "
+                f"{opened.width}×{opened.height}"
+            )
+        opened.verify()  # the checksums of PNG, which reading alone ignores
+    with Image.open(file, formats=formats) as opened:
+        opened.draft(None, (2 * side, 2 * side))  # JPEG: decode no more of it than is needed
+        return as_rgb(opened)
+
+
+def _without_notes(chunks):
+    """Leave out of the chunks of a PNG all but those that its pixels are made of."""
+    kept, at = [PNG], 0
+    while at < len(chunks):
+        end = at + 12 + int.from_bytes(chunks[at : at + 4], "big")
+        if chunks[at + 4 : at + 8] in OF_PIXELS:
+            kept.append(chunks[at:end])
+        at = end
+    return b"".join(kept)
 
 
 def _map_of(file, image, size):
     found = sorted(file.parent.glob(f"{glob.escape(file.stem)}{MAP}.*"))
     found = [layout for layout in found if layout.suffix.lower() in FORMATS]
     if not found:
-        raise DataError(f"{file}: has no map; expected {file.stem}{MAP}{file.suffix} beside it")
+        raise DataError(
+            f"{shown(file)}: has no map; expected {shown(file.stem)}{MAP}{file.suffix} beside it"
+        )
     layout = open_image(found[0], max(both_sides(size)))
     if abs(layout.width * image.height - layout.height * image.width) > max(image.size):
         raise DataError(
-            f"{found[0]}: expected the proportions of its image, {image.height}×"
+            f"{shown(found[0])}: expected the proportions of its image, {image.height}×"
             f"{image.width}, found {layout.height}×{layout.width}"
         )
     return fitted(layout, size)
@@ -134,31 +198,38 @@ def _count(kinds):
 
 
 def _find(folder):
-    """Find the image files below a folder, sorted, and the suffixes of the other files."""
-    files, others = [], []
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if hidden or path.is_dir():
-            continue
+    """Find the files below a folder → images, suffixes of others, metadata files, remarks."""
+    images, others, metadata, outside = [], [], [], 0
+    real = folder.resolve()
+    for path in files_below(folder):
+        outside += not path.resolve().is_relative_to(real)
         if path.suffix.lower() in FORMATS:
-            files.append(path)
-        elif path.suffix != ".txt" and path.name != "metadata.jsonl":
-            others.append(path.suffix or path.name)
-    if not files:
+            images.append(path)
+        elif path.name in METADATA:
+            metadata.append(path)
+        elif path.suffix != ".txt":
+            others.append(shown(path.suffix or path.name))
+    if not images:
         raise DataError(
             f"{folder}: no image among its {len(others)} files; formats read are "
             f"{', '.join(FORMATS)}"
         )
-    return files, others
+    notes = [f"{outside} files are reached by links that lead out of the folder"] if outside else []
+    return images, others, metadata, notes
 
 
 def _caption(file, folder, listed):
     """Find an image's caption → the caption, where it is from."""
     name = file.relative_to(folder).as_posix()
     if name in listed:
-        return listed[name], "from metadata.jsonl"
+        return listed[name]
     text = file.with_suffix(".txt")
     if text.exists():
+        if text.stat().st_size > LONGEST_TEXT:
+            raise DataError(
+                f"{shown(text)}: expected a caption of at most {LONGEST_TEXT:,} bytes, found "
+                f"{text.stat().st_size:,}"
+            )
         return _read_text(text).strip(), "from .txt files"
     if file.parent == folder:
         return "", "images without one"
@@ -167,33 +238,58 @@ def _caption(file, folder, listed):
 
 def _read_text(file):
     try:
+        if not is_regular(file):
+            raise DataError(f"{shown(file)}: expected a file of text, found something else")
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: expected text in UTF-8 ({error})") from None
+        raise DataError(f"{shown(file)}: expected text in UTF-8 ({error})") from None
+    except OSError as error:
+        raise DataError(f"{shown(file)}: {error.strerror}") from None
 
 
-def _read_metadata(folder, files):
-    """Read metadata.jsonl → ({file name: caption}, [what is wrong with a line])."""
-    file = folder / "metadata.jsonl"
-    names = {image.relative_to(folder).as_posix() for image in files}
+def _read_metadata(folder, images, files):
+    """Read metadata files → ({image: (caption, where it is from)}, [what is wrong with a line]).
+
+    Images are named from `folder` on. Of two lines for one image the one nearer to it counts.
+    """
+    names = [image.relative_to(folder).as_posix() for image in images]
+    known = {unicodedata.normalize("NFC", name): name for name in names} | {n: n for n in names}
     listed, damaged = {}, []
-    if not file.exists():
-        return listed, damaged
-    for number, line in enumerate(_read_text(file).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            name, text = entry["file_name"], entry["text"]
+    for file in sorted(files, key=lambda file: (len(file.parts), METADATA[::-1].index(file.name))):
+        entries = _csv_lines if file.suffix == ".csv" else _json_lines
+        for number, entry, line in entries(_read_text(file)):
+            where = f"{shown(file)}: line {number}"
+            name, text = (entry.get(key) for key in ("file_name", "text"))
             if not isinstance(name, str) or not isinstance(text, str):
-                raise TypeError
-        except (ValueError, KeyError, TypeError):
-            damaged.append(
-                f'{file}: line {number}: expected {{"file_name": …, "text": …}}, found {line!r}'
-            )
-            continue
-        name = PurePosixPath(posixpath.normpath(name)).as_posix()  # "./a.png" is a.png
-        if name not in names:
-            damaged.append(f"{file}: line {number}: there is no image {name!r}")
-        listed[name] = text
+                damaged.append(
+                    f'{where}: expected {{"file_name": …, "text": …}}, found {shown(line)!r}'
+                )
+                continue
+            name = posixpath.normpath((file.parent.relative_to(folder) / name).as_posix())
+            image = known.get(name, known.get(unicodedata.normalize("NFC", name)))
+            if image is None:
+                damaged.append(f"{where}: there is no image {shown(name)!r}")
+            else:
+                listed[image] = text, f"from {file.name}"
     return listed, damaged
+
+
+def _json_lines(text):
+    """Yield (number, content, the line) of lines of JSON; content is {} where it is no object."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                entry = None
+            yield number, entry if isinstance(entry, dict) else {}, line
+
+
+def _csv_lines(text):
+    """Yield the same of a table whose first line names the columns."""
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        for row in rows:
+            yield rows.line_num, row, ",".join(map(str, row.values()))
+    except csv.Error as error:
+        yield rows.line_num, {}, str(error)

@@ -6,7 +6,6 @@ class names, where a list of them lies in the same folder, else the class number
 
 import gzip
 import math
-import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,9 @@ import numpy as np
 from PIL import Image
 
 from tinyldm.data.dataset import DataError, Dataset
+from tinyldm.data.folder import MOST_PIXELS, files_below
 from tinyldm.data.images import both_sides, fitted
+from tinyldm.files import is_regular, shown
 from tinyldm.threads import map_threads
 
 CIFAR_SIDE, CIFAR_RECORD = 32, 1 + 3 * 32 * 32  # a label, then red, green and blue
@@ -28,10 +29,15 @@ MOST_BYTES = 8 * 2**30  # of one array; a header that says more is damaged
 def find_arrays(path: Path) -> list[Path]:
     """Find the image files that `path` is, or holds, in one of these formats; or an empty list.
 
-    Of a folder with training and test files it returns the training files.
+    Of a folder with training and test files it returns the training files. They may lie in a folder
+    below, as torchvision has them in MNIST/raw. DataError where they lie in several.
     """
-    files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
+    files = [path] if path.is_file() else files_below(path) if path.is_dir() else []
     found = [file for file in files if _reader(file)]
+    if folders := sorted({shown(file.parent) for file in found})[1:]:
+        raise DataError(
+            f"{path}: data sets in several folders, {', '.join(folders[:3])} among them"
+        )
     training = [file for file in found if file.name.startswith(("train", "data_batch"))]
     return training or found
 
@@ -41,7 +47,13 @@ def load_arrays(files: list[Path], size: int | tuple[int, int]) -> Dataset:
 
     DataError says in one line what is wrong with a file.
     """
+    for file in files:
+        if not is_regular(file):
+            raise DataError(f"{shown(file)}: expected a file, found a device or a pipe")
     parts = [_reader(file)(file) for file in files]
+    for file, (images, _) in zip(files, parts, strict=True):
+        if not 1 <= math.prod(images.shape[1:3]) <= MOST_PIXELS:
+            raise DataError(f"{shown(file)}: its images are of {images.shape[1]}×{images.shape[2]}")
     pixels = [image for images, _ in parts for image in images]
     captions = [caption for _, names in parts for caption in names]
     if not pixels:
@@ -90,7 +102,7 @@ def _read_idx(file):
             f"{label_files[0]}: {len(labels)} labels for the {len(images)} images of "
             f"{file.name}; take both from the same data set"
         )
-    return images, _named(labels, file.with_name(IDX_NAMES))
+    return images, _named(labels, label_files[0], IDX_NAMES)
 
 
 def read_idx(file: Path, dimensions: int) -> np.ndarray:
@@ -132,7 +144,7 @@ def _read_cifar(file):
     records = np.frombuffer(file.read_bytes(), np.uint8).reshape(-1, CIFAR_RECORD)
     planes = records[:, 1:].reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE)
     images = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
-    return images, _named(records[:, 0], file.with_name(CIFAR_NAMES))
+    return images, _named(records[:, 0], file, CIFAR_NAMES)
 
 
 def _read_npz(file):
@@ -140,14 +152,16 @@ def _read_npz(file):
     try:
         with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             stored = {name: arrays[name] for name in arrays.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # whatever damaged bytes lead NumPy and zipfile to
         raise DataError(f"{file}: not an .npz of plain arrays ({error})") from None
     images = stored.get("images")
     if images is None:
         raise DataError(
             f"{file}: expected an array `images`, found {', '.join(stored) or 'no array'}"
         )
-    if images.dtype != np.uint8 or images.shape[3:] not in ((), (1,), (3,)) or images.ndim < 3:
+    one_in_colour = images.ndim == 3 and images.shape[2] in (3, 4)
+    of_images = images.ndim >= 3 and images.shape[3:] in ((), (1,), (3,)) and not one_in_colour
+    if images.dtype != np.uint8 or not of_images:
         raise DataError(
             f"{file}: expected `images` of uint8 (n, h, w) or (n, h, w, 3), found "
             f"{images.dtype} {images.shape}"
@@ -155,25 +169,47 @@ def _read_npz(file):
     images = images[..., 0] if images.shape[3:] == (1,) else images
     captions = stored.get("captions")
     if captions is None and "labels" in stored:
-        labels = stored["labels"].reshape(-1)
-        if labels.dtype.kind not in "iu":
-            raise DataError(f"{file}: expected `labels` of integers, found {labels.dtype}")
-        captions = _named(labels, file.with_name(IDX_NAMES))
+        labels = stored["labels"]
+        if labels.dtype.kind not in "iu" or labels.shape not in ((len(images),), (len(images), 1)):
+            raise DataError(
+                f"{file}: expected `labels` of integers ({len(images)},), found {labels.dtype} "
+                f"{labels.shape}"
+            )
+        captions = np.array(_named(labels.reshape(-1), file, IDX_NAMES))
     if captions is None:
         return images, [""] * len(images)
+    if captions.dtype.kind not in "US" or captions.ndim != 1:
+        raise DataError(
+            f"{file}: expected `captions` of text (n,), found {captions.dtype} {captions.shape}"
+        )
+    if captions.dtype.kind == "S":
+        try:
+            captions = np.char.decode(captions, "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: expected captions in UTF-8 ({error})") from None
     if len(captions) != len(images):
         raise DataError(f"{file}: {len(captions)} captions for {len(images)} images")
     return images, [str(caption) for caption in captions]
 
 
-def _named(labels, file):
-    """Turn class numbers into captions: the class names, a line each in `file`, or the numbers."""
+def _named(labels, file, names_file):
+    """Turn the class numbers of a file into captions: the class names, or the numbers.
+
+    The names are in a file beside it, a line each.
+    """
+    least, most = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+    if least < 0:
+        raise DataError(f"{file}: expected class numbers of 0 or more, found {least}")
+    file = file.with_name(names_file)
     if not file.exists():
         return [str(label) for label in labels.tolist()]
     try:
-        names = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = file.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: expected text in UTF-8 ({error})") from None
-    if len(labels) and int(labels.max()) >= len(names):
-        raise DataError(f"{file}: {len(names)} names, but there is a class {labels.max()}")
+    names = [line.strip() for line in lines]
+    if "" in names:
+        raise DataError(f"{file}: line {names.index('') + 1} is empty: a class has no name")
+    if most >= len(names):
+        raise DataError(f"{file}: {len(names)} names, but there is a class {most}")
     return [names[label] for label in labels.tolist()]

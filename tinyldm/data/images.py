@@ -1,7 +1,11 @@
 """Images as arrays: to and from the range of the autoencoder, and to the size of a model."""
 
+import contextlib
+import io
+
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL.Image import Transpose
 
 
 def from_uint8(images: np.ndarray) -> np.ndarray:
@@ -39,18 +43,69 @@ def fitted(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
     return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB: EXIF orientation applied, 16-bit grey to 8, transparency on white."""
-    image = ImageOps.exif_transpose(image)
+def as_rgb(image: Image.Image, ground: str = "white") -> Image.Image:
+    """Convert to RGB as a viewer shows it: upright, its colours in sRGB, on a white ground.
+
+    16-bit grey becomes 8 bits. ValueError for an image of floats.
+    """
     if image.mode == "F":
         raise ValueError("expected an image of integers, found one of mode F")
+    alpha = _alpha(image)
     if image.mode.startswith("I"):  # 16 bits of grey, which convert() would only clip
-        gray = np.asarray(image, np.float32) / 257
-        image = Image.fromarray(np.clip(np.round(gray), 0, 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        grey = np.asarray(image, np.float32) / 257
+        rgb = Image.fromarray(np.clip(np.round(grey), 0, 255).astype(np.uint8)).convert("RGB")
+    else:
+        rgb = _in_srgb(image)
+    if alpha is not None:
+        rgb = Image.composite(rgb, Image.new("RGB", image.size, ground), alpha)
+    turned = _TURNS.get(_orientation(image))
+    rgb = rgb.copy() if turned is None else rgb.transpose(turned)
+    rgb.info.clear()  # all that they say has been done
+    return rgb
+
+
+def _alpha(image):
+    """Return how opaque each pixel is, mode "L", or None where all are."""
+    marked = image.info.get("transparency")
+    if image.mode.startswith("I") and isinstance(marked, int):  # this grey is transparent
+        return Image.fromarray(255 * (np.asarray(image) != marked).astype(np.uint8))
+    if not image.has_transparency_data:
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    if image.format == "BMP" and alpha.getextrema() == (0, 0):
+        return None  # the fourth byte of many BMP is not used
+    return alpha
+
+
+def _in_srgb(image):
+    """Apply the colour profile; one that is damaged or of other colours counts for nothing."""
+    profile = image.info.get("icc_profile")
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGBA").convert("RGB")
+    if profile:
+        with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
+            return ImageCms.profileToProfile(
+                image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
     return image.convert("RGB")
+
+
+_TURNS = {  # EXIF orientation → what makes the image upright
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+
+
+def _orientation(image):
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # EXIF data are damaged in any way; a viewer shows the image all the same
+        return None
 
 
 def image_pixels(image: Image.Image, height: int, width: int) -> np.ndarray:
@@ -59,8 +114,11 @@ def image_pixels(image: Image.Image, height: int, width: int) -> np.ndarray:
 
 
 def mask_pixels(mask: Image.Image, height: int, width: int) -> np.ndarray:
-    """Resize a mask in the same way → bool (height, width): True where it is light."""
-    grey = as_rgb(mask).convert("L")
+    """Resize a mask in the same way → bool (height, width): True where it is light.
+
+    What is transparent is not masked.
+    """
+    grey = as_rgb(mask, ground="black").convert("L")
     return np.asarray(grey.resize((width, height), Image.Resampling.LANCZOS)) >= 128
 
 

@@ -1,12 +1,14 @@
 """Preparation of a run: the images, the tokenizer, and a folder to write to."""
 
-import shutil
+import contextlib
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from tinyldm.checkpoints.components import COMPONENTS
+from tinyldm.checkpoints.diffusers_folder import CHECKSUMS
 from tinyldm.config import ConfigError
 from tinyldm.data.dataset import DataError, Dataset
 from tinyldm.data.folder import holds_images, load_folder
@@ -22,6 +24,28 @@ LONGEST_CAPTION = 77  # tokens, as in Stable Diffusion
 MOST_CLASSES = 1000  # as ImageNet has; more are likely to be captions
 OF_A_RUN = ("training", "samples", "tokenizer", "scheduler", *COMPONENTS)  # folders that it makes
 
+WRITTEN = (  # patterns of the files of a run, besides those of its components
+    "training/state-*.safetensors",
+    "training/state-*.safetensors.damaged",
+    "training/metrics.jsonl",
+    "training/skipped.txt",
+    "samples/step-*.png",
+    *(
+        f"samples/{name}"
+        for name in (
+            "data.png", "maps.png", "forward.png", "reconstructions.png", "samples.png",
+            "guidance.png", "words.png", "reverse.png", "reverse.webp", "loss.png",
+            "loss-by-noise.png", "nearest.png",
+        )
+    ),
+    *(
+        f"tokenizer/{name}"
+        for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "classes.json")
+    ),
+    "scheduler/scheduler_config.json",
+)  # fmt: skip
+TEMPORARY = re.compile(r"\..+-[a-z0-9_]{8}|\.tmp\w+")  # of `replacing`, and of safetensors
+
 Say = Callable[[str], None]
 
 
@@ -35,7 +59,7 @@ def load_data(config: Config) -> Dataset:
         layouts = make_shapes(*drawn, maps=True)[0] if maps else None
         readable = config.condition != "none" and not config.grey
         data = Dataset(images, captions, names, maps=layouts, readable=readable)
-    elif (arrays := find_arrays(Path(config.data))) and not holds_images(Path(config.data)):
+    elif not holds_images(Path(config.data)) and (arrays := find_arrays(Path(config.data))):
         if maps:
             raise DataError(
                 f"{config.data}: layout needs maps, as files beside those of a folder of images; "
@@ -101,7 +125,17 @@ def refuse_folder(run: Path, config: Config, overwrite: bool) -> None:
     """Raise FileExistsError or ConfigError rather than lose or mix up what is there."""
     if run.exists() and not run.is_dir():
         raise FileExistsError(f"{run}: expected a folder, or nothing, found a file")
-    holds_one = state_files(run) or (run / "model_index.json").exists()
+    if run.resolve().parent == run.resolve():
+        raise ConfigError(
+            f"{run}: is the root of the file system; take a folder of its own as --out"
+        )
+    holds_model = (run / "model_index.json").exists()
+    holds_one = state_files(run) or holds_model
+    if holds_model and overwrite and not state_files(run):
+        raise FileExistsError(
+            f"{run}: holds a model without its training states, which was not trained here and is "
+            "not overwritten; take another --out"
+        )
     if holds_one and not overwrite:
         raise FileExistsError(
             f"{run}: holds a run already; go on with it (--resume), take another --out, or replace "
@@ -126,11 +160,29 @@ def refuse_folder(run: Path, config: Config, overwrite: bool) -> None:
 
 
 def remove(run: Path) -> None:
-    """Remove what a run consists of, and nothing else that somebody may have put beside it."""
-    (run / "model_index.json").unlink(missing_ok=True)
-    (run / "eval.json").unlink(missing_ok=True)
+    """Remove the files that a run consists of, and no other that somebody may have put there.
+
+    OSError for one that cannot be removed; the checksums, without which it counts as cut off, go
+    first.
+    """
+    files = [run / CHECKSUMS, run / "model_index.json", run / "eval.json"]
+    files += [run / name / file for name, (_, _, file) in COMPONENTS.items()]
+    files += [run / name / "config.json" for name in COMPONENTS]
+    for pattern in WRITTEN:
+        files += sorted(run.glob(pattern))
+    for file in files:
+        file.unlink(missing_ok=True)
     for name in OF_A_RUN:
-        shutil.rmtree(run / name, ignore_errors=True)
+        with contextlib.suppress(OSError):  # where somebody's file is in it
+            (run / name).rmdir()
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove the temporary files of a process that ended while it wrote; hold the run's lock."""
+    for folder in (run, *(run / name for name in OF_A_RUN)):
+        for file in folder.glob(".*"):
+            if TEMPORARY.fullmatch(file.name) and file.is_file():
+                file.unlink()
 
 
 def describe_data(training: Dataset, held_out: Dataset, say: Say) -> None:
