@@ -1,5 +1,8 @@
 """Whole images against diffusers: a folder of either side is loaded by the other, as it is."""
 
+import json
+import shutil
+
 import diffusers
 import numpy as np
 import pytest
@@ -244,3 +247,59 @@ def test_what_diffusers_writes_again_is_read_the_same(trained, tmp_path):
     assert after.tokenizer.vocab == before.tokenizer.vocab
     assert after.tokenizer.merges == before.tokenizer.merges
     assert after.tokenizer.max_length == before.tokenizer.max_length
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"clip_sample": True},
+        {"clip_sample": None},  # left out: True by default
+        {"steps_offset": 0},
+        {"steps_offset": None},  # left out: 0 by default
+        {"steps_offset": 3, "clip_sample": True, "clip_sample_range": 0.5},
+        {"_class_name": "PNDMScheduler", "steps_offset": 0},
+        {"_class_name": "DDPMScheduler", "clip_sample": True, "steps_offset": 7},
+        {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "steps_offset": 0},
+        {"set_alpha_to_one": True},
+        {"timestep_spacing": "trailing", "rescale_betas_zero_snr": 0},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_what_diffusers_repairs_on_loading(written_by_diffusers, tmp_path, changes):
+    folder = shutil.copytree(written_by_diffusers, tmp_path / "model")
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = {k: v for k, v in (json.loads(file.read_text()) | changes).items() if v is not None}
+    file.write_text(json.dumps(config))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", config["_class_name"]]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    ours = Pipeline.load(folder)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    noise = start_noise(ours, 2)
+    sampler = "ddim" if config["_class_name"] == "DDPMScheduler" else None  # without its noise
+    if sampler:
+        theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
+    recipe = ours.sampling_params(PROMPTS, NEGATIVE, steps=10, guidance=3.0, sampler=sampler)
+    *_, (x, _) = ours.denoise(recipe, noise)
+    expected = generate(theirs, PROMPTS, 3.0, NEGATIVE, noise, "latent", 10)
+    expected = expected.numpy().transpose(0, 2, 3, 1)
+    assert abs(expected).max() > 1.5, "clipping would not show"
+    np.testing.assert_allclose(x, expected, rtol=0, atol=1e-4 * abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("version", "size", "expected"),
+    [("0.6.0", 8, 64), ("0.8.1", 32, 64), ("0.9.0", 8, 8), ("0.10.2", 8, 8), ("0.6.0", 96, 96)],
+)
+def test_the_size_of_old_unets(written_by_diffusers, tmp_path, version, size, expected):
+    folder = shutil.copytree(written_by_diffusers, tmp_path / "model")
+    file = folder / "unet" / "config.json"
+    config = json.loads(file.read_text()) | {"_diffusers_version": version, "sample_size": size}
+    file.write_text(json.dumps(config))
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    ours = Pipeline.load(folder)
+    assert theirs.unet.config.sample_size == expected
+    assert ours.size == (expected * ours.vae.factor,) * 2
+    ours.save(tmp_path / "again")
+    assert Pipeline.load(tmp_path / "again").size == ours.size

@@ -3,6 +3,11 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +16,7 @@ from slow import mostly_slow
 from small_model import PROMPTS, STEPS, generate, make_pipeline, start_noise
 
 from tinyldm.checkpoints.components import COMPONENTS
+from tinyldm.checkpoints.diffusers_folder import CHECKSUMS, Unfinished
 from tinyldm.checkpoints.safetensors import WeightsError, load_weights, save_weights
 from tinyldm.config import ConfigError
 from tinyldm.data.images import from_uint8, to_uint8
@@ -19,6 +25,7 @@ from tinyldm.kernels import shared_steps
 from tinyldm.sampling.metadata import fingerprint
 from tinyldm.sampling.pipeline import Pipeline
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*edited since the model was written")
 COMPONENT_FILES = [  # in the order of writing; the index is the last
     *(f"{name}/{file}" for name, (_, _, weights) in COMPONENTS.items()
       for file in ("config.json", weights)),
@@ -318,6 +325,32 @@ def test_the_size_trained_on(pipe):
         ({"size": (16,)}, "size: expected .*found"),
         ({"guidance": float("nan")}, "guidance: "),
         ({"guidance": float("inf")}, "guidance: "),
+        ({"size": "64"}, "size: expected pixels, one or .*, found '64'"),
+        ({"size": 16.0}, "size: expected pixels, one or .*, found 16.0"),
+        ({"size": (16, None)}, "size: expected pixels, one or .*, found"),
+        ({"size": {"height": 16}}, "size: expected pixels, one or .*, found"),
+        ({"negative_prompt": ["a", None]}, "negative_prompt: expected a text .* None among 2"),
+        ({"negative_prompt": 3}, "negative_prompt: expected a text or a list of texts, found 3"),
+        ({"negative_prompt": b"dark"}, "negative_prompt: expected a text or a list of texts"),
+        ({"negative_prompt": ["a", "b", "c"]}, "negative_prompt: expected one, or 1, found 3"),
+        ({"negative_prompt": []}, "negative_prompt: expected one, or 1, found 0"),
+        ({"latents": "noise"}, r"latents: expected numbers \(1, 8, 8, 4\), found 'noise'"),
+        ({"latents": [[1.0], [2.0, 3.0]]}, r"latents: expected numbers \(1, 8, 8, 4\)"),
+        ({"latents": [0.5]}, r"latents: expected \(1, 8, 8, 4\), found \(1,\)"),
+        ({"steps": "ten"}, "steps: expected an integer ≥ 1, found 'ten'"),
+        ({"steps": 2.5}, "steps: expected an integer ≥ 1, found 2.5"),
+        ({"seed": "0"}, "seed: expected an integer ≥ 0, found '0'"),
+        ({"seed": 0.5}, "seed: expected an integer ≥ 0, found 0.5"),
+        ({"guidance": "7.5"}, "guidance: expected a number, found '7.5'"),
+        ({"sampler": 5}, "sampler: expected ddpm, .*found '5'"),
+        ({"rescale": [0.7]}, "rescale: expected a number 0…1, found"),
+        ({"tile": "512"}, "tile: expected an integer ≥ 0, found '512'"),
+        ({"step": 5}, "step: no such option; did you mean 'steps'"),
+        ({"num_inference_steps": 5}, "num_inference_steps: no such option"),
+        ({"prompts": "b"}, "prompts: no such option"),
+        ({"image": "photo.png"}, "image: expected a PIL image, .*found 9 str"),
+        ({"image": 5}, "image: expected a PIL image, .*found 1 int"),
+        ({"callback": 5}, "callback: expected a function, found 5"),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -325,6 +358,22 @@ def test_what_is_asked_wrongly(pipe, options, says):
     with pytest.raises(ValueError, match=f"^{says}") as caught:
         pipe(PROMPTS[0], **options)
     one_line(caught)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, b"a red circle", ["a", None], [5], object(), {1: 2}])
+def test_a_prompt_is_text(pipe, prompt):
+    with pytest.raises(ValueError, match="^prompt: expected a text or a list of texts, found"):
+        pipe(prompt)
+
+
+def test_what_is_as_good_as_what_is_asked_for(pipe):
+    usual = generate(pipe, PROMPTS[:1])
+    for options in ({"negative_prompt": None}, {"negative_prompt": [""]}, {"size": np.int64(16)}):
+        np.testing.assert_array_equal(generate(pipe, PROMPTS[:1], **options), usual)
+    np.testing.assert_array_equal(generate(pipe, iter(PROMPTS[:1])), usual)
+    noise = start_noise(1, 2)
+    with_array = generate(pipe, PROMPTS[:1], latents=noise)
+    np.testing.assert_array_equal(generate(pipe, PROMPTS[:1], latents=noise.tolist()), with_array)
 
 
 # ------------------------------------------------------------------------------- decode and encode
@@ -386,7 +435,7 @@ def test_saved_and_loaded_it_generates_the_same_bytes(pipe, folder):
 
 def test_the_folder_holds_what_diffusers_expects(pipe, folder):
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert files == {*COMPONENT_FILES, "model_index.json"}
+    assert files == {*COMPONENT_FILES, "model_index.json", CHECKSUMS}
     index = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline"
     assert index["safety_checker"] == index["feature_extractor"] == [None, None]
@@ -437,18 +486,21 @@ def crash_before(monkeypatch, number):
 
 
 @pytest.mark.parametrize(
-    "number", mostly_slow(range(1, len(COMPONENT_FILES) + 2), 1, 4, len(COMPONENT_FILES) + 1)
+    "number", mostly_slow(range(1, len(COMPONENT_FILES) + 4), 1, 2, 5, len(COMPONENT_FILES) + 3)
 )
-def test_the_index_is_written_last(pipe, folder, monkeypatch, number):
-    """A second save over a whole folder that fails before any of its files leaves no index."""
+def test_a_save_that_was_cut_off_is_seen(pipe, folder, monkeypatch, number):
+    """A second save over a whole folder that fails before any of its files, the last included."""
     calls = crash_before(monkeypatch, number)
     with pytest.raises(Crash):
         pipe.save(folder)
-    assert not (folder / "model_index.json").exists()
-    with pytest.raises(FileNotFoundError, match="model_index.json: missing"):
-        Pipeline.load(folder)
-    expected = [folder / file for file in [*COMPONENT_FILES, "model_index.json"]]
-    assert calls == expected[:number]
+    files = [CHECKSUMS, *COMPONENT_FILES, "model_index.json", CHECKSUMS]
+    assert calls == [folder / file for file in files[:number]]
+    if number == 1:
+        Pipeline.load(folder)  # nothing has changed yet
+    else:
+        with pytest.raises(Unfinished, match="the files are not of one model") as caught:
+            Pipeline.load(folder)
+        one_line(caught)
 
     monkeypatch.undo()
     pipe.save(folder)
@@ -517,6 +569,79 @@ def test_weights_that_do_not_fit_are_listed(folder, name):
     assert f"misshapen (1): {first}: expected" in text
 
 
+@pytest.mark.parametrize("file", [f for f in COMPONENT_FILES if not f.endswith(".safetensors")])
+def test_an_edited_text_file_is_read_and_said(folder, file):
+    with warnings.catch_warnings(record=True, action="always") as said:
+        Pipeline.load(folder)
+    assert said == []
+    content = (folder / file).read_text()
+    (folder / file).write_text(content + "\n" * (not file.endswith(".txt")))
+    if file.endswith(".txt"):
+        (folder / file).write_text(content.replace("#version: 0.2", "#version: 0.3"))
+    with warnings.catch_warnings(record=True, action="always") as said:
+        Pipeline.load(folder)
+    assert [str(w.message) for w in said] == [
+        f"{folder / file}: edited since the model was written"
+    ]
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_weights_of_another_model_are_refused(folder, name):
+    file = folder / name / COMPONENTS[name][2]
+    params = load_weights(file)
+    changed = {key: w + 1 for key, w in params.items()}
+    save_weights(file, changed, {"format": "pt"})
+    with pytest.raises(WeightsError, match="not the weights that were written with the other"):
+        Pipeline.load(folder)
+    (folder / CHECKSUMS).unlink()
+    assert (Pipeline.load(folder).params[name][min(params)] == changed[min(params)]).all()
+
+
+def test_flipped_bits_in_a_folder_are_found(folder):
+    """Anywhere in the numbers of any of its files."""
+    rng = np.random.default_rng(0)
+    for name, (_, _, weights) in COMPONENTS.items():
+        file = folder / name / weights
+        whole = file.read_bytes()
+        start = 8 + int.from_bytes(whole[:8], "little")
+        for at in rng.integers(8 * start, 8 * len(whole), 20):
+            flipped = bytearray(whole)
+            flipped[at // 8] ^= 1 << at % 8
+            file.write_bytes(flipped)
+            with pytest.raises(WeightsError, match="damaged: its checksum was"):
+                Pipeline.load(folder)
+        file.write_bytes(whole)
+    Pipeline.load(folder)
+
+
+def test_while_another_export_is_written_the_reader_waits(pipe, folder):
+    """The writer holds the lock of the folder, as a training run does."""
+    script = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parents[1] / "support")!r})
+from small_model import make_pipeline
+from tinyldm.checkpoints import diffusers_folder
+from tinyldm.lock import locked
+from tinyldm.sampling.pipeline import Pipeline
+pipe = Pipeline.load({str(folder)!r})
+save, slow = diffusers_folder.save_weights, lambda *a: (time.sleep(0.3), save(*a))
+diffusers_folder.save_weights = slow
+name = min(pipe.params["unet"])
+pipe.params["unet"][name] += 1
+with locked({str(folder)!r}):
+    print("begins", flush=True)
+    pipe.save({str(folder)!r})
+"""
+    name = min(pipe.params["unet"])
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "begins\n"
+        time.sleep(0.1)
+        found = Pipeline.load(folder).params["unet"][name] - pipe.params["unet"][name]
+    assert process.returncode == 0
+    assert abs(found - 1).max() < 1e-5  # all of the new one: nothing was read before it was whole
+
+
 def test_a_config_that_is_not_implemented_is_named(folder):
     file = folder / "unet" / "config.json"
     config = json.loads(file.read_text())
@@ -554,7 +679,7 @@ def test_the_fingerprint_sees_weights_configs_and_tokenizer(folder):
 # ------------------------------------------------------------------------------- folders of others
 
 
-def test_latents_are_not_clipped_where_the_scheduler_says_nothing(pipe):
+def test_latents_are_not_clipped_where_the_scheduler_says_nothing(pipe, tmp_path):
     """Schedulers that never clip do not write the key, and ddim would clip by default."""
     silent = {k: v for k, v in pipe.configs["scheduler"].items() if k != "clip_sample"}
     other = Pipeline(pipe.configs | {"scheduler": silent}, pipe.params, pipe.tokenizer)
@@ -563,11 +688,15 @@ def test_latents_are_not_clipped_where_the_scheduler_says_nothing(pipe):
         np.testing.assert_array_equal(
             generate(other, PROMPTS[:1], **options), generate(pipe, PROMPTS[:1], **options)
         )
-    clips = Pipeline(
-        pipe.configs | {"scheduler": silent | {"clip_sample": True}}, pipe.params, pipe.tokenizer
-    )
+    clips = pipe.configs | {"scheduler": silent | {"clip_sample": True}}
+    clips = Pipeline(clips, pipe.params, pipe.tokenizer)
     options = {"sampler": "ddim", "steps": 4, "guidance": 2.0}
     assert (generate(clips, PROMPTS[:1], **options) != generate(pipe, PROMPTS[:1], **options)).any()
+    clips.save(tmp_path)  # but diffusers repairs such a file
+    np.testing.assert_array_equal(
+        generate(Pipeline.load(tmp_path), PROMPTS[:1], **options),
+        generate(pipe, PROMPTS[:1], **options),
+    )
 
 
 def test_a_scheduler_that_is_not_implemented_is_named_with_the_way_out(pipe):

@@ -1,7 +1,7 @@
 """Image inputs of a sampling call: img2img, inpainting, super-resolution, layout."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -90,7 +90,8 @@ class Scene:
 
 def each(name: str, images: Images, n: int) -> list[Image.Image]:
     """Return one image for each of n prompts. ValueError for any other number or type."""
-    images = [images] * n if isinstance(images, Image.Image) else list(images)
+    one = isinstance(images, Image.Image) or not isinstance(images, Iterable)
+    images = [images] * n if one else list(images)
     if len(images) != n or not all(isinstance(image, Image.Image) for image in images):
         kinds = ", ".join(dict.fromkeys(type(image).__name__ for image in images))
         raise ValueError(

@@ -1,9 +1,12 @@
 """Random numbers of sampling: drawn on the host, one stream per image, the same everywhere."""
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import numpy as np
 from numpy.random import Generator
+
+from tinyldm.backend import Array
 
 
 def streams(seed: int, n: int) -> list[Generator]:
@@ -37,3 +40,14 @@ def slerp(a: np.ndarray, b: np.ndarray, amount: float) -> np.ndarray:
     of_a = np.where(near, 1 - amount, np.sin((1 - amount) * angle) / sine)
     of_b = np.where(near, amount, np.sin(amount * angle) / sine)
     return (of_a * a + of_b * b).astype(a.dtype)
+
+
+def given(xp: ModuleType, latents: object, shape: tuple[int, ...]) -> Array:
+    """Return the latents that a caller gives, in float32. ValueError for others than this shape."""
+    try:
+        x = xp.asarray(latents, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise ValueError(f"latents: expected numbers {shape}, found {latents!r:.40}") from None
+    if x.shape != shape:
+        raise ValueError(f"latents: expected {shape}, found {x.shape}")
+    return x

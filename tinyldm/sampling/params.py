@@ -68,3 +68,17 @@ class SamplingParams:
     def steps_taken(self) -> int:
         """Return the number of steps taken: all, or with an init image the last ones."""
         return self.steps if self.strength is None else int(self.steps * self.strength)
+
+
+def texts(name: str, given: object) -> tuple[str, ...]:
+    """Return a text, or several, as a tuple. ValueError for anything else."""
+    several = (given,) if isinstance(given, str) else given
+    try:
+        several = tuple(several)
+    except TypeError:
+        several = (None,)
+    if wrong := [text for text in several if not isinstance(text, str)]:
+        among = f" among {len(several)}" if len(several) > 1 else ""
+        found = wrong[0] if among else given
+        raise ValueError(f"{name}: expected a text or a list of texts, found {found!r:.40}{among}")
+    return several

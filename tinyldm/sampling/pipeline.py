@@ -16,7 +16,7 @@ from tinyldm.backend import Array, array_module, to_device
 from tinyldm.checkpoints.checkpoint import load_checkpoint
 from tinyldm.checkpoints.components import make
 from tinyldm.checkpoints.diffusers_folder import save_folder
-from tinyldm.config import ConfigError
+from tinyldm.config import ConfigError, meant
 from tinyldm.data.images import both_sides, from_uint8, in_channels, similar_size, to_uint8
 from tinyldm.diffusion.guidance import guided
 from tinyldm.diffusion.samplers import SAMPLERS, Predict, sampler_of
@@ -26,9 +26,10 @@ from tinyldm.machine import keep_freed_memory
 from tinyldm.models import ClassNames, Tokenizer
 from tinyldm.nn import no_grad
 from tinyldm.nn.protocol import replaceable
+from tinyldm.options import options_of
 from tinyldm.sampling import noise
 from tinyldm.sampling.init_image import Images, Scene, each, enter, strength_of, with_concat
-from tinyldm.sampling.params import SamplingParams
+from tinyldm.sampling.params import SamplingParams, texts
 from tinyldm.sampling.tasks import task_of, times_larger
 from tinyldm.sampling.tiling import in_parts
 from tinyldm.threads import map_batch
@@ -96,7 +97,7 @@ class Pipeline:
         self,
         prompt: str | list[str],
         *,
-        negative_prompt: str | list[str] = "",
+        negative_prompt: str | list[str] | None = "",
         size: int | tuple[int, int] | None = None,
         latents: Array | None = None,
         image: Images | None = None,
@@ -106,7 +107,7 @@ class Pipeline:
     ) -> list[Image.Image]:
         """Generate one image per prompt: str or list of str → list of PIL images.
 
-        negative_prompt: what guidance leads away from, one for all or one per prompt.
+        negative_prompt: what guidance leads away from, one for all or one per prompt; None is "".
         size: pixels, one integer or (height, width); None is the size trained on or, with an image,
         its aspect ratio.
         latents: (n, h, w, c) standard normal noise to start from instead.
@@ -120,9 +121,11 @@ class Pipeline:
         device.
         Raises ValueError where one of them is not what is expected.
         """
-        first = None
-        if image is not None:
-            first, *_ = each("image", image, 1 if isinstance(prompt, str) else len(prompt))
+        if callback is not None and not callable(callback):
+            raise ValueError(f"callback: expected a function, found {callback!r:.40}")
+        first, prompt = None, texts("prompt", prompt)
+        if image is not None and prompt:
+            first, *_ = each("image", image, len(prompt))
         strength = strength_of(
             self.task, first is not None, mask is not None, options.pop("strength", None)
         )
@@ -138,7 +141,7 @@ class Pipeline:
     def sampling_params(
         self,
         prompt: str | list[str],
-        negative_prompt: str | list[str] = "",
+        negative_prompt: str | list[str] | None = "",
         size: int | tuple[int, int] | None = None,
         **options: float | str | None,
     ) -> SamplingParams:
@@ -146,10 +149,13 @@ class Pipeline:
 
         options: of SamplingParams; None is the default.
         """
-        prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
-        negatives = (negative_prompt,) * len(prompts)
-        if not isinstance(negative_prompt, str):
-            negatives = tuple(negative_prompt)
+        prompts = texts("prompt", prompt)
+        negatives = texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
+        if negative_prompt is None or isinstance(negative_prompt, str):
+            negatives *= len(prompts)  # one for all
+        if unknown_names := options.keys() - options_of(SamplingParams):
+            name = min(unknown_names)
+            raise ValueError(f"{name}: no such option{meant(name, options_of(SamplingParams))}")
         defaults = {name: self.defaults[name] for name in ("steps", "guidance", "sampler")}
         given = {name: value for name, value in options.items() if value is not None}
         options = {"seed": 0} | defaults | given
@@ -158,7 +164,8 @@ class Pipeline:
                 f"sampler: the model names a {self.scheduler_class}, which is not implemented; "
                 f"choose another (--sampler): {', '.join(SAMPLERS)}"
             )
-        check_steps(self.schedule, options["steps"])
+        if isinstance(options["steps"], Integral):
+            check_steps(self.schedule, options["steps"])
         params = SamplingParams(prompts, negatives, *self._sides(size), **options)
         self.check_tile(params.tile)
         return params
@@ -190,9 +197,7 @@ class Pipeline:
             first = to_device(x, "cpu")
             x = self.xp.asarray(noise.slerp(first, ways, params.variation))
         if latents is not None:
-            if latents.shape != x.shape:
-                raise ValueError(f"latents: expected {x.shape}, found {latents.shape}")
-            x = self.xp.asarray(latents, dtype=np.float32)
+            x = noise.given(self.xp, latents, x.shape)
         sampler = SAMPLERS[params.sampler]
         alphas_bar = sampler.levels(self.schedule, params.steps)
         to_latents = partial(self.to_latents, tile=params.tile)
@@ -308,11 +313,14 @@ class Pipeline:
         return size
 
     def _sides(self, size):
-        sides = both_sides(self.size if size is None else size)
+        try:
+            sides = both_sides(self.size if size is None else size)
+        except TypeError:
+            sides = ()
+        if len(sides) != 2 or not all(isinstance(side, Integral) for side in sides):
+            raise ValueError(f"size: expected pixels, one or (height, width), found {size!r}")
         factor = math.lcm(self.vae.factor, times_larger(self.task))
-        if len(sides) != 2 or not all(
-            isinstance(side, Integral) and side >= 1 and side % factor == 0 for side in sides
-        ):
+        if not all(side >= 1 and side % factor == 0 for side in sides):
             found = "×".join(map(str, sides))
             near = "×".join(str(max(1, round(side / factor)) * factor) for side in sides)
             raise ValueError(
