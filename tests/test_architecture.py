@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 # What each package is for, in import order: a package imports itself and those above it alone.
 PACKAGES = {
-    "backend config files machine options threads": "the array switch, and the machine",
+    "backend config files lock machine options threads": "the array switch, and the machine",
     "data": "images with captions, and captions as tokens",
     "nn": "the mathematics of layers, plain and complete",
     "kernels": "faster versions of plain functions",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,18 @@ def _sync(path):
         os.close(handle)
 
 
+def shown(text: object) -> str:
+    """Return text in one line that any terminal can show: what cannot be printed is escaped."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text)
+    )
+
+
+def is_regular(file: Path) -> bool:
+    """Return whether this is a file of bytes: no folder, device or pipe, which may never end."""
+    return stat.S_ISREG(file.stat().st_mode)
+
+
 def read_json(file: Path) -> dict:
     """Read the JSON object in a file. Raises FileNotFoundError or ConfigError, in one line."""
     if not file.exists():
@@ -55,11 +68,21 @@ def read_json(file: Path) -> dict:
             f"{file}: missing; expected the folder of a trained run, or of a Stable Diffusion model"
         )
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=without_doubles)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def without_doubles(pairs: list[tuple[str, Any]]) -> dict:
+    """Make the dict of a JSON object; ValueError where a key occurs twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} occurs twice")
     return content
 
 

@@ -4,7 +4,9 @@ The safetensors library is the oracle: it reads what is written here, writes wha
 whatever is accepted here it must accept too, with the same numbers.
 """
 
+import io
 import json
+import os
 import stat
 import tracemalloc
 
@@ -14,14 +16,17 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinyldm.checkpoints import safetensors as safetensors_module
 from tinyldm.checkpoints.diffusers_folder import load_component
 from tinyldm.checkpoints.safetensors import (
+    CHECKSUM,
     DTYPES,
     WeightsError,
     load_metadata,
     load_weights,
     match,
     save_weights,
+    tensor_shapes,
 )
 from tinyldm.files import replacing
 
@@ -106,10 +111,11 @@ def test_byte_order_of_other_machines(tmp_path):
 def test_metadata(tmp_path):
     x = np.ones(3, "float32")
     save_weights(tmp_path / "a", {"x": x}, metadata={"format": "np", "step": "12"})
-    assert load_metadata(tmp_path / "a") == {"format": "np", "step": "12"}
+    notes = load_metadata(tmp_path / "a")
+    assert notes.pop(CHECKSUM) and notes == {"format": "np", "step": "12"}
     assert_same_bits(load_weights(tmp_path / "a")["x"], x)
     save_weights(tmp_path / "b", {"x": x})
-    assert load_metadata(tmp_path / "b") == {}
+    assert load_metadata(tmp_path / "b").keys() == {CHECKSUM}
 
 
 @pytest.mark.parametrize("dtype", ["bool", "int8", "complex64", "longdouble", "O", "U3"])
@@ -416,20 +422,103 @@ def test_no_temporary_is_left_where_the_rename_fails(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_the_old_file_stays_when_the_library_fails(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fits", [0, 8, 100, 200])
+def test_the_old_file_stays_when_the_disk_is_full(tmp_path, monkeypatch, fits):
     file = tmp_path / "model.safetensors"
     save_weights(file, PARAMS)
     before = file.read_bytes()
 
-    def disk_full(tensors, path, metadata=None):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+    class Disk(io.FileIO):
+        def write(self, data):
+            if self.tell() + memoryview(data).nbytes > fits:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", disk_full)
+    monkeypatch.setattr(safetensors_module, "open", Disk, raising=False)
     with pytest.raises(OSError, match="No space left"):
         save_weights(file, PARAMS)
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
+
+
+# ---------------------------------------------------------------------------------------- checksums
+
+
+def test_no_flipped_bit_goes_unseen(tmp_path):
+    """Each bit of a small file: it is refused, or what is loaded is what was saved."""
+    params = {"w": np.float32([[1, 2], [3, 4]]), "b": np.float64([5]), "n": np.uint8([6, 7, 8])}
+    file = tmp_path / "a.safetensors"
+    save_weights(file, params, {"format": "pt"})
+    whole, seen = file.read_bytes(), 0
+    for i in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[i // 8] ^= 1 << i % 8
+        file.write_bytes(flipped)
+        try:
+            found = load_weights(file)
+        except WeightsError as error:
+            assert "\n" not in str(error) and str(file) in str(error)
+            seen += 1
+            continue
+        assert found.keys() == params.keys(), i
+        for name, x in params.items():
+            assert_same_bits(found[name], x)
+    # Those that change nothing are in the notes, and in the white space after the header.
+    assert seen > 0.8 * 8 * len(whole)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.6, 0.95])
+def test_tensors_in_each_others_place_are_seen(tmp_path, share):
+    params = {name: np.float32(np.random.default_rng(i).normal(size=50)) for i, name in
+              enumerate("abcdef")}  # fmt: skip
+    file = tmp_path / "a.safetensors"
+    save_weights(file, params)
+    data = file.read_bytes()
+    start = len(data) - 6 * 200
+    at = start + int(share * 1000) // 4 * 4
+    swapped = data[:start] + data[at:] + data[start:at]
+    file.write_bytes(swapped)
+    with pytest.raises(WeightsError, match="damaged: its checksum was"):
+        load_weights(file)
+
+
+def test_equal_weights_give_equal_bytes(tmp_path):
+    for name in "ab":
+        save_weights(tmp_path / name, PARAMS, {"format": "pt", "other": "note"})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    there = {name: PARAMS[name] for name in reversed(PARAMS)}
+    save_weights(tmp_path / "b", there, {"other": "note", "format": "pt"})
+    assert load_weights(tmp_path / "b").keys() == PARAMS.keys()
+
+
+def test_files_of_others_have_no_checksum_and_are_read(tmp_path):
+    safetensors.numpy.save_file({"x": np.ones(3, "float32")}, tmp_path / "a")
+    assert load_metadata(tmp_path / "a") == {}
+    np.testing.assert_array_equal(load_weights(tmp_path / "a")["x"], [1, 1, 1])
+
+
+def test_what_is_written_here_is_read_by_the_library(tmp_path):
+    save_weights(tmp_path / "a", PARAMS, {"format": "pt"})
+    theirs = safetensors.numpy.load_file(tmp_path / "a")
+    ours = load_weights(tmp_path / "a")
+    for name, x in theirs.items():
+        x = x.transpose(2, 3, 1, 0) if x.ndim == 4 else x
+        np.testing.assert_array_equal(ours[name], x)
+    assert theirs.keys() == PARAMS.keys()
+
+
+@pytest.mark.parametrize("length", [2**24 + 1, 99_000_000, 2**63])
+def test_a_huge_header_is_not_read(tmp_path, length):
+    (tmp_path / "a").write_bytes(length.to_bytes(8, "little") + b"{}" + bytes(100))
+    with pytest.raises(WeightsError, match="its header would be longer than 16,777,216 bytes"):
+        load_weights(tmp_path / "a")
+
+
+def test_a_pipe_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "a.safetensors")
+    for read in (load_weights, load_metadata, tensor_shapes):
+        with pytest.raises(WeightsError, match="expected a file, found something else"):
+            read(tmp_path / "a.safetensors")
 
 
 # ----------------------------------------------------------------------------------------- matching

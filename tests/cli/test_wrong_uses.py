@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from tinyldm import cli
+from tinyldm.checkpoints.diffusers_folder import CHECKSUMS
 from tinyldm.checkpoints.safetensors import load_metadata, load_weights, save_weights
 from tinyldm.training import presets, snapshots
 from tinyldm.training import run as runs
@@ -86,6 +87,7 @@ def edit(name, **changes):
         file = world["run"] / name
         config = json.loads(file.read_text()) | changes
         file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        (world["run"] / CHECKSUMS).unlink()  # as a folder of others, which nobody has edited
 
     return spoil
 
@@ -125,9 +127,20 @@ def only_stage_1(world):
     (world["run"] / "model_index.json").unlink()
 
 
+def only_damaged(world):
+    _, last = sorted(world["run"].glob("training/state-*.safetensors"))
+    for state in world["run"].glob("training/state-*.safetensors"):
+        state.unlink() if state != last else state.write_bytes(b"")
+
+
+def locked_elsewhere(world):
+    (world["run"] / ".lock").write_text('{"process": 7, "host": "elsewhere"}')
+
+
 def generated_elsewhere(world):
     assert cli.main(SAMPLE.format(**world).split()) == 0
     weights(lambda params: params["conv_in.bias"].__iadd__(1))(world)
+    (world["run"] / CHECKSUMS).unlink()
 
 
 def add_folder(name):
@@ -268,8 +281,9 @@ MISTAKES = [
     ("train --out {run} --resume --seed 7", None, "--seed 7: the run began with 0, which stays"),
     ("train --out {run} --resume --size 64", None, "--size 64: the run began with 16"),
     ("train --out {run} --resume --data {images}", None, "3 images and captions are no longer"),
-    ("train --out {run} --resume", cut_off(LAST_STATE), "remove it to go on from state-00000001"),
-    ("train --out {run} --resume", replace(LAST_STATE, b""), "not a safetensors file, or cut off"),
+    ("train --out {run} --resume", only_damaged, "cut off .*; there is no state before it"),
+    ("train --out {run} --resume", locked_elsewhere, "process 7 on elsewhere trains into it"),
+    ("train --out / --overwrite", None, "/: is the root of the file system"),
     ("sample {run} caption", only_stage_1, "has no model yet, .* --resume goes on with it"),
     (
         "sample {new} caption",

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tinyldm.backend import array_module
 from tinyldm.kernels import attention as attention_module
 from tinyldm.kernels import blocking, im2col, nearest_codes
+from tinyldm.kernels.cpu import layer_norm as layer_norm_module
 from tinyldm.kernels.cpu import winograd
 from tinyldm.nn import activations, quantize
 from tinyldm.nn import functional as F
@@ -371,7 +372,8 @@ block_sizes = st.sampled_from([1, 50, 500, None])
 def in_blocks(size):
     """Cut all work of the kernels into blocks of `size` elements or bytes; None changes nothing."""
     limits = [
-        *((blocking, name) for name in ("BLOCK", "WORTH_THREADS")),
+        *((blocking, name) for name in ("BLOCK", "WORTH_THREADS", "WORTH_WIDE")),
+        (layer_norm_module, "WORTH_WIDE"),
         *((im2col, name) for name in ("BLOCK_BYTES", "WEIGHT_BLOCK_BYTES")),
         *((winograd, name) for name in ("BLOCK_BYTES", "WEIGHT_BLOCK_BYTES")),
         *((winograd, name) for name in ("KERNEL_BYTES", "LEAST_TILES", "LEAST_COLUMNS")),

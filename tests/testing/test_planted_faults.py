@@ -480,11 +480,8 @@ FAULTS = {
         ("gelu: exponent of the density", "y *= -0.5\n", "y *= -1\n"),
         ("gelu: slope of another", "_slope(x, normal_cdf(x))", "_slope(x, normal_cdf(-x))"),
         ("geglu: term lost", "slope *= value\n", "slope *= 1\n"),
-        (
-            "geglu: halves swapped",
-            "out=dx_[:, :d])\n            np.multiply(dy_, slope, out=dx_[:, d:])",
-            "out=dx_[:, d:])\n            np.multiply(dy_, slope, out=dx_[:, :d])",
-        ),
+        ("geglu: value for gate", "(cdf, gate, out=slope)", "(cdf, value, out=slope)"),
+        ("geglu: dy lost", "np.multiply(dy_, slope, out=dx_[:, :d])", "dx_[:, :d] = slope"),
         (
             "silu: dy lost",
             "np.multiply(dy_, derivative(x_), out=dx_)",
@@ -585,8 +582,8 @@ FAULTS = {
         ),
         (
             "group_norm: statistics of the last sample for all",
-            "dx[ns], mean[ns], rstd[ns]",
-            "dx[ns], mean[-1:], rstd[-1:]",
+            "x3[ns], dy3[ns], dx[ns], rstd[ns]",
+            "x3[ns], dy3[ns], dx[ns], rstd[-1:]",
         ),
         (
             "group_norm: dw of the last sample only",
@@ -600,13 +597,15 @@ FAULTS = {
         ),
         (
             "group_norm_silu: slope taken before scale and shift",
-            "np.multiply(centred, scale, out=h)\n                    h += b_half",
-            "np.multiply(centred, half * rstd_, out=h)",
+            "np.multiply(centred, scale, out=h)\n                    h += shift",
+            "np.multiply(centred, repeated(half * rstd_, x_), out=h)",
         ),
     ],
     "tinyldm.kernels.cpu.layer_norm": [
-        ("layer_norm: scale lost", "weighted @ w_average, dy_", "weighted @ average, dy_"),
-        ("layer_norm: the mean moves, forgotten", "dx_ -= across", "pass"),
+        ("layer_norm: scale lost", "along = product @ w_average", "along = product @ average"),
+        ("layer_norm: the mean moves, forgotten", "dx_ -= _columns(across, table)", "pass"),
+        ("layer_norm: the variance moves less", "along * rstd_**3", "along * rstd_**2"),
+        ("layer_norm: dw without the deviation", "rstd_.T @ product", "np.sign(rstd_).T @ product"),
         (
             "layer_norm: dw and db of the last rows only",
             "(sum(z)[0] for z in zip(*parts, strict=True))",
@@ -617,10 +616,14 @@ FAULTS = {
         ("winograd: dw of the last block only", "dkernels += more", "dkernels = more"),
         (
             "winograd: bias forgotten",
-            "array_module(x).add(out.reshape(block.shape), b[ks], out=block)",
-            "block[...] = out.reshape(block.shape)",
+            "if b is not None:\n                    add_to_rows(out, b[ks])",
+            "if b is not None:\n                    pass",
         ),
-        ("winograd: bias of the first channels for all", "b[ks], out=block", "b[0], out=block"),
+        (
+            "winograd: bias of the first channels for all",
+            "add_to_rows(out, b[ks])",
+            "add_to_rows(out, b[:1].repeat(out.shape[-1]))",
+        ),
         ("winograd: places of dy reversed", '"doutput": a}', '"doutput": a[::-1]}'),
         ("winograd: places of dw reversed", '"dkernel": g.T', '"dkernel": g[::-1].T'),
         ("winograd: the first kernels for all", "w[..., ks]", "w[..., :1]"),

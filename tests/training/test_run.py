@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -27,20 +28,23 @@ from small_run import (
 )
 
 from tinyldm.checkpoints.components import COMPONENTS
+from tinyldm.checkpoints.diffusers_folder import CHECKSUMS, Unfinished, is_whole
 from tinyldm.checkpoints.safetensors import WeightsError, load_metadata, load_weights, save_weights
 from tinyldm.config import ConfigError
 from tinyldm.data.dataset import DataError
 from tinyldm.data.shapes import ATTRIBUTES, make_shapes
+from tinyldm.lock import Locked, locked
 from tinyldm.models import Tokenizer
 from tinyldm.nn.optim import learning_rate
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training import loop, networks, snapshots, stages
 from tinyldm.training import run as runs
+from tinyldm.training import state as states
 from tinyldm.training.config import STAGES, Config
 from tinyldm.training.metrics import Diverged
 from tinyldm.training.preparation import load_data
 from tinyldm.training.presets import PRESETS
-from tinyldm.training.run import rebuild, resume, train
+from tinyldm.training.run import rebuild, resume, train, whole_run
 from tinyldm.training.signals import Interruptible, Stopped
 from tinyldm.training.state import (
     State,
@@ -50,7 +54,7 @@ from tinyldm.training.state import (
     state_files,
 )
 
-EXPORTS = [  # in the order of writing
+EXPORTS = [  # in the order of writing, but that the last is also the first
     *(f"{name}/{file}" for name, (_, _, weights) in COMPONENTS.items()
       for file in ("config.json", weights)),
     "scheduler/scheduler_config.json",
@@ -58,7 +62,9 @@ EXPORTS = [  # in the order of writing
     "tokenizer/merges.txt",
     "tokenizer/tokenizer_config.json",
     "model_index.json",
+    CHECKSUMS,
 ]  # fmt: skip
+WRITES = [CHECKSUMS, *EXPORTS]
 LAST_STATE = f"training/state-{2 * STEPS:08d}.safetensors"
 
 
@@ -382,7 +388,13 @@ def example_state(step=3, done_before=0):
     return state
 
 
-def test_a_state_survives_its_file_to_the_bit(tmp_path):
+@pytest.fixture
+def any_arrays(monkeypatch):
+    """Those of `example_state` are of no network."""
+    monkeypatch.setattr(states, "match", lambda *_: None)
+
+
+def test_a_state_survives_its_file_to_the_bit(tmp_path, any_arrays):
     state = example_state()
     file = save_state(tmp_path, state)
     found = load_state(tmp_path)
@@ -408,7 +420,7 @@ def test_configs_survive_json():
         assert Config.from_json(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
-def test_states_are_named_by_all_steps_done_and_the_last_are_kept(tmp_path):
+def test_states_are_named_by_all_steps_done_and_the_last_are_kept(tmp_path, any_arrays):
     names = [save_state(tmp_path, example_state(step, 100)).name for step in range(5)]
     assert names == [f"state-{100 + step:08d}.safetensors" for step in range(5)]
     assert [file.name for file in state_files(tmp_path)] == names[-2:]
@@ -419,22 +431,171 @@ def test_states_are_named_by_all_steps_done_and_the_last_are_kept(tmp_path):
 def test_a_damaged_state_gives_one_line(copy):
     file = copy / LAST_STATE
     data = file.read_bytes()
-    for cut in (0, 4, 100, len(data) // 2, len(data) - 1):
-        file.write_bytes(data[:cut])
-        for action in (lambda: resume(copy), lambda: rebuild(copy)):
-            with pytest.raises(WeightsError) as caught:
-                action()
-            assert str(caught.value).startswith(f"{file}: ")
-            assert "\n" not in str(caught.value)
-    file.unlink()
-    assert load_state(copy).stage == "denoiser"  # the one before takes over
+    flipped = bytearray(data)
+    flipped[-9] ^= 4
+    for damaged in (b"", data[:4], data[:100], data[: len(data) // 2], data[:-1], flipped):
+        file.write_bytes(damaged)
+        with pytest.raises(WeightsError) as caught:
+            rebuild(copy)
+        assert str(caught.value).startswith(f"{file}: ")
+        assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("length", [0, 100, -1], ids=["empty", "header", "numbers"])
-def test_the_line_about_a_damaged_state_says_what_to_do(copy, length):
-    (copy / LAST_STATE).write_bytes((copy / LAST_STATE).read_bytes()[:length])
-    with pytest.raises(WeightsError, match="remove it"):
+@pytest.mark.parametrize("damage", ["empty", "header", "cut off", "a bit"])
+def test_from_a_damaged_state_it_goes_on_with_the_one_before(copy, whole, no_images, damage):
+    file = copy / LAST_STATE
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 4
+    file.write_bytes({"empty": b"", "header": data[:100], "cut off": data[:-1]}.get(damage, data))
+    said = []
+    resume(copy, say=said.append)
+    assert said[0].startswith(f"{file}: ")
+    assert said[0].endswith(f"; going on from state-{STEPS:08d}.safetensors before it")
+    assert_as_if_nothing_happened(copy, whole)
+    assert file.with_name(f"{file.name}.damaged").exists()  # and no longer in the way
+    others = state_files(copy)[:-1]
+    for other in others:
+        other.unlink()
+    file.write_bytes(b"")
+    with pytest.raises(WeightsError, match="there is no state before it"):
         resume(copy)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"step": 10**9}, "step 1000000000 of 4"),
+        ({"step": 10**9, "total": 10**9 + 1}, "its name says another step than 1000000000"),
+        ({"step": None}, "step: expected an integer of 0 to .*, found None"),
+        ({"step": "3"}, "step: expected an integer"),
+        ({"step": -1}, "step: expected an integer"),
+        ({"step": 3.0}, "step: expected an integer"),
+        ({"total": 1}, "step 4 of 1"),
+        ({"stage": "encoder"}, "stage: expected autoencoder or denoiser, found 'encoder'"),
+        ({"stage": ["denoiser"]}, "stage: expected a word"),
+        ({"scaling_factor": "1"}, "scaling_factor: expected a number"),
+        ({"seconds": float("nan")}, "seconds: expected a number"),
+        ({"config": None}, "another version, or changed"),
+        ({"config": [1, 2]}, "another version, or changed"),
+        ({"tokenizer": {"names": 3}}, "another version, or changed"),
+        ({"tokenizer": {"vocab": {}, "merges": []}}, "another version, or changed"),
+        ({"data": 5}, "data: expected a word"),
+        ({"version": 99}, "written by a newer version of tinyldm"),
+    ],
+)
+def test_notes_that_cannot_be(copy, change, says):
+    for file in state_files(copy)[:-1]:
+        file.unlink()
+    notes = json.loads(load_metadata(copy / LAST_STATE)["tinyldm"]) | change
+    save_weights(copy / LAST_STATE, load_weights(copy / LAST_STATE), {"tinyldm": json.dumps(notes)})
+    for action in (resume, rebuild, load_state):
+        with pytest.raises(WeightsError, match=says) as caught:
+            action(copy)
+        assert "\n" not in str(caught.value) and str(copy / LAST_STATE) in str(caught.value)
+
+
+@pytest.mark.parametrize("group", ["params", "m", "v", "average", "first_stage"])
+@pytest.mark.parametrize("change", ["missing", "more", "misshapen", "all"])
+def test_arrays_that_do_not_fit(copy, group, change):
+    for file in state_files(copy)[:-1]:
+        file.unlink()
+    arrays, notes = load_weights(copy / LAST_STATE), load_metadata(copy / LAST_STATE)
+    named = [name for name in arrays if name.startswith(f"{group}/")]
+    if change == "more":
+        arrays[f"{group}/another"] = np.zeros(3, np.float32)
+    elif change == "misshapen":
+        arrays[named[0]] = np.zeros(3, np.float32)
+    else:
+        for name in named[: None if change == "all" else 1]:
+            del arrays[name]
+    save_weights(copy / LAST_STATE, arrays, {"tinyldm": notes["tinyldm"]})
+    with pytest.raises(WeightsError, match="the weights do not fit the config"):
+        resume(copy)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "5", "[]", "{}", "nul", "\xff", "[" * 9999, "", '{"stage": "denoiser"}',
+        '{"stage": "denoiser", "step": 1, "loss": "low"}', '{"stage": "denoiser", "step": "1"}',
+        '{"stage": "neither", "step": 1}',
+    ],
+)  # fmt: skip
+def test_foreign_lines_in_the_log_do_not_matter(copy, no_images, line):
+    file = copy / "training" / "metrics.jsonl"
+    before = file.read_bytes()
+    file.write_bytes(line.encode("latin-1") + b"\n" + before)
+    (copy / LAST_STATE).unlink()
+    resume(copy, say=silent)
+    assert all(entry["stage"] in STAGES and entry["step"] for entry in metrics_of(copy))
+    snapshots.draw_losses(copy)
+
+
+def test_one_run_at_a_time(copy, no_images):
+    """While another process holds the lock, and again once it has been killed."""
+    script = f"""
+import sys, time
+from tinyldm.lock import locked
+with locked({str(copy)!r}):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        message = f"{copy}: process {process.pid} on {platform.node()} trains into it; wait for it"
+        for action in (
+            lambda: resume(copy),
+            lambda: rebuild(copy),
+            lambda: train(copy, CONFIG, overwrite=True, say=silent),
+        ):
+            with pytest.raises(Locked) as caught:
+                action()
+            assert str(caught.value).startswith(message)
+        Pipeline.load(copy)  # reading is free
+        process.kill()
+    assert (copy / ".lock").exists()  # but it is not held
+    resume(copy, say=silent)
+    assert not (copy / ".lock").exists()
+
+
+def test_a_lock_of_another_machine_is_not_broken(copy):
+    (copy / ".lock").write_text(json.dumps({"process": 7, "host": "elsewhere"}))
+    message = r"process 7 on elsewhere .*if it no longer runs, remove .*\.lock"
+    with pytest.raises(Locked, match=message):
+        resume(copy)
+    (copy / ".lock").write_text("cut o")
+    with locked(copy), pytest.raises(Locked, match=f"process {os.getpid()}, this one,"):
+        resume(copy)
+
+
+def test_a_run_that_is_not_begun_leaves_no_folder(tmp_path):
+    with pytest.raises(Crash), locked(tmp_path / "new" / "run"):
+        raise Crash
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_only_files_of_the_run_are_replaced(copy, no_images):
+    kept = ["training/notes.md", "unet/mine.safetensors", "samples/mine.png", "todo.txt",
+            "training/state-00000004.safetensors.bak/a"]  # fmt: skip
+    for name in kept:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_text("mine")
+    train(copy, CONFIG, overwrite=True, say=silent)
+    for name in kept:
+        assert (copy / name).read_text() == "mine"
+
+
+def test_a_model_of_others_is_not_replaced(copy, no_images):
+    shutil.rmtree(copy / "training")
+    with pytest.raises(FileExistsError, match="holds a model without its training states"):
+        train(copy, CONFIG, overwrite=True, say=silent)
+    Pipeline.load(copy)
+
+
+def test_the_root_is_no_run():
+    with pytest.raises(ConfigError, match="/: is the root of the file system"):
+        train("/", CONFIG, overwrite=True, say=silent)
 
 
 def test_weights_that_are_no_state_are_refused(tmp_path):
@@ -577,20 +738,22 @@ def is_state(path):
     return path.name.startswith("state-")
 
 
-@pytest.mark.parametrize("number", range(1, len(EXPORTS) + 1))
+@pytest.mark.parametrize("number", range(2, len(WRITES) + 1))
 def test_an_export_that_was_cut_off_is_made_again(copy, monkeypatch, whole, number):
     with monkeypatch.context() as patch:
         targets = crash_at_file(patch, number)
         with pytest.raises(Crash):
             rebuild(copy)
-    assert targets == [copy / file for file in EXPORTS[:number]]
-    assert not (copy / "model_index.json").exists()  # so that nobody takes it for whole
-    for file in EXPORTS[number - 1 : -1]:  # nor are the files of any use that were never written
+    assert targets == [copy / file for file in WRITES[:number]]
+    for file in WRITES[number - 1 : -1]:  # those that were never written are of no use
         (copy / file).unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(Unfinished):
         Pipeline.load(copy)
-    rebuild(copy)
+    said = []
+    assert whole_run(str(copy), said.append) == str(copy)
+    assert said == [f"{copy}: the export is incomplete; exporting again from the state"]
     assert_as_if_nothing_happened(copy, whole)
+    assert whole_run(str(copy), said.append) == str(copy) and len(said) == 1
 
 
 @pytest.mark.slow
@@ -604,12 +767,12 @@ def test_a_run_whose_export_was_cut_off_goes_on(
         if step < STEPS:
             patch.setattr(snapshots, "SHARES", (step / STEPS,))
         patch.setattr(loop, "SAVE_EVERY", -1)
-        second = len(EXPORTS) + number  # the first export is at the start of stage 2
+        second = len(WRITES) + 1 + number  # the first export is at the start of stage 2
         crash_at_file(patch, second, lambda path: path.relative_to(tmp_path).as_posix() in EXPORTS)
         with pytest.raises(Crash):
             train(tmp_path, CONFIG, say=silent)
     assert (load_state(tmp_path).stage, load_state(tmp_path).step) == ("denoiser", step)
-    assert not (tmp_path / "model_index.json").exists()
+    assert not is_whole(tmp_path)
     resume(tmp_path, say=silent)
     assert_as_if_nothing_happened(tmp_path, whole)
 

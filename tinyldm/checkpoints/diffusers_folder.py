@@ -6,6 +6,9 @@ model or somebody else did.
 
 import json
 import re
+import time
+import warnings
+import zlib
 from pathlib import Path
 
 from numpy.typing import DTypeLike
@@ -23,9 +26,11 @@ from tinyldm.checkpoints.components import (
     pipeline_class,
 )
 from tinyldm.checkpoints.safetensors import (
+    CHECKSUM,
     PICKLED,
     PICKLES,
     WeightsError,
+    load_metadata,
     match,
     reshaped,
     save_weights,
@@ -34,8 +39,13 @@ from tinyldm.checkpoints.safetensors import (
 from tinyldm.config import ConfigError
 from tinyldm.data.class_names import ClassNames
 from tinyldm.data.tokenizer import Tokenizer
+from tinyldm.diffusion.scheduler_config import repaired
 from tinyldm.files import read_json, write_json
+from tinyldm.lock import is_locked
 from tinyldm.nn.protocol import Params
+
+CHECKSUMS = "checksums.json"  # {file: checksum} of all that is written here
+UNFINISHED = {"unfinished": True}  # its content until all is written
 
 # How the names of published files have changed: an old one → that of today.
 OLD_NAMES = [
@@ -52,8 +62,61 @@ def load_folder(
 ) -> tuple[dict[str, dict], dict[str, Params], Tokenizer | ClassNames, dict]:
     """Read configs, float32 params, tokenizer and sampling defaults; see `load_checkpoint`.
 
-    Without `with_vae` the autoencoder is left out.
+    Without `with_vae` the autoencoder is left out. In a folder that was written here all files are
+    of one export: while a training run writes another, this waits for it. Raises Unfinished where
+    that was cut off, WeightsError where weights are not those that were written. A text file that
+    somebody has edited is read, with a warning.
     """
+    while True:
+        recorded = _recorded(folder)
+        if recorded == UNFINISHED and is_locked(folder):
+            time.sleep(0.05)
+            continue
+        if recorded == UNFINISHED:
+            raise Unfinished(
+                f"{folder}: the files are not of one model, as writing them was cut off; write "
+                "them again, or train again"
+            )
+        loaded = _load_folder(folder, with_vae)
+        if _recorded(folder) == recorded:
+            break
+    for name, checksum in recorded.items():
+        if _checksum(folder / name) == checksum:
+            continue
+        if name.endswith(".safetensors"):
+            raise WeightsError(
+                f"{folder / name}: not the weights that were written with the other files; to "
+                f"take them all the same, remove {folder / CHECKSUMS}"
+            )
+        warnings.warn(f"{folder / name}: edited since the model was written", stacklevel=3)
+    return loaded
+
+
+class Unfinished(WeightsError):
+    """An export was cut off: its files are not of one model."""
+
+
+def is_whole(folder: Path) -> bool:
+    """Return whether there is a model in the folder, written to its end."""
+    return (folder / "model_index.json").exists() and _recorded(folder) != UNFINISHED
+
+
+def _recorded(folder):
+    """Return {file: checksum} of the files as they were written here; {} in other folders."""
+    file = folder / CHECKSUMS
+    return read_json(file) if file.exists() else {}
+
+
+def _checksum(file):
+    """Return the checksum of a file: that among its notes, or of all its bytes; None without it."""
+    if not file.exists():
+        return None
+    if file.suffix == ".safetensors":
+        return load_metadata(file).get(CHECKSUM)
+    return f"{zlib.crc32(file.read_bytes()):08x}"
+
+
+def _load_folder(folder, with_vae):
     index = read_json(folder / "model_index.json")
     kind = index.get("_class_name", PIPELINES[0])
     if kind not in (*PIPELINES, OWN_PIPELINE):
@@ -66,6 +129,9 @@ def load_folder(
     for name in COMPONENTS:
         if index.get(name) != NONE and (name != "vae" or with_vae):
             configs[name], params[name] = load_with_config(folder / name, name)
+    if kind in PIPELINES:
+        scheduler, unet = configs["scheduler"], configs["unet"]
+        configs["scheduler"], configs["unet"] = repaired(scheduler, unet, "Inpaint" in kind)
     kind = ClassNames if index.get("tokenizer") == CLASS_NAMES else Tokenizer
     tokenizer = kind.load(folder / "tokenizer")
     return configs, params, tokenizer, index.get("_tinyldm") or {}
@@ -85,12 +151,12 @@ def save_folder(
     defaults: dict,
     scheduler: str,
 ) -> None:
-    """Write the folder; `model_index.json` comes last, so a folder that has it is complete.
+    """Write the folder. Its checksums come last: until then it counts as unfinished.
 
     scheduler: diffusers' class.
     """
     folder = Path(folder)
-    (folder / "model_index.json").unlink(missing_ok=True)
+    write_json(folder / CHECKSUMS, UNFINISHED)
     index = {
         "_class_name": pipeline_class(configs, tokenizer),
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -117,6 +183,15 @@ def save_folder(
     write_json(folder / "scheduler" / "scheduler_config.json", configs["scheduler"])
     tokenizer.save(folder / "tokenizer")
     write_json(folder / "model_index.json", index)
+    written = [
+        folder / "model_index.json",
+        folder / "scheduler" / "scheduler_config.json",
+        *sorted((folder / "tokenizer").glob("[!.]*")),
+    ]
+    for name in params:
+        written += [folder / name / "config.json", folder / name / COMPONENTS[name][2]]
+    recorded = {file.relative_to(folder).as_posix(): _checksum(file) for file in written}
+    write_json(folder / CHECKSUMS, recorded)
 
 
 def load_component(

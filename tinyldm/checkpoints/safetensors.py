@@ -3,22 +3,31 @@
 A convolution kernel lies in a file as (c_out, c_in, kh, kw) and in memory as (kh, kw, c_in, c_out);
 every other tensor is the same in both. The format is an 8-byte length, that many bytes of JSON
 {name: {dtype, shape, data_offsets}}, and the raw little-endian values. The library of the format
-checks a file; it has no bfloat16 without another library, so the values are read here.
+checks a file; it has no bfloat16 without another library, so the values are read here. It writes
+notes in another order each time, so files are written here: equal weights give equal bytes.
+
+Files written here have a checksum among their notes, of all tensors and of the other notes. It is
+compared whenever the whole file is read: no flipped bit goes unseen.
 """
 
 import json
+import zlib
 from collections.abc import Container, Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from tinyldm.files import replacing
+from tinyldm.files import is_regular, replacing, shown, without_doubles
 from tinyldm.nn.protocol import Params
 
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
 
+NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+CHECKSUM = "crc32"  # the note that has it
+LONGEST_HEADER = 2**24  # bytes; that of Stable Diffusion has 2¹⁷
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+PICKLE_STARTS = b"PK\x03\x04", b"\x80"  # of a torch archive, and of an older one
 PICKLED = (
     "a pickle of torch, which can run any program when it is opened and is not opened here; turn "
     "it into safetensors where torch is installed: "
@@ -33,7 +42,7 @@ PICKLED = (
 
 
 class WeightsError(ValueError):
-    """A file of weights is damaged or does not fit the model; the message lists everything."""
+    """A file of weights is damaged or does not fit the model."""
 
 
 def load_weights(file: str | Path, dtype: DTypeLike | None = None) -> Params:
@@ -48,24 +57,45 @@ def load_weights(file: str | Path, dtype: DTypeLike | None = None) -> Params:
 def tensors(
     file: str | Path, dtype: DTypeLike | None = None, names: Container[str] | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (name, array) of the tensors in a .safetensors file: all, or those in `names`."""
-    with open(file, "rb") as stream:
-        entries, _ = _read_header(stream, file)
-        start = stream.tell()
-        for name, entry in entries.items():
+    """Yield (name, array) of the tensors in a .safetensors file: all, or those in `names`.
+
+    With all of them, a file that has changed since it was written here raises WeightsError at the
+    end.
+    """
+    with _opened(file) as stream:
+        entries, notes = _read_header(stream, file)
+        start, crc = stream.tell(), _of_notes(notes)
+        for name in sorted(entries):
             if names is None or name in names:
+                entry = entries[name]
                 begin, end = entry["data_offsets"]
                 stream.seek(start + begin)
+                data = stream.read(end - begin)
+                crc = _of_tensor(crc, name, entry["dtype"], entry["shape"], data)
                 try:
-                    array = _decode(stream.read(end - begin), entry)
+                    array = _decode(data, entry)
                 except ValueError as error:  # a dtype or a shape that NumPy does not have
-                    raise WeightsError(f"{file}: tensor {name}: {error}") from None
+                    raise WeightsError(f"{shown(file)}: tensor {shown(name)}: {error}") from None
                 yield name, _to_memory(array, dtype)
+    if names is None and CHECKSUM in notes and notes[CHECKSUM] != f"{crc:08x}":
+        raise WeightsError(
+            f"{shown(file)}: damaged: its checksum was {notes[CHECKSUM][:8]} when it was written "
+            f"and is {crc:08x} now; take a copy of it, or train again"
+        )
+
+
+def _of_notes(notes):
+    others = {key: text for key, text in notes.items() if key != CHECKSUM}
+    return zlib.crc32(json.dumps(others, sort_keys=True).encode())
+
+
+def _of_tensor(crc, name, dtype, shape, data):
+    return zlib.crc32(data, zlib.crc32(f"{name} {dtype} {list(shape)}".encode(), crc))
 
 
 def tensor_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
     """Return {name: shape} from the header alone, with kernels as (kh, kw, c_in, c_out)."""
-    with open(file, "rb") as stream:
+    with _opened(file) as stream:
         entries, _ = _read_header(stream, file)
     shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
     return {n: tuple(s[i] for i in (2, 3, 1, 0)) if len(s) == 4 else s for n, s in shapes.items()}
@@ -73,7 +103,7 @@ def tensor_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
 
 def load_metadata(file: str | Path) -> dict[str, str]:
     """Read the {key: text} notes in a .safetensors header. Raises as `load_weights` does."""
-    with open(file, "rb") as stream:
+    with _opened(file) as stream:
         return _read_header(stream, file)[1]
 
 
@@ -81,29 +111,43 @@ def save_weights(file: str | Path, params: Params, metadata: dict[str, str] | No
     """Write {name: array} to a .safetensors file, the inverse of `load_weights`.
 
     The file appears whole or not at all: a temporary file is written, synced and renamed. Raises
-    WeightsError for a dtype that `load_weights` would not read.
+    WeightsError for a dtype that `load_weights` would not read, OSError where the disk is full.
     """
-    from safetensors.numpy import save_file
-
-    tensors = {name: _to_file(np.asarray(array)) for name, array in params.items()}
-    for name, array in tensors.items():
-        if array.dtype.newbyteorder("<") not in map(np.dtype, DTYPES.values()):
+    arrays = {name: _to_file(np.asarray(array)) for name, array in params.items()}
+    notes, entries, at = dict(metadata or {}), {}, 0
+    crc = _of_notes(notes)
+    for name in sorted(arrays):
+        array = arrays[name]
+        if array.dtype not in NAMES:
             raise WeightsError(f"{file}: tensor {name}: dtype {array.dtype} is not supported")
-    with replacing(file) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        crc = _of_tensor(crc, name, NAMES[array.dtype], array.shape, array)
+    order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # so all are aligned
+    for name in order:
+        array, end = arrays[name], at + arrays[name].nbytes
+        dtype = NAMES[array.dtype]
+        entries[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [at, end]}
+        at = end
+    notes[CHECKSUM] = f"{crc:08x}"
+    header = json.dumps({"__metadata__": notes} | entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with replacing(file) as temporary, open(temporary, "wb") as stream:
+        stream.write(len(header).to_bytes(8, "little"))
+        stream.write(header)
+        for name in order:
+            stream.write(arrays[name].data)
 
 
 def match(
     found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], where: str | Path
 ) -> None:
-    """Compare {name: shape} with those of a model; WeightsError lists everything that differs."""
+    """Compare {name: shape} with those of a model; WeightsError says what differs."""
     misshapen = [
         f"{name}: expected {expected[name]}, found {found[name]}"
         for name in sorted(expected.keys() & found.keys())
         if tuple(found[name]) != tuple(expected[name])
     ]
     problems = [
-        f"{title} ({len(names)}): {', '.join(names)}"
+        f"{title} ({len(names)}): {some(names)}"
         for title, names in (
             ("missing", sorted(expected.keys() - found.keys())),
             ("unexpected", sorted(found.keys() - expected.keys())),
@@ -115,6 +159,12 @@ def match(
         raise WeightsError(f"{where}: the weights do not fit the config. " + "; ".join(problems))
 
 
+def some(names: list[str]) -> str:
+    """List names for a message: five of them, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(shown, names[:5])) + more
+
+
 def reshaped(x: np.ndarray, shape: tuple[int, ...] | None) -> np.ndarray:
     """Reshape a 1×1 kernel (1, 1, c_in, c_out) to the matrix (c_out, c_in), if `shape` is that."""
     if x.ndim == 4 and x.shape[:2] == (1, 1) and shape == x.shape[:1:-1]:
@@ -122,31 +172,37 @@ def reshaped(x: np.ndarray, shape: tuple[int, ...] | None) -> np.ndarray:
     return x
 
 
+def _opened(file):
+    if not is_regular(Path(file)):  # which might hang
+        raise WeightsError(f"{shown(file)}: expected a file, found something else")
+    return open(file, "rb")
+
+
 def _read_header(stream, file):
     """Return {name: entry} of all tensors and the notes, of a file that the library finds sound."""
     from safetensors import SafetensorError, safe_open
 
     first = stream.read(8)
+    if int.from_bytes(first, "little") > LONGEST_HEADER and not first.startswith(PICKLE_STARTS):
+        raise WeightsError(
+            f"{shown(file)}: not a safetensors file: its header would be longer than "
+            f"{LONGEST_HEADER:,} bytes"
+        )
     try:
         with safe_open(file, "numpy"):
             pass
         header = stream.read(int.from_bytes(first, "little"))
-        entries = json.loads(header, object_pairs_hook=_unique)
-        notes = entries.pop("__metadata__", {})
+        entries = json.loads(header, object_pairs_hook=without_doubles)
+        notes = entries.pop("__metadata__", None) or {}
         if not all(isinstance(entry, dict) for entry in entries.values()):
             raise ValueError("a tensor is not described by an object")
     except (SafetensorError, ValueError, RecursionError, OSError) as error:
-        if first.startswith((b"PK\x03\x04", b"\x80")):  # a torch archive, or an older one
-            raise WeightsError(f"{file}: {PICKLED}") from None
-        raise WeightsError(f"{file}: not a safetensors file, or cut off ({error})") from None
+        if first.startswith(PICKLE_STARTS):
+            raise WeightsError(f"{shown(file)}: {PICKLED}") from None
+        raise WeightsError(
+            f"{shown(file)}: not a safetensors file, or cut off ({shown(error)})"
+        ) from None
     return entries, notes
-
-
-def _unique(pairs):
-    names = [name for name, _ in pairs]
-    if len(set(names)) != len(names):
-        raise ValueError("a name occurs twice")
-    return dict(pairs)
 
 
 def _decode(data, entry):
@@ -168,4 +224,5 @@ def _to_memory(array, dtype):
 
 def _to_file(array):
     array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
-    return np.asarray(array, order="C")  # ascontiguousarray would give a scalar an axis
+    # ascontiguousarray would give a scalar an axis
+    return np.asarray(array, array.dtype.newbyteorder("<"), order="C")

@@ -11,6 +11,7 @@ from tinyldm.data.images import both_sides
 from tinyldm.diffusion.loss import WEIGHTINGS
 from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
 from tinyldm.models import ClassNames, Tokenizer
+from tinyldm.models.discriminator import PatchDiscriminator
 from tinyldm.nn.optim import DECAYS
 from tinyldm.options import check_options, option
 from tinyldm.sampling.tasks import TASKS, concat_channels, times_larger
@@ -292,6 +293,12 @@ class Config:
             "steps_offset": 1,
             "timestep_spacing": "leading",
         } | SCHEDULES[self.schedule]
+
+
+def discriminator_of(config: Config) -> PatchDiscriminator:
+    """Build the discriminator of a config's images, without parameters."""
+    sizes = config.image_channels, config.vae_widths[0], config.groups
+    return PatchDiscriminator("discriminator", *sizes)
 
 
 DEMO_AUTOENCODER = Stage(batch=16, rate=2e-3, warmup=50, ema=0.995, seconds=72)

@@ -49,13 +49,15 @@ class MetricsLog:
 
 
 def forget_metrics_after(file: Path, state: State) -> None:
-    """Drop the lines of steps that will be done again, and one that was cut off."""
+    """Drop the lines of steps that will be done again, and what is not a line of this log."""
     if not file.exists():
         return
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
             entry = json.loads(line)
+            values = {k: v if isinstance(v, list) else [v] for k, v in entry.items()}
+            math.fsum(number for k, v in values.items() if k != "stage" for number in v)
             before = STAGES.index(entry["stage"]) - STAGES.index(state.stage)
             if before < 0 or (before == 0 and entry["step"] <= state.step):
                 kept.append(line + "\n")

@@ -13,10 +13,9 @@ from tinyldm.data.images import from_uint8, in_channels
 from tinyldm.data.tokenizer import Tokenizer
 from tinyldm.diffusion.loss import WEIGHTINGS, diffusion_loss
 from tinyldm.diffusion.schedule import Schedule
-from tinyldm.models.discriminator import PatchDiscriminator
 from tinyldm.nn.protocol import Params
 from tinyldm.training.adversarial import Adversarial, discriminator_loss, with_discriminator
-from tinyldm.training.config import STAGES, Config
+from tinyldm.training.config import STAGES, Config, discriminator_of
 from tinyldm.training.losses import (
     Features,
     autoencoder_loss,
@@ -48,8 +47,7 @@ class Models:
                 network.recompute()
         self.discriminator = None
         if config.adversarial:
-            sizes = config.image_channels, config.vae_widths[0], config.groups
-            self.discriminator = PatchDiscriminator("discriminator", *sizes)
+            self.discriminator = discriminator_of(config)
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -59,21 +59,27 @@ PRESETS = {
     "medium": Config(
         preset="medium",
         side=64,
-        autoencoder=Stage(batch=16, rate=1e-3, warmup=100, ema=0.998, seconds=600),
-        denoiser=Stage(batch=32, rate=1e-3, warmup=100, ema=0.999, seconds=1200),
-        vae_widths=(32, 64, 64),
-        unet_widths=(64, 96, 128),
+        autoencoder=Stage(batch=16, rate=4e-3, muon=0.0136, warmup=20, ema=0.99, seconds=500),
+        denoiser=Stage(batch=16, rate=2e-3, muon=0.014, warmup=50, ema=0.998, seconds=1300),
+        vae_widths=(32, 32, 32),
+        vae_layers=0,
+        unet_widths=(64, 64, 96),
+        unet_layers=(0, 1, 1),
         text_width=96,
+        guidance=2.5,
     ),
     "large": Config(
         preset="large",
         side=128,
-        autoencoder=Stage(batch=8, rate=5e-4, warmup=200, ema=0.999, seconds=3600),
-        denoiser=Stage(batch=32, rate=5e-4, warmup=200, ema=0.9995, seconds=7200),
-        vae_widths=(32, 64, 64, 96),
+        autoencoder=Stage(batch=8, rate=4e-3, muon=0.0136, warmup=20, ema=0.99, seconds=900),
+        denoiser=Stage(batch=16, rate=2e-3, muon=0.014, warmup=50, ema=0.998, seconds=1800),
+        vae_widths=(32, 32, 32, 32),
+        vae_layers=0,
         latent_channels=8,
-        unet_widths=(64, 128, 192),
+        unet_widths=(64, 64, 128),
+        unet_layers=(0, 1, 1),
         text_width=128,
+        guidance=2.5,
     ),
 }
 # Steps of the demo's stages after which 95 % of the captions or more are right in all attributes:
@@ -91,7 +97,7 @@ class NewRun:
 
     preset: str | None = option(
         "preset: tiny (16 px, seconds, to try things out), lesson (16 px, 3 minutes), "
-        "demo (32 px, 5 minutes), medium (64 px, 30 minutes) or large (128 px, 3 hours)", None,
+        "demo (32 px, 5 minutes), medium (64 px, 30 minutes) or large (128 px, 45 minutes)", None,
         choices=PRESETS, group=MODEL, default_text="the smallest for --size, else demo",
     )  # fmt: skip
     size: int | tuple[int, int] | None = option(

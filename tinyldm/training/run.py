@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from tinyldm.checkpoints.diffusers_folder import is_whole
 from tinyldm.config import ConfigError
 from tinyldm.data.dataset import DataError
+from tinyldm.lock import is_locked, locked
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training import snapshots
 from tinyldm.training.config import STAGES, Config
@@ -17,11 +19,17 @@ from tinyldm.training.preparation import (
     load_data,
     refuse_folder,
     remove,
+    remove_leftovers,
     split,
 )
 from tinyldm.training.presets import changed, with_length
 from tinyldm.training.stages import Run, begin, export
-from tinyldm.training.state import load_notes, load_state, save_state, state_files
+from tinyldm.training.state import (
+    load_notes,
+    load_state,
+    save_state,
+    state_files,
+)
 
 
 def train(
@@ -50,15 +58,18 @@ def train(
         raise ConfigError(f"{run}: not started: there is not enough memory")
     models = Models(config, tokenizer, features)
     state = begin(models, training, data.fingerprint(), device, say)
-    if overwrite:
-        remove(run)
-    save_state(run, state)
-    if data.skipped:
-        report = run / "training" / "skipped.txt"
-        report.write_text("".join(f"{line}\n" for line in data.skipped), encoding="utf-8")
-    snapshots.data(run, training)
-    say(f"training images: {run / 'samples' / 'data.png'}")
-    return Run(run, state, models, training, held_out, device, say).finish()
+    with locked(run):
+        refuse_folder(run, config, overwrite)  # again: somebody may have been faster
+        remove_leftovers(run)
+        if overwrite:
+            remove(run)
+        save_state(run, state)
+        if data.skipped:
+            report = run / "training" / "skipped.txt"
+            report.write_text("".join(f"{line}\n" for line in data.skipped), encoding="utf-8")
+        snapshots.data(run, training)
+        say(f"training images: {run / 'samples' / 'data.png'}")
+        return Run(run, state, models, training, held_out, device, say).finish()
 
 
 def resume(
@@ -76,39 +87,44 @@ def resume(
     DataError if the images or captions are no longer the same.
     """
     run = Path(run)
-    state = load_state(run, device)
-    state.config = changed(state.config, **settings)
-    if minutes is not None:
-        left = STAGES[STAGES.index(state.stage) :]
-        state.config, state.total = with_length(state.config, 60 * minutes, left), None
-        state.seconds, state.corrections = 0.0, 0
-    data = load_data(state.config)
-    if data.fingerprint() != state.data:
-        raise DataError(
-            f"{state.config.data}: the {len(data):,} images and captions are no longer those "
-            f"that {run} was begun with; bring them back, or begin a new run"
-        )
-    models = Models(state.config, state.tokenizer, features)
-    training, held_out = split(data, state.config)
-    say(f"resuming {state.stage}, step {state.step}")
-    return Run(run, state, models, training, held_out, device, say).finish()
+    if not state_files(run):
+        load_notes(run)  # says that there is no run
+    with locked(run):
+        remove_leftovers(run)
+        state = load_state(run, device, say)
+        state.config = changed(state.config, **settings)
+        if minutes is not None:
+            left = STAGES[STAGES.index(state.stage) :]
+            state.config, state.total = with_length(state.config, 60 * minutes, left), None
+            state.seconds, state.corrections = 0.0, 0
+        data = load_data(state.config)
+        if data.fingerprint() != state.data:
+            raise DataError(
+                f"{state.config.data}: the {len(data):,} images and captions are no longer those "
+                f"that {run} was begun with; bring them back, or begin a new run"
+            )
+        models = Models(state.config, state.tokenizer, features)
+        training, held_out = split(data, state.config)
+        say(f"resuming {state.stage}, step {state.step}")
+        return Run(run, state, models, training, held_out, device, say).finish()
 
 
 def rebuild(run: str | Path) -> Pipeline:
     """Export again from the newest state, after an export that was cut off."""
-    state = load_state(run)
-    if state.stage != "denoiser":
-        raise FileNotFoundError(
-            f"{run}: has no model yet, only stage 1 has begun; tinyldm train --out {run} --resume "
-            "goes on with it"
-        )
-    return export(run, state, Models(state.config, state.tokenizer))
+    with locked(run):
+        if load_notes(run)["stage"] != STAGES[-1]:
+            raise FileNotFoundError(
+                f"{run}: has no model yet, only stage 1 has begun; tinyldm train --out {run} "
+                "--resume goes on with it"
+            )
+        state = load_state(run)
+        return export(run, state, Models(state.config, state.tokenizer))
 
 
 def whole_run(run: str, say: Say) -> str:
     """Return `run`, its component folders exported again if the last export was cut off."""
     folder = Path(run)
-    if folder.is_dir() and not (folder / "model_index.json").exists() and state_files(run):
+    if folder.is_dir() and state_files(run) and not is_locked(folder) and not is_whole(folder):
         if load_notes(run)["stage"] == "denoiser":
             say(f"{run}: the export is incomplete; exporting again from the state")
         rebuild(run)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, turned into a request that training honours between two steps."""
+"""Ctrl-C, SIGTERM and SIGHUP, turned into a request that training honours between two steps."""
 
 import contextlib
 import signal
@@ -14,9 +14,16 @@ class Stopped(Exception):
 
 
 class Interruptible(contextlib.AbstractContextManager):
-    """Context in which Ctrl-C and SIGTERM only set `number`; a second one acts at once."""
+    """Context in which signals to end only set `number`; a second one acts at once.
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    They are Ctrl-C, SIGTERM, and SIGHUP, which comes where a terminal is closed.
+    """
+
+    SIGNALS = (
+        signal.SIGINT,
+        signal.SIGTERM,
+        *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []),
+    )
 
     def __init__(self):
         self.number = None
@@ -33,7 +40,8 @@ class Interruptible(contextlib.AbstractContextManager):
     def _note(self, number, frame):
         self.number = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for other in self.SIGNALS[1:]:
+            signal.signal(other, signal.SIG_DFL)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():

@@ -5,19 +5,32 @@ header the run's config and how far it is. Random numbers need no state: those o
 from (seed, stage, step). The component folders beside it are exports, which can be recreated.
 """
 
-import contextlib
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tinyldm.backend import to_device
-from tinyldm.checkpoints.safetensors import WeightsError, load_metadata, load_weights, save_weights
+from tinyldm.checkpoints.components import COMPONENTS, make
+from tinyldm.checkpoints.safetensors import (
+    WeightsError,
+    load_metadata,
+    load_weights,
+    match,
+    save_weights,
+)
+from tinyldm.config import Kind, check_kind, unknown
 from tinyldm.kernels.cpu.flat import Flat
 from tinyldm.models import ClassNames, Tokenizer
 from tinyldm.nn.optim import adam_state, is_inner
-from tinyldm.training.config import STAGES, Config
+from tinyldm.training.config import STAGES, Config, discriminator_of
 
+VERSION = 1  # of the contents of a file
+NOTES: dict[str, Kind] = {  # of State, in the header → kind of its value
+    "stage": str, "data": str, "step": int, "total": int | None, "seconds": float,
+    "corrections": int, "done_before": int, "scaling_factor": float,
+}  # fmt: skip
 GROUPS = ("params", "m", "v", "average", "first_stage")  # of the arrays in a file
 GROUPS += ("discriminator", "discriminator_m", "discriminator_v")  # where there is one
 
@@ -87,25 +100,13 @@ def save_state(run: str | Path, state: State) -> Path:
         for group, named in groups.items()
         for name, array in named.items()
     }
-    notes = {
-        key: getattr(state, key)
-        for key in (
-            "stage",
-            "data",
-            "step",
-            "total",
-            "seconds",
-            "corrections",
-            "done_before",
-            "scaling_factor",
-        )
-    }
+    notes = {name: getattr(state, name) for name in NOTES}
+    notes["version"] = VERSION
     notes["config"] = dataclasses.asdict(state.config)
     notes["tokenizer"] = state.tokenizer.content
     file = folder / f"state-{state.done_before + state.step:08d}.safetensors"
     save_weights(file, arrays, {"tinyldm": json.dumps(notes)})
-    cut_off = folder.glob(".state-*")  # by a process that ended while it wrote
-    for old in [*state_files(run)[: -state.config.keep], *cut_off]:
+    for old in state_files(run)[: -state.config.keep]:
         old.unlink()
     return file
 
@@ -117,8 +118,23 @@ def state_files(run: str | Path) -> list[Path]:
 
 def load_notes(run: str | Path) -> dict:
     """Read the notes of a run's newest state: its config, its stage, how far it is."""
-    with _newest(run) as file:
+    *_, file = state_files(run) or [None]
+    if file is None:
+        raise FileNotFoundError(f"{run}: holds no run (no training/state-*.safetensors)")
+    try:
         notes = json.loads(load_metadata(file)["tinyldm"])
+        if notes.pop("version", 0) > VERSION:
+            raise WeightsError(f"{file}: written by a newer version of tinyldm; take that one")
+        if others := notes.keys() - NOTES.keys() - {"config", "tokenizer"}:
+            raise ValueError(f"its notes: unknown key {min(others)!r}")
+        for name, kind in NOTES.items():
+            check_kind("its notes", name, notes[name], kind, most=10**12)
+        if notes["stage"] not in STAGES:
+            raise ValueError(f"its notes: stage: {unknown(notes['stage'], STAGES)}")
+        if notes["total"] is not None and notes["step"] > notes["total"]:
+            raise ValueError(f"its notes: step {notes['step']} of {notes['total']}")
+        if int(file.stem.removeprefix("state-")) != notes["done_before"] + notes["step"]:
+            raise ValueError(f"its notes: its name says another step than {notes['step']}")
         notes["config"] = Config.from_json(notes["config"])
         content = notes["tokenizer"]
         if "names" in content:
@@ -127,41 +143,65 @@ def load_notes(run: str | Path) -> dict:
             content["merges"] = [tuple(pair) for pair in content["merges"]]
             notes["tokenizer"] = Tokenizer(**content)
         return notes
-
-
-def load_state(run: str | Path, device: str = "cpu") -> State:
-    """Load the newest state of a run. FileNotFoundError if it has none, WeightsError if damaged."""
-    notes = load_notes(run)
-    groups = {name: {} for name in GROUPS}
-    with _newest(run) as file:
-        for path, array in load_weights(file).items():
-            group, name = path.split("/", 1)
-            groups[group][name] = to_device(array, device)
-        return State(
-            params=groups["params"],
-            moments={"m": groups["m"], "v": groups["v"]},
-            average=groups["average"],
-            first_stage=groups["first_stage"],
-            discriminator=groups["discriminator"],
-            discriminator_moments={m: groups[f"discriminator_{m}"] for m in ("m", "v")},
-            **notes,
-        )
-
-
-@contextlib.contextmanager
-def _newest(run):
-    """Yield the newest state file of a run, and say what is wrong with one that cannot be read."""
-    *before, file = state_files(run) or [None]
-    if file is None:
-        raise FileNotFoundError(f"{run}: holds no run (no training/state-*.safetensors)")
-    try:
-        yield file
-    except WeightsError as error:
-        way = f"remove it to go on from {before[-1].name}" if before else "there is none before it"
-        raise WeightsError(f"{error}; {way}") from None
+    except WeightsError:
+        raise
     except KeyError as error:
         raise WeightsError(
             f"{file}: not a state of tinyldm, or of another version: no {error}"
         ) from None
-    except (TypeError, ValueError) as error:
-        raise WeightsError(f"{file}: a state of another version: {error}") from None
+    except (TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{file}: a state of another version, or changed: {error}") from None
+
+
+def load_state(
+    run: str | Path, device: str = "cpu", say: Callable[[str], None] | None = None
+) -> State:
+    """Load the newest state of a run. FileNotFoundError if it has none, WeightsError if damaged.
+
+    say: takes a line. With it, a newest state that is damaged is put aside, and the one before is
+    loaded.
+    """
+    try:
+        notes = load_notes(run)
+        *_, file = state_files(run)
+        arrays = load_weights(file)
+        match({path: x.shape for path, x in arrays.items()}, _shapes(notes), file)
+    except WeightsError as error:
+        *before, file = state_files(run)
+        if not before:
+            raise WeightsError(f"{error}; there is no state before it") from None
+        if say is None:
+            raise WeightsError(f"{error}; {before[-1].name} is the one before it") from None
+        say(f"{error}; going on from {before[-1].name} before it")
+        file.rename(file.with_name(f"{file.name}.damaged"))
+        return load_state(run, device, say)
+    groups = {name: {} for name in GROUPS}
+    for path, array in arrays.items():
+        group, _, name = path.partition("/")
+        groups[group][name] = to_device(array, device)
+    return State(
+        params=groups["params"],
+        moments={"m": groups["m"], "v": groups["v"]},
+        average=groups["average"],
+        first_stage=groups["first_stage"],
+        discriminator=groups["discriminator"],
+        discriminator_moments={m: groups[f"discriminator_{m}"] for m in ("m", "v")},
+        **notes,
+    )
+
+
+def _shapes(notes):
+    """Return {group/name: shape} of the arrays of a state with these notes."""
+    config = notes["config"]
+    configs = config.configs(notes["tokenizer"])
+    shapes = {name: make(name, configs[name]).shapes() for name in COMPONENTS if name in configs}
+    vae = shapes.pop("vae")
+    if notes["stage"] == STAGES[0]:
+        of_group = dict.fromkeys(("params", "m", "v", "average"), vae)
+        if config.adversarial:
+            names = ("discriminator", "discriminator_m", "discriminator_v")
+            of_group |= dict.fromkeys(names, discriminator_of(config).shapes())
+    else:
+        trained = {name: shape for of in shapes.values() for name, shape in of.items()}
+        of_group = dict.fromkeys(("params", "m", "v", "average"), trained) | {"first_stage": vae}
+    return {f"{g}/{name}": shape for g, of in of_group.items() for name, shape in of.items()}

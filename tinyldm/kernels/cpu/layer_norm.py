@@ -51,14 +51,15 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Backwar
             centred, table = scratch_like(dx_, 2)
             np.subtract(x_, _columns(mean_, table), out=centred)
             product = np.multiply(dy_, centred, out=table)
-            along, across = product @ w_average, dy_ @ w_average
+            along = product @ w_average
             dw_db = None
             if weights:
                 dw_db = rstd_.T @ product, np.ones((1, len(x_)), x.dtype) @ dy_
             np.multiply(dy_, _outer(rstd_, w, dx_), out=dx_)
+            across = dx_ @ average
             centred *= _columns(along * rstd_**3, table)
             dx_ -= centred
-            dx_ -= _columns(across * rstd_, table)
+            dx_ -= _columns(across, table)
             return dw_db
 
         parts = each_block(part, x2, dy.reshape(x2.shape), dx, mean, rstd)

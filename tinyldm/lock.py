@@ -1,0 +1,112 @@
+"""The lock of a run's folder: one process at a time writes into it."""
+
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None
+
+NAME = ".lock"
+
+_own = set()  # locks that this process holds: to the system they are free for all its threads
+
+
+class Locked(ValueError):
+    """Another process writes into the folder; the message names it."""
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Hold the lock of a folder, which is made if need be, for the length of a `with` block.
+
+    It is the system's lock on a file, which ends with its process, however that ends; forked copies
+    do not have it. The file says who holds it. Raises Locked where somebody else does.
+    """
+    folder = Path(folder)
+    file = folder.resolve() / NAME
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    if file in _own:
+        raise Locked(_message(folder, f"process {os.getpid()}, this one,"))
+    handle = _acquire(folder, file)
+    _own.add(file)
+    try:
+        holder = json.dumps({"process": os.getpid(), "host": platform.node()})
+        os.truncate(handle, 0)
+        os.pwrite(handle, holder.encode(), 0)
+        yield
+    finally:
+        _own.discard(file)
+        file.unlink(missing_ok=True)
+        os.close(handle)
+        if made:
+            with contextlib.suppress(OSError):  # where there is something in it by now
+                folder.rmdir()
+
+
+def _acquire(folder, file):
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = _holder(os.read(handle, 1000))
+            os.close(handle)
+            raise Locked(_message(folder, holder)) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(file).st_ino == os.fstat(handle).st_ino:
+                break
+        os.close(handle)  # its last holder has removed it in the meantime
+    content = os.pread(handle, 1000, 0)
+    if _field(content, "host") not in (None, platform.node()):  # no lock may reach over a network
+        os.close(handle)
+        raise Locked(
+            f"{folder}: {_holder(content)} trains into it, or was cut off; if it no longer runs, "
+            f"remove {file}"
+        )
+    return handle
+
+
+def is_locked(folder: str | Path) -> bool:
+    """Return whether a process writes into the folder at this time."""
+    file = Path(folder).resolve() / NAME
+    if fcntl is None or not file.exists():
+        return False
+    if file in _own:
+        return True
+    try:
+        handle = os.open(file, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+
+
+def _field(content, name):
+    try:
+        return json.loads(content)[name]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _holder(content):
+    process, host = (_field(content, name) for name in ("process", "host"))
+    return "another process" if process is None else f"process {process} on {host}"
+
+
+def _message(folder, holder):
+    return f"{folder}: {holder} trains into it; wait for it or stop it, or take another --out"
