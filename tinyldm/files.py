@@ -89,4 +89,5 @@ def without_doubles(pairs: list[tuple[str, Any]]) -> dict:
 def write_json(file: str | Path, content: Any) -> None:
     """Write `content` as JSON, with its keys in order, whole or not at all."""
     with replacing(file) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ from tinyldm.checkpoints.diffusers_folder import load_folder, load_with_config
 from tinyldm.checkpoints.single_file import load_original, load_original_vae
 from tinyldm.data.class_names import ClassNames
 from tinyldm.data.tokenizer import Tokenizer
+from tinyldm.files import shown
 from tinyldm.nn.protocol import Params
 
 
@@ -24,8 +25,8 @@ def load_checkpoint(
     for each in (path, *([Path(vae)] if vae is not None else [])):
         if not each.exists():
             raise FileNotFoundError(
-                f"{each}: no such file or folder; expected the folder of a trained run, or a "
-                "Stable Diffusion as a folder or one .safetensors file"
+                f"{shown(each)}: no such file or folder; expected the folder of a trained run, or "
+                "a Stable Diffusion as a folder or one .safetensors file"
             )
     own = vae is None
     configs, params, tokenizer, defaults = (

@@ -5,14 +5,18 @@ running is 1, and 130 or 143 mean: interrupted, with everything saved. Each comm
 module of this package, imported once it is called: `tinyldm --help` is immediate.
 """
 
+import codecs
+import contextlib
 import errno
+import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 from tinyldm import __version__
-from tinyldm.cli.arguments import Parser
+from tinyldm.cli.arguments import Parser, say
 
 COMMANDS = {  # name → what it does, for --help
     "demo": "train on captioned shapes in five minutes, and score it",
@@ -27,6 +31,62 @@ MODULES = {"eval": "evaluate"}  # where the name of a command is not that of its
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; → exit code."""
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+    try:
+        return _run(arguments)
+    finally:
+        sys.stdout, sys.stderr = sys.stdout.stream, sys.stderr.stream
+
+
+class Stream:
+    """A stream whose reader may be gone, or which was never open: the work is done all the same.
+
+    The bytes of a file's name stay as they are; what the encoding lacks besides is escaped.
+    """
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="tinyldm")
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def isatty(self) -> bool:
+        """Return whether somebody looks at it."""
+        return self.stream is not None and not self.stream.closed and self.stream.isatty()
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with self._tolerant():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with self._tolerant():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def _tolerant(self):
+        try:
+            yield
+        except (OSError, ValueError, AttributeError):  # nobody reads, no space, closed, or None
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # no second try at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def _as_it_was_or_escaped(error):
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+codecs.register_error("tinyldm", _as_it_was_or_escaped)
+
+
+def _run(arguments):
     try:
         options, extra = parser().parse_known_args(arguments)
         if extra:
@@ -39,19 +99,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tinyldm: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of stdout has gone: keep Python from flushing again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
     except Exception as error:
         code = _exit_code(error)
         if code is None:
             raise
-        print(f"tinyldm: {error}", file=sys.stderr)
+        say(f"tinyldm: {error}")
         return code
 
 
 def _show_warning(message, *_, **__):
-    print(f"tinyldm: {message}", file=sys.stderr)
+    say(f"tinyldm: {message}")
 
 
 def _exit_code(error):

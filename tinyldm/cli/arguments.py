@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from tinyldm.config import meant, unknown
+from tinyldm.files import shown
 from tinyldm.options import kind_of, options_of, problem
 
 
@@ -39,7 +40,10 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(r"^argument ", "", message)
         if choice := re.match(r"COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message):
             message = unknown(choice[1], re.findall(r"[a-z]+", choice[2]))
-        print(f"tinyldm: {message}; see {self.prog} --help", file=sys.stderr)
+        if message.endswith("expected one argument"):
+            option = message.partition(":")[0].split("/")[-1]
+            message += f" (one that begins with a dash follows an equals sign: {option}=-5)"
+        print(f"tinyldm: {shown(message)}; see {self.prog} --help", file=sys.stderr)
         sys.exit(2)
 
     def refuse(self, word: str) -> NoReturn:
@@ -133,5 +137,8 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line for the person at the terminal; only results go to stdout."""
-    print(line, file=sys.stderr, flush=True)
+    """Print lines for the person at the terminal; only results go to stdout.
+
+    What a terminal would act upon, as in a file's name, is escaped.
+    """
+    print("\n".join(map(shown, line.split("\n"))), file=sys.stderr, flush=True)

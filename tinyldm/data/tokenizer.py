@@ -43,13 +43,14 @@ def _add_tokens(vocab, listed):
     added = {}
     for entry in sorted(listed, key=lambda entry: entry["id"]):
         token = entry["content"]
-        if vocab.setdefault(token, entry["id"]) != entry["id"]:
+        if vocab.get(token, entry["id"]) != entry["id"]:
             raise ValueError(f"the added token {token!r} has ids {vocab[token]} and {entry['id']}")
-        if token in (START, END):
-            continue
+        if token in vocab and token not in added:
+            continue  # such as the start, the end, and the padding
         flags = [flag for flag in ("lstrip", "rstrip", "single_word") if entry.get(flag)]
         if flags:
             raise ValueError(f"the added token {token!r}: {flags[0]} is not implemented")
+        vocab[token] = entry["id"]
         added.setdefault(token, not entry.get("normalized", True))
     return added
 

@@ -4,6 +4,8 @@ import contextlib
 import signal
 import threading
 
+from tinyldm.kernels.cpu.processes import TO_STOP
+
 
 class Stopped(Exception):
     """A signal asked training to stop, and everything is saved."""
@@ -19,11 +21,7 @@ class Interruptible(contextlib.AbstractContextManager):
     They are Ctrl-C, SIGTERM, and SIGHUP, which comes where a terminal is closed.
     """
 
-    SIGNALS = (
-        signal.SIGINT,
-        signal.SIGTERM,
-        *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []),
-    )
+    SIGNALS = TO_STOP
 
     def __init__(self):
         self.number = None

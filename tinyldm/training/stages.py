@@ -46,7 +46,7 @@ def second_stage(
     z, std = all_gaussians(models, first_stage, training.images[:2048], device)
     if std is not None:
         z = z + std * np.random.default_rng((config.seed, 2)).standard_normal(z.shape)
-    scale = float(1 / z.std())
+    scale = float(1 / z.std()) if z.std() > 0 else 1.0  # where all images are of one colour
     say(
         f"latent scale 1/std = {scale:.4f}: the latents have a standard deviation of "
         f"{1 / scale:.3f}, and the noise schedule expects 1"

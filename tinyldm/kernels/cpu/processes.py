@@ -33,6 +33,8 @@ from tinyldm.threads import (
 
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 PRESET = "TINYLDM_PROCESSES"
+MOST = 256  # processes
+TO_STOP = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 
 def shared(size: int, dtype: np.dtype) -> np.ndarray:
@@ -45,15 +47,15 @@ def available() -> int:
 
     A fork has only the thread that made it, and a lock that another one held stays locked. So
     there must be no other; ours, and those of BLAS, wait idle and are restarted. The environment
-    variable TINYLDM_PROCESSES sets another number; ValueError for anything but an integer ≥ 1.
+    variable TINYLDM_PROCESSES sets another number; ValueError for others than 1…256.
     """
     if sys.platform != "linux" or not use_kernels.get() or not only_thread():
         return 1
     preset = os.environ.get(PRESET, "")
     if not preset:
         return cores()
-    if not (preset.isdecimal() and int(preset) >= 1):
-        raise ValueError(f"{PRESET}: expected an integer ≥ 1, found {preset!r}")
+    if not (preset.isdecimal() and len(preset) < 9 and 1 <= int(preset) <= MOST):
+        raise ValueError(f"{PRESET}: expected an integer 1…{MOST}, found {preset!r:.40}")
     return int(preset)
 
 
@@ -101,9 +103,12 @@ def worker_pool(function: Callable, size: int) -> Iterator[WorkerPool]:
             with warnings.catch_warnings():
                 # Python warns of forking with threads: those of BLAS, which handles it.
                 warnings.simplefilter("ignore", DeprecationWarning)
+                # A signal that came in a hook of the fork would be swallowed there.
+                before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_STOP)
                 process = os.fork()
             if process == 0:
                 _serve(function, there, [*connections, here])
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             there.close()
             connections.append(here)
             processes.append(process)
@@ -125,8 +130,9 @@ def _serve(function, connection, not_ours):
         threading.current_thread().name = WORKER  # its pool of threads was not copied
         for other in not_ours:
             other.close()  # or it would not be closed when the first process ends
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in TO_STOP:
             signal.signal(number, signal.SIG_IGN)  # the first process decides
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_STOP)
         with one_blas_thread(), contextlib.suppress(EOFError, OSError):
             while True:
                 connection.send(_attempt(function, connection.recv()))
