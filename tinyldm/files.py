@@ -9,6 +9,8 @@ from typing import Any
 
 from tinyldm.config import ConfigError
 
+LONGEST_JSON = 2**26  # bytes; the largest are vocabularies and lists of shards
+
 
 class replacing:
     """Replace a file at the end of a block: `with replacing(file) as temporary:` write `temporary`.
@@ -67,10 +69,14 @@ def read_json(file: Path) -> dict:
         raise FileNotFoundError(
             f"{file}: missing; expected the folder of a trained run, or of a Stable Diffusion model"
         )
+    if not is_regular(file):
+        raise ConfigError(f"{shown(file)}: expected a file of JSON, found something else")
+    if file.stat().st_size > LONGEST_JSON:
+        raise ConfigError(f"{shown(file)}: expected at most {LONGEST_JSON:,} bytes of JSON")
     try:
         content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=without_doubles)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file}: not valid JSON: {error}") from None
+        raise ConfigError(f"{shown(file)}: not valid JSON: {shown(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected a JSON object, found {type(content).__name__}")
     return content

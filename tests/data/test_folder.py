@@ -431,12 +431,12 @@ def test_all_that_is_damaged_is_named_at_once_or_left_out(tmp_path):
         "empty.gif",
         "gone.png",
     ]
-    assert len(lines) == len(named)
-    for line, name in zip(lines, named, strict=True):
-        assert line.startswith(f"  {tmp_path / name}: ")
+    assert lines[5:] == ["  and 1 more"]
     data = load_folder(tmp_path, SIDE, skip_bad=True)
     assert data.names == [f"fine-{i}.png" for i in range(3)]
-    assert [f"  {line}" for line in data.skipped] == lines
+    assert [f"  {line}" for line in data.skipped[:5]] == lines[:5]
+    for line, name in zip(data.skipped, named, strict=True):
+        assert line.startswith(f"{tmp_path / name}: ")
     for i in range(3):
         (tmp_path / f"fine-{i}.png").unlink()
     with pytest.raises(DataError, match="none of its 4 images can be read") as caught:

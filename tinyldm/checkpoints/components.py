@@ -3,6 +3,7 @@
 from tinyldm.config import ConfigError
 from tinyldm.data.class_names import ClassNames
 from tinyldm.data.tokenizer import Tokenizer
+from tinyldm.files import shown
 from tinyldm.models import (
     AutoencoderKL,
     ClassEmbedder,
@@ -42,9 +43,9 @@ def make(component: str, config: dict) -> Layer:
     (library, usual), network, _ = COMPONENTS[component]
     classes = {usual: (library, network), **OTHERS.get(component, {})}
     kind = config.get("_class_name", usual)
-    if kind not in classes:
+    if not isinstance(kind, str) or kind not in classes:
         raise ConfigError(
-            f"{component} config: a {kind} is not implemented, only {', '.join(classes)}"
+            f"{component} config: a {shown(kind):.40} is not implemented, only {', '.join(classes)}"
         )
     return classes[kind][1](config)
 

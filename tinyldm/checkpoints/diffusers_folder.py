@@ -4,11 +4,12 @@ The folder holds `model_index.json` and a sub-folder for each component, whether
 model or somebody else did.
 """
 
-import json
+import contextlib
 import re
 import time
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from numpy.typing import DTypeLike
@@ -39,8 +40,9 @@ from tinyldm.checkpoints.safetensors import (
 from tinyldm.config import ConfigError
 from tinyldm.data.class_names import ClassNames
 from tinyldm.data.tokenizer import Tokenizer
+from tinyldm.diffusion.schedule import Schedule
 from tinyldm.diffusion.scheduler_config import repaired
-from tinyldm.files import read_json, write_json
+from tinyldm.files import read_json, shown, write_json
 from tinyldm.lock import is_locked
 from tinyldm.nn.protocol import Params
 
@@ -121,11 +123,13 @@ def _load_folder(folder, with_vae):
     kind = index.get("_class_name", PIPELINES[0])
     if kind not in (*PIPELINES, OWN_PIPELINE):
         raise ConfigError(
-            f"{folder / 'model_index.json'}: a {kind} is not implemented, only Stable Diffusion 1 "
-            f"and 2: {', '.join(PIPELINES)}"
+            f"{folder / 'model_index.json'}: a {shown(kind):.60} is not implemented, only Stable "
+            f"Diffusion 1 and 2: {', '.join(PIPELINES)}"
         )
-    configs = {"scheduler": read_json(folder / "scheduler" / "scheduler_config.json")}
-    params = {}
+    file = folder / "scheduler" / "scheduler_config.json"
+    configs, params = {"scheduler": read_json(file)}, {}
+    with naming(file):
+        Schedule(configs["scheduler"])
     for name in COMPONENTS:
         if index.get(name) != NONE and (name != "vae" or with_vae):
             configs[name], params[name] = load_with_config(folder / name, name)
@@ -137,10 +141,21 @@ def _load_folder(folder, with_vae):
     return configs, params, tokenizer, index.get("_tinyldm") or {}
 
 
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Begin what is wrong with a config with the name of its file."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{shown(file)}: {error}") from None
+
+
 def load_with_config(folder: Path, name: str) -> tuple[dict, Params]:
     """Read the config and the weights of the component `name` from its own folder."""
     config = read_json(folder / "config.json")
-    return config, load_component(folder, make(name, config).shapes())
+    with naming(folder / "config.json"):
+        shapes = make(name, config).shapes()
+    return config, load_component(folder, shapes)
 
 
 def save_folder(
@@ -231,10 +246,14 @@ def _weight_files(folder):
             index = folder / f"{stem}.safetensors.index{variant}.json"
             if index.exists():
                 try:
-                    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-                    return [folder / name for name in sorted(set(names))]
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                    raise WeightsError(f"{index}: not an index of weights: {error!r}") from None
+                    names = sorted(set(read_json(index)["weight_map"].values()))
+                    if outside := [name for name in names if Path(name).name != name]:
+                        raise ValueError(f"{outside[0]!r} is not the name of a file beside it")
+                    return [folder / name for name in names]
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise WeightsError(
+                        f"{shown(index)}: not an index of weights: {shown(error)!r:.200}"
+                    ) from None
     for file in sorted(folder.glob("*")):
         if file.suffix in PICKLES:
             raise WeightsError(f"{file}: {PICKLED}")

@@ -79,7 +79,7 @@ def tensors(
                 yield name, _to_memory(array, dtype)
     if names is None and CHECKSUM in notes and notes[CHECKSUM] != f"{crc:08x}":
         raise WeightsError(
-            f"{shown(file)}: damaged: its checksum was {notes[CHECKSUM][:8]} when it was written "
+            f"{shown(file)}: damaged: its checksum was {shown(notes[CHECKSUM][:8])} when it was written "
             f"and is {crc:08x} now; take a copy of it, or train again"
         )
 

@@ -24,6 +24,7 @@ FORMATS = {  # suffix of a file → a format that is read, whichever of these su
 PNG = b"\x89PNG\r\n\x1a\n"  # what it begins with
 OF_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"iCCP")
 METADATA = ("metadata.jsonl", "metadata.csv")
+MOST_NAMED = 5  # problems in a message
 LONGEST_TEXT = 2**16  # bytes of a caption's file
 MAP = ".map"  # at the end of the name of an image's layout map
 MOST_PIXELS = 64_000_000  # of one image; a larger one is a mistake, or meant to fill the memory
@@ -43,8 +44,8 @@ def load_folder(
 
     maps: an image a.png has its layout map in a.map.png, cropped and resized in the same way.
 
-    Every file is read before any training. DataError names all that cannot be used; with
-    `skip_bad` they are left out and listed in `skipped`.
+    Every file is read before any training. DataError names five that cannot be used, and
+    says how many there are; with `skip_bad` they are left out and all listed in `skipped`.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -74,9 +75,11 @@ def load_folder(
     damaged += [str(result) for result in results if isinstance(result, DataError)]
     good = [i for i, result in enumerate(results) if not isinstance(result, DataError)]
     if damaged and not skip_bad:
+        rest = [f"and {len(damaged) - MOST_NAMED} more"] * (len(damaged) > MOST_NAMED)
         raise DataError(
             f"{folder}: {len(damaged)} problems with {len(files)} images and their captions; "
-            "mend or remove them, or train without them (--skip-bad):\n  " + "\n  ".join(damaged)
+            "mend or remove them, or train without them (--skip-bad):\n  "
+            + "\n  ".join([*damaged[:MOST_NAMED], *rest])
         )
     if not good:
         raise DataError(f"{folder}: none of its {len(files)} images can be read")

@@ -122,7 +122,9 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
             size = math.prod(shape)
             if len(shape) != dimensions or min(shape) < 0 or size > MOST_BYTES:
                 raise DataError(f"{file}: its header is damaged: sizes {shape}")
-            data = stream.read(size + 1)
+            data = bytearray()  # which grows with the file, not with what its header says
+            while len(data) <= size and (more := stream.read(min(2**20, size + 1 - len(data)))):
+                data += more
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{file}: damaged or cut off ({error})") from None
     if len(data) != size:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from numpy.random import Generator
 
 from tinyldm.backend import Array
-from tinyldm.config import ConfigError, per_block, read_config
+from tinyldm.config import ConfigError, check_kind, per_block, read_config
 from tinyldm.models.blocks import ResnetBlock, SpatialAttention, Upsample, downsample
 from tinyldm.nn.layers import Conv2d, GroupNorm, Layer, Recomputed, zeros
 from tinyldm.nn.protocol import Backward, Params
@@ -48,6 +48,7 @@ class Autoencoder(Layer):
     ):
         self.config, self.latent_channels = c, latent_channels
         self.shift = getattr(c, "shift_factor", None) or 0  # of latents, before they are scaled
+        check_kind("vae config", "layers_per_block", c.layers_per_block, int)  # one for all blocks
         levels = len(c.block_out_channels)
         if c.layers_per_block == 0 and len(set(c.block_out_channels)) > 1:
             raise ConfigError(
