@@ -1,4 +1,4 @@
-"""Some cases of every kind of file of `python -m tests.fuzz`, which goes on for as long as asked."""
+"""Some cases of every kind of file of `python -m tests.fuzz`, which goes on as long as asked."""
 
 import pytest
 from slow import mostly_slow

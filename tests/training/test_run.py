@@ -927,18 +927,54 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch, no_images,
 def test_a_gradient_that_is_no_number_never_reaches_a_state(
     tmp_path, monkeypatch, no_images, stage, step
 ):
-    """The loss of that step is still fine; the weights after it are not."""
+    """It is left out with its layer named, and training goes on. The loss was still fine."""
+    names, before = [], []
 
     def change(loss, grads):
+        names.append(min(grads))
+        before.append({name: w.copy() for name, w in states_seen[-1].params.items()})
         grads[min(grads)].reshape(-1)[0] = np.inf
         return loss, grads
 
+    states_seen, said, train_step = [], [], loop.train_step
+
+    def step_of(state, *args):
+        states_seen.append(state)
+        try:
+            return train_step(state, *args)
+        except loop.NotFinite:
+            for name, w in before[0].items():
+                np.testing.assert_array_equal(state.params[name], w)
+            raise
+
+    monkeypatch.setattr(loop, "train_step", step_of)
     spoil(monkeypatch, step + (STEPS if stage == "denoiser" else 0), change)
-    with pytest.raises(Diverged, match=f"stage {stage}, step "):
-        train(tmp_path, CONFIG, say=silent)
+    train(tmp_path, CONFIG, say=said.append)
+    (line,) = (line for line in said if "left out" in line)
+    assert line.startswith(f"  {stage} {step}: left out, as the loss is ")
+    assert line.endswith(f"no finite number is that of {names[0]}")
     state = load_state(tmp_path)
-    assert state.stage == stage
+    assert state.finished
     assert_finite(state)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_ten_steps_in_a_row_that_cannot_be_end_the_run(tmp_path, monkeypatch, no_images):
+    stage = dataclasses.replace(STAGE, steps=40)
+    config, said = dataclasses.replace(CONFIG, autoencoder=stage), []
+    train_step = loop.train_step
+
+    def step(state, gradient_of, *args):
+        def spoilt(batch):
+            loss, grads = gradient_of(batch)
+            return loss + (np.nan if state.step in (3, *range(5, 14), *range(20, 40)) else 0), grads
+
+        return train_step(state, spoilt, *args)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    with pytest.raises(Diverged, match="step 29: the loss is nan, .*, for 10 steps in a row"):
+        train(tmp_path, config, say=said.append)
+    assert sum("left out" in line for line in said) == 1 + 9 + 9
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

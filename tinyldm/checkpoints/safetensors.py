@@ -78,9 +78,10 @@ def tensors(
                     raise WeightsError(f"{shown(file)}: tensor {shown(name)}: {error}") from None
                 yield name, _to_memory(array, dtype)
     if names is None and CHECKSUM in notes and notes[CHECKSUM] != f"{crc:08x}":
+        before = shown(notes[CHECKSUM][:8])
         raise WeightsError(
-            f"{shown(file)}: damaged: its checksum was {shown(notes[CHECKSUM][:8])} when it was written "
-            f"and is {crc:08x} now; take a copy of it, or train again"
+            f"{shown(file)}: damaged: its checksum was {before} when it was written and is "
+            f"{crc:08x} now; take a copy of it, or train again"
         )
 
 

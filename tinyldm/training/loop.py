@@ -14,15 +14,16 @@ from tinyldm.nn.optim import learning_rate
 from tinyldm.training import snapshots
 from tinyldm.training.adversarial import Adversarial
 from tinyldm.training.config import Config, Stage
-from tinyldm.training.metrics import MetricsLog, finite
+from tinyldm.training.metrics import MetricsLog, diverged, finite
 from tinyldm.training.signals import Interruptible, Stopped
 from tinyldm.training.state import State, save_state
-from tinyldm.training.step import Gradient, stage_gradient, train_step
+from tinyldm.training.step import Gradient, NotFinite, stage_gradient, train_step
 
 SAVE_EVERY = 45.0  # seconds between states
 LOG_EVERY = 10  # steps between lines of metrics, and between looks at the loss
 CALIBRATION = (10, 40)  # steps that are timed to find how many fit into a stage's seconds
 CORRECTIONS = (0.2, 0.45, 0.7, 0.85)  # shares of the steps after which their number is corrected
+MOST_LEFT_OUT = 10  # steps in a row, or half of a stage's
 RECENT = 100  # steps, the last ones, whose time says how long a step takes
 
 
@@ -50,7 +51,8 @@ def fit(folder: Path, state: State, make_job: Callable[[], Job], stop: Interrupt
     """Take steps until the present stage is done; save the state at least every minute.
 
     A stage's seconds hold the preparation of its job and the images on the way, too.
-    Raises Stopped after a signal, with the state saved, and Diverged where the loss is not finite.
+    A step whose loss or gradient is no finite number is left out, and said; ten in a row raise
+    Diverged. Raises Stopped after a signal, with the state saved.
     """
     stage: Stage = getattr(state.config, state.stage)
     if state.total is None:
@@ -60,6 +62,7 @@ def fit(folder: Path, state: State, make_job: Callable[[], Job], stop: Interrupt
     pace = Pace(stage, began if state.step == 0 else time.monotonic())  # prepared again: for free
     saved = reported = time.monotonic()
     extra = {}  # further values of the last step, for the log
+    loss, norm, left_out = 0.0, 0.0, 0  # of the last step; steps left out since the last good one
     with (
         stage_gradient(job.loss_fn, state, stage.parts, extra) as gradient_of,
         MetricsLog(folder, state) as log,
@@ -70,13 +73,20 @@ def fit(folder: Path, state: State, make_job: Callable[[], Job], stop: Interrupt
             total = state.total or 10**9
             rate = learning_rate(state.step, total, stage.rate, stage.warmup, stage.decay)
             batch = job.batch_at(state.step)
-            loss, norm = train_step(state, gradient_of, batch, rate, stage.ema)
+            try:
+                loss, norm = train_step(state, gradient_of, batch, rate, stage.ema)
+                left_out = 0
+            except NotFinite as error:
+                left_out += 1
+                if left_out >= min(MOST_LEFT_OUT, max(1, (state.total or 20) // 2)):
+                    raise diverged(state, f"{error}, for {left_out} steps in a row") from None
+                job.say(f"  {state.stage} {state.step + 1}: left out, as {error}")
             state.step += 1
             job.after_step()
             bar.update()
             numbers = {"loss": loss, "norm": norm} | extra
             last = bool(stop.number) or state.step == state.total
-            if last or state.step % LOG_EVERY == 0:
+            if not left_out and (last or state.step % LOG_EVERY == 0):
                 numbers = {name: finite(number, state) for name, number in numbers.items()}
                 log.write({"rate": rate} | numbers)
                 bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
@@ -88,7 +98,7 @@ def fit(folder: Path, state: State, make_job: Callable[[], Job], stop: Interrupt
                 bar.total = state.total
                 bar.refresh()
             if last or corrected or time.monotonic() - saved > SAVE_EVERY:
-                for number in numbers.values():
+                for number in () if left_out else numbers.values():
                     finite(number, state)
                 save_state(folder, state)
                 saved = time.monotonic()

@@ -20,12 +20,16 @@ def finite(number: float | Array, state: State) -> float:
     """Return a value of the last step as a float. Raises Diverged where it is not finite."""
     number = float(number)
     if not math.isfinite(number):
-        raise Diverged(
-            f"stage {state.stage}, step {state.step}: loss or gradient is {number}. The last "
-            "saved state is intact; start again with another --seed, or in Python with a lower "
-            "learning rate"
-        )
+        raise diverged(state, f"loss or gradient is {number}")
     return number
+
+
+def diverged(state: State, what: str) -> Diverged:
+    """Make the error that says so, and what to do."""
+    return Diverged(
+        f"stage {state.stage}, step {state.step}: {what}. The last saved state is intact; start "
+        "again with another --seed, or in Python with a lower learning rate"
+    )
 
 
 class MetricsLog:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from tinyldm.backend import Array
+from tinyldm.backend import Array, on_host
 from tinyldm.machine import keep_freed_memory
 from tinyldm.nn.optim import MAX_NORM, adamw, clip_factor, global_norm, muon
 from tinyldm.nn.protocol import Params, add_grad, replaceable
@@ -20,13 +20,16 @@ def train_step(
     """Take one optimizer step on one batch → loss and norm of the gradient, on the device.
 
     loss_and_grads: of a batch, at the state's parameters. Where the gradients have those of a
-    discriminator too, that makes a step of its own optimizer.
+    discriminator too, that makes a step of its own optimizer. On the CPU NotFinite is raised, with
+    the state untouched, where loss or gradient is no finite number. (A GPU would have to wait.)
     """
     loss, grads = loss_and_grads(batch)
     of_discriminator = {}
     for name in grads.keys() & state.discriminator.keys():
         of_discriminator[name] = grads.pop(name)
     norm = global_norm(grads)
+    if on_host(norm):
+        _check(loss, norm, grads | of_discriminator)
     scale, stage = clip_factor(norm, MAX_NORM), getattr(state.config, state.stage)
     if stage.muon:
         inner = {}
@@ -40,6 +43,23 @@ def train_step(
     if of_discriminator:
         _discriminator_step(state, of_discriminator, rate)
     return loss, norm
+
+
+class NotFinite(ArithmeticError):
+    """The loss of a batch, or its gradient, is no finite number."""
+
+
+def _check(loss, norm, grads):
+    of_discriminator = (g for name, g in grads.items() if name.startswith("discriminator"))
+    others = sum(float(abs(g).sum()) for g in of_discriminator)
+    if math.isfinite(loss) and math.isfinite(norm) and math.isfinite(others):
+        return
+    names = (name for name, g in grads.items() if not math.isfinite(g.sum()))
+    where = next(names, None)
+    raise NotFinite(
+        f"the loss is {float(loss):g}, the norm of the gradient {float(norm):g}"
+        + (f"; the first gradient that is no finite number is that of {where}" if where else "")
+    )
 
 
 def _discriminator_step(state, grads, rate):
