@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -284,6 +285,91 @@ def test_other_models_are_named(tmp_path):
     save_weights(file, {})
     with pytest.raises(ConfigError, match="a file of 0 tensors"):
         Pipeline.load(file)
+
+
+@one_version
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"attn_1.q": "attn_1.to_q", "attn_1.k": "attn_1.to_k", "attn_1.v": "attn_1.to_v",
+         "attn_1.proj_out": "attn_1.to_out.0"},
+        {"attn_1.q": "attn_1.query", "attn_1.k": "attn_1.key", "attn_1.v": "attn_1.value",
+         "attn_1.proj_out": "attn_1.proj_attn"},
+        {"mid.attn_1.norm": "mid_block.attentions.0.group_norm",
+         "mid.attn_1.q": "mid_block.attentions.0.query",
+         "mid.attn_1.k": "mid_block.attentions.0.key",
+         "mid.attn_1.v": "mid_block.attentions.0.value",
+         "mid.attn_1.proj_out": "mid_block.attentions.0.proj_attn"},
+        "diffusers",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("matrices", mostly_slow([False, True], True))
+def test_other_names_in_the_autoencoder(made, known, tmp_path, names, matrices):
+    _, _, _, params, stored = made
+    changed = {}
+    for name, x in stored.items():
+        if not name.startswith("first_stage_model."):
+            changed[name] = x
+            continue
+        if names == "diffusers":
+            continue
+        for old, new in names.items():
+            name = name.replace(f".{old}.", f".{new}.")
+        if matrices and "attn" in name and x.ndim == 4:
+            x = x[0, 0].T
+        changed[name] = x
+    if names == "diffusers":
+        changed |= {f"first_stage_model.{name}": x for name, x in params["vae"].items()}
+    save_weights(tmp_path / "model.safetensors", changed)
+    _, found, _ = load_original(tmp_path / "model.safetensors")
+    assert_equal_params(found["vae"], params["vae"])
+
+
+STRAY = [
+    "embedding_manager.string_to_param.*", "denoiser.sigmas", "optimizer.state.0",
+    "optimizer_states.0.exp_avg", "lora_unet_down_blocks_0.lora_up.weight",
+    "lora_te_text_model.alpha", "safety_checker.concept_embeds", "lr_schedulers.0.base",
+    "alphas_cumprod", "model_ema.decay",
+]  # fmt: skip
+
+
+@one_version
+@pytest.mark.parametrize("stray", mostly_slow(STRAY, STRAY[4], STRAY[8]))
+def test_stray_tensors_are_said_and_not_used(made, known, tmp_path, stray):
+    file = tmp_path / "model.safetensors"
+    save_weights(file, made[-1] | {stray: np.zeros(3, np.float32)})
+    with warnings.catch_warnings(record=True, action="always") as said:
+        _, found, _ = load_original(file)
+    assert_equal_params(found["unet"], made[-2]["unet"])
+    expected = [f"{file}: 1 tensors are not used: {stray}"]
+    assert [str(w.message) for w in said] == (
+        expected if "." in stray[9:] or "lora" in stray else []
+    )
+
+
+@one_version
+@pytest.mark.parametrize(
+    "root, says",
+    [("first_stage_model.", "no autoencoder .*--vae"), ("cond_stage_model.", "no text encoder")],
+)
+def test_files_without_a_part_say_which(made, known, tmp_path, root, says):
+    file = tmp_path / "model.safetensors"
+    save_weights(file, {n: x for n, x in made[-1].items() if not n.startswith(root)})
+    with pytest.raises(ConfigError, match=says) as caught:
+        Pipeline.load(file)
+    assert len(str(caught.value)) < 200 + len(str(file))
+
+
+@one_version
+def test_notes_that_are_null(made, known, tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_weights(file, made[-1])
+    data = file.read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + n]) | {"__metadata__": None}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n :])
+    assert_equal_params(load_original(file)[1]["unet"], made[-2]["unet"])
 
 
 @one_version

@@ -76,6 +76,16 @@ def test_another_autoencoder(call, run, files):
     for w in pipe.params["vae"].values():
         w *= 1.1
     pipe.save(files / "other")
+    weights = files / "other" / "vae" / "diffusion_pytorch_model.safetensors"
+    (files / "other" / "vae" / "mine.safetensors").write_bytes(weights.read_bytes())
+    weights.write_bytes(b"rubbish")  # which is not named, and so not read
+    by_file = files / "other" / "vae" / "mine.safetensors"
+    result = call("sample", run, PROMPTS[0], "-o", files / "a.png", "--vae", by_file)
+    assert result.code == 0
+    np.testing.assert_array_equal(opened(files / "a.png"), same_call(pipe))
+    result = call("sample", run, PROMPTS[0], "-o", files / "b.png", "--vae", weights)
+    assert result.code == 2 and str(weights) in result.err and not (files / "b.png").exists()
+    by_file.rename(weights)
     for place in (files / "other", files / "other" / "vae"):
         result = call("sample", run, PROMPTS[0], "-o", files / "a.png", "--vae", place)
         assert result.code == 0

@@ -41,5 +41,6 @@ def _load_vae(path):
     """Load an autoencoder → config, weights; of a whole model's folder, the one in it."""
     if path.is_file() and not (path.parent / "config.json").exists():
         return load_original_vae(path)
-    path = path.parent if path.is_file() else path
+    if path.is_file():  # beside a config: these weights, whatever others are there
+        return load_with_config(path.parent, "vae", [path])
     return load_with_config(path / "vae" if (path / "vae").is_dir() else path, "vae")

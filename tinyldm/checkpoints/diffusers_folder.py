@@ -35,6 +35,7 @@ from tinyldm.checkpoints.safetensors import (
     match,
     reshaped,
     save_weights,
+    some,
     tensors,
 )
 from tinyldm.config import ConfigError
@@ -150,12 +151,17 @@ def naming(file: Path) -> Iterator[None]:
         raise ConfigError(f"{shown(file)}: {error}") from None
 
 
-def load_with_config(folder: Path, name: str) -> tuple[dict, Params]:
-    """Read the config and the weights of the component `name` from its own folder."""
+def load_with_config(
+    folder: Path, name: str, files: list[Path] | None = None
+) -> tuple[dict, Params]:
+    """Read the config and the weights of the component `name` from its own folder.
+
+    files: of the weights, by default those that diffusers would take.
+    """
     config = read_json(folder / "config.json")
     with naming(folder / "config.json"):
         shapes = make(name, config).shapes()
-    return config, load_component(folder, shapes)
+    return config, load_component(folder, shapes, files=files)
 
 
 def save_folder(
@@ -210,7 +216,10 @@ def save_folder(
 
 
 def load_component(
-    folder: str | Path, shapes: dict[str, tuple[int, ...]], dtype: DTypeLike = "float32"
+    folder: str | Path,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: DTypeLike = "float32",
+    files: list[Path] | None = None,
 ) -> Params:
     """Load one component's weights from a diffusers folder, checked against the model's `shapes`.
 
@@ -219,7 +228,7 @@ def load_component(
     """
     folder = Path(folder)
     params = {}
-    for file in _weight_files(folder):
+    for file in files or _weight_files(folder):
         for name, x in tensors(file, dtype):
             if not name.endswith(".position_ids"):
                 name = _current_name(name, shapes)
@@ -254,6 +263,15 @@ def _weight_files(folder):
                     raise WeightsError(
                         f"{shown(index)}: not an index of weights: {shown(error)!r:.200}"
                     ) from None
+    named_otherwise = sorted(folder.glob("[!.]*.safetensors"))  # such as .non_ema.safetensors
+    if len(named_otherwise) == 1:
+        return named_otherwise
+    if named_otherwise:
+        names = some([file.name for file in named_otherwise])
+        raise WeightsError(
+            f"{folder}: expected one file of weights, found {names}; give the one to read the name "
+            "diffusion_pytorch_model.safetensors"
+        )
     for file in sorted(folder.glob("*")):
         if file.suffix in PICKLES:
             raise WeightsError(f"{file}: {PICKLED}")

@@ -6,13 +6,15 @@ a file holds neither configs nor a tokenizer: both are inferred from the shapes 
 """
 
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
 
-from tinyldm.checkpoints.safetensors import match, reshaped, tensor_shapes, tensors
+from tinyldm.checkpoints.safetensors import match, reshaped, some, tensor_shapes, tensors
 from tinyldm.config import ConfigError
 from tinyldm.data.tokenizer import END, Tokenizer
+from tinyldm.files import shown
 from tinyldm.models.autoencoder import AutoencoderKL
 from tinyldm.models.text_encoder import TextEncoder
 from tinyldm.models.unet import UNet
@@ -71,6 +73,7 @@ LARGE_SIDE = 96  # of the latents that the models of version 2 with v prediction
 MODELS = {"unet": UNet, "vae": AutoencoderKL, "text_encoder": TextEncoder}
 
 UNET = "model.diffusion_model."
+TEXT_ROOT = "cond_stage_model."
 VAE_ROOTS = ("first_stage_model.", "")  # the second where the file is an autoencoder alone
 AVERAGE = "model_ema."  # then the name without "model." and dots: diffusion_modelout0bias
 NOT_WEIGHTS = re.compile(  # tables, and tensors that only training needs
@@ -78,14 +81,19 @@ NOT_WEIGHTS = re.compile(  # tables, and tensors that only training needs
     r"|cond_stage_model\.(transformer\.|model\.)?(logit_scale|text_projection(\.weight)?|attn_mask)"
     r"|cond_stage_model\.model\.visual\..*"
 )
+STRAY = re.compile(  # what some files hold besides a whole model, and what the model is without
+    r"(embedding_manager|denoiser|optimizer\w*|lr_scheduler\w*|safety_checker|lora_\w+)\..*"
+)
 OTHERS = {  # part of a name → what kind of file has it
-    "lora_": "a LoRA",
     "control_model.": "a ControlNet",
     "depth_model.": "a depth-conditioned model",
     "conditioner.": "Stable Diffusion XL",
     "label_emb.": "a class-conditional model (XL, or an upscaler)",
     "joint_blocks.": "Stable Diffusion 3",
     "double_blocks.": "Flux",
+}
+PARTS = {  # the same of files that hold less than a model
+    "lora_": "a LoRA",
     "down_blocks.": "a component of a diffusers folder, which is read with its folder,",
 }
 PER_LEVEL = 3  # blocks of the U-Net that count as one level, of which the third changes the size
@@ -117,6 +125,13 @@ IN_VAE = {
     "mid.attn_1.proj_out": "mid_block.attentions.0.to_out.0",
     "norm_out": "conv_norm_out",
 }
+IN_ATTENTION = {  # of the VAE: in later files, and in diffusers' of then
+    "mid.attn_1": "mid_block.attentions.0",
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+}
 IN_OPEN_CLIP = {
     "token_embedding": "text_model.embeddings.token_embedding",
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
@@ -141,6 +156,15 @@ def load_original(
     """
     shapes = tensor_shapes(file)
     configs, pad_token = _recognise(shapes, file)
+    if stray := sorted(name for name in shapes if STRAY.fullmatch(name)):
+        shapes = {name: shape for name, shape in shapes.items() if name not in stray}
+        warnings.warn(f"{file}: {len(stray)} tensors are not used: {some(stray)}", stacklevel=4)
+    for root, part, way in (
+        (VAE_ROOTS[0], "autoencoder", "; name one with --vae"),
+        (TEXT_ROOT, "text encoder", "; it is a U-Net for the folder of a whole model"),
+    ):
+        if not any(name.startswith(root) for name in shapes) and (part[0] != "a" or with_vae):
+            raise ConfigError(f"{shown(file)}: holds no {part} ({root}…){way}")
     if not with_vae:
         shapes = {n: shape for n, shape in shapes.items() if not n.startswith(VAE_ROOTS[0])}
     expected = {
@@ -184,12 +208,14 @@ def _recognise(shapes, file):
     widths = shapes.get(f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", ())
     kernel = shapes.get(f"{UNET}input_blocks.0.0.weight", ())
     known = len(widths) == 2 and widths[1] in VERSIONS and len(kernel) == 4
-    if not known or any(part in name for part in OTHERS for name in shapes):
-        names = sorted(shapes)
-        kinds = [kind for part, kind in OTHERS.items() if any(part in name for name in names)]
+    others = OTHERS if known else OTHERS | PARTS
+    names = sorted(shapes)
+    kinds = [kind for part, kind in others.items() if any(part in name for name in names)]
+    if not known or kinds:
         raise ConfigError(
-            f"{file}: not a whole Stable Diffusion 1 or 2, but {kinds[0] if kinds else 'a file'} "
-            f"of {len(names)} tensors, {names[0] if names else 'none'} and so on; expected "
+            f"{shown(file)}: not a whole Stable Diffusion 1 or 2, but "
+            f"{kinds[0] if kinds else 'a file'} of {len(names)} tensors, "
+            f"{shown(names[0]) if names else 'none'} and so on; expected "
             f"{UNET}… with attention to text of width {' or '.join(map(str, VERSIONS))}"
         )
     configs, pad_token = VERSIONS[widths[1]]
@@ -256,7 +282,8 @@ def _vae_name(name, levels):
     if up := re.fullmatch(r"decoder\.up\.(\d+)\.(.+)", name):  # counted from the finest level there
         rest = _renamed(up[2], {"block": "resnets", "upsample": "upsamplers.0"})
         name = f"decoder.up_blocks.{levels - 1 - int(up[1])}.{rest}"
-    return _renamed(name, IN_VAE | {"nin_shortcut": "conv_shortcut"})
+    name = _renamed(name, IN_VAE | {"nin_shortcut": "conv_shortcut"})
+    return _renamed(name, IN_ATTENTION)
 
 
 def _open_clip_names(name, layers):
