@@ -26,6 +26,7 @@ COMMANDS = {  # name → what it does, for --help
     "experiment": "try a claim of the field at small scale",
     "doctor": "check that everything is there, and how fast it is",
 }
+FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # of a disk, not of the user
 MODULES = {"eval": "evaluate"}  # where the name of a command is not that of its module
 
 
@@ -118,7 +119,7 @@ def _exit_code(error):
 
     if isinstance(error, Stopped):
         return 128 + error.number
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+    full = isinstance(error, OSError) and error.errno in FAILURES
     if isinstance(error, (Diverged, MemoryError)) or full:
         return 1
     if isinstance(error, (ValueError, DeviceError, OSError)):
