@@ -707,6 +707,7 @@ def start(*arguments, **options):
         [
             (signal.SIGINT, "stage 1 of 2", "autoencoder"),
             (signal.SIGTERM, "stage 2 of 2", "denoiser"),
+            (signal.SIGHUP, "stage 2 of 2", "denoiser"),
         ],
         (signal.SIGINT, "stage 1 of 2", "autoencoder"),
     ),

@@ -129,6 +129,18 @@ def test_added_tokens_are_taken_whole(tokenizer):
     assert ours.decode(ours("a <cat> red")[0]) == "a <cat> red"
 
 
+@pytest.mark.parametrize("kept", [0, 1, 20])
+def test_a_list_of_merges_that_is_cut_off_is_said(tokenizer, tmp_path, kept):
+    tokenizer.save(tmp_path)
+    lines = (tmp_path / "merges.txt").read_text().splitlines()
+    (tmp_path / "merges.txt").write_text("\n".join(lines[: 1 + kept]))
+    lacking = len(tokenizer.merges) - kept
+    with pytest.warns(
+        UserWarning, match=f"{lacking} of {len(tokenizer)} tokens come from no merge"
+    ):
+        Tokenizer.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     "entry, message",
     [

@@ -120,9 +120,26 @@ def test_a_process_that_was_killed_is_told_of():
 def test_a_stop_from_the_terminal_is_left_to_the_first_process():
     with worker_pool(lambda: os.getpid(), 2) as call:
         _, process = call([(), ()])
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.kill(process, number)
         assert call([(), ()]) == [os.getpid(), process]
+
+
+def test_a_signal_in_a_fork_is_not_lost():
+    """A hook of the fork would swallow what it raises; it comes when the fork is done."""
+    hooks, seen = [], []
+    os.register_at_fork(before=lambda: hooks and hooks.pop()())
+    before = signal.signal(signal.SIGINT, lambda *_: seen.append("between"))
+    hooks.append(lambda: (os.kill(os.getpid(), signal.SIGINT), seen.append("in the hook")))
+    try:
+        with worker_pool(lambda: os.getpid(), 2) as call:
+            assert seen == ["in the hook", "between"]
+            _, process = call([(), ()])
+            os.kill(process, signal.SIGINT)  # nor does the copy take it for its own
+            assert call([(), ()]) == [os.getpid(), process]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_nothing_stays_when_the_block_is_left_in_the_middle_of_work():

@@ -26,7 +26,7 @@ from tinyldm.data.byte_pairs import (
     pieces,
     symbols_of,
 )
-from tinyldm.files import read_json, replacing
+from tinyldm.files import read_json, replacing, shown
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LONGEST_NAMED = 200  # characters of a text that a warning repeats
@@ -284,11 +284,24 @@ class Tokenizer:
             by_id = config.get("added_tokens_decoder") or {}
             listed += [entry | {"id": int(i)} for i, entry in by_id.items()]
             added = _add_tokens(vocab, listed)
-            return cls(vocab, merges, max_length, pad, added)
+            tokenizer = cls(vocab, merges, max_length, pad, added)
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{folder}: not the files of one CLIP tokenizer ({error}); fetch them again"
             ) from error
+        if lacking := len(vocab.keys() - tokenizer._made()):
+            warnings.warn(
+                f"{shown(folder)}: {lacking} of {len(vocab)} tokens come from no merge, and will "
+                "not occur; is the list of merges cut off?",
+                stacklevel=2,
+            )
+        return tokenizer
+
+    def _made(self):
+        """Return all tokens that can occur."""
+        made = {*map("".join, self.merges), *SYMBOLS.values(), *self.added}
+        made |= {symbol + WORD_END for symbol in SYMBOLS.values()}
+        return made | {START, END, self.pad_token}
 
     def save(self, folder: str | Path) -> None:
         """Write vocab.json, merges.txt and tokenizer_config.json, which transformers reads too."""
