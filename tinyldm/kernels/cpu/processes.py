@@ -100,15 +100,12 @@ def worker_pool(function: Callable, size: int) -> Iterator[WorkerPool]:
         for _ in range(size - 1):
             here, there = Pipe()
             sys.stdout.flush(), sys.stderr.flush()  # or the copy would say it a second time
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _signals_wait():
                 # Python warns of forking with threads: those of BLAS, which handles it.
                 warnings.simplefilter("ignore", DeprecationWarning)
-                # A signal that came in a hook of the fork would be swallowed there.
-                before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_STOP)
                 process = os.fork()
-            if process == 0:
-                _serve(function, there, [*connections, here])
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                if process == 0:
+                    _serve(function, there, [*connections, here])
             there.close()
             connections.append(here)
             processes.append(process)
@@ -123,6 +120,23 @@ def worker_pool(function: Callable, size: int) -> Iterator[WorkerPool]:
             os.waitpid(process, 0)
 
 
+@contextlib.contextmanager
+def _signals_wait():
+    """Have signals to stop come at the end of a block: hooks of a fork swallow what they raise."""
+    if threading.current_thread() is not threading.main_thread():  # to which alone they come
+        yield
+        return
+    came = []
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in TO_STOP}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
 def _serve(function, connection, not_ours):
     """Serve shares until the other end of the connection is closed. Does not return."""
     try:
@@ -132,7 +146,6 @@ def _serve(function, connection, not_ours):
             other.close()  # or it would not be closed when the first process ends
         for number in TO_STOP:
             signal.signal(number, signal.SIG_IGN)  # the first process decides
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_STOP)
         with one_blas_thread(), contextlib.suppress(EOFError, OSError):
             while True:
                 connection.send(_attempt(function, connection.recv()))
