@@ -482,6 +482,27 @@ def test_tensors_in_each_others_place_are_seen(tmp_path, share):
         load_weights(file)
 
 
+def test_large_tensors_are_checked_block_by_block(tmp_path):
+    """32 KiB are folded to a word: any bit of them, and blocks in each other's place."""
+    x = np.random.default_rng(0).normal(size=3 * 8192 + 5).astype("f4")
+    file = tmp_path / "a.safetensors"
+    save_weights(file, {"x": x})
+    whole = file.read_bytes()
+    start, block = len(whole) - x.nbytes, 8 * safetensors_module.FOLDED
+    changed = [whole[:start] + whole[start + block : start + 2 * block]
+               + whole[start : start + block] + whole[start + 2 * block :]]  # fmt: skip
+    for bit in np.random.default_rng(1).integers(8 * start, 8 * len(whole), 50):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        changed.append(bytes(flipped))
+    for data in changed:
+        file.write_bytes(data)
+        with pytest.raises(WeightsError, match="damaged: its checksum was"):
+            load_weights(file)
+    file.write_bytes(whole)
+    assert_same_bits(load_weights(file)["x"], x)
+
+
 def test_equal_weights_give_equal_bytes(tmp_path):
     for name in "ab":
         save_weights(tmp_path / name, PARAMS, {"format": "pt", "other": "note"})

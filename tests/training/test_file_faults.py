@@ -153,8 +153,8 @@ def test_killed_at_any_moment(whole, tmp_path, seed):
     run, kills = tmp_path / "run", 0
     while True:
         seconds = 0.02 + 0.4 * ((seed * 997 + kills * 131) % 1000) / 1000
-        words = ["train", "--preset", "tiny", "--out", str(run)]
-        words += ["--resume"] if state_files(run) else []
+        begun = state_files(run)
+        words = ["train", "--out", str(run), *(["--resume"] if begun else ["--preset", "tiny"])]
 
         def work(words=words, seconds=seconds):
             signal.signal(signal.SIGALRM, lambda *_: die())

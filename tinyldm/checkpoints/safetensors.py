@@ -24,7 +24,8 @@ from tinyldm.nn.protocol import Params
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
 
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-CHECKSUM = "crc32"  # the note that has it
+CHECKSUM = "checksum"  # the note that has it
+FOLDED = 2**12  # words of 8 bytes in a block
 LONGEST_HEADER = 2**24  # bytes; that of Stable Diffusion has 2¹⁷
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 PICKLE_STARTS = b"PK\x03\x04", b"\x80"  # of a torch archive, and of an older one
@@ -91,7 +92,15 @@ def _of_notes(notes):
 
 
 def _of_tensor(crc, name, dtype, shape, data):
-    return zlib.crc32(data, zlib.crc32(f"{name} {dtype} {list(shape)}".encode(), crc))
+    """Go on with a CRC over a tensor, each block of it folded by exclusive or to one word.
+
+    That takes a quarter of a CRC's time. A flipped bit flips one of its block's word.
+    """
+    data = np.frombuffer(data, np.uint8) if len(data) else np.empty(0, np.uint8)
+    end = len(data) // (8 * FOLDED) * 8 * FOLDED
+    blocks = data[:end].view(np.uint64).reshape(-1, FOLDED)
+    crc = zlib.crc32(f"{name} {dtype} {list(shape)}".encode(), crc)
+    return zlib.crc32(data[end:], zlib.crc32(np.bitwise_xor.reduce(blocks, axis=1), crc))
 
 
 def tensor_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
@@ -121,7 +130,8 @@ def save_weights(file: str | Path, params: Params, metadata: dict[str, str] | No
         array = arrays[name]
         if array.dtype not in NAMES:
             raise WeightsError(f"{file}: tensor {name}: dtype {array.dtype} is not supported")
-        crc = _of_tensor(crc, name, NAMES[array.dtype], array.shape, array)
+        data = array.reshape(-1).view(np.uint8)
+        crc = _of_tensor(crc, name, NAMES[array.dtype], array.shape, data)
     order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # so all are aligned
     for name in order:
         array, end = arrays[name], at + arrays[name].nbytes
