@@ -84,16 +84,15 @@ def read_json(file: Path) -> dict:
 
 def without_doubles(pairs: list[tuple[str, Any]]) -> dict:
     """Make the dict of a JSON object; ValueError where a key occurs twice."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} occurs twice")
+    content = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"the key {name!r:.60} occurs twice")
+        content[name] = value
     return content
 
 
 def write_json(file: str | Path, content: Any) -> None:
     """Write `content` as JSON, with its keys in order, whole or not at all."""
     with replacing(file) as temporary:
-        text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

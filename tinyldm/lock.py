@@ -1,9 +1,11 @@
 """The lock of a run's folder: one process at a time writes into it."""
 
 import contextlib
+import errno
 import json
 import os
 import platform
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ except ImportError:  # Windows: nothing is locked there
     fcntl = None
 
 NAME = ".lock"
+SILENCE = 300  # seconds after which a holder on another host counts as gone
 
 _own = set()  # locks that this process holds: to the system they are free for all its threads
 
@@ -56,22 +59,21 @@ def locked(folder: str | Path) -> Iterator[None]:
 def _acquire(folder, file):
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _lock(handle):
             holder = _holder(os.read(handle, 1000))
             os.close(handle)
-            raise Locked(_message(folder, holder)) from None
+            raise Locked(_message(folder, holder))
         with contextlib.suppress(FileNotFoundError):
             if os.stat(file).st_ino == os.fstat(handle).st_ino:
                 break
         os.close(handle)  # its last holder has removed it in the meantime
     content = os.pread(handle, 1000, 0)
-    if _field(content, "host") not in (None, platform.node()):  # no lock may reach over a network
-        os.close(handle)
+    elsewhere = _field(content, "host") not in (None, platform.node())
+    if elsewhere and time.time() - os.fstat(handle).st_mtime < SILENCE:
+        os.close(handle)  # for a lock may not reach over a network
         raise Locked(
-            f"{folder}: {_holder(content)} trains into it, or was cut off; if it no longer runs, "
-            f"remove {file}"
+            f"{folder}: {_holder(content)} trained into it less than {SILENCE // 60} minutes ago; "
+            f"if it no longer runs, wait that long, or remove {file}"
         )
     return handle
 
@@ -88,12 +90,24 @@ def is_locked(folder: str | Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except OSError:
-        return True
+        return not _lock(handle)
     finally:
         os.close(handle)
+
+
+def touch(folder: str | Path) -> None:
+    """Say that the holder of the lock is alive."""
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(Path(folder) / NAME)
+
+
+def _lock(handle):
+    """Try to lock a file; where the file system has no locks, that counts as locked by us."""
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
 
 
 def _field(content, name):

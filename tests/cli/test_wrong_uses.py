@@ -282,7 +282,7 @@ MISTAKES = [
     ("train --out {run} --resume --size 64", None, "--size 64: the run began with 16"),
     ("train --out {run} --resume --data {images}", None, "3 images and captions are no longer"),
     ("train --out {run} --resume", only_damaged, "cut off .*; there is no state before it"),
-    ("train --out {run} --resume", locked_elsewhere, "process 7 on elsewhere trains into it"),
+    ("train --out {run} --resume", locked_elsewhere, "process 7 on elsewhere trained into it"),
     ("train --out / --overwrite", None, "/: is the root of the file system"),
     ("sample {run} caption", only_stage_1, "has no model yet, .* --resume goes on with it"),
     (

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -561,9 +562,13 @@ with locked({str(copy)!r}):
 
 def test_a_lock_of_another_machine_is_not_broken(copy):
     (copy / ".lock").write_text(json.dumps({"process": 7, "host": "elsewhere"}))
-    message = r"process 7 on elsewhere .*if it no longer runs, remove .*\.lock"
+    message = r"process 7 on elsewhere .*if it no longer runs, .* remove .*\.lock"
     with pytest.raises(Locked, match=message):
         resume(copy)
+    long_ago = time.time() - 301
+    os.utime(copy / ".lock", (long_ago, long_ago))  # its holder would have saved since
+    with locked(copy):
+        pass
     (copy / ".lock").write_text("cut o")
     with locked(copy), pytest.raises(Locked, match=f"process {os.getpid()}, this one,"):
         resume(copy)
@@ -1251,3 +1256,36 @@ def test_another_seed_is_another_run(tmp_path, whole, no_images):
     config = dataclasses.replace(CONFIG, seed=1)
     train(tmp_path, config, say=silent)
     assert (tmp_path / LAST_STATE).read_bytes() != (whole.run / LAST_STATE).read_bytes()
+
+
+def test_what_is_ignored_stays_so(tmp_path, monkeypatch, no_images):
+    """As SIGHUP is under nohup: the run goes on."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        at_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGHUP))
+        train(tmp_path, CONFIG, say=silent)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert load_state(tmp_path).finished
+
+
+def test_hidden_files_of_the_user_stay(copy, no_images):
+    names = [".python-versions", ".eslintrc-override", ".tmpfoo", "training/.foo-20240101"]
+    for name in names:
+        (copy / name).write_text("mine")
+    ours = ["training/.state-00000004.safetensors-ab12_xyz", ".checksums.json-abcdefgh",
+            "samples/.step-000004.png-abcdefgh", "unet/.config.json-12345678"]  # fmt: skip
+    for name in ours:
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("cut off")
+    resume(copy, say=silent)
+    assert all((copy / name).read_text() == "mine" for name in names)
+    assert not any((copy / name).exists() for name in ours)
+
+
+def test_a_state_of_a_newer_version_is_not_put_aside(copy):
+    notes = json.loads(load_metadata(copy / LAST_STATE)["tinyldm"]) | {"version": 99}
+    save_weights(copy / LAST_STATE, load_weights(copy / LAST_STATE), {"tinyldm": json.dumps(notes)})
+    with pytest.raises(WeightsError, match="newer version"):
+        resume(copy, say=silent)
+    assert (copy / LAST_STATE).exists()

@@ -43,12 +43,13 @@ from tinyldm.data.class_names import ClassNames
 from tinyldm.data.tokenizer import Tokenizer
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.diffusion.scheduler_config import repaired
-from tinyldm.files import read_json, shown, write_json
+from tinyldm.files import is_regular, read_json, shown, write_json
 from tinyldm.lock import is_locked
 from tinyldm.nn.protocol import Params
 
 CHECKSUMS = "checksums.json"  # {file: checksum} of all that is written here
-UNFINISHED = {"unfinished": True}  # its content until all is written
+FORMAT = "tinyldm 1"  # which it says, as others may have a file of this name
+UNFINISHED: dict[str, str] = {"": ""}  # in place of its files, until all is written
 
 # How the names of published files have changed: an old one → that of today.
 OLD_NAMES = [
@@ -70,17 +71,29 @@ def load_folder(
     that was cut off, WeightsError where weights are not those that were written. A text file that
     somebody has edited is read, with a warning.
     """
+    told = False
     while True:
         recorded = _recorded(folder)
-        if recorded == UNFINISHED and is_locked(folder):
+        if recorded is UNFINISHED:
+            if not is_locked(folder):
+                raise Unfinished(
+                    f"{folder}: the files are not of one model, as writing them was cut off; write "
+                    "them again, or train again"
+                )
+            if not told:
+                warnings.warn(
+                    f"{folder}: a training run has yet to write the model; waiting for it",
+                    stacklevel=3,
+                )
+            told = True
             time.sleep(0.05)
             continue
-        if recorded == UNFINISHED:
-            raise Unfinished(
-                f"{folder}: the files are not of one model, as writing them was cut off; write "
-                "them again, or train again"
-            )
-        loaded = _load_folder(folder, with_vae)
+        try:
+            loaded = _load_folder(folder, with_vae)
+        except (ValueError, OSError):
+            if _recorded(folder) == recorded:
+                raise
+            continue  # a training run has begun to write another
         if _recorded(folder) == recorded:
             break
     for name, checksum in recorded.items():
@@ -101,18 +114,31 @@ class Unfinished(WeightsError):
 
 def is_whole(folder: Path) -> bool:
     """Return whether there is a model in the folder, written to its end."""
-    return (folder / "model_index.json").exists() and _recorded(folder) != UNFINISHED
+    return (folder / "model_index.json").exists() and _recorded(folder) is not UNFINISHED
 
 
 def _recorded(folder):
-    """Return {file: checksum} of the files as they were written here; {} in other folders."""
+    """Return {file: checksum} of the files as they were written here, or UNFINISHED.
+
+    {} in the folders of others, whatever they call a file.
+    """
     file = folder / CHECKSUMS
-    return read_json(file) if file.exists() else {}
+    if not file.exists():
+        return {}
+    content = read_json(file)
+    if content.get("format") != FORMAT:
+        return {}
+    files = content.get("files")
+    if files is None:
+        return UNFINISHED
+    if not isinstance(files, dict) or any(".." in Path(n).parts or n[:1] == "/" for n in files):
+        raise WeightsError(f"{file}: damaged; to take the files as they are, remove it")
+    return files
 
 
 def _checksum(file):
     """Return the checksum of a file: that among its notes, or of all its bytes; None without it."""
-    if not file.exists():
+    if not file.exists() or not is_regular(file):
         return None
     if file.suffix == ".safetensors":
         return load_metadata(file).get(CHECKSUM)
@@ -177,7 +203,7 @@ def save_folder(
     scheduler: diffusers' class.
     """
     folder = Path(folder)
-    write_json(folder / CHECKSUMS, UNFINISHED)
+    write_json(folder / CHECKSUMS, {"format": FORMAT})
     index = {
         "_class_name": pipeline_class(configs, tokenizer),
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -207,12 +233,12 @@ def save_folder(
     written = [
         folder / "model_index.json",
         folder / "scheduler" / "scheduler_config.json",
-        *sorted((folder / "tokenizer").glob("[!.]*")),
+        *(folder / "tokenizer" / name for name in tokenizer.FILES),
     ]
     for name in params:
         written += [folder / name / "config.json", folder / name / COMPONENTS[name][2]]
     recorded = {file.relative_to(folder).as_posix(): _checksum(file) for file in written}
-    write_json(folder / CHECKSUMS, recorded)
+    write_json(folder / CHECKSUMS, {"format": FORMAT, "files": recorded})
 
 
 def load_component(

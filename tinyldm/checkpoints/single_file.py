@@ -157,7 +157,7 @@ def load_original(
     shapes = tensor_shapes(file)
     configs, pad_token = _recognise(shapes, file)
     if stray := sorted(name for name in shapes if STRAY.fullmatch(name)):
-        shapes = {name: shape for name, shape in shapes.items() if name not in stray}
+        shapes = {name: shapes[name] for name in shapes.keys() - set(stray)}
         warnings.warn(f"{file}: {len(stray)} tensors are not used: {some(stray)}", stacklevel=4)
     for root, part, way in (
         (VAE_ROOTS[0], "autoencoder", "; name one with --vae"),

@@ -1,7 +1,7 @@
 """The command line: `tinyldm demo`, `train`, `sample`, `eval`, `experiment`, `doctor`.
 
 Only results go to stdout. A user's mistake is one line on stderr and exit code 2, a failure while
-running is 1, and 130 or 143 mean: interrupted, with everything saved. Each command is a
+running is 1, and 129, 130 or 143 mean: interrupted, with everything saved. Each command is a
 module of this package, imported once it is called: `tinyldm --help` is immediate.
 """
 
@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; → exit code."""
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     try:
-        return _run(arguments)
+        code = _run(arguments)
+        return code or int(sys.stdout.failed)  # results that could not be written
     finally:
         sys.stdout, sys.stderr = sys.stdout.stream, sys.stderr.stream
 
@@ -46,7 +47,7 @@ class Stream:
     """
 
     def __init__(self, stream: TextIO | None):
-        self.stream = stream
+        self.stream, self.failed = stream, False
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="tinyldm")
 
@@ -70,11 +71,18 @@ class Stream:
 
     @contextlib.contextmanager
     def _tolerant(self):
+        if self.stream is None:
+            with contextlib.suppress(AttributeError):
+                yield
+            return
         try:
             yield
-        except (OSError, ValueError, AttributeError):  # nobody reads, no space, closed, or None
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # no second try at exit
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except (OSError, ValueError) as error:  # nobody reads, there is no space, or it is closed
+            self.failed |= isinstance(error, OSError) and error.errno in FAILURES
+            with contextlib.suppress(OSError, ValueError):  # so that Python does not try again
+                handle, nowhere = self.stream.fileno(), os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, handle)
+                os.close(nowhere)
 
 
 def _as_it_was_or_escaped(error):

@@ -20,6 +20,8 @@ class ClassNames:
     text, or not different.
     """
 
+    FILES = (FILE,)  # that `save` writes
+
     def __init__(self, names: Sequence[str]):
         if not all(isinstance(name, str) and name for name in names) or not names:
             raise ValueError(f"classes: expected names, found {names!r}")

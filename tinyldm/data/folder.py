@@ -104,25 +104,25 @@ def holds_images(folder: Path) -> bool:
 def files_below(folder: Path) -> list[Path]:
     """List the files below a folder in the order of their names, without hidden ones.
 
-    Links are followed, but not back to a folder that is being listed. DataError for a folder that
-    cannot be read.
+    Links are followed to folders that are not listed already. DataError for a folder that cannot be
+    read.
     """
-    found = []
-
-    def search(current, above):
-        real = current.resolve()
-        if real in above:
-            return
-        for path in current.iterdir():
-            if path.name.startswith("."):
-                continue
-            if path.is_dir():
-                search(path, {*above, real})
-            else:
-                found.append(path)
-
+    found, seen = [], set()
+    folders, links = [folder], []
     try:
-        search(folder, set())
+        while folders or links:  # links last: what lies in the folder has its own name
+            current = folders.pop() if folders else links.pop(0)
+            real = current.resolve()
+            if real in seen:
+                continue
+            seen.add(real)
+            for path in sorted(current.iterdir()):
+                if path.name.startswith("."):
+                    continue
+                if path.is_dir():
+                    (links if path.is_symlink() else folders).append(path)
+                else:
+                    found.append(path)
     except OSError as error:
         raise DataError(f"{shown(error.filename)}: {error.strerror}") from None
     return sorted(found)

@@ -59,7 +59,7 @@ def as_rgb(image: Image.Image, ground: str = "white") -> Image.Image:
     if alpha is not None:
         rgb = Image.composite(rgb, Image.new("RGB", image.size, ground), alpha)
     turned = _TURNS.get(_orientation(image))
-    rgb = rgb.copy() if turned is None else rgb.transpose(turned)
+    rgb = rgb if turned is None else rgb.transpose(turned)
     rgb.info.clear()  # all that they say has been done
     return rgb
 

@@ -43,6 +43,8 @@ def _add_tokens(vocab, listed):
     added = {}
     for entry in sorted(listed, key=lambda entry: entry["id"]):
         token = entry["content"]
+        if not token:
+            raise ValueError(f"the added token {entry['id']} is empty")
         if vocab.get(token, entry["id"]) != entry["id"]:
             raise ValueError(f"the added token {token!r} has ids {vocab[token]} and {entry['id']}")
         if token in vocab and token not in added:
@@ -80,6 +82,8 @@ class Tokenizer:
         ValueError: the ids leave gaps, a special token or a merge is not in `vocab`, or a row
             has no room for the start and end token.
     """
+
+    FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")  # that `save` writes
 
     def __init__(
         self,
@@ -282,10 +286,11 @@ class Tokenizer:
             pad = config.get("pad_token") or END
             pad = pad.get("content") if isinstance(pad, dict) else pad
             by_id = config.get("added_tokens_decoder") or {}
-            listed += [entry | {"id": int(i)} for i, entry in by_id.items()]
+            # These go first: the older files do not say whether capitals count.
+            listed = [entry | {"id": int(i)} for i, entry in by_id.items()] + listed
             added = _add_tokens(vocab, listed)
             tokenizer = cls(vocab, merges, max_length, pad, added)
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{folder}: not the files of one CLIP tokenizer ({error}); fetch them again"
             ) from error

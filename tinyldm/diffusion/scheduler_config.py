@@ -4,6 +4,7 @@ Every key of the classes that the samplers stand for is read, or has some values
 implemented, or changes nothing. A test compares these tables with the classes of the library.
 """
 
+import math
 import re
 
 from tinyldm.config import LARGEST, ConfigError, Kind, check_kind
@@ -68,6 +69,11 @@ def check_scheduler(config: dict) -> None:
         if key in config:
             least, most = (1, 100_000) if key == "num_train_timesteps" else (0, LARGEST)
             check_kind("scheduler config", key, config[key], kind, least, most)
+    least, most = config.get("sigma_min"), config.get("sigma_max")
+    if not 0 < (1e-9 if least is None else least) < (math.inf if most is None else most):
+        raise ConfigError(
+            f"scheduler config: expected 0 < sigma_min < sigma_max, found {least} and {most}"
+        )
     if config.get("trained_betas") is not None:
         raise ConfigError("scheduler config: trained_betas is not implemented")
 

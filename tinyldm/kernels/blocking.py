@@ -31,9 +31,18 @@ def cache_blocks(*arrays: Array) -> Iterator[tuple[Array, ...]]:
     """
     rows = arrays[0].shape[0]
     size = max(1, math.prod(arrays[0].shape[1:]))
-    step = max(1, BLOCK // size) if on_host(arrays[0]) else max(1, rows)
+    step = _rows_of(BLOCK, size) if on_host(arrays[0]) else max(1, rows)
     for start in range(0, rows, step):
         yield tuple(array[start : start + step] for array in arrays)
+
+
+def _rows_of(budget, size):
+    """Return how many rows of `size` fit into a budget: at least one, and many in sixteens.
+
+    So `wide_rows` can join them.
+    """
+    rows = max(1, budget // size)
+    return rows - rows % 16 if rows > 16 else rows
 
 
 def blocks(samples: int, rows: int, row_size: int, budget: float) -> Iterator[tuple[slice, slice]]:
@@ -62,7 +71,7 @@ def row_blocks(x: Array) -> tuple[list[slice], list[slice]]:
     if x.size <= BLOCK or not on_host(x):
         return [slice(0, n)], [slice(0, rows)]
     samples = max(1, BLOCK // (rows * d))
-    some = rows if rows * d <= BLOCK else max(1, BLOCK // d)
+    some = rows if rows * d <= BLOCK else _rows_of(BLOCK, d)
     return (
         [slice(i, i + samples) for i in range(0, n, samples)],
         [slice(i, i + some) for i in range(0, rows, some)],

@@ -44,7 +44,11 @@ WRITTEN = (  # patterns of the files of a run, besides those of its components
     ),
     "scheduler/scheduler_config.json",
 )  # fmt: skip
-TEMPORARY = re.compile(r"\..+-[a-z0-9_]{8}|\.tmp\w+")  # of `replacing`, and of safetensors
+NAMES = [Path(name).name for name in WRITTEN]
+NAMES += ["config.json", "model_index.json", "eval.json", CHECKSUMS]
+NAMES += [file for _, _, file in COMPONENTS.values()]
+_names = "|".join(re.escape(name).replace(r"\*", "[0-9]+") for name in NAMES)
+TEMPORARY = re.compile(rf"\.({_names})-[a-z0-9_]{{8}}")  # what `replacing` writes first
 
 Say = Callable[[str], None]
 

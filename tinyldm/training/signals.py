@@ -6,6 +6,8 @@ import threading
 
 from tinyldm.kernels.cpu.processes import TO_STOP
 
+KEPT = (signal.SIG_IGN, None)
+
 
 class Stopped(Exception):
     """A signal asked training to stop, and everything is saved."""
@@ -30,16 +32,18 @@ class Interruptible(contextlib.AbstractContextManager):
         if threading.current_thread() is not threading.main_thread():
             self.before = {}  # signals come to the main thread only
             return self
-        self.before = {number: signal.getsignal(number) for number in self.SIGNALS}
-        for number in self.SIGNALS:
+        found = {number: signal.getsignal(number) for number in self.SIGNALS}
+        # What is ignored stays so, as SIGHUP under nohup; None is a handler of another language.
+        self.before = {n: handler for n, handler in found.items() if handler not in KEPT}
+        for number in self.before:
             signal.signal(number, self._note)
         return self
 
     def _note(self, number, frame):
         self.number = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        for other in self.SIGNALS[1:]:
-            signal.signal(other, signal.SIG_DFL)
+        for other in self.before:
+            at_once = signal.default_int_handler if other == signal.SIGINT else signal.SIG_DFL
+            signal.signal(other, at_once)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():

@@ -14,6 +14,7 @@ from pathlib import Path
 from tinyldm.backend import to_device
 from tinyldm.checkpoints.components import COMPONENTS, make
 from tinyldm.checkpoints.safetensors import (
+    Damaged,
     WeightsError,
     load_metadata,
     load_weights,
@@ -22,6 +23,7 @@ from tinyldm.checkpoints.safetensors import (
 )
 from tinyldm.config import Kind, check_kind, unknown
 from tinyldm.kernels.cpu.flat import Flat
+from tinyldm.lock import touch
 from tinyldm.models import ClassNames, Tokenizer
 from tinyldm.nn.optim import adam_state, is_inner
 from tinyldm.training.config import STAGES, Config, discriminator_of
@@ -106,6 +108,7 @@ def save_state(run: str | Path, state: State) -> Path:
     notes["tokenizer"] = state.tokenizer.content
     file = folder / f"state-{state.done_before + state.step:08d}.safetensors"
     save_weights(file, arrays, {"tinyldm": json.dumps(notes)})
+    touch(run)
     for old in state_files(run)[: -state.config.keep]:
         old.unlink()
     return file
@@ -166,12 +169,12 @@ def load_state(
         *_, file = state_files(run)
         arrays = load_weights(file)
         match({path: x.shape for path, x in arrays.items()}, _shapes(notes), file)
-    except WeightsError as error:
+    except Damaged as error:
         *before, file = state_files(run)
         if not before:
-            raise WeightsError(f"{error}; there is no state before it") from None
+            raise Damaged(f"{error}; there is no state before it") from None
         if say is None:
-            raise WeightsError(f"{error}; {before[-1].name} is the one before it") from None
+            raise Damaged(f"{error}; {before[-1].name} is the one before it") from None
         say(f"{error}; going on from {before[-1].name} before it")
         file.rename(file.with_name(f"{file.name}.damaged"))
         return load_state(run, device, say)

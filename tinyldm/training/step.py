@@ -11,6 +11,7 @@ from tinyldm.nn.optim import MAX_NORM, adamw, clip_factor, global_norm, muon
 from tinyldm.nn.protocol import Params, add_grad, replaceable
 from tinyldm.threads import cut_batch
 from tinyldm.training.adversarial import Adversarial, Gradient, alternating
+from tinyldm.training.metrics import Diverged
 from tinyldm.training.state import State
 
 
@@ -45,7 +46,7 @@ def train_step(
     return loss, norm
 
 
-class NotFinite(ArithmeticError):
+class NotFinite(Diverged):
     """The loss of a batch, or its gradient, is no finite number."""
 
 

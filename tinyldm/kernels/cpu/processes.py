@@ -127,7 +127,8 @@ def _signals_wait():
         yield
         return
     came = []
-    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in TO_STOP}
+    waiting = [n for n in TO_STOP if signal.getsignal(n) is not None]  # as another language's
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in waiting}
     try:
         yield
     finally:
