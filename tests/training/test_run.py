@@ -35,6 +35,7 @@ from tinyldm.config import ConfigError
 from tinyldm.data.dataset import DataError
 from tinyldm.data.shapes import ATTRIBUTES, make_shapes
 from tinyldm.lock import Locked, locked
+from tinyldm.machine import held_memory
 from tinyldm.models import Tokenizer
 from tinyldm.nn.optim import learning_rate
 from tinyldm.sampling.pipeline import Pipeline
@@ -1289,3 +1290,43 @@ def test_a_state_of_a_newer_version_is_not_put_aside(copy):
     with pytest.raises(WeightsError, match="newer version"):
         resume(copy, say=silent)
     assert (copy / LAST_STATE).exists()
+
+
+@pytest.mark.parametrize("locked_folder", ["unet", "training", "samples", "."])
+def test_a_run_that_can_be_replaced_in_part_is_left_whole(
+    copy, monkeypatch, no_images, locked_folder
+):
+    def access(path, mode):
+        return not (Path(path) == copy / locked_folder and mode == os.W_OK)
+
+    before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}
+    monkeypatch.setattr(os, "access", access)
+    with pytest.raises(PermissionError, match="a run that cannot be replaced"):
+        train(copy, CONFIG, overwrite=True, say=silent)
+    assert before == {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}
+
+
+@pytest.mark.slow
+def test_a_long_run_holds_no_more_and_more(tmp_path, monkeypatch, no_images):
+    """Memory, open files and processes, once a quarter of a stage's steps and saves are done."""
+    held, files = [], []
+    train_step, steps = loop.train_step, 1000
+
+    def step(state, *args):
+        if state.step % 100 == 99:
+            held.append(held_memory())
+            files.append(len(os.listdir("/proc/self/fd")))
+        return train_step(state, *args)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(loop, "SAVE_EVERY", 0.2)
+    stage = dataclasses.replace(STAGE, steps=steps)
+    config = dataclasses.replace(CONFIG, autoencoder=stage, denoiser=stage)
+    train(tmp_path / "run", config, say=silent)
+    half = len(held) // 2
+    for of_stage in (held[:half], held[half:]):
+        warm = of_stage[len(of_stage) // 4]
+        assert max(of_stage) < 1.01 * warm, held
+    assert len(set(files[1:half])) == len(set(files[half + 1 :])) == 1, files
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)

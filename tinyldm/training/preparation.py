@@ -1,6 +1,8 @@
 """Preparation of a run: the images, the tokenizer, and a folder to write to."""
 
 import contextlib
+import errno
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -174,8 +176,12 @@ def remove(run: Path) -> None:
     files += [run / name / "config.json" for name in COMPONENTS]
     for pattern in WRITTEN:
         files += sorted(run.glob(pattern))
+    files = [file for file in files if file.exists()]
+    for folder in sorted({file.parent for file in files}):
+        if not os.access(folder, os.W_OK):  # nothing is removed, rather than a part
+            raise PermissionError(errno.EACCES, "a run that cannot be replaced", str(folder))
     for file in files:
-        file.unlink(missing_ok=True)
+        file.unlink()
     for name in OF_A_RUN:
         with contextlib.suppress(OSError):  # where somebody's file is in it
             (run / name).rmdir()
