@@ -59,7 +59,7 @@ def locked(folder: str | Path) -> Iterator[None]:
 def _acquire(folder, file):
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        if not _lock(handle):
+        if not (_lock(handle) or _lock_later(handle)):
             holder = _holder(os.read(handle, 1000))
             os.close(handle)
             raise Locked(_message(folder, holder))
@@ -108,6 +108,11 @@ def _lock(handle):
     except OSError as error:
         return error.errno not in (errno.EACCES, errno.EAGAIN)
     return True
+
+
+def _lock_later(handle):
+    time.sleep(0.1)  # in which somebody who only looked, as `is_locked` does, has gone
+    return _lock(handle)
 
 
 def _field(content, name):
