@@ -109,6 +109,7 @@ class Origin:
         try:
             if not is_regular(file):
                 raise ValueError("a device or a pipe")
+            _check_chunks(file)
             with Image.open(file, formats=("PNG",)) as png:
                 if png.width * png.height > MOST_PIXELS:  # the notes may follow after the pixels
                     raise ValueError(f"{png.width}×{png.height} pixels")
@@ -157,6 +158,19 @@ class Origin:
         size = (p.height, p.width)
         params = pipeline.sampling_params(p.prompts, p.negative_prompts, size, **options)
         return replace(self, params=params)
+
+
+def _check_chunks(file):
+    """Raise ValueError where a chunk of a PNG is longer than what is left of the file.
+
+    Pillow would make room for all that the chunk says.
+    """
+    data = file.read_bytes()
+    at = 8
+    while at < len(data):
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+        if at > len(data):
+            raise ValueError("it is cut off, or damaged")
 
 
 def fingerprint(pipeline: Pipeline) -> str:
