@@ -19,7 +19,7 @@ def test_edited_files_are_read_or_refused(name, seeds, tmp_path):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_beginning_of_a_file_is_read_or_refused(name, tmp_path, monkeypatch):
-    """What is left of it where a disk was full, or a download was cut off."""
+    """Cut a file off anywhere, as a full disk or a broken download does: it is read or refused."""
     target = TARGETS[name]
     whole = target.write(tmp_path).read_bytes()
     step = max(1, len(whole) // 40)

@@ -514,14 +514,14 @@ def named(folder):
     return dict(zip(data.names, data.captions, strict=True)), data.notes
 
 
-def picture(file):
+def image_file(file):
     return save(solid("RGB", (1, 2, 3)), file)
 
 
 def test_linked_folders_are_followed_and_loops_end(tmp_path):
     shelf, outside = tmp_path / "shelf", tmp_path / "outside"
-    picture(shelf / "a.png")
-    picture(outside / "cats" / "b.png")
+    image_file(shelf / "a.png")
+    image_file(outside / "cats" / "b.png")
     (shelf / "others").symlink_to(outside)
     (shelf / "same.png").symlink_to(shelf / "a.png")
     (outside / "back").symlink_to(shelf)
@@ -533,7 +533,7 @@ def test_linked_folders_are_followed_and_loops_end(tmp_path):
 
 
 def test_a_link_that_leads_nowhere_is_named(tmp_path):
-    picture(tmp_path / "a.png")
+    image_file(tmp_path / "a.png")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
     with pytest.raises(DataError, match=r"gone\.png: No such file"):
         load_folder(tmp_path, SIDE)
@@ -541,14 +541,14 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.png", "a.txt", "metadata.jsonl", "metadata.csv"])
 def test_a_pipe_does_not_hang(tmp_path, name):
-    picture(tmp_path / ("b.png" if name == "a.png" else "a.png"))
+    image_file(tmp_path / ("b.png" if name == "a.png" else "a.png"))
     os.mkfifo(tmp_path / name)
     with pytest.raises(DataError, match=f"{name}: expected a file"):
         load_folder(tmp_path, SIDE)
 
 
 def test_a_caption_is_a_short_file_of_text(tmp_path):
-    picture(tmp_path / "a.png")
+    image_file(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("x" * 2**16)
     assert named(tmp_path)[0]["a.png"] == "x" * 2**16
     (tmp_path / "a.txt").write_text("x" * (2**16 + 1))
@@ -558,7 +558,7 @@ def test_a_caption_is_a_short_file_of_text(tmp_path):
 
 def test_metadata_in_sub_folders_and_as_a_table(tmp_path):
     for name in ("train/a.png", "train/b.png", "train/deep/c.png", "test/d.png", "e.png", "f.png"):
-        picture(tmp_path / name)
+        image_file(tmp_path / name)
     lines = [{"file_name": "a.png", "text": "A"}, {"file_name": "deep/c.png", "text": "C"}]
     (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     table = 'file_name,text,other\nd.png,"two, words",1\n'
@@ -590,8 +590,8 @@ def test_metadata_in_sub_folders_and_as_a_table(tmp_path):
 )
 def test_a_bad_line_of_metadata_is_named(tmp_path, name, content):
     folder = tmp_path / "shelf"
-    picture(folder / "a.png")
-    picture(tmp_path / "a.png")
+    image_file(folder / "a.png")
+    image_file(tmp_path / "a.png")
     (folder / name).write_text(content)
     if name.endswith(".csv") and not content.startswith("file_name"):
         assert named(folder)[0] == {"a.png": ""}  # a table of no lines
@@ -605,11 +605,11 @@ COMPOSED, DECOMPOSED = "caf\u00e9.png", "cafe\u0301.png"
 
 @pytest.mark.parametrize("on_disk, listed", [(COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)])
 def test_names_are_found_in_either_normal_form(tmp_path, on_disk, listed):
-    picture(tmp_path / on_disk)
+    image_file(tmp_path / on_disk)
     line = json.dumps({"file_name": listed, "text": "a café"})
     (tmp_path / "metadata.jsonl").write_text(line)
     assert named(tmp_path)[0] == {on_disk: "a café"}
-    picture(tmp_path / listed)  # now both are there, and each is itself
+    image_file(tmp_path / listed)  # now both are there, and each is itself
     assert named(tmp_path)[0] == {listed: "a café", on_disk: ""}
 
 
@@ -630,7 +630,7 @@ def test_names_are_found_in_either_normal_form(tmp_path, on_disk, listed):
 )
 def test_names_that_cannot_be_shown_are_escaped(tmp_path, name, as_shown):
     folder = tmp_path / os.fsdecode(name)
-    picture(folder / os.fsdecode(name + b".png"))
+    image_file(folder / os.fsdecode(name + b".png"))
     found, _ = named(folder)
     assert list(found) == [f"{as_shown}.png"]
     (folder / os.fsdecode(name + b"2.png")).write_bytes(b"no image")

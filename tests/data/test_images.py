@@ -56,7 +56,7 @@ def profile(colorants=ADOBE, gamma=GAMMA, space=b"RGB "):
 
 
 def in_srgb(colour, colorants=ADOBE, gamma=GAMMA):
-    """What these levels are in sRGB (IEC 61966-2-1), by the formulas."""
+    """Convert levels to sRGB by the formulas of IEC 61966-2-1: the oracle of the profiles."""
     linear = np.linalg.solve(SRGB, colorants @ (np.array(colour) / 255) ** gamma).clip(0, 1)
     curve = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     return 255 * curve

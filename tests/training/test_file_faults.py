@@ -127,7 +127,7 @@ def test_death_and_errors_in_a_run(whole, tmp_path, numbers, strike):
 
 @pytest.mark.parametrize("size", mostly_slow([0, 100, 3000, 10_000, 30_000, 60_000, 100_000], 3000))
 def test_no_file_can_be_longer_than(whole, tmp_path, size):
-    """As where a disk is full: what is longer cannot be written."""
+    """Limit the size of files, as a full disk does: training says so and loses nothing."""
     run, messages = shutil.copytree(whole, tmp_path / "run"), tmp_path / "said.txt"
     state_files(run)[-1].unlink()
     before = load_notes(run)["step"]

@@ -26,7 +26,7 @@ PROMPT = "a large red circle on blue at the left"
 
 
 class Crash(BaseException):
-    """As sudden as a kill."""
+    """Exception of a test that ends a run at once, as a kill does."""
 
 
 class Life(RuleBasedStateMachine):

@@ -392,7 +392,7 @@ def example_state(step=3, done_before=0):
 
 @pytest.fixture
 def any_arrays(monkeypatch):
-    """Those of `example_state` are of no network."""
+    """Accept arrays of any names and shapes: those of `example_state` belong to no network."""
     monkeypatch.setattr(states, "match", lambda *_: None)
 
 
@@ -1257,7 +1257,7 @@ def test_another_seed_is_another_run(tmp_path, whole, no_images):
 
 
 def test_what_is_ignored_stays_so(tmp_path, monkeypatch, no_images):
-    """As SIGHUP is under nohup: the run goes on."""
+    """Ignore SIGHUP as nohup does: a run that receives it goes on to its end."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         at_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGHUP))

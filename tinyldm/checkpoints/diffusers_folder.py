@@ -249,7 +249,8 @@ def load_component(
 ) -> Params:
     """Load one component's weights from a diffusers folder, checked against the model's `shapes`.
 
-    One file, or several with an index; names may be those of older or newer versions. Raises
+    One file, or several with an index, or the given `files`; names may be those of older or newer
+    versions. Raises
     FileNotFoundError or WeightsError.
     """
     folder = Path(folder)

@@ -30,7 +30,7 @@ def train_step(
         of_discriminator[name] = grads.pop(name)
     norm = global_norm(grads)
     if on_host(norm):
-        _check(loss, norm, grads | of_discriminator)
+        _check(loss, norm, grads, of_discriminator)
     scale, stage = clip_factor(norm, MAX_NORM), getattr(state.config, state.stage)
     if stage.muon:
         inner = {}
@@ -50,13 +50,12 @@ class NotFinite(Diverged):
     """The loss of a batch, or its gradient, is no finite number."""
 
 
-def _check(loss, norm, grads):
-    of_discriminator = (g for name, g in grads.items() if name.startswith("discriminator"))
-    others = sum(float(abs(g).sum()) for g in of_discriminator)
-    if math.isfinite(loss) and math.isfinite(norm) and math.isfinite(others):
+def _check(loss, norm, grads, of_discriminator):
+    of_other = global_norm(of_discriminator) if of_discriminator else 0.0
+    if all(map(math.isfinite, (loss, norm, of_other))):
         return
-    names = (name for name, g in grads.items() if not math.isfinite(g.sum()))
-    where = next(names, None)
+    both = grads | of_discriminator
+    where = next((name for name, g in both.items() if not math.isfinite(g.sum())), None)
     raise NotFinite(
         f"the loss is {float(loss):g}, the norm of the gradient {float(norm):g}"
         + (f"; the first gradient that is no finite number is that of {where}" if where else "")
