@@ -159,11 +159,11 @@ def load_original(
     if stray := sorted(name for name in shapes if STRAY.fullmatch(name)):
         shapes = {name: shapes[name] for name in shapes.keys() - set(stray)}
         warnings.warn(f"{file}: {len(stray)} tensors are not used: {some(stray)}", stacklevel=4)
-    for root, part, way in (
-        (VAE_ROOTS[0], "autoencoder", "; name one with --vae"),
-        (TEXT_ROOT, "text encoder", "; it is a U-Net for the folder of a whole model"),
-    ):
-        if not any(name.startswith(root) for name in shapes) and (part[0] != "a" or with_vae):
+    needed = [(TEXT_ROOT, "text encoder", "; it is a U-Net for the folder of a whole model")]
+    if with_vae:
+        needed.append((VAE_ROOTS[0], "autoencoder", "; name one with --vae"))
+    for root, part, way in needed:
+        if not any(name.startswith(root) for name in shapes):
             raise ConfigError(f"{shown(file)}: holds no {part} ({root}…){way}")
     if not with_vae:
         shapes = {n: shape for n, shape in shapes.items() if not n.startswith(VAE_ROOTS[0])}

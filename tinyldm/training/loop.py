@@ -78,7 +78,7 @@ def fit(folder: Path, state: State, make_job: Callable[[], Job], stop: Interrupt
                 left_out = 0
             except NotFinite as error:
                 left_out += 1
-                if left_out >= min(MOST_LEFT_OUT, max(1, (state.total or 20) // 2)):
+                if left_out >= min(MOST_LEFT_OUT, max(1, (state.total or 2 * MOST_LEFT_OUT) // 2)):
                     raise diverged(state, f"{error}, for {left_out} steps in a row") from None
                 job.say(f"  {state.stage} {state.step + 1}: left out, as {error}")
             state.step += 1
