@@ -6,6 +6,7 @@ nothing is asked of CuPy that CuPy lacks, and that the host never waits for the 
 
 import ast
 import contextlib
+import math
 import operator
 from copy import copy
 from dataclasses import replace
@@ -38,7 +39,9 @@ from tinyldm.sampling.init_image import Scene
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training.config import Config, Stage
 from tinyldm.training.latents import conditioner, conditioning_arrays
+from tinyldm.training.loop import Steps
 from tinyldm.training.losses import autoencoder_loss
+from tinyldm.training.metrics import Diverged
 from tinyldm.training.networks import Models, denoiser_loss
 from tinyldm.training.state import State, load_state, save_state
 from tinyldm.training.step import gradient, stage_gradient, train_step, value_and_grad
@@ -543,6 +546,59 @@ def test_a_step_of_training_never_waits(name, models):
         state.step = state_there.step = step + 1
     for part in ("params", "moments", "average"):
         near(getattr(state_there, part), getattr(state, part), tol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("what", ["loss", "gradient", "discriminator"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_step_that_is_no_finite_number_is_taken_back(what, value, models):
+    """The device is not waited for, and the next line of the log says so."""
+    _, params, _, _ = autoencoder_run(models)
+    critic = on_device({"critic.weight": np.ones((2, 2))})
+    state = State(
+        CONFIG,
+        "autoencoder",
+        on_device(params),
+        models.tokenizer,
+        "",
+        total=40,
+        discriminator=critic,
+    )
+    groups = state.params, state.average, state.discriminator
+    groups += *state.moments.values(), *state.discriminator_moments.values()
+    said = []
+    steps, bad = Steps(state, said.append), on_device({"x": np.array([1.0, value])})["x"]
+
+    def take(spoilt):
+        grads = {name: 0.1 * w for name, w in (state.params | state.discriminator).items()}
+        loss = grads["critic.weight"].sum()
+        if spoilt == "loss":
+            loss = loss * bad[1]
+        if spoilt:
+            name = {"loss": None, "gradient": "encoder.conv_in.bias"}.get(spoilt, "critic.weight")
+            grads |= {name: grads[name] * bad[1]} if name else {}
+        with strict.counting() as counts:
+            steps.add(*train_step(state, lambda batch: (loss, grads), (), 1e-3, ema=0.99))
+        assert (counts.synchronisations, counts.uploads) == (0, 0)
+        state.step += 1
+
+    take(None)
+    before = [group.flat.get().copy() for group in groups]
+    take(what)
+    for group, old in zip(groups, before, strict=True):
+        near(group.flat, old, tol=0)
+    assert said == []
+    steps.look()
+    (line,) = said
+    assert line.startswith("  autoencoder 2: left out, as the loss is ") and steps.left_out == 1
+    take(None)
+    assert (state.params.flat.get() != before[0]).any()
+    steps.look()
+    assert steps.left_out == 0 and math.isfinite(steps.loss) and len(said) == 1
+    for _ in range(10):
+        take(what)
+    with pytest.raises(Diverged, match="step 13: .* for 10 steps in a row"):
+        steps.look()
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

@@ -1,5 +1,6 @@
 """The training loop, the same for both stages."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tinyldm.backend import Array
+from tinyldm.backend import Array, on_host
 from tinyldm.machine import duration
 from tinyldm.nn.optim import learning_rate
 from tinyldm.training import snapshots
@@ -51,8 +52,8 @@ def fit(folder: Path, state: State, make_job: Callable[[], Job], stop: Interrupt
     """Take steps until the present stage is done; save the state at least every minute.
 
     A stage's seconds hold the preparation of its job and the images on the way, too.
-    A step whose loss or gradient is no finite number is left out, and said; ten in a row raise
-    Diverged. Raises Stopped after a signal, with the state saved.
+    A step whose loss or gradient is no finite number is left out, and said (see `Steps`). Raises
+    Diverged after ten in a row, and Stopped after a signal, with the state saved.
     """
     stage: Stage = getattr(state.config, state.stage)
     if state.total is None:
@@ -62,7 +63,7 @@ def fit(folder: Path, state: State, make_job: Callable[[], Job], stop: Interrupt
     pace = Pace(stage, began if state.step == 0 else time.monotonic())  # prepared again: for free
     saved = reported = time.monotonic()
     extra = {}  # further values of the last step, for the log
-    loss, norm, left_out = 0.0, 0.0, 0  # of the last step; steps left out since the last good one
+    steps = Steps(state, job.say)
     with (
         stage_gradient(job.loss_fn, state, stage.parts, extra) as gradient_of,
         MetricsLog(folder, state) as log,
@@ -74,22 +75,19 @@ def fit(folder: Path, state: State, make_job: Callable[[], Job], stop: Interrupt
             rate = learning_rate(state.step, total, stage.rate, stage.warmup, stage.decay)
             batch = job.batch_at(state.step)
             try:
-                loss, norm = train_step(state, gradient_of, batch, rate, stage.ema)
-                left_out = 0
+                steps.add(*train_step(state, gradient_of, batch, rate, stage.ema))
             except NotFinite as error:
-                left_out += 1
-                if left_out >= min(MOST_LEFT_OUT, max(1, (state.total or 2 * MOST_LEFT_OUT) // 2)):
-                    raise diverged(state, f"{error}, for {left_out} steps in a row") from None
-                job.say(f"  {state.stage} {state.step + 1}: left out, as {error}")
+                steps.leave_out(state.step, error)
             state.step += 1
             job.after_step()
             bar.update()
-            numbers = {"loss": loss, "norm": norm} | extra
             last = bool(stop.number) or state.step == state.total
-            if not left_out and (last or state.step % LOG_EVERY == 0):
-                numbers = {name: finite(number, state) for name, number in numbers.items()}
-                log.write({"rate": rate} | numbers)
-                bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
+            if last or state.step % LOG_EVERY == 0:
+                steps.look()
+                if not steps.left_out:
+                    numbers = {name: finite(number, state) for name, number in extra.items()}
+                    log.write({"rate": rate, "loss": steps.loss, "norm": steps.norm} | numbers)
+                    bar.set_postfix(loss=f"{steps.loss:.4f}", refresh=False)
             pace.add(time.monotonic() - started, state)
             corrected = pace.is_due(state) and not last
             if corrected:
@@ -98,8 +96,7 @@ def fit(folder: Path, state: State, make_job: Callable[[], Job], stop: Interrupt
                 bar.total = state.total
                 bar.refresh()
             if last or corrected or time.monotonic() - saved > SAVE_EVERY:
-                for number in () if left_out else numbers.values():
-                    finite(number, state)
+                steps.look()
                 save_state(folder, state)
                 saved = time.monotonic()
             if stop.number:
@@ -109,7 +106,8 @@ def fit(folder: Path, state: State, make_job: Callable[[], Job], stop: Interrupt
                 if numbers:
                     log.write(numbers)
                 with bar.external_write_mode():
-                    job.say(pace.line(state, finite(loss, state)) + text)
+                    steps.look()
+                    job.say(pace.line(state, steps.loss) + text)
                 reported = time.monotonic()
 
 
@@ -118,6 +116,46 @@ def _progress_bar(state):
         total=state.total, initial=state.step, desc=state.stage, unit="step", disable=None,
         smoothing=0.05, dynamic_ncols=True,
     )  # fmt: skip
+
+
+@dataclass
+class Steps:
+    """The losses of a stage's steps, and the steps that were left out.
+
+    On a GPU they are looked at with the next line of the log: before, each would have to be waited
+    for. Of a step that was left out there, the layer is not known.
+    """
+
+    state: State
+    say: Callable[[str], None]
+    loss: float = 0.0  # of the last step that was not left out, and the norm of its gradient
+    norm: float = 0.0
+    left_out: int = 0  # steps since then
+    unseen: list[tuple[int, Array, Array]] = field(default_factory=list)
+
+    def add(self, loss: Array, norm: Array) -> None:
+        """Note a step, which is not yet counted in the state."""
+        self.unseen.append((self.state.step, loss, norm))
+        if on_host(norm):
+            self.look()
+
+    def look(self) -> None:
+        """Look at the steps since the last time."""
+        for step, loss, norm in self.unseen:
+            loss, norm = float(loss), float(norm)
+            if math.isfinite(loss) and math.isfinite(norm):
+                self.loss, self.norm, self.left_out = loss, norm, 0
+            else:
+                self.leave_out(step, NotFinite(loss, norm))
+        self.unseen.clear()
+
+    def leave_out(self, step: int, error: NotFinite) -> None:
+        """Say that a step was left out. Raises Diverged after ten in a row, or half of a stage."""
+        self.left_out += 1
+        total = self.state.total or 2 * MOST_LEFT_OUT
+        if self.left_out >= min(MOST_LEFT_OUT, max(1, total // 2)):
+            raise diverged(self.state, f"{error}, for {self.left_out} steps in a row") from None
+        self.say(f"  {self.state.stage} {step + 1}: left out, as {error}")
 
 
 @dataclass

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from tinyldm.backend import Array, on_host
+from tinyldm.backend import Array, array_module, on_host
 from tinyldm.machine import keep_freed_memory
 from tinyldm.nn.optim import MAX_NORM, adamw, clip_factor, global_norm, muon
 from tinyldm.nn.protocol import Params, add_grad, replaceable
@@ -21,17 +21,43 @@ def train_step(
     """Take one optimizer step on one batch → loss and norm of the gradient, on the device.
 
     loss_and_grads: of a batch, at the state's parameters. Where the gradients have those of a
-    discriminator too, that makes a step of its own optimizer. On the CPU NotFinite is raised, with
-    the state untouched, where loss or gradient is no finite number. (A GPU would have to wait.)
+    discriminator too, that makes a step of its own optimizer. Where loss or gradient is no finite
+    number, the state stays as it is: on the CPU NotFinite is raised, and on a GPU, which would have
+    to be waited for, the step is taken back.
     """
     loss, grads = loss_and_grads(batch)
     of_discriminator = {}
     for name in grads.keys() & state.discriminator.keys():
         of_discriminator[name] = grads.pop(name)
     norm = global_norm(grads)
+    if of_discriminator:
+        norm = norm + 0 * global_norm(of_discriminator)  # no finite number where that is none
+    if on_host(norm) and not (math.isfinite(loss) and math.isfinite(norm)):
+        raise NotFinite(loss, norm, grads | of_discriminator)
+    with _taken_back(state, loss, norm):
+        _update(state, grads, of_discriminator, rate, clip_factor(norm, MAX_NORM), ema)
+    return loss, norm
+
+
+@contextlib.contextmanager
+def _taken_back(state, loss, norm):
+    """Put the old values back, on a GPU and without a wait, where loss or norm is not finite."""
     if on_host(norm):
-        _check(loss, norm, grads, of_discriminator)
-    scale, stage = clip_factor(norm, MAX_NORM), getattr(state.config, state.stage)
+        yield
+        return
+    xp = array_module(norm)
+    groups = [state.params, state.average, *state.moments.values()]
+    if state.discriminator:
+        groups += [state.discriminator, *state.discriminator_moments.values()]
+    before = [group.flat.copy() for group in groups]
+    yield
+    fine = xp.isfinite(loss) & xp.isfinite(norm)
+    for group, old in zip(groups, before, strict=True):
+        group.flat[...] = xp.where(fine, group.flat, old)
+
+
+def _update(state, grads, of_discriminator, rate, scale, ema):
+    stage = getattr(state.config, state.stage)
     if stage.muon:
         inner = {}
         for name in state.params.first:
@@ -43,23 +69,18 @@ def train_step(
     adamw(state.params, grads, state.moments, state.average, state.step, rate, scale, ema=ema)
     if of_discriminator:
         _discriminator_step(state, of_discriminator, rate)
-    return loss, norm
 
 
 class NotFinite(Diverged):
     """The loss of a batch, or its gradient, is no finite number."""
 
-
-def _check(loss, norm, grads, of_discriminator):
-    of_other = global_norm(of_discriminator) if of_discriminator else 0.0
-    if all(map(math.isfinite, (loss, norm, of_other))):
-        return
-    both = grads | of_discriminator
-    where = next((name for name, g in both.items() if not math.isfinite(g.sum())), None)
-    raise NotFinite(
-        f"the loss is {float(loss):g}, the norm of the gradient {float(norm):g}"
-        + (f"; the first gradient that is no finite number is that of {where}" if where else "")
-    )
+    def __init__(self, loss: Array, norm: Array, grads: Params | None = None):
+        grads = grads or {}
+        where = next((name for name, g in grads.items() if not math.isfinite(g.sum())), None)
+        super().__init__(
+            f"the loss is {float(loss):g}, the norm of the gradient {float(norm):g}"
+            + (f"; the first gradient that is no finite number is that of {where}" if where else "")
+        )
 
 
 def _discriminator_step(state, grads, rate):
