@@ -525,7 +525,8 @@ def test_an_image_says_how_it_was_generated(call, run, tmp_path):
 
 
 @pytest.mark.parametrize("options", [[], OPTIONS], ids=["defaults", "all options"])
-def test_generated_again_it_has_the_same_bytes(call, run, tmp_path, options):
+def test_generated_again_it_has_the_same_bytes(call, run, tmp_path, options, monkeypatch):
+    monkeypatch.chdir(run.parent)
     call("sample", run, PROMPT, "-o", tmp_path / "a.png", *options)
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
     assert len(before) == (3 if options else 1)

@@ -1,11 +1,13 @@
 """`tinyldm sample` with more than a prompt: init images, films, tiles, other autoencoders."""
 
+import os
 import re
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from small_model import PROMPTS, make_pipeline
 
 from tinyldm.cli.sample import Film
@@ -176,7 +178,8 @@ def test_an_image_says_what_it_began_with(call, run, files):
         assert len(digest) == 16 and file == str(files / f"{name}.png")
 
 
-def test_it_is_generated_again_with_all_of_that(call, run, files):
+def test_it_is_generated_again_with_all_of_that(call, run, files, monkeypatch):
+    monkeypatch.chdir(run.parent)
     given = ["--image", files / "image.png", "--mask", files / "mask.png", "--vae", run]
     call("sample", run, PROMPTS[0], "-o", files / "a.png", *given, *MANY)
     for name in ("a-0", "a-1"):
@@ -196,6 +199,46 @@ def test_not_where_what_it_began_with_has_changed(call, run, files, name):
     assert f"{name}: the input image was" in result.err
     (files / name).unlink()
     assert call("sample", "--reproduce", files / "a.png").code == 2
+
+
+@pytest.mark.parametrize("note", ["run", "vae", "image", "mask"])
+def test_a_note_leads_to_no_file_elsewhere_unless_the_user_names_it(
+    call, run, files, note, tmp_path_factory, monkeypatch
+):
+    """The image may come from a stranger, with `/dev/zero` in its notes."""
+    monkeypatch.chdir(run.parent)
+    given = {"image": files / "image.png", "mask": files / "mask.png", "vae": run}
+    options = [str(word) for name, file in given.items() for word in (f"--{name}", file)]
+    call("sample", run, PROMPTS[0], "-o", files / "a.png", *options)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    if note in ("run", "vae"):
+        shutil.copytree(run, elsewhere / "run")
+        moved = str(elsewhere / "run")
+    else:
+        moved = str(shutil.copy(given[note], elsewhere))
+    with Image.open(files / "a.png") as image:
+        notes = PngInfo()
+        for key, text in image.text.items():
+            was = str(run if note == "run" else given[note])
+            notes.add_itxt(key, text.replace(was, moved) if key == note else text)
+        image.save(files / "b.png", pnginfo=notes)
+    again = ["sample", "--reproduce", files / "b.png", "-o", files / "c.png"]
+    result = call(*again)
+    assert result.code == 2 and f"b.png: its note names {moved}, which lies neither" in result.err
+    assert not (files / "c.png").exists()
+    naming = [moved] if note == "run" else [f"--{note}", moved]
+    assert call(again[0], *naming, *again[1:]).code == 0
+    assert opened(files / "c.png").tolist() == opened(files / "a.png").tolist()
+
+
+@pytest.mark.parametrize("what", ["pipe", "folder", "/dev/zero"])
+def test_an_input_image_that_never_ends_is_not_read(call, run, files, what, monkeypatch):
+    monkeypatch.chdir(files)
+    os.mkfifo("pipe")
+    os.mkdir("folder")
+    call("sample", run, PROMPTS[0], "-o", "a.png", "--image", files / "image.png")
+    result = call("sample", run, "--reproduce", "a.png", "--image", what)
+    assert result.code == 2 and f"{what}: expected an image, found a" in result.err
 
 
 # ----------------------------------------------------------------------------------------- mistakes
@@ -245,7 +288,8 @@ def test_with_again_nothing_is_left_to_choose(call, run, files, option):
         assert result.code == 2 and f"--{name}: the image was generated without one" in result.err
 
 
-def test_what_it_began_with_may_have_moved(call, run, files, tmp_path):
+def test_what_it_began_with_may_have_moved(call, run, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(run.parent)
     given = ["--image", files / "image.png", "--mask", files / "mask.png", "--vae", run]
     call("sample", run, PROMPTS[0], "-o", files / "a.png", *given)
     moved = tmp_path / "moved"

@@ -106,7 +106,8 @@ def test_values_that_begin_with_a_dash(model, tmp_path, words, says, capsys, mon
 
 
 @pytest.mark.parametrize("prompt", ["-a red circle", "-", "-5", "--steps"])
-def test_a_prompt_that_begins_with_a_dash(model, tmp_path, prompt, capsys):
+def test_a_prompt_that_begins_with_a_dash(model, tmp_path, prompt, capsys, monkeypatch):
+    monkeypatch.chdir(model.parent)
     file = tmp_path / "a.png"
     assert cli.main(["sample", "-o", str(file), "--steps", "1", "--", str(model), prompt]) == 0
     assert cli.main(["sample", "--reproduce", str(file)]) == 0

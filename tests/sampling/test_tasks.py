@@ -318,7 +318,7 @@ def test_sampling_from_the_command_line_and_reproduced(trained, tmp_path, call):
     assert first.code == 0
     expected = np.asarray(pipeline("", image=Image.open(small))[0])
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "large.png")), expected)
-    again = call("sample", "--reproduce", tmp_path / "large.png")
+    again = call("sample", run, "--reproduce", tmp_path / "large.png")
     assert again.code == 0
     both = [(tmp_path / name).read_bytes() for name in ("large.png", "large-reproduced.png")]
     assert both[0] == both[1]

@@ -16,6 +16,7 @@ from tinyldm.evaluation.figures import (
     save_animation,
     save_image,
 )
+from tinyldm.files import shown
 from tinyldm.options import option
 from tinyldm.sampling.init_image import Scene, strength_of
 from tinyldm.sampling.metadata import MOST, OPTIONS, InputImage, Origin, fingerprint
@@ -164,20 +165,38 @@ def _reproduce(options):
     )
     image_format(output)
     for name in ("image", "mask", "vae"):  # which may have moved
-        place = getattr(options, name)
+        place, began = getattr(options, name), getattr(origin, name)
+        if place is not None and began is None:
+            options.parser.error(f"--{name}: the image was generated without one")
         if place is not None:
-            began = getattr(origin, name)
-            if began is None:
-                options.parser.error(f"--{name}: the image was generated without one")
             moved = place if name == "vae" else replace(began, file=place)
             origin = replace(origin, **{name: moved})
+        elif began is not None:
+            named = began if name == "vae" else began.file
+            _check_inside(options.reproduce, named, f"--{name} FILE")
     for one in (origin.image, origin.mask):
         if one:
             one.check()
     folder = options.run_folder or origin.run
+    if not options.run_folder:
+        words = f"tinyldm sample RUN --reproduce {shown(options.reproduce)}"
+        _check_inside(options.reproduce, folder, words)
     pipeline = Pipeline.load(whole_run(folder, say), options.device, origin.vae)
     origin = origin.checked(pipeline, folder)
     return [origin], output, pipeline
+
+
+def _check_inside(png, named, option):
+    """Raise ValueError where a file that a note names lies neither here nor beside the PNG.
+
+    The PNG may be a stranger's. A file that the user names may lie anywhere.
+    """
+    folders = Path().resolve(), png.resolve().parent
+    if not any(Path(named).resolve().is_relative_to(folder) for folder in folders):
+        raise ValueError(
+            f"{shown(png)}: its note names {shown(named)}, which lies neither in this folder nor "
+            f"beside the image; if it is the right one, name it: {option}"
+        )
 
 
 @dataclass

@@ -11,7 +11,7 @@ from PIL import Image
 from tinyldm import __version__
 from tinyldm.backend import to_device
 from tinyldm.data.folder import MOST_PIXELS, open_image
-from tinyldm.files import is_regular
+from tinyldm.files import is_regular, shown
 from tinyldm.options import kind_of, options_of
 from tinyldm.sampling.params import SamplingParams
 from tinyldm.sampling.pipeline import Pipeline
@@ -34,8 +34,10 @@ class InputImage:
     def of(cls, file: Path) -> "InputImage":
         """Hash the file as it is now.
 
-        OSError where it is not there, ValueError for a name that is not text.
+        OSError where it is not there, ValueError for a name that is not text, a device or a pipe.
         """
+        if not is_regular(file):
+            raise ValueError(f"{shown(file)}: expected an image, found a folder, device or pipe")
         try:
             str(file).encode("utf-8")
         except UnicodeEncodeError:
@@ -58,7 +60,7 @@ class InputImage:
         """Raise ValueError where the file has changed."""
         if (now := InputImage.of(self.file)) != self:
             raise ValueError(
-                f"{self.file}: the input image was {self.digest}, this is "
+                f"{shown(self.file)}: the input image was {self.digest}, this is "
                 f"{now.digest}; restore the original"
             )
 
