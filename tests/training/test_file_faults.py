@@ -148,7 +148,7 @@ def test_no_file_can_be_longer_than(whole, tmp_path, size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
-def test_killed_at_any_moment(whole, tmp_path, seed, record_property):
+def test_killed_at_any_moment(whole, tmp_path, seed):
     """SIGKILL after a random time, again and again, until the run is done.
 
     On a fast machine a run may end before its first kill: it begins anew, with half the time.
@@ -176,6 +176,5 @@ def test_killed_at_any_moment(whole, tmp_path, seed, record_property):
         if kills == 25:
             resume(run, say=silent) if state_files(run) else train(run, CONFIG, say=silent)
             break
-    record_property("kills", kills)
     assert load_notes(run)["done_before"] == STEPS
     assert_equal(run, whole)
