@@ -1,5 +1,7 @@
 """Threads: what they see of their caller, what they leave behind, and batches in parts."""
 
+import os
+import signal
 import time
 
 import numpy as np
@@ -31,6 +33,22 @@ def test_after_an_error_nothing_is_still_running():
     still = list(running)
     time.sleep(0.2)  # for the others to end, whatever the answer
     assert still == []
+
+
+def test_after_ctrl_c_nothing_is_still_running_and_nothing_begins():
+    begun, ended = [], []
+
+    def work(i):
+        begun.append(i)
+        if i == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        ended.append(i)
+
+    with pytest.raises(KeyboardInterrupt):
+        map_threads(work, range(50), workers=2)
+    assert ended and sorted(ended) == sorted(begun) and len(begun) < 50
+    assert map_threads(str, range(3), workers=2) == ["0", "1", "2"]
 
 
 def test_no_grad_is_that_of_the_caller():

@@ -89,17 +89,23 @@ def map_threads(function: Callable, items: Iterable, workers: int | None = None)
     """Compute `[function(item) for item in items]` on all cores, with one BLAS thread each.
 
     The state of `no_grad` is that of the caller. The order of the results is that of the items. The
-    first item that fails raises its exception, once all threads have ended.
+    first item that fails raises its exception, once all threads have ended; so does Ctrl-C.
     """
     items = list(items)
     workers = min(workers or free_cores(), len(items))
     if workers <= 1 or _held:  # never two levels
         return [function(item) for item in items]
     with one_blas_thread():
-        futures = [
-            _pool(workers).submit(contextvars.copy_context().run, function, item) for item in items
-        ]
-        wait(futures)  # all of them, also where one has failed, before the limit is lifted
+        futures = []
+        try:
+            for item in items:
+                run = contextvars.copy_context().run
+                futures.append(_pool(workers).submit(run, function, item))
+            wait(futures)
+        finally:  # also after Ctrl-C: the limit of BLAS is not lifted below a running product
+            for future in futures:
+                future.cancel()
+            wait(futures)
         return [future.result() for future in futures]
 
 
