@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 # What each package is for, in import order: a package imports itself and those above it alone.
 PACKAGES = {
-    "backend config files lock machine options threads": "the array switch, and the machine",
+    "backend config files lock machine options progress threads": "the array switch, the machine",
     "data": "images with captions, and captions as tokens",
     "nn": "the mathematics of layers, plain and complete",
     "kernels": "faster versions of plain functions",
@@ -40,7 +40,7 @@ ASK_FOR_THE_LIBRARY = """
     diffusion.schedule diffusion.loss diffusion.samplers diffusion.guidance
     sampling.init_image sampling.tiling sampling.pipeline evaluation.likelihood
     training.networks training.latents training.codebook training.adversarial
-    training.snapshots training.stages testing.gradcheck
+    training.snapshots training.stages training.step testing.gradcheck
 """.split()
 
 LONGEST = 350  # lines

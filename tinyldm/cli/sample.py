@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from tinyldm.cli.arguments import add_device, add_options, say, size
 from tinyldm.evaluation.figures import (
@@ -18,6 +17,7 @@ from tinyldm.evaluation.figures import (
 )
 from tinyldm.files import shown
 from tinyldm.options import option
+from tinyldm.progress import Bar
 from tinyldm.sampling.init_image import Scene, strength_of
 from tinyldm.sampling.metadata import MOST, OPTIONS, InputImage, Origin, fingerprint
 from tinyldm.sampling.params import SamplingParams
@@ -78,7 +78,7 @@ def run(options: Namespace) -> None:
             option = name.replace("_", "-")
             options.parser.error(f"--{option}: expected --{wanted} with it")
     film = Film(Path(options.film), options.every) if options.film else None
-    bar = tqdm(total=1, desc="loading", bar_format="{desc}", leave=False, disable=None)
+    bar = Bar(total=1, desc="loading", bar_format="{desc}", leave=False, disable=None)
     origins, output, pipeline = _reproduce(options) if options.reproduce else _from_prompt(options)
     bar.close()
     origin = origins[0]
@@ -105,7 +105,7 @@ def generate(pipeline: Pipeline, origin: Origin, film: "Film | None") -> np.ndar
         image, mask = (one and one.open() for one in (origin.image, origin.mask))
         scene = Scene.of(image, mask, params, pipeline.task)
     # The decoder takes about as long as a step, and so counts as one.
-    with tqdm(total=params.steps_taken + 1, desc="sampling", unit="step", disable=None) as bar:
+    with Bar(total=params.steps_taken + 1, desc="sampling", unit="step", disable=None) as bar:
         latents = None
         for i, (x, x0) in enumerate(pipeline.denoise(params, None, scene), 1):
             latents = x

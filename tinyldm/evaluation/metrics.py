@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
-from tqdm import tqdm
 
 from tinyldm.backend import to_device
 from tinyldm.data.dataset import Dataset
@@ -22,6 +21,7 @@ from tinyldm.evaluation.statistics import (
     ssim,
 )
 from tinyldm.models import ClassNames
+from tinyldm.progress import Bar
 from tinyldm.sampling.pipeline import Pipeline
 
 SEED = 20_260_101  # of images, captions and noise for scoring: none of them is in a training set
@@ -107,7 +107,7 @@ def evaluate(
         "loss_by_noise": {name: loss_by_noise(pipeline, data) for name, data in some.items()},
         "bits": {name: likelihood(pipeline, data) for name, data in some.items()},
     }
-    with tqdm(total=count, desc="sampling", unit="image", disable=None) as bar:
+    with Bar(total=count, desc="sampling", unit="image", disable=None) as bar:
 
         def generated_of(prompts, scene=None):
             return _generate(pipeline, prompts, scene, bar, steps=steps, guidance=guidance)

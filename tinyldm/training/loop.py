@@ -2,16 +2,17 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from tinyldm.backend import Array, on_host
 from tinyldm.machine import duration
 from tinyldm.nn.optim import learning_rate
+from tinyldm.progress import Bar
 from tinyldm.training import snapshots
 from tinyldm.training.adversarial import Adversarial
 from tinyldm.training.config import Config, Stage
@@ -112,7 +113,7 @@ def fit(folder: Path, state: State, make_job: Callable[[], Job], stop: Interrupt
 
 
 def _progress_bar(state):
-    return tqdm(
+    return Bar(
         total=state.total, initial=state.step, desc=state.stage, unit="step", disable=None,
         smoothing=0.05, dynamic_ncols=True,
     )  # fmt: skip
@@ -164,7 +165,9 @@ class Pace:
 
     stage: Stage
     counted: float  # the time up to which state.seconds is counted
-    seconds: list[float] = field(default_factory=list)  # of each step since the loop began
+    seconds: deque = field(  # of the last steps, and of the first ones, which are slower
+        default_factory=lambda: deque(maxlen=CALIBRATION[0] + RECENT)
+    )
 
     def add(self, seconds: float, state: State) -> None:
         """Count the seconds of one more step; where steps are given, the state knows no time."""
@@ -187,7 +190,7 @@ class Pace:
 
         A machine that was busy while the first steps were timed is free later, or the reverse.
         """
-        step_seconds = float(np.median(self.seconds[CALIBRATION[0] :][-RECENT:]))
+        step_seconds = float(np.median(list(self.seconds)[CALIBRATION[0] :]))
         if state.total is None:
             if state.discriminator:
                 later = seconds_with_discriminator(state, gradient_of, batch)
@@ -201,7 +204,7 @@ class Pace:
 
     def line(self, state: State, loss: float) -> str:
         """Tell how far a stage is, and how long it will still take."""
-        seconds = float(np.mean(self.seconds[-100:]))
+        seconds = float(np.mean(list(self.seconds)[-RECENT:]))
         left = (state.total - state.step) * seconds
         return (
             f"  {state.stage} {state.step}/{state.total}: {1 / seconds:.1f} steps/s, "
