@@ -5,9 +5,12 @@ import errno
 import json
 import os
 import platform
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from tinyldm.files import shown
 
 try:
     import fcntl
@@ -58,7 +61,7 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 def _acquire(folder, file):
     while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = _open(file)
         if not (_lock(handle) or _lock_later(handle)):
             holder = _holder(os.read(handle, 1000))
             os.close(handle)
@@ -78,15 +81,31 @@ def _acquire(folder, file):
     return handle
 
 
+def _open(file):
+    """Open the file of a lock, made if need be: a link would lead to somebody's file."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # for a pipe may never open
+    try:
+        handle = os.open(file, flags, 0o666)
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            return handle
+        os.close(handle)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+    raise ValueError(
+        f"{shown(file)}: expected the file of a lock, found a link, a folder or a pipe; remove it"
+    )
+
+
 def is_locked(folder: str | Path) -> bool:
     """Return whether a process writes into the folder at this time."""
     file = Path(folder).resolve() / NAME
-    if fcntl is None or not file.exists():
+    if fcntl is None or not file.is_file() or file.is_symlink():
         return False
     if file in _own:
         return True
     try:
-        handle = os.open(file, os.O_RDWR)
+        handle = os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:
