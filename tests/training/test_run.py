@@ -520,17 +520,33 @@ def test_arrays_that_do_not_fit(copy, group, change):
     [
         "5", "[]", "{}", "nul", "\xff", "[" * 9999, "", '{"stage": "denoiser"}',
         '{"stage": "denoiser", "step": 1, "loss": "low"}', '{"stage": "denoiser", "step": "1"}',
-        '{"stage": "neither", "step": 1}',
+        '{"stage": "neither", "step": 1}', '{"stage": "denoiser", "step": 1, "loss": [1]}',
+        '{"stage": "denoiser", "step": 1, "by_noise": 5}',
+        '{"stage": "denoiser", "step": 1, "by_noise": [5]}',
+        *(f'{{"stage": "autoencoder", "step": 1, "loss": {loss}}}'
+          for loss in ("1e999", "NaN", "1e308", "9" * 400, "null")),
     ],
 )  # fmt: skip
 def test_foreign_lines_in_the_log_do_not_matter(copy, no_images, line):
     file = copy / "training" / "metrics.jsonl"
     before = file.read_bytes()
-    file.write_bytes(line.encode("latin-1") + b"\n" + before)
+    file.write_bytes(2 * (line.encode("latin-1") + b"\n") + before)
     (copy / LAST_STATE).unlink()
     resume(copy, say=silent)
     assert all(entry["stage"] in STAGES and entry["step"] for entry in metrics_of(copy))
     snapshots.draw_losses(copy)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda file: file.symlink_to(file.parent / "mine")])
+def test_a_log_that_is_no_file_is_begun_anew(copy, no_images, make):
+    """A pipe would be waited for, and a link would lead to a file of somebody's."""
+    file = copy / "training" / "metrics.jsonl"
+    file.unlink()
+    make(file)
+    (copy / LAST_STATE).unlink()
+    resume(copy, say=silent)
+    assert {line["stage"] for line in metrics_of(copy)} == {"denoiser"}
+    assert not file.is_symlink() and not (copy / "training" / "mine").exists()
 
 
 def test_one_run_at_a_time(copy, no_images):
@@ -573,6 +589,16 @@ def test_a_lock_of_another_machine_is_not_broken(copy):
     (copy / ".lock").write_text("cut o")
     with locked(copy), pytest.raises(Locked, match=f"process {os.getpid()}, this one,"):
         resume(copy)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda lock: lock.symlink_to("mine")])
+def test_a_lock_that_is_no_file_is_refused(copy, make):
+    (copy / "mine").write_text("precious")
+    make(copy / ".lock")
+    with pytest.raises(ValueError, match=r"\.lock: expected the file of a lock, found a link, a"):
+        resume(copy)
+    assert (copy / "mine").read_text() == "precious"
+    Pipeline.load(copy)
 
 
 def test_a_run_that_is_not_begun_leaves_no_folder(tmp_path):

@@ -3,13 +3,17 @@
 import contextlib
 import json
 import math
+import os
 import time
 from pathlib import Path
 
 from tinyldm.backend import Array
+from tinyldm.evaluation.metrics import BANDS
 from tinyldm.files import replacing
 from tinyldm.training.config import STAGES
 from tinyldm.training.state import State
+
+LARGEST = 1e38  # of numbers in a line: curves are drawn of them
 
 
 class Diverged(RuntimeError):
@@ -54,16 +58,19 @@ class MetricsLog:
 
 def forget_metrics_after(file: Path, state: State) -> None:
     """Drop the lines of steps that will be done again, and what is not a line of this log."""
-    if not file.exists():
+    if not os.path.lexists(file):
         return
     kept = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    for line in text.splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
             entry = json.loads(line)
-            values = {k: v if isinstance(v, list) else [v] for k, v in entry.items()}
-            math.fsum(number for k, v in values.items() if k != "stage" for number in v)
+            bands = entry.get("by_noise", [0] * BANDS)
+            numbers = [*bands, *(entry[key] for key in entry.keys() - {"stage", "by_noise"})]
+            drawn = len(bands) == BANDS and all(abs(number) <= LARGEST for number in numbers)
             before = STAGES.index(entry["stage"]) - STAGES.index(state.stage)
-            if before < 0 or (before == 0 and entry["step"] <= state.step):
+            done = before < 0 or (before == 0 and entry["step"] <= state.step)
+            if drawn and done:
                 kept.append(line + "\n")
     with replacing(file) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
