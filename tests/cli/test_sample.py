@@ -61,6 +61,29 @@ def test_every_option_is_that_of_the_pipeline(call, run, files):
         np.testing.assert_array_equal(opened(files / "a.png"), same_call(pipe, **options))
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_clear_in_a_mask_stays(call, run, files, mode):
+    """It is black in a mask, though white in an image."""
+    corner = np.s_[5:25, 10:35]
+    levels = np.full((30, 50, 4), (255, 255, 255, 0), np.uint8)
+    levels[corner] = 255
+    if mode == "P":
+        mask = Image.fromarray(levels[..., 3] // 255)
+        mask.putpalette([255] * 6)
+        mask.save(files / "clear.png", transparency=bytes([0, 255]))
+    else:
+        Image.fromarray(levels).convert(mode).save(files / "clear.png")
+    found = {}
+    for name in ("mask", "clear"):
+        options = ["--image", files / "image.png", "--mask", files / f"{name}.png"]
+        assert call("sample", run, PROMPTS[0], "-o", files / "a.png", *options).code == 0
+        found[name] = opened(files / "a.png")
+    np.testing.assert_array_equal(found["clear"], found["mask"])
+    call("sample", run, PROMPTS[0], "-o", files / "a.png", "--image", files / "clear.png")
+    expected = same_call(Pipeline.load(run), image=Image.new("RGB", (50, 30), "white"))
+    np.testing.assert_array_equal(opened(files / "a.png"), expected)
+
+
 def test_a_photograph_is_turned_as_it_says(call, run, files):
     image = Image.open(files / "image.png")
     exif = Image.Exif()

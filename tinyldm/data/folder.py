@@ -128,24 +128,23 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def open_image(file: Path, side: int) -> Image.Image:
-    """Read one image in RGB, of at least 2·side pixels if it has them.
+def open_image(file: Path, side: int, ground: str | None = "white") -> Image.Image:
+    """Read one image as `as_rgb` converts it, of at least 2·side pixels if it has them.
 
-    Its EXIF orientation is applied, transparency becomes white, and of an animation the first
-    frame is read. DataError says in one line why a file cannot be used.
+    Of an animation the first frame is read. DataError says in one line why a file cannot be used.
     """
     kinds = ", ".join(dict.fromkeys(FORMATS.values()))
     try:
         if not is_regular(file):
             raise ValueError("expected a file, found a device or a pipe")
         try:
-            return _decoded(file, side)
+            return _decoded(file, side, ground)
         except Exception:  # perhaps of its notes, which no viewer reads
             with open(file, "rb") as stream:
                 if stream.read(8) != PNG:
                     raise
                 pixels = _without_notes(stream.read())
-            return _decoded(io.BytesIO(pixels), side)
+            return _decoded(io.BytesIO(pixels), side, ground)
     except UnidentifiedImageError:
         reason = f"not an image in a format that is read ({kinds})"
     except OSError as error:
@@ -155,7 +154,7 @@ def open_image(file: Path, side: int) -> Image.Image:
     raise DataError(f"{shown(file)}: {reason}")
 
 
-def _decoded(file, side):
+def _decoded(file, side, ground):
     formats = tuple(FORMATS.values())
     with Image.open(file, formats=formats) as opened:
         if opened.width * opened.height > MOST_PIXELS:
@@ -166,7 +165,7 @@ def _decoded(file, side):
         opened.verify()  # the checksums of PNG, which reading alone ignores
     with Image.open(file, formats=formats) as opened:
         opened.draft(None, (2 * side, 2 * side))  # JPEG: decode no more of it than is needed
-        return as_rgb(opened)
+        return as_rgb(opened, ground)
 
 
 def _without_notes(chunks):

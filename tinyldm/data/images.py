@@ -43,10 +43,11 @@ def fitted(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
     return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
 
 
-def as_rgb(image: Image.Image, ground: str = "white") -> Image.Image:
+def as_rgb(image: Image.Image, ground: str | None = "white") -> Image.Image:
     """Convert to RGB as a viewer shows it: upright, its colours in sRGB, on a white ground.
 
-    16-bit grey becomes 8 bits. ValueError for an image of floats.
+    Without a ground an image with transparent places becomes RGBA. 16-bit grey becomes 8 bits.
+    ValueError for an image of floats.
     """
     if image.mode == "F":
         raise ValueError("expected an image of integers, found one of mode F")
@@ -56,7 +57,9 @@ def as_rgb(image: Image.Image, ground: str = "white") -> Image.Image:
         rgb = Image.fromarray(np.clip(np.round(grey), 0, 255).astype(np.uint8)).convert("RGB")
     else:
         rgb = _in_srgb(image)
-    if alpha is not None:
+    if alpha is not None and ground is None:
+        rgb.putalpha(alpha)
+    elif alpha is not None:
         rgb = Image.composite(rgb, Image.new("RGB", image.size, ground), alpha)
     turned = _TURNS.get(_orientation(image))
     rgb = rgb if turned is None else rgb.transpose(turned)

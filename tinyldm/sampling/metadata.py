@@ -65,8 +65,11 @@ class InputImage:
             )
 
     def open(self) -> Image.Image:
-        """Open the image in RGB, with its EXIF orientation; DataError where it cannot be read."""
-        return open_image(self.file, LARGEST_INPUT)
+        """Open it upright; DataError where it cannot be read.
+
+        What is transparent stays so: of a mask that is black, of an image white.
+        """
+        return open_image(self.file, LARGEST_INPUT, ground=None)
 
 
 @dataclass(frozen=True)
