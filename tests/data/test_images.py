@@ -67,6 +67,19 @@ def saved(image, file, **options):
     return open_image(file, 8)
 
 
+def chunk(kind, data, crc=None):
+    crc = zlib.crc32(kind + data) if crc is None else crc
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+
+
+def png_of(width, bits, colour, row, transparent):
+    """A PNG of one row, with the chunk of what is transparent."""
+    head = struct.pack(">IIBBBBB", width, 1, bits, colour, 0, 0, 0)
+    chunks = chunk(b"IHDR", head) + chunk(b"tRNS", transparent)
+    chunks += chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    return io.BytesIO(b"\x89PNG\r\n\x1a\n" + chunks)
+
+
 def level(image):
     return np.asarray(image)[3, 3].astype(int)
 
@@ -138,6 +151,35 @@ def test_transparency_lies_on_white(tmp_path, mode, alpha, expected):
     assert abs(level(found) - on_white).max() <= 1
 
 
+@pytest.mark.parametrize("ground, clear", [("white", 255), ("black", 0)])
+@pytest.mark.parametrize(
+    "bits, levels, marked, expected",
+    [
+        (1, [0, 1], 1, [0, None]),
+        (2, [0, 1, 2, 3], 1, [0, None, 170, 255]),
+        (4, [0, 5, 10, 15], 5, [0, None, 170, 255]),
+        (8, [0, 5, 85, 255], 85, [0, 5, None, 255]),
+        (16, [0, 257, 514, 65535], 514, [0, 1, None, 255]),
+    ],
+)
+def test_a_transparent_level_of_any_depth(bits, levels, marked, expected, ground, clear):
+    row = sum(level << bits * i for i, level in enumerate(levels[::-1]))
+    row = (row << -bits * len(levels) % 8).to_bytes(-(-bits * len(levels) // 8), "big")
+    file = png_of(len(levels), bits, 0, row, struct.pack(">H", marked))
+    with Image.open(file) as image:
+        for _ in range(2):  # the second time it is loaded
+            found = np.asarray(as_rgb(image, ground))[0, :, 0]
+            assert found.tolist() == [clear if want is None else want for want in expected]
+
+
+def test_a_transparent_colour_of_16_bits():
+    """Its upper halves are told apart: Pillow reads no more of the pixels."""
+    row = struct.pack(">9H", *[0x1234] * 3, *[0x3456] * 3, *[0x1212] * 2, 0)
+    with Image.open(png_of(3, 16, 2, row, struct.pack(">3H", *[0x1234] * 3))) as image:
+        found = np.asarray(as_rgb(image))[0]
+    assert found.tolist() == [[255] * 3, [0x34] * 3, [0x12, 0x12, 0]]
+
+
 def bmp(pixels, side=8):
     """A BMP with a mask for alpha (BITMAPV4HEADER, BI_BITFIELDS), its rows from the bottom up."""
     data = b"".join(bytes([blue, green, red, alpha]) for red, green, blue, alpha in pixels)
@@ -170,15 +212,10 @@ def test_what_is_clear_in_a_mask_is_not_masked():
 # ------------------------------------------------------------------------------------------- notes
 
 
-def chunk(kind, data, crc=None):
-    crc = zlib.crc32(kind + data) if crc is None else crc
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
-
-
-def png_with(*chunks, colour=(200, 30, 90)):
+def png_with(*chunks, colour=(200, 30, 90), size=(8, 8)):
     """A PNG with these chunks before its pixels."""
     stream = io.BytesIO()
-    Image.new("RGB", (8, 8), colour).save(stream, "PNG")
+    Image.new("RGB", size, colour).save(stream, "PNG")
     data = stream.getvalue()
     return data[:33] + b"".join(chunks) + data[33:]
 
@@ -201,11 +238,32 @@ LONG = zlib.compress(bytes(2 * PngImagePlugin.MAX_TEXT_CHUNK))
         chunk(b"pHYs", b"\0"),
         chunk(b"prVt", bytes(100_000)),
         chunk(b"iCCP", b"name\0\0" + b"not compressed"),
+        chunk(b"iCCP", b"name\0\0" + LONG),
+        chunk(b"iCCP", b"name\0\x07" + zlib.compress(profile())),
+        chunk(b"iCCP", b"name\0\0" + zlib.compress(profile()), crc=1),
+        chunk(b"iCCP", b""),
+        chunk(b"gAMA", b"\0\0\xb1\x8f", crc=1),
+        chunk(b"cHRM", b"\0"),
+        chunk(b"sRGB", b""),
     ],
 )
 def test_a_good_png_with_bad_notes_is_read(tmp_path, note):
     (tmp_path / "a.png").write_bytes(png_with(note))
     assert level(open_image(tmp_path / "a.png", 8)).tolist() == [200, 30, 90]
+
+
+def test_a_bad_note_leaves_profile_and_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    good = [
+        chunk(b"iCCP", b"name\0\0" + zlib.compress(profile())),
+        chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")),
+    ]
+    data = png_with(chunk(b"tEXt", b"a\0b", crc=1), *good, size=(8, 12))
+    (tmp_path / "a.png").write_bytes(data)
+    found = open_image(tmp_path / "a.png", 8)
+    assert found.size == (12, 8)
+    assert abs(level(found) - in_srgb((200, 30, 90))).max() <= 3
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")

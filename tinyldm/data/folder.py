@@ -1,5 +1,6 @@
 """A folder of images as a data set: any sizes, captions from where they are usually kept."""
 
+import contextlib
 import csv
 import glob
 import io
@@ -22,7 +23,7 @@ FORMATS = {  # suffix of a file → a format that is read, whichever of these su
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF",
 }  # fmt: skip
 PNG = b"\x89PNG\r\n\x1a\n"  # what it begins with
-OF_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"iCCP")
+OF_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS")
 METADATA = ("metadata.jsonl", "metadata.csv")
 MOST_NAMED = 5  # problems in a message
 LONGEST_TEXT = 2**16  # bytes of a caption's file
@@ -143,8 +144,10 @@ def open_image(file: Path, side: int, ground: str | None = "white") -> Image.Ima
             with open(file, "rb") as stream:
                 if stream.read(8) != PNG:
                     raise
-                pixels = _without_notes(stream.read())
-            return _decoded(io.BytesIO(pixels), side, ground)
+                chunks = stream.read()
+        with contextlib.suppress(Exception):  # perhaps of these two, without which it is shown
+            return _decoded(_only(chunks, *OF_PIXELS, b"iCCP", b"eXIf"), side, ground)
+        return _decoded(_only(chunks, *OF_PIXELS), side, ground)
     except UnidentifiedImageError:
         reason = f"not an image in a format that is read ({kinds})"
     except OSError as error:
@@ -168,15 +171,15 @@ def _decoded(file, side, ground):
         return as_rgb(opened, ground)
 
 
-def _without_notes(chunks):
-    """Leave out of the chunks of a PNG all but those that its pixels are made of."""
+def _only(chunks, *kinds):
+    """Make a PNG of only these kinds of its chunks."""
     kept, at = [PNG], 0
     while at < len(chunks):
         end = at + 12 + int.from_bytes(chunks[at : at + 4], "big")
-        if chunks[at + 4 : at + 8] in OF_PIXELS:
+        if chunks[at + 4 : at + 8] in kinds:
             kept.append(chunks[at:end])
         at = end
-    return b"".join(kept)
+    return io.BytesIO(b"".join(kept))
 
 
 def _map_of(file, image, size):

@@ -70,6 +70,14 @@ def as_rgb(image: Image.Image, ground: str | None = "white") -> Image.Image:
 def _alpha(image):
     """Return how opaque each pixel is, mode "L", or None where all are."""
     marked = image.info.get("transparency")
+    if image.format == "PNG" and image.tile and marked is not None:
+        # Pillow brings the levels to 8 bits, but not the one marked; once loaded none can tell.
+        match image.tile[0].args:
+            case "L;2" | "L;4" as stored:
+                marked *= 85 if stored == "L;2" else 17
+            case "RGB;16B":
+                marked = tuple(level >> 8 for level in marked)
+        image.info["transparency"] = marked
     if image.mode.startswith("I") and isinstance(marked, int):  # this grey is transparent
         return Image.fromarray(255 * (np.asarray(image) != marked).astype(np.uint8))
     if not image.has_transparency_data:
