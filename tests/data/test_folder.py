@@ -344,24 +344,27 @@ def test_a_folder_that_is_called_like_an_image(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "says"),
     [
-        ("zero.png", b""),
-        ("text.png", b"this is no image\n"),
-        ("page.jpg", b"<!DOCTYPE html><title>404</title>"),
-        ("start.png", b"\x89PNG\r\n\x1a\n"),
-        ("start.gif", b"GIF89a"),
-        ("start.bmp", b"BM"),
-        ("start.webp", b"RIFF\x10\x00\x00\x00WEBPVP8 "),
-        ("start.jpg", b"\xff\xd8\xff\xe0"),
+        ("zero.png", b"", "an empty file"),
+        ("zero.jpg", b"", "an empty file"),
+        ("text.png", b"this is no image\n", "not an image in a format that is read"),
+        ("page.jpg", b"<!DOCTYPE html><title>404</title>", "not an image in a format"),
+        ("start.png", b"\x89PNG\r\n\x1a\n", "one that is cut off or damaged"),
+        ("head.png", b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR\0\0", "Truncated File Read"),
+        ("start.gif", b"GIF89a", "one that is cut off or damaged"),
+        ("start.bmp", b"BM", "not an image in a format"),
+        ("start.webp", b"RIFF\x10\x00\x00\x00WEBPVP8 ", "could not create decoder object"),
+        ("start.jpg", b"\xff\xd8\xff\xe0", "one that is cut off or damaged"),
     ],
 )
-def test_what_is_no_image_is_named(tmp_path, name, content):
+def test_what_is_no_image_is_named(tmp_path, name, content, says):
     save(solid("RGB", (1, 2, 3)), tmp_path / "a.png")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match="problems with .*; mend or remove them") as caught:
         load_folder(tmp_path, SIDE)
     one_line(caught, tmp_path / name)
+    assert says in str(caught.value)
 
 
 def encoded(suffix):
@@ -539,6 +542,18 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path):
         load_folder(tmp_path, SIDE)
 
 
+@pytest.mark.parametrize("name", ["a.txt", "metadata.jsonl", "metadata.csv"])
+def test_text_that_is_a_folder_or_a_dangling_link_is_named(tmp_path, name):
+    image_file(tmp_path / "a.png")
+    (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match=rf"{name}: expected a file of text, found something else"):
+        load_folder(tmp_path, SIDE)
+    (tmp_path / name).rmdir()
+    (tmp_path / name).symlink_to(tmp_path / "nothing")
+    with pytest.raises(DataError, match=rf"{name}: No such file"):
+        load_folder(tmp_path, SIDE)
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.txt", "metadata.jsonl", "metadata.csv"])
 def test_a_pipe_does_not_hang(tmp_path, name):
     image_file(tmp_path / ("b.png" if name == "a.png" else "a.png"))
@@ -547,12 +562,22 @@ def test_a_pipe_does_not_hang(tmp_path, name):
         load_folder(tmp_path, SIDE)
 
 
-def test_a_caption_is_a_short_file_of_text(tmp_path):
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.txt", "{}"),
+        ("metadata.csv", "file_name,text\na.png,{}\n"),
+        ("metadata.jsonl", '{{"file_name": "a.png", "text": "{}"}}'),
+    ],
+)
+def test_a_caption_is_short(tmp_path, name, content):
     image_file(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("x" * 2**16)
-    assert named(tmp_path)[0]["a.png"] == "x" * 2**16
-    (tmp_path / "a.txt").write_text("x" * (2**16 + 1))
-    with pytest.raises(DataError, match=r"a\.txt: expected a caption of at most 65,536 bytes"):
+    (tmp_path / name).write_text(content.format("é" * 2**15), "utf-8")
+    assert named(tmp_path)[0]["a.png"] == "é" * 2**15
+    (tmp_path / name).write_text(content.format("x" + "é" * 2**15), "utf-8")
+    with pytest.raises(
+        DataError, match=r"expected a caption of at most 65,536 bytes, found 65,537"
+    ):
         load_folder(tmp_path, SIDE)
 
 
@@ -573,31 +598,60 @@ def test_metadata_in_sub_folders_and_as_a_table(tmp_path):
     assert "2 from metadata.jsonl" in notes[0] and "3 from metadata.csv" in notes[0]
 
 
+ENTRY = '{"file_name": "a.png", "text": "A"}'
+
+
 @pytest.mark.parametrize(
-    "name, content",
+    "name, content, says",
     [
-        ("metadata.csv", "file_name,caption\na.png,A\n"),
-        ("metadata.csv", "a.png,A\n"),
-        ("metadata.csv", "file_name,text\nb.png,A\n"),
-        ("metadata.csv", "file_name,text\n../a.png,A\n"),
-        ("metadata.csv", "file_name,text\na.png\n"),
-        ("metadata.jsonl", "[" * 100_000),
-        ("metadata.jsonl", '{"file_name": "/etc/passwd", "text": "A"}'),
-        ("metadata.jsonl", '{"file_name": "sub/../../a.png", "text": "A"}'),
-        ("metadata.jsonl", '["a.png", "A"]'),
-        ("metadata.jsonl", '{"file_name": ["a.png"], "text": "A"}'),
+        ("metadata.csv", "file_name,caption\na.png,A\n", "line 1: expected columns file_name and"),
+        ("metadata.csv", "a.png,A\n", "line 1: expected columns file_name and text, once each"),
+        ("metadata.csv", "file_name;text\na.png;A\n", "line 1: expected columns"),
+        ("metadata.csv", "text,file_name,text\nA,a.png,B\n", "line 1: expected columns"),
+        ("metadata.csv", "file_name,text\nb.png,A\n", "line 2: there is no image 'b.png'"),
+        ("metadata.csv", "file_name,text\n../a.png,A\n", "line 2: there is no image '../a.png'"),
+        ("metadata.csv", "file_name,text\n\na.png\n", "line 3: expected 2 columns, found 1"),
+        ("metadata.csv", "file_name,text\na.png,a cat, on a mat\n",
+         "line 2: expected 2 columns, found 3: 'a.png,a cat, on a mat'; quote commas"),
+        ("metadata.csv", "file_name,text,other\na.png,A\n", "line 2: expected 3 columns, found 2"),
+        ("metadata.csv", 'file_name,text\na.png,"a cat\na.png,a dog\n',
+         "line 2: expected CSV, found one that breaks off (unexpected end of data)"),
+        ("metadata.csv", 'file_name,text\na.png,"a cat\na.png,"a dog"\n', "line 2: expected CSV"),
+        ("metadata.csv", "file_name,text\na.png,A\na.png,B\n", "line 3: a second text for 'a.png'"),
+        ("metadata.jsonl", f"{ENTRY}\n{ENTRY.replace('A', 'B')}", "line 2: a second text"),
+        ("metadata.jsonl", ENTRY.replace("}", ', "text": "B"}'), "(the key 'text' occurs twice)"),
+        ("metadata.jsonl", "[" * 100_000, "line 1: expected"),
+        ("metadata.jsonl", '{"file_name": "/etc/passwd", "text": "A"}', "line 1: there is no"),
+        ("metadata.jsonl", '{"file_name": "sub/../../a.png", "text": "A"}', "line 1: there is no"),
+        ("metadata.jsonl", '["a.png", "A"]', "line 1: expected"),
+        ("metadata.jsonl", '{"file_name": ["a.png"], "text": "A"}', "line 1: expected"),
     ],
-)
-def test_a_bad_line_of_metadata_is_named(tmp_path, name, content):
+)  # fmt: skip
+def test_a_bad_line_of_metadata_is_named(tmp_path, name, content, says):
     folder = tmp_path / "shelf"
     image_file(folder / "a.png")
     image_file(tmp_path / "a.png")
     (folder / name).write_text(content)
-    if name.endswith(".csv") and not content.startswith("file_name"):
-        assert named(folder)[0] == {"a.png": ""}  # a table of no lines
-        return
-    with pytest.raises(DataError, match=f"{name}: line [12]: "):
+    with pytest.raises(DataError) as caught:
         load_folder(folder, SIDE)
+    one_line(caught, folder / name)
+    problem = str(caught.value).splitlines()[-1]
+    assert says in problem and len(problem) < 500
+
+
+def test_an_image_has_one_text_however_often_it_is_told(tmp_path):
+    """Nearer files count; those of one folder must agree."""
+    image_file(tmp_path / "deep" / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "deep/a.png", "text": "far"}')
+    (tmp_path / "deep" / "metadata.jsonl").write_text(f"{ENTRY}\n{ENTRY}\n")
+    table = tmp_path / "deep" / "metadata.csv"
+    table.write_text("file_name,text\n\na.png,A\n")
+    assert named(tmp_path)[0] == {"deep/a.png": "A"}
+    table.write_text("file_name,text\na.png,B\n")
+    with pytest.raises(DataError, match="jsonl: line 1: a second text for 'deep/a.png'; keep one"):
+        load_folder(tmp_path, SIDE)
+    table.write_text("")  # no line
+    assert named(tmp_path)[0] == {"deep/a.png": "A"}
 
 
 COMPOSED, DECOMPOSED = "caf\u00e9.png", "cafe\u0301.png"
@@ -611,6 +665,18 @@ def test_names_are_found_in_either_normal_form(tmp_path, on_disk, listed):
     assert named(tmp_path)[0] == {on_disk: "a café"}
     image_file(tmp_path / listed)  # now both are there, and each is itself
     assert named(tmp_path)[0] == {listed: "a café", on_disk: ""}
+
+
+@pytest.mark.parametrize("image, other", [(COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)])
+def test_texts_and_maps_are_found_in_either_normal_form(tmp_path, image, other):
+    image_file(tmp_path / image)
+    (tmp_path / other).with_suffix(".txt").write_text("a café")
+    layout = solid("RGB", (9, 9, 9))
+    save(layout, (tmp_path / other).with_suffix(".map.png"))
+    data = load_folder(tmp_path, SIDE, maps=True)
+    assert data.captions == ["a café"] and (data.maps == 9).all()
+    (tmp_path / image).with_suffix(".txt").write_text("its own")
+    assert load_folder(tmp_path, SIDE, maps=True).captions == ["its own"]
 
 
 @pytest.mark.parametrize(

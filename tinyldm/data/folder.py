@@ -5,6 +5,7 @@ import csv
 import glob
 import io
 import json
+import os
 import posixpath
 import unicodedata
 import warnings
@@ -16,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from tinyldm.data.dataset import DataError, Dataset
 from tinyldm.data.images import as_rgb, both_sides, fitted
-from tinyldm.files import is_regular, shown
+from tinyldm.files import is_regular, shown, without_doubles
 from tinyldm.threads import map_threads
 
 FORMATS = {  # suffix of a file → a format that is read, whichever of these suffixes it has
@@ -24,9 +25,12 @@ FORMATS = {  # suffix of a file → a format that is read, whichever of these su
 }  # fmt: skip
 PNG = b"\x89PNG\r\n\x1a\n"  # what it begins with
 OF_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS")
+BEGUN = (PNG[:4], b"\xff\xd8\xff", b"GIF8")  # so no other files begin
 METADATA = ("metadata.jsonl", "metadata.csv")
+COLUMNS = ("file_name", "text")  # of metadata
 MOST_NAMED = 5  # problems in a message
-LONGEST_TEXT = 2**16  # bytes of a caption's file
+LONGEST_TEXT = 2**16  # bytes of a caption
+TOO_LONG = f"expected a caption of at most {LONGEST_TEXT:,} bytes, found {{:,}}"
 MAP = ".map"  # at the end of the name of an image's layout map
 MOST_PIXELS = 64_000_000  # of one image; a larger one is a mistake, or meant to fill the memory
 
@@ -120,7 +124,7 @@ def files_below(folder: Path) -> list[Path]:
             for path in sorted(current.iterdir()):
                 if path.name.startswith("."):
                     continue
-                if path.is_dir():
+                if path.is_dir() and path.name not in METADATA:  # that is told where it is read
                     (links if path.is_symlink() else folders).append(path)
                 else:
                     found.append(path)
@@ -149,7 +153,13 @@ def open_image(file: Path, side: int, ground: str | None = "white") -> Image.Ima
             return _decoded(_only(chunks, *OF_PIXELS, b"iCCP", b"eXIf"), side, ground)
         return _decoded(_only(chunks, *OF_PIXELS), side, ground)
     except UnidentifiedImageError:
-        reason = f"not an image in a format that is read ({kinds})"
+        with open(file, "rb") as stream:
+            start = stream.read(4)
+        if start and not start.startswith(BEGUN):
+            reason = f"not an image in a format that is read ({kinds})"
+        else:
+            found = "one that is cut off or damaged" if start else "an empty file"
+            reason = f"expected an image, found {found}"
     except OSError as error:
         reason = error.strerror or str(error)
     except Exception as error:  # decoders of damaged bytes raise whatever they stumble over
@@ -183,7 +193,11 @@ def _only(chunks, *kinds):
 
 
 def _map_of(file, image, size):
-    found = sorted(file.parent.glob(f"{glob.escape(file.stem)}{MAP}.*"))
+    found = [
+        layout
+        for stem in _spellings(file.stem)
+        for layout in sorted(file.parent.glob(f"{glob.escape(stem)}{MAP}.*"))
+    ]
     found = [layout for layout in found if layout.suffix.lower() in FORMATS]
     if not found:
         raise DataError(
@@ -228,23 +242,31 @@ def _caption(file, folder, listed):
     name = file.relative_to(folder).as_posix()
     if name in listed:
         return listed[name]
-    text = file.with_suffix(".txt")
-    if text.exists():
-        if text.stat().st_size > LONGEST_TEXT:
-            raise DataError(
-                f"{shown(text)}: expected a caption of at most {LONGEST_TEXT:,} bytes, found "
-                f"{text.stat().st_size:,}"
-            )
-        return _read_text(text).strip(), "from .txt files"
+    for stem in _spellings(file.stem):
+        text = file.with_name(f"{stem}.txt")
+        if os.path.lexists(text):  # or a link that leads nowhere
+            return read_text(text, LONGEST_TEXT).strip(), "from .txt files"
     if file.parent == folder:
         return "", "images without one"
     return file.parent.name.replace("_", " "), "from the name of a sub-folder"
 
 
-def _read_text(file):
+def _spellings(stem):
+    """Return a name as it is, then composed and decomposed: file systems differ in that."""
+    forms = [unicodedata.normalize(form, stem) for form in ("NFC", "NFD")]
+    return dict.fromkeys([stem, *forms])
+
+
+def read_text(file: Path, most: int | None = None) -> str:
+    """Read a file of text in UTF-8, a caption of at most so many bytes, if they are limited.
+
+    DataError says in one line why it cannot be read.
+    """
     try:
         if not is_regular(file):
             raise DataError(f"{shown(file)}: expected a file of text, found something else")
+        if most is not None and file.stat().st_size > most:
+            raise DataError(f"{shown(file)}: {TOO_LONG.format(file.stat().st_size)}")
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{shown(file)}: expected text in UTF-8 ({error})") from None
@@ -259,42 +281,56 @@ def _read_metadata(folder, images, files):
     """
     names = [image.relative_to(folder).as_posix() for image in images]
     known = {unicodedata.normalize("NFC", name): name for name in names} | {n: n for n in names}
-    listed, damaged = {}, []
-    for file in sorted(files, key=lambda file: (len(file.parts), METADATA[::-1].index(file.name))):
+    listed, damaged, here = {}, [], {}
+    for file in sorted(files, key=lambda file: len(file.parts)):
         entries = _csv_lines if file.suffix == ".csv" else _json_lines
-        for number, entry, line in entries(_read_text(file)):
+        for number, entry, problem in entries(read_text(file)):
             where = f"{shown(file)}: line {number}"
-            name, text = (entry.get(key) for key in ("file_name", "text"))
+            name, text = (entry.get(key) for key in COLUMNS)
             if not isinstance(name, str) or not isinstance(text, str):
-                damaged.append(
-                    f'{where}: expected {{"file_name": …, "text": …}}, found {shown(line)!r}'
-                )
+                damaged.append(f"{where}: {problem}")
                 continue
             name = posixpath.normpath((file.parent.relative_to(folder) / name).as_posix())
             image = known.get(name, known.get(unicodedata.normalize("NFC", name)))
             if image is None:
-                damaged.append(f"{where}: there is no image {shown(name)!r}")
+                damaged.append(f"{where}: there is no image {shown(name)!r:.200}")
+            elif (size := len(text.encode("utf-8", "surrogatepass"))) > LONGEST_TEXT:
+                damaged.append(f"{where}: {TOO_LONG.format(size)}")
+            elif here.setdefault((file.parent, image), text) != text:
+                damaged.append(f"{where}: a second text for {shown(name)!r:.200}; keep one")
             else:
                 listed[image] = text, f"from {file.name}"
     return listed, damaged
 
 
 def _json_lines(text):
-    """Yield (number, content, the line) of lines of JSON; content is {} where it is no object."""
+    """Yield (number, content, what to say if it is not two texts) of lines of JSON."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
+            problem = f'expected {{"file_name": …, "text": …}}, found {shown(line)!r:.200}'
             try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                entry = None
-            yield number, entry if isinstance(entry, dict) else {}, line
+                entry = json.loads(line, object_pairs_hook=without_doubles)
+            except (ValueError, RecursionError) as error:
+                entry, problem = None, f"{problem} ({shown(error)})"
+            yield number, entry if isinstance(entry, dict) else {}, problem
 
 
 def _csv_lines(text):
     """Yield the same of a table whose first line names the columns."""
-    rows = csv.DictReader(io.StringIO(text, newline=""))
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    names, number = None, 1
     try:
         for row in rows:
-            yield rows.line_num, row, ",".join(map(str, row.values()))
+            line = f"{shown(','.join(row))!r:.200}"
+            if names is None and not all(row.count(name) == 1 for name in COLUMNS):
+                yield number, {}, f"expected columns file_name and text, once each, found {line}"
+                return
+            if names is None:
+                names = row
+            elif row:  # else the line is empty
+                problem = f"expected {len(names)} columns, found {len(row)}: {line}; quote commas"
+                alike = len(row) == len(names)
+                yield number, dict(zip(names, row, strict=True)) if alike else {}, problem
+            number = rows.line_num + 1
     except csv.Error as error:
-        yield rows.line_num, {}, str(error)
+        yield number, {}, f"expected CSV, found one that breaks off ({error}); is a quote open?"
