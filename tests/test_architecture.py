@@ -40,7 +40,7 @@ ASK_FOR_THE_LIBRARY = """
     diffusion.schedule diffusion.loss diffusion.samplers diffusion.guidance
     sampling.init_image sampling.tiling sampling.pipeline evaluation.likelihood
     training.networks training.latents training.codebook training.adversarial
-    training.snapshots training.stages training.step testing.gradcheck
+    training.snapshots training.stages training.step
 """.split()
 
 LONGEST = 350  # lines

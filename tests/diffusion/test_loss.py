@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tinyldm.diffusion.loss import WEIGHTINGS, diffusion_loss, min_snr, variational
 from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
 from tinyldm.nn import functional as F
+from tinyldm.nn.protocol import add_grad
 
 every_weighting = pytest.mark.parametrize("name", WEIGHTINGS)
 
@@ -151,17 +152,19 @@ def test_gradient_through_a_network(prediction, name, seed):
             time = t.reshape(-1, 1, 1, 1) / 1000
 
             def backward(dy, grads):
-                _, grads["w"], grads["b"] = linear_back(dy)
-                grads["slope"] = (dy * time).sum((0, 1, 2))
+                _, dw, db = linear_back(dy)
+                for name, gradient in (("w", dw), ("b", db), ("slope", (dy * time).sum((0, 1, 2)))):
+                    add_grad(grads, name, gradient)
 
             return y + params["slope"] * time, backward
 
         loss, loss_back = diffusion_loss(predict, schedule, x0, noise, t, WEIGHTINGS[name])
 
         def backward(dloss, grads):
-            loss_back(grads)
-            for dw in grads.values():
-                dw *= dloss
+            found = {}
+            loss_back(found)
+            for name, dw in found.items():
+                add_grad(grads, name, dloss * dw)
 
         return loss, backward
 

@@ -11,6 +11,7 @@ from strategies import (
     EVERYTHING,
     LOSSES,
     NATURAL,
+    method_for,
     random_array,
     seeds,
     sizes,
@@ -34,7 +35,7 @@ def test_equals_its_loop_reference(name, data):
 @given(data=st.data())
 def test_gradients(name, data):
     call = data.draw(EVERYTHING[name])
-    check(call, call.arrays(), tol=1e-12)
+    check(call, call.arrays(), tol=1e-12, method=method_for(name))
 
 
 @pytest.mark.parametrize("call", NATURAL, ids=lambda call: f"{call.function.__name__}-{call.seed}")

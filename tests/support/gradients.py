@@ -3,6 +3,7 @@
 from collections import Counter
 
 from tinyldm.backend import array_module
+from tinyldm.nn.protocol import add_grad
 from tinyldm.testing import check_gradients
 from tinyldm.training.adversarial import OF_ADVERSARIAL, OF_ERROR
 
@@ -17,7 +18,7 @@ def check(f, inputs, params=None, **options):
     counts["checks"] += 1
 
 
-def check_loss(loss_fn, params, frozen, batch):
+def check_loss(loss_fn, params, frozen, batch, **options):
     """The gradients of `params` that a loss of training gives; of `frozen` there must be none.
 
     Its backward pass takes `grads` alone, and may leave numbers there that are no parameter's.
@@ -31,12 +32,13 @@ def check_loss(loss_fn, params, frozen, batch):
             loss_back(found)
             for name in (OF_ERROR, OF_ADVERSARIAL):
                 found.pop(name, None)
-            grads |= {name: dloss * dw for name, dw in found.items()}
+            for name, dw in found.items():
+                add_grad(grads, name, dloss * dw)
             return ()
 
         return loss, backward
 
-    check(call, (), params)
+    check(call, (), params, **options)
 
 
 def joined(f):

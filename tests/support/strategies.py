@@ -305,6 +305,15 @@ FUNCTIONS = {
 EVERYTHING = FUNCTIONS | LOSSES
 
 
+def method_for(name):
+    """How the gradient of a function is checked.
+
+    Where gradients are stopped, or passed straight through, they are no derivatives, but what the
+    complex step is made to say: see `nn.quantize`.
+    """
+    return "complex" if name in ("straight_through", "codebook_loss") else "auto"
+
+
 # One call of each function at the sizes of a small U-Net.
 NATURAL = [
     Call(F.linear, {"x": (2, 64, 96), "w": (128, 96), "b": (128,)}, 0),

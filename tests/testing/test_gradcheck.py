@@ -1,6 +1,7 @@
 """The checker of gradients, checked: it sees every kind of fault and does not cry wolf."""
 
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -10,9 +11,8 @@ from strategies import seeds
 
 from tinyldm.nn.activations import silu
 from tinyldm.nn.layers import Linear
-from tinyldm.nn.norms import layer_norm
 from tinyldm.nn.protocol import add_grad
-from tinyldm.testing import GradientError, check_gradients
+from tinyldm.testing import GradientError, Undecided, check_gradients
 
 
 def product(x, y):
@@ -80,6 +80,29 @@ def test_everything_is_done_in_float64(x):
     assert check_gradients(product, [x.astype("float32"), x], tol=1e-13) == 2
 
 
+@pytest.mark.parametrize("factor", [1, 1.01])
+def test_what_knows_float32_alone_is_checked_in_it(x, factor):
+    """By differences with error bars: a kernel may round, or refuse float64."""
+
+    def rounds(x):
+        y = np.tanh(x.astype("float32"))
+        return y, lambda dy: factor * dy * (1 - y * y)
+
+    def refuses(x):
+        if x.dtype != "float32":
+            raise TypeError(x.dtype)
+        return rounds(x)
+
+    for f in (rounds, refuses):
+        verdict = pytest.raises(GradientError, match="by 1.01") if factor != 1 else nullcontext()
+        with verdict:
+            assert check_gradients(f, x.astype("float32")) == 1
+    with pytest.raises(TypeError):
+        check_gradients(refuses, x)
+    with pytest.raises(GradientError, match="output y: float64 inputs must give float64"):
+        check_gradients(rounds, x)
+
+
 def test_inputs_without_a_gradient_are_passed_through(x):
     ids = np.array([2, 0])
     chosen = np.array([True, False])
@@ -120,40 +143,165 @@ def test_the_seed_may_be_a_generator(x):
 # ---------------------------------------------------------------------------- what the message says
 
 
-def test_the_message_names_the_tensor_and_both_numbers(x, params):
-    doubled = change(product, lambda gradients: (gradients[0], 2 * gradients[1]))
+def test_the_message_names_the_tensor_both_numbers_and_the_cause(x):
+    def doubled(x, y):
+        return x * y, lambda dz: (y * dz, 2 * x * dz)
+
     with pytest.raises(GradientError) as error:
         check_gradients(doubled, [x, x + 2])
-    found = re.match(
-        r"input 1: derivative along a random direction is (\S+), the backward pass says (\S+) "
-        r"\(mismatch (\S+) of the terms, tol 1e-10\)",
-        str(error.value),
-    )
-    right, ours, _ = map(float, found.groups())
-    assert ours == pytest.approx(2 * right, rel=1e-12)
+    message = str(error.value)
+    assert message.startswith("y: wrong gradient\n")
+    numeric = float(re.search(r"\(complex step\): (\S+),", message)[1])
+    assert float(re.search(r"backward pass: (\S+), ratio 2\n", message)[1]) == 2 * numeric
+    assert "wrong: 12 of 12 entries" in message
+    assert "likely cause: it is multiplied by 2" in message
+    assert message.endswith("right: 1 other of 2 tensors")
+    assert max(map(len, message.splitlines())) <= 80
 
+
+def test_the_worst_entry_is_shown_with_both_values(x):
+    def spoilt(x):
+        def backward(dy):
+            dx = 2 * x * dy
+            dx[1, 2] += 7.5
+            return dx
+
+        return x * x, backward
+
+    with pytest.raises(GradientError) as error:
+        check_gradients(spoilt, x)
+    at, numeric, ours = re.search(
+        r"worst entry x(\[\d, \d\]): (\S+), backward pass ([^\s,]+)", str(error.value)
+    ).groups()
+    assert at == "[1, 2]" and float(ours) - float(numeric) == pytest.approx(7.5)
+    assert "wrong: 1 of 12 entries" in str(error.value)
+
+
+def test_all_wrong_tensors_are_named(x, params):
     def wrong(params, x):
         y, backward = scaled(params, x)
 
         def wrong_back(dy, grads):
-            dx = backward(dy, grads)
-            grads["w"] = -grads["w"]
-            return dx
+            own = {}
+            dx = backward(dy, own)
+            add_grad(grads, "w", -own["w"])
+            add_grad(grads, "b", own["b"])
+            return 5 * dx
 
         return y, wrong_back
 
-    with pytest.raises(GradientError, match=r"^w: derivative along a random direction is"):
+    with pytest.raises(GradientError) as error:
         check_gradients(wrong, x, params)
+    causes = re.findall(
+        r"^(\w+): wrong.*?cause: it is multiplied by (\S+)", str(error.value), re.M | re.S
+    )
+    assert causes == [("x", "5"), ("w", "−1")]
+
+
+def test_the_source_of_the_checker_is_not_in_the_traceback(x):
+    with pytest.raises(GradientError) as error:
+        check_gradients(change(product, lambda g: (g[0], 2 * g[1])), [x, x])
+    files = [entry.path.name for entry in error.traceback]
+    assert files == ["test_gradcheck.py", "gradcheck.py"] and error.traceback[1].ishidden(error)
+
+
+# ------------------------------------------------------------------------------ forms of a function
+
+
+def test_plain_functions_with_a_vjp(x):
+    w = np.random.default_rng(1).normal(size=(4, 2))
+
+    def vjp(inputs, dy):
+        x, w = inputs
+        return dy @ w.T, x.T @ dy
+
+    assert check_gradients(lambda x, w: x @ w, [x, w], vjp=vjp) == 2
+    with pytest.raises(GradientError, match="w: wrong gradient"):
+        check_gradients(
+            lambda x, w: x @ w, [x, w], vjp=lambda i, dy: (vjp(i, dy)[0], -vjp(i, dy)[1])
+        )
+    assert check_gradients(np.sin, x, vjp=lambda x, dy: np.cos(x) * dy) == 1
+
+
+def test_nested_inputs_and_outputs(x):
+    def f(given, factor, flag, nothing, ids):
+        assert flag is True and nothing is None and ids == [1, "text"]
+        a, (b, c) = given["a"], given["rest"]
+        y = {"sum": a + c, "parts": (a * b, [b.sum() * factor]), "count": 3}
+
+        def backward(dy):
+            dab, (df,) = dy["parts"]
+            assert dy["count"] is None
+            da = dy["sum"] + dab * b
+            rest = [dab * a + df * factor, dy["sum"].copy()]
+            return {"a": da, "rest": rest}, df * b.sum(), None, None, None
+
+        return y, backward
+
+    given = {"a": x, "rest": (x + 1, x - 1)}
+    assert check_gradients(f, [given, 2.5, True, None, [1, "text"]]) == 4
+
+    def g(*inputs):
+        y, backward = f(*inputs)
+
+        def wrong(dy):
+            gradients = backward(dy)
+            gradients[0]["rest"][1] *= 2
+            return gradients
+
+        return y, wrong
+
+    with pytest.raises(GradientError, match=r"^input 0\['rest'\]\[1\]: wrong gradient"):
+        check_gradients(g, [given, 2.5, True, None, [1, "text"]])
+
+
+def test_numbers_and_lists_of_gradients():
+    def f(a, b):
+        return a * b, lambda d: [d * b, d * a]
+
+    assert check_gradients(f, [2.0, 3.0]) == 2
+    with pytest.raises(GradientError, match="a: wrong gradient"):
+        check_gradients(lambda a, b: (a * b, lambda d: [2 * d * b, d * a]), [2.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: np.zeros((0, 3)), lambda x: np.array(2.0), lambda x: np.asfortranarray(x),
+        lambda x: np.tile(x, (2, 2))[::2, 1::2], lambda x: np.broadcast_to(x, (2, 3, 4)),
+        lambda x: np.frombuffer(x.tobytes()),
+    ],
+    ids=["empty", "0-d", "Fortran", "strided", "broadcast", "read-only"],
+)  # fmt: skip
+def test_arrays_of_any_layout(x, make):
+    given = make(x)
+    assert check_gradients(lambda x: (x * x, lambda dy: 2 * x * dy), given) == 1
+    if given.size:
+        with pytest.raises(GradientError, match="by −1"):
+            check_gradients(lambda x: (x * x, lambda dy: -2 * x * dy), given)
+
+
+def test_what_is_no_use_of_it(x):
+    with pytest.raises(
+        ValueError, match="method: expected one of auto, complex, central, found 'complx'"
+    ):
+        check_gradients(product, [x, x], method="complx")
+    with pytest.raises(TypeError, match="expected f to return .y, backward., or vjp"):
+        check_gradients(lambda x: 2 * x, x)
+    with pytest.raises(ValueError, match="with vjp, give the parameters among the inputs"):
+        check_gradients(scaled, x, {"w": x}, vjp=lambda i, dy: dy)
 
 
 # ----------------------------------------------------------------------------- what is not accepted
 
 
 def test_a_missing_gradient(x):
-    message = "inputs: 2 of them have a gradient, backward returned 1"
-    for dropped in (lambda g: g[0], lambda g: (g[0], None), lambda g: g[:1]):
+    message = r"inputs: expected 2 gradients \(input 0, input 1\), backward returned 1"
+    for dropped in (lambda g: g[0], lambda g: g[:1]):
         with pytest.raises(GradientError, match=message):
             check_gradients(change(product, dropped), [x, x])
+    with pytest.raises(GradientError, match="input 1: got no gradient"):
+        check_gradients(change(product, lambda g: (g[0], None)), [x, x])
 
     layer = Linear("a", 4, 2)
     biased = layer.init(np.random.default_rng(0)) | {"c": np.ones(2)}
@@ -162,7 +310,7 @@ def test_a_missing_gradient(x):
 
 
 def test_an_extra_gradient(x, params):
-    with pytest.raises(GradientError, match="2 of them have a gradient, backward returned 3"):
+    with pytest.raises(GradientError, match="backward returned 3"):
         check_gradients(change(product, lambda g: (*g, x)), [x, x])
 
     def inventive(params, x):
@@ -199,7 +347,7 @@ def test_an_output_of_another_dtype(x):
     def lossy(x):
         return x.astype("float32"), lambda dy: dy
 
-    with pytest.raises(GradientError, match="output: float64 inputs must give float64"):
+    with pytest.raises(GradientError, match="output y: float64 inputs must give float64"):
         check_gradients(lossy, x)
 
 
@@ -227,8 +375,8 @@ def test_writing_into_an_input_a_parameter_or_dy(x, params):
         params["b"] += 1
         return y, backward
 
-    for eater, victim in [(eats_input, 0), (eats_input_later, 0)]:
-        with pytest.raises(GradientError, match=f"input {victim}: the function wrote into it"):
+    for eater in (eats_input, eats_input_later):
+        with pytest.raises(GradientError, match="x: the function wrote into it"):
             check_gradients(eater, x.copy())
     with pytest.raises(GradientError, match="dy: the function wrote into it"):
         check_gradients(eats_dy, x)
@@ -236,45 +384,138 @@ def test_writing_into_an_input_a_parameter_or_dy(x, params):
         check_gradients(eats_params, x, params)
 
 
-def test_a_function_that_loses_the_imaginary_part(x):
-    def absolute(x):
-        return np.abs(x), lambda dy: dy * np.sign(x)
+LOSSY = {  # the imaginary part is lost, in all or in one of two terms
+    "absolute": lambda x: (np.abs(x), lambda dy: dy * np.sign(x)),
+    "in one term": lambda x: (x + np.abs(x), lambda dy: dy * (1 + np.sign(x))),
+    "product": lambda x: (x * np.abs(x), lambda dy: 2 * dy * np.abs(x)),
+    "variance": lambda x: (
+        np.var(x, keepdims=True), lambda dy: dy * 2 * (x - x.mean()) / x.size),
+    "norm": lambda x: (
+        x / np.linalg.norm(x),
+        lambda dy: (dy - x * (dy * x).sum() / (x * x).sum()) / np.linalg.norm(x)),
+    "deviation": lambda x: (x.std(), lambda dy: dy * (x - x.mean()) / (x.size * x.std())),
+}  # fmt: skip
 
-    def halved(x):  # the imaginary part is lost in one of two terms
-        return x + np.abs(x), lambda dy: dy * (1 + np.sign(x))
 
-    def variance(x):
-        return np.var(x, keepdims=True), lambda dy: dy * 2 * (x - x.mean()) / x.size
+@pytest.mark.parametrize("name", LOSSY)
+def test_a_function_that_loses_the_imaginary_part(x, name):
+    f = LOSSY[name]
+    assert check_gradients(f, x) == 1
+    assert check_gradients(f, x, method="central", tol=1e-8) == 1
+    with pytest.raises(GradientError):
+        check_gradients(f, x, method="complex")
+    with pytest.raises(GradientError, match="by ½"):
+        check_gradients(lambda x: (f(x)[0], lambda dy: f(x)[1](dy) / 2), x)
 
-    def standardised(x):
-        y, backward = layer_norm(x.reshape(1, -1), np.ones(x.size), np.zeros(x.size), 0.0)
-        y = ((x - x.mean()) / np.std(x)).reshape(1, -1)
-        return y, lambda dy: backward(dy)[0].reshape(x.shape)
 
-    for lost in (absolute, variance):
-        with pytest.raises(GradientError, match="input 0: the function turned complex numbers"):
-            check_gradients(lost, x)
-    for lost in (halved, standardised):
-        with pytest.raises(GradientError, match="input 0: derivative along a random direction"):
-            check_gradients(lost, x)
-    # The gradients were right: a difference, which does not need complex numbers, says so.
-    for right in (absolute, halved, variance, standardised):
-        assert check_gradients(right, x, method="central", tol=1e-8) == 1
+def test_a_wrong_gradient_that_the_complex_step_would_pass(x):
+    """The derivative of x |x| is 2 |x|; by the complex step, which loses that of |x|, it is |x|."""
+
+    def wrong(x):
+        return x * np.abs(x), lambda dy: dy * np.abs(x)
+
+    assert check_gradients(wrong, x, method="complex") == 1
+    with pytest.raises(GradientError, match="x: wrong gradient"):
+        check_gradients(wrong, x)
 
 
 def test_central_differences_see_faults_too(x):
     def wrong(x):
         return np.abs(x), lambda dy: dy * np.sign(x) * 1.001
 
-    with pytest.raises(GradientError, match="input 0"):
+    with pytest.raises(GradientError, match="x: wrong"):
         check_gradients(wrong, x, method="central", tol=1e-6)
 
 
-def test_nan_is_not_a_gradient(x):
+@pytest.mark.parametrize("slope", [-1, -0.3, 0, 1])
+def test_at_a_kink_all_between_both_sides_is_right(slope):
+    x = np.array([0.0, 1, -1, 2])
+
+    def absolute(x, slope):
+        return np.abs(x), lambda dy: dy * np.where(x == 0, slope, np.sign(x))
+
+    assert check_gradients(lambda x: absolute(x, slope), x) == 1
+    with pytest.raises(GradientError, match="lies outside of both sides|wrong: 1 of 4"):
+        check_gradients(lambda x: absolute(x, 3), x)
+
+
+def test_what_cannot_be_told_is_said(x):
+    def noisy(x):
+        return x + 0.01 * np.sin(1e9 * x), lambda dy: dy.copy()
+
+    def nowhere(x):
+        return np.where(x == given, x, np.nan) + 0 * np.abs(x), lambda dy: dy.copy()
+
+    given = x
+    for f, why in ((noisy, "a kink is near|rounding"), (nowhere, "no step along it gives")):
+        with pytest.raises(Undecided, match=f"cannot tell(.|\n)*{why}"):
+            check_gradients(f, x, method="central")
+
+
+def test_large_constants_and_infinity_in_the_output_hide_nothing():
+    mask, x = np.array([True, False, True, True]), np.ones(4)
+    for hidden in (-np.inf, -1e15):
+
+        def f(x, factor, hidden=hidden):
+            return np.where(mask, 3 * x, hidden), lambda dy: np.where(mask, factor * dy, 0)
+
+        assert check_gradients(lambda x, f=f: f(x, 3), x) == 1
+        with pytest.raises(GradientError, match="by 1.33333"):
+            check_gradients(lambda x, f=f: f(x, 4), x)
+
+
+def test_a_small_gradient_beside_a_large_one_is_checked_as_well(x):
+    def f(a, b):
+        return 1e14 * a + b, lambda dy: (1e14 * dy, 2 * dy)
+
+    with pytest.raises(GradientError, match="b: wrong gradient"):
+        check_gradients(f, [x, x])
+
+
+def test_random_functions_and_what_a_last_call_left_behind(x):
+    rng, last = np.random.default_rng(0), {}
+
+    def drawn(x):
+        return x * rng.normal(), lambda dy: dy
+
+    def drawn_in_backward(x):
+        return x * 2.0, lambda dy: dy * (2 + rng.normal())
+
+    def stale(x):
+        last["x"] = x
+        return x * x, lambda dy: 2 * last["x"] * dy
+
+    with pytest.raises(GradientError, match="two calls with the same inputs give two results"):
+        check_gradients(drawn, x)
+    for f in (drawn_in_backward, stale):
+        with pytest.raises(GradientError, match="what the last call has left behind"):
+            check_gradients(lambda x, f=f: f(x), x)
+
+
+def test_a_layer_that_overwrites_grads(x, params):
+    def overwrites(params, x):
+        def backward(dy, grads):
+            grads["w"], grads["b"] = dy * x, dy.copy()
+            return dy * params["w"]
+
+        return params["w"] * x + params["b"], backward
+
+    with pytest.raises(GradientError, match="overwrites what grads holds"):
+        check_gradients(overwrites, x, params)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_numbers_that_are_not_finite(x):
     for spoil in (np.nan, np.inf):
         spoiled = change(product, lambda g, spoil=spoil: (g[0] + spoil, g[1]))
-        with pytest.raises(GradientError, match="input 0"), np.errstate(invalid="ignore"):
+        with pytest.raises(GradientError, match=r"input 0: entry \(0, 0\) of its gradient is"):
             check_gradients(spoiled, [x, x])
+        bad = x.copy()
+        bad[1, 2] = spoil
+        with pytest.raises(GradientError, match=rf"y: entry \(1, 2\) is {spoil}"):
+            check_gradients(product, [x, bad])
+    with pytest.raises(GradientError, match=r"output y: entry \(0, 1\) is nan"):
+        check_gradients(lambda x: (x + np.array([0, np.nan, 0, 0]), lambda dy: dy), x)
 
 
 @pytest.mark.parametrize("seed", mostly_slow(range(20), 0, 1, 2))
@@ -294,5 +535,5 @@ def test_one_entry_of_a_million_that_is_one_percent_wrong(seed):
 
     assert check_gradients(lambda x: square(x, 1), x, rng=seed) == 1
     for factor in (1.01, 0.99):
-        with pytest.raises(GradientError, match="input 0: derivative along a random direction"):
+        with pytest.raises(GradientError, match="x: wrong gradient"):
             check_gradients(lambda x, factor=factor: square(x, factor), x, rng=seed)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from gradients import check, joined
+from gradients import check, check_loss, joined
 from hypothesis import given
 from hypothesis import strategies as st
 from model_cases import numbers, random_params
@@ -134,19 +134,8 @@ def trained_classifier(shapes):
 def test_gradients_of_the_loss():
     model = Classifier({"widths": [4, 8], "norm_num_groups": 2, "classes": CLASSES})
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
-    loss_fn = classifier_loss(model)
-
-    def loss_of(params):
-        loss, backward = loss_fn(params, images, np.array([[0, 2], [1, 0], [1, 1]]))
-
-        def back(dloss, grads):
-            backward(grads)
-            for dw in grads.values():
-                dw *= dloss
-
-        return loss, back
-
-    check(loss_of, [], random_params(model.shapes()))
+    batch = images, np.array([[0, 2], [1, 0], [1, 1]])
+    check_loss(classifier_loss(model), random_params(model.shapes()), {}, batch)
 
 
 @pytest.mark.slow

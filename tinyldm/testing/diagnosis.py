@@ -1,0 +1,114 @@
+"""The message of a wrong gradient: which entries, by how much, and the likely cause."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinyldm.testing.causes import likely_cause
+from tinyldm.testing.derivatives import Derivative, NotAnalytic, complex_step, differences
+from tinyldm.testing.problem import Check
+
+MOST_NAMED = 5  # tensors
+MOST_ENTRIES = 4096  # of a tensor whose whole numeric gradient is made
+MOST_SECONDS = 3.0  # for that, of all wrong tensors together
+CLOSE = 1e-6  # relative: entries are equal; of float32 or of differences: ROUGHLY
+ROUGHLY = 1e-3
+
+
+@dataclass
+class Fault:
+    """A gradient that is wrong, or of which it cannot be told, along one direction."""
+
+    path: str
+    numeric: float
+    ours: float
+    error: float
+    mismatch: float
+    derivative: Derivative
+    tol: float
+    undecided: bool = False
+    reason: str = ""
+
+
+def report(check: Check, faults: list[Fault], count: int) -> str:
+    """Write the message of a check: for each fault what was found, in lines of 80 columns."""
+    lines, until = [], time.monotonic() + MOST_SECONDS
+    for fault in faults[:MOST_NAMED]:
+        verdict = (
+            "cannot tell whether its gradient is right" if fault.undecided else "wrong gradient"
+        )
+        lines += [f"{fault.path}: {verdict}", *_along(fault)]
+        if fault.undecided:
+            lines.append(f"  why: {fault.reason}")
+            continue
+        found = _entries(check, fault, until)
+        if found is None:
+            size = check.grads[fault.path].size
+            lines.append(f"  its {size:,} entries were not compared one by one: too many, or slow")
+            continue
+        lines += _worst(fault.path, *found)
+        cause = likely_cause(check, fault.path, *found) or fault.reason
+        if cause:
+            lines.append(f"  likely cause: {cause}")
+    others = [fault.path for fault in faults[MOST_NAMED:]]
+    if others:
+        more = ", …" if len(others) > MOST_NAMED else ""
+        lines.append(f"and {len(others)} more: {', '.join(others[:MOST_NAMED])}{more}")
+    right = count - len(faults)
+    if right and not faults[0].undecided:
+        lines.append(f"right: {right} other{'s' if right > 1 else ''} of {count} tensors")
+    return "\n".join(lines)
+
+
+def _along(fault):
+    bar = f" ± {fault.error:.1g}" if fault.error else ""
+    method = "complex step" if fault.derivative.exact else "differences"
+    return [
+        f"  along a random direction ({method}): {fault.numeric:.12g}{bar},",
+        f"  backward pass: {fault.ours:.12g}{_ratio(fault.ours, fault.numeric)}",
+        f"  mismatch {fault.mismatch:.1e} of the terms, tol {fault.tol:.0e}",
+    ]
+
+
+def _ratio(ours, numeric):
+    return f", ratio {ours / numeric:.6g}" if numeric and np.isfinite(ours / numeric) else ""
+
+
+def _worst(path, numeric, ours, close):
+    apart = abs(ours - numeric)
+    wrong = apart > close
+    at = np.unravel_index(int(apart.argmax()), apart.shape)
+    where = f"{path}[{', '.join(str(int(i)) for i in at)}]" if apart.ndim else path
+    return [
+        f"  worst entry {where}: {numeric[at]:.10g}, "
+        f"backward pass {ours[at]:.10g}{_ratio(ours[at], numeric[at])}",
+        f"  wrong: {int(wrong.sum()):,} of {wrong.size:,} entries",
+    ]
+
+
+def _entries(check, fault, until):
+    """Make the whole numeric gradient of a tensor → (it, ours, how far apart is close), or None."""
+    problem, path = check.problem, fault.path
+    x = problem.tensors[path]
+    if x.size > MOST_ENTRIES:
+        return None
+    numeric, errors = np.zeros(x.shape), np.zeros(x.shape)
+    for i in np.ndindex(x.shape):
+        if time.monotonic() > until:
+            return None
+        unit = np.zeros(x.shape)
+        unit[i] = 1.0
+        derivative = None
+        if fault.derivative.exact:
+            try:
+                derivative = complex_step(problem, {path: unit})
+            except NotAnalytic:
+                return None
+        if derivative is None:
+            derivative = differences(problem, {path: unit}, check.base)
+        numeric[i], errors[i], _ = derivative.along(check.dy)
+    share = CLOSE if fault.derivative.exact else ROUGHLY
+    ours = check.grads[path].astype("float64")
+    errors = np.where(np.isfinite(errors), errors, 0.0)
+    return numeric, ours, share * max(abs(numeric).max(), abs(ours).max()) + errors
