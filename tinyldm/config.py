@@ -1,7 +1,7 @@
 """Read the `config.json` of a component: diffusers' keys, diffusers' defaults, no surprises."""
 
 import difflib
-import math
+import sys
 from collections.abc import Iterable
 from types import NoneType, SimpleNamespace
 from typing import Any, get_args, get_origin
@@ -10,6 +10,7 @@ Kind = Any  # a type: bool, int, float, str, None, a list of one of them, or a u
 
 LARGEST = 2**24  # of integers in a config
 LONGEST = 64  # of lists in a config
+SHOWN = 60  # characters of a value in a message
 KINDS: dict[str, Kind] = {  # of keys whose default does not show it
     "sample_size": int | list[int] | None,
     "mid_block_type": str | None,
@@ -52,9 +53,11 @@ def read_config(
         elif key in fixed:
             if value not in fixed[key]:
                 wanted = " or ".join(repr(choice) for choice in fixed[key])
-                raise ConfigError(f"{what}: {key} = {value!r} is not implemented, only {wanted}")
+                raise ConfigError(
+                    f"{what}: {key} = {brief(value)} is not implemented, only {wanted}"
+                )
         elif not ignore_unknown:
-            raise ConfigError(f"{what}: unknown key {key!r}{meant(key, [*defaults, *fixed])}")
+            raise ConfigError(f"{what}: unknown key {brief(key)}{meant(key, [*defaults, *fixed])}")
     return SimpleNamespace(**{key: config.get(key, default) for key, default in defaults.items()})
 
 
@@ -72,9 +75,7 @@ def check_kind(
     if _fits(value, kind, least, most):
         return
     bounds = f" of {least} to {most:,}" if int in (kind, *get_args(kind)) else ""
-    found = repr(value)
-    found = found if len(found) <= 40 else f"{found[:40]}…"
-    raise ConfigError(f"{what}: {key}: expected {_described(kind)}{bounds}, found {found}")
+    raise ConfigError(f"{what}: {key}: expected {_described(kind)}{bounds}, found {brief(value)}")
 
 
 def _fits(value, kind, least, most):
@@ -88,12 +89,12 @@ def _fits(value, kind, least, most):
     if kind is int:
         return isinstance(value, int) and least <= value <= most
     above = isinstance(value, (int, float)) and (value > 0 or least == 0)
-    return above and abs(value) < math.inf
+    return above and abs(value) <= sys.float_info.max
 
 
 def _described(kind):
     words = {bool: "true or false", int: "an integer", float: "a number", str: "a word"}
-    words |= {NoneType: "null"}
+    words |= {NoneType: "null", dict: "an object"}
     if get_origin(kind) is list:
         return f"a list of {_described(*get_args(kind)).removeprefix('a ').removeprefix('an ')}s"
     return " or ".join(map(_described, get_args(kind))) if get_args(kind) else words[kind]
@@ -113,10 +114,19 @@ def per_block(what: str, key: str, value: Any, count: int) -> list:
 def unknown(word: str, known: Iterable[str]) -> str:
     """Return "expected a, b or c, found 'd'", with the word that was probably meant."""
     *first, last = known
-    return f"expected {', '.join(first)} or {last}, found {word!r}{meant(word, known)}"
+    return f"expected {', '.join(first)} or {last}, found {brief(word)}{meant(word, known)}"
 
 
 def meant(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'd'?" where a known word is near, else an empty string."""
-    close = difflib.get_close_matches(word, known, 1)
+    close = difflib.get_close_matches(word, known, 1) if isinstance(word, str) else []
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def brief(value: object) -> str:
+    """Return the repr of a value in one line, cut off where it is long."""
+    try:
+        text = repr(value).replace("\n", " ")
+    except (ValueError, RecursionError):  # an integer of thousands of digits, lists within lists
+        return f"a long {type(value).__name__}"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"

@@ -4,12 +4,13 @@ The command line, error messages and the notes in a PNG are derived from them.
 """
 
 import dataclasses
-import math
+import sys
 import typing
 from collections.abc import Iterable
 from numbers import Integral, Real
+from pathlib import Path
 
-from tinyldm.config import unknown
+from tinyldm.config import brief, unknown
 
 
 def option(
@@ -65,12 +66,18 @@ def problem(field: dataclasses.Field, value: object) -> str:
     if value is None and may_be_none:
         return ""
     if choices is not None:
-        return "" if value in choices else unknown(str(value), list(map(str, choices)))
+        word = value if isinstance(value, str) else brief(value)
+        return "" if value in choices else unknown(word, list(map(str, choices)))
+    if kind is object:  # one integer or two
+        sides = value if isinstance(value, (list, tuple)) else [value]
+        whole = len(sides) in (1, 2) and all(isinstance(side, Integral) for side in sides)
+        return "" if whole else f"expected an integer, or two, found {brief(value)}"
     if kind not in (int, float):
-        return ""
+        wanted = "true or false" if kind is bool else "a text"
+        return "" if isinstance(value, kind) else f"expected {wanted}, found {brief(value)}"
     if (
         isinstance(value, Integral if kind is int else Real)
-        and -math.inf < value < math.inf
+        and abs(value) <= sys.float_info.max
         and (least is None or value >= least)
         and (most is None or value <= most)
     ):
@@ -78,4 +85,15 @@ def problem(field: dataclasses.Field, value: object) -> str:
     wanted = "an integer" if kind is int else "a number"
     if least is not None:
         wanted += f" ≥ {least}" if most is None else f" {least}…{most}"
-    return f"expected {wanted}, found {value!r}"
+    return f"expected {wanted}, found {brief(value)}"
+
+
+def path_of(name: str, given: object) -> Path:
+    """Return the path that a caller gives. ValueError for "", as of a variable that is not set."""
+    try:
+        path = Path(given)
+    except TypeError:
+        path = None
+    if path is None or given == "":
+        raise ValueError(f"{name}: expected the name of a file or folder, found {brief(given)}")
+    return path

@@ -117,12 +117,6 @@ def test_impossible_counts_are_refused(steps):
         timesteps(Schedule({}), steps)
 
 
-def test_unknown_spacing_is_refused():
-    message = "^timestep_spacing: expected leading, trailing or linspace, found 'karras'$"
-    with pytest.raises(ValueError, match=message):
-        spaced("karras", 10)
-
-
 # --------------------------------------------------------------------------------------- trajectory
 
 

@@ -243,6 +243,20 @@ def test_velocity_is_the_derivative_along_the_circle():
             {"prediction_type": "eps"},
             "prediction_type = 'eps' is not implemented, only epsilon, sample, v_prediction",
         ),
+        (
+            {"timestep_spacing": "even"},
+            "timestep_spacing = 'even' is not implemented, only leading, trailing, linspace",
+        ),
+        (
+            {"some_future_key": 7},
+            "unknown key 'some_future_key'",
+        ),
+        ({"beta_strat": 0.1}, "unknown key 'beta_strat'; did you mean 'beta_start'?"),
+        (
+            {"beta_schedule": "a" * 10**5},
+            f"= '{'a' * 59}… is not implemented, only linear, scaled_linear, squaredcos_cap_v2",
+        ),
+        ({"beta_end": 10**5000}, "beta_end: expected a number, found a long int"),
         ({"trained_betas": [0.1]}, "trained_betas is not implemented"),
         (
             {"rescale_betas_zero_snr": True},

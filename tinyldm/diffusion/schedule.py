@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from tinyldm.backend import Array, array_module
-from tinyldm.config import ConfigError
+from tinyldm.config import ConfigError, brief
 from tinyldm.diffusion.scheduler_config import check_scheduler
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -75,7 +75,7 @@ class Schedule:
         kind = config.get("beta_schedule", "linear")
         if kind not in BETAS:
             raise ConfigError(
-                f"scheduler config: beta_schedule = {kind!r} is not implemented, "
+                f"scheduler config: beta_schedule = {brief(kind)} is not implemented, "
                 f"only {', '.join(BETAS)}"
             )
         if not (steps >= 1 and 0 < start <= end < 1):
@@ -86,7 +86,7 @@ class Schedule:
         self.prediction = config.get("prediction_type", "epsilon")
         if self.prediction not in PREDICTIONS:
             raise ConfigError(
-                f"scheduler config: prediction_type = {self.prediction!r} is not implemented, "
+                f"scheduler config: prediction_type = {brief(self.prediction)} is not implemented, "
                 f"only {', '.join(PREDICTIONS)}"
             )
         self.betas = BETAS[kind](steps, start, end)

@@ -7,9 +7,10 @@ implemented, or changes nothing. A test compares these tables with the classes o
 import math
 import re
 
-from tinyldm.config import LARGEST, ConfigError, Kind, check_kind
+from tinyldm.config import LARGEST, ConfigError, Kind, brief, check_kind, meant
 
 READ: dict[str, Kind] = {  # key → kind of its value
+    "_class_name": str,
     "num_train_timesteps": int,
     "beta_start": float,
     "beta_end": float,
@@ -33,15 +34,20 @@ THRESHOLDING = {"thresholding": OFF}  # of pixels; latents have no range
 OTHER_SIGMAS = {"use_exponential_sigmas": OFF, "use_beta_sigmas": OFF}
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
 FINAL = {"final_sigmas_type": ("zero", "sigma_min")}
-ONLY = {  # class → {key: the values that are implemented}
+NO_ZERO_SNR = {"rescale_betas_zero_snr": OFF}
+NO_OWN_ENDS = {"sigma_min": (None,), "sigma_max": (None,)}
+ONLY = {  # class → {key: the values that are implemented}; or of keys that the class has not
     "DDPMScheduler": THRESHOLDING | {"variance_type": (None, *VARIANCES)},
     "DDIMScheduler": THRESHOLDING,
     "EulerDiscreteScheduler": OTHER_SIGMAS
     | FINAL
     | {"interpolation_type": (None, "linear"), "timestep_type": (None, "discrete")},
-    "HeunDiscreteScheduler": OTHER_SIGMAS | {"clip_sample": OFF},
+    "PNDMScheduler": NO_ZERO_SNR,
+    "EulerAncestralDiscreteScheduler": {"use_karras_sigmas": OFF},
+    "HeunDiscreteScheduler": OTHER_SIGMAS | NO_ZERO_SNR | NO_OWN_ENDS | {"clip_sample": OFF},
     "DPMSolverMultistepScheduler": THRESHOLDING
     | OTHER_SIGMAS
+    | NO_OWN_ENDS
     | FINAL
     | {
         "solver_order": (None, 2),
@@ -60,11 +66,21 @@ HARMLESS = {  # key → why it changes nothing
     "sample_max_value": "only with thresholding",
     "flow_shift": "only with use_flow_sigmas",
     "time_shift_type": "only with use_dynamic_shifting",
+    "predict_x0": "of UniPC, for which another sampler is taken",
+    "solver_p": "of UniPC",
+    "disable_corrector": "of UniPC",
+    "shift_terminal": "of UniPC",
+    "tensor_format": "of versions before 0.3",
 }
+KNOWN = {"trained_betas", *READ, *HARMLESS, *(key for only in ONLY.values() for key in only)}
+SPACINGS = ("leading", "trailing", "linspace")
 
 
 def check_scheduler(config: dict) -> None:
-    """Raise ConfigError for a value of the wrong kind, or for `trained_betas`."""
+    """Raise ConfigError for an unknown key, a value of the wrong kind, or `trained_betas`."""
+    for key in config:
+        if key not in KNOWN and not key.startswith("_"):
+            raise ConfigError(f"scheduler config: unknown key {brief(key)}{meant(key, KNOWN)}")
     for key, kind in READ.items():
         if key in config:
             least, most = (1, 100_000) if key == "num_train_timesteps" else (0, LARGEST)
@@ -73,6 +89,12 @@ def check_scheduler(config: dict) -> None:
     if not 0 < (1e-9 if least is None else least) < (math.inf if most is None else most):
         raise ConfigError(
             f"scheduler config: expected 0 < sigma_min < sigma_max, found {least} and {most}"
+        )
+    spacing = config.get("timestep_spacing", SPACINGS[0])
+    if spacing not in SPACINGS:
+        raise ConfigError(
+            f"scheduler config: timestep_spacing = {brief(spacing)} is not implemented, only "
+            f"{', '.join(SPACINGS)}"
         )
     if config.get("trained_betas") is not None:
         raise ConfigError("scheduler config: trained_betas is not implemented")
@@ -83,10 +105,10 @@ def check_sampler(config: dict, scheduler: str) -> None:
     for key, values in ONLY.get(scheduler, {}).items():
         value = config.get(key, values[0])
         if value not in values:
-            known = " or ".join(str(each) for each in values if each is not None)
+            known = " or ".join(str(each) for each in values if each is not None) or "null"
             raise ConfigError(
-                f"scheduler config: {key} = {value!r} is not implemented for this sampler, only "
-                f"{known}; take another, such as ddim"
+                f"scheduler_config.json: {key} = {brief(value)} is not implemented for this "
+                f"sampler, only {known}; take another, such as ddim"
             )
 
 

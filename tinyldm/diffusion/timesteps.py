@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tinyldm.config import brief
 from tinyldm.diffusion.schedule import Schedule
 
 RHO = 7.0  # of Karras et al., eq. 5
@@ -15,14 +16,14 @@ RHO = 7.0  # of Karras et al., eq. 5
 def check_steps(schedule: Schedule, steps: int) -> None:
     """Raise ValueError for fewer sampling steps than one, or more than were trained."""
     if not 1 <= steps <= len(schedule):
-        raise ValueError(f"steps: expected 1…{len(schedule)}, found {steps}")
+        raise ValueError(f"steps: expected 1…{len(schedule)}, found {brief(steps)}")
 
 
 def spaced(schedule: Schedule, steps: int, default: str) -> np.ndarray:
     """Return the time steps t (steps,), falling, spaced as the config's `timestep_spacing` says.
 
     "leading" visits 0, T/n, 2T/n … plus `steps_offset`, "trailing" T−1, T−1−T/n …, "linspace" both
-    ends, and fractional steps between them. Raises ValueError for an unknown spacing.
+    ends, and fractional steps between them.
     """
     total = len(schedule)
     spacing = schedule.config.get("timestep_spacing", default)
@@ -30,9 +31,7 @@ def spaced(schedule: Schedule, steps: int, default: str) -> np.ndarray:
         return np.arange(steps)[::-1] * (total // steps) + schedule.config.get("steps_offset", 0)
     if spacing == "trailing":
         return np.round(total - np.arange(steps) * (total / steps)) - 1
-    if spacing == "linspace":
-        return np.linspace(0, total - 1, steps)[::-1]
-    raise ValueError(f"timestep_spacing: expected leading, trailing or linspace, found {spacing!r}")
+    return np.linspace(0, total - 1, steps)[::-1]
 
 
 def timesteps(schedule: Schedule, steps: int) -> np.ndarray:
@@ -40,7 +39,7 @@ def timesteps(schedule: Schedule, steps: int) -> np.ndarray:
 
     By default "leading". A step past the last trained one, by the offset, becomes that one.
 
-    Raises ValueError for more steps than were trained, or an unknown spacing.
+    Raises ValueError for more steps than were trained.
     """
     check_steps(schedule, steps)
     t = np.round(spaced(schedule, steps, "leading"))
@@ -52,7 +51,7 @@ def sigma_steps(schedule: Schedule, steps: int) -> tuple[np.ndarray, np.ndarray]
 
     Spaced as the scheduler config's `timestep_spacing` says, by default "linspace"; with
     `use_karras_sigmas` as Karras et al. 2022, eq. 5, between the same ends. σ ends with 0. Raises
-    ValueError for more steps than were trained, or an unknown spacing.
+    ValueError for more steps than were trained.
     """
     check_steps(schedule, steps)
     t = spaced(schedule, steps, "linspace")
