@@ -88,7 +88,7 @@ def test_a_files_name_is_any_bytes(model, tmp_path, locale, name):
         (["--seed", "-"], "--seed: expected an integer ≥ 0, found '-'"),
         (["--seed", "-1"], "--seed: expected an integer ≥ 0, found '-1'"),
         (["--seed=-1"], "--seed: expected an integer ≥ 0, found '-1'"),
-        (["--guidance", "1e400"], "--guidance: expected a number, found '1e400'"),
+        (["--guidance", "1e400"], "--guidance: expected a number -1000…1000, found '1e400'"),
         (["--size", "-16"], "size: expected multiples of"),
         (["--size", "16x"], "--size: expected S or HEIGHTxWIDTH, found '16x'"),
         (["--steps", "99999999999999999999"], "steps: expected 1…1000, found 99999999999999999999"),

@@ -212,7 +212,7 @@ MISTAKES = [
     (f"{SAMPLE} --steps 1001", None, "steps: expected 1…1000, found 1001"),
     (f"{SAMPLE} --steps {10**18}", None, f"steps: expected 1…1000, found {10**18}"),
     (f"{SAMPLE} --n {10**9}", None, "--n: expected an integer 1…4096"),
-    (f"{SAMPLE} --guidance inf", None, "--guidance: expected a number, found 'inf'"),
+    (f"{SAMPLE} --guidance inf", None, "--guidance: expected a number -1000…1000, found 'inf'"),
     (f"{SAMPLE} --sampler eular", None, "found 'eular'; did you mean 'euler'"),
     (f"{SAMPLE} --sampler dimm", None, "found 'dimm'; did you mean 'ddim'"),
     (f"{SAMPLE} --size 15", None, "multiples of 2, found 15×15; the nearest is 16×16"),

@@ -337,19 +337,22 @@ def test_the_size_trained_on(pipe):
         ({"latents": "noise"}, r"latents: expected numbers \(1, 8, 8, 4\), found 'noise'"),
         ({"latents": [[1.0], [2.0, 3.0]]}, r"latents: expected numbers \(1, 8, 8, 4\)"),
         ({"latents": [0.5]}, r"latents: expected \(1, 8, 8, 4\), found \(1,\)"),
+        ({"latents": start_noise(1) * 1j}, r"latents: expected numbers .*, found complex ones"),
+        ({"latents": start_noise(1) * np.nan}, "latents: expected finite numbers"),
+        ({"latents": start_noise(1) * np.float64(1e300)}, "latents: expected finite numbers"),
         ({"steps": "ten"}, "steps: expected an integer ≥ 1, found 'ten'"),
         ({"steps": 2.5}, "steps: expected an integer ≥ 1, found 2.5"),
         ({"seed": "0"}, "seed: expected an integer ≥ 0, found '0'"),
         ({"seed": 0.5}, "seed: expected an integer ≥ 0, found 0.5"),
-        ({"guidance": "7.5"}, "guidance: expected a number, found '7.5'"),
+        ({"guidance": "7.5"}, "guidance: expected a number -1000…1000, found '7.5'"),
         ({"sampler": 5}, "sampler: expected ddpm, .*found '5'"),
         ({"rescale": [0.7]}, "rescale: expected a number 0…1, found"),
         ({"tile": "512"}, "tile: expected an integer ≥ 0, found '512'"),
         ({"step": 5}, "step: no such option; did you mean 'steps'"),
         ({"num_inference_steps": 5}, "num_inference_steps: no such option"),
         ({"prompts": "b"}, "prompts: no such option"),
-        ({"image": "photo.png"}, "image: expected a PIL image, .*found 9 str"),
-        ({"image": 5}, "image: expected a PIL image, .*found 1 int"),
+        ({"image": "photo.png"}, "image: expected a PIL image, .*found 'photo.png'"),
+        ({"image": 5}, "image: expected a PIL image, .*found 5"),
         ({"callback": 5}, "callback: expected a function, found 5"),
     ],
 )  # fmt: skip
@@ -642,6 +645,41 @@ with locked({str(folder)!r}):
     assert process.returncode == 0
     assert all("a training run has yet to write the model" in str(w.message) for w in said)
     assert abs(found - 1).max() < 1e-5  # all of the new one: nothing was read before it was whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        *(({"_tinyldm": notes}, "_tinyldm: expected an object, found ") for notes in
+          ([1], [], 5, 0, True, "x")),
+        *(({name: [None, None]}, f"{name}: expected its library and class, found ") for name in
+          ("unet", "vae")),
+    ],
+)  # fmt: skip
+def test_an_index_that_cannot_be_is_named(folder, changes, says):
+    file = folder / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ConfigError) as caught:
+        Pipeline.load(folder)
+    assert one_line(caught).startswith(f"{file}: {says}")
+
+
+@pytest.mark.parametrize("name", [None, 5, b"runs/demo", ""])
+def test_what_is_no_name_of_a_folder(pipe, folder, name):
+    for call in (Pipeline.load, pipe.save):
+        with pytest.raises(ValueError, match="^folder: expected the name of a file or folder"):
+            call(name)
+    if name is not None:
+        with pytest.raises(ValueError, match="^vae: expected the name of a file or folder"):
+            Pipeline.load(folder, vae=name)
+
+
+def test_a_long_word_in_a_config_is_cut(folder):
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"act_fn": "a" * 10**5}))
+    with pytest.raises(ConfigError, match="aaa… is not implemented") as caught:
+        Pipeline.load(folder)
+    assert len(one_line(caught)) < 300
 
 
 def test_a_config_that_is_not_implemented_is_named(folder):

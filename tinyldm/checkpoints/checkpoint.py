@@ -9,6 +9,7 @@ from tinyldm.data.class_names import ClassNames
 from tinyldm.data.tokenizer import Tokenizer
 from tinyldm.files import shown
 from tinyldm.nn.protocol import Params
+from tinyldm.options import path_of
 
 
 def load_checkpoint(
@@ -21,19 +22,19 @@ def load_checkpoint(
     embeds classes itself. vae: an autoencoder to use instead, a folder or a file.
     Raises FileNotFoundError, ConfigError or WeightsError, each with a message of one line.
     """
-    path = Path(path)
-    for each in (path, *([Path(vae)] if vae is not None else [])):
+    path, own = path_of("folder", path), vae is None
+    vae = None if own else path_of("vae", vae)
+    for each in (path, *([] if own else [vae])):
         if not each.exists():
             raise FileNotFoundError(
                 f"{shown(each)}: no such file or folder; expected the folder of a trained run, or "
                 "a Stable Diffusion as a folder or one .safetensors file"
             )
-    own = vae is None
     configs, params, tokenizer, defaults = (
         (*load_original(path, own), {}) if path.is_file() else load_folder(path, own)
     )
     if not own:
-        configs["vae"], params["vae"] = _load_vae(Path(vae))
+        configs["vae"], params["vae"] = _load_vae(vae)
     return configs, to_device(params, device), tokenizer, defaults
 
 

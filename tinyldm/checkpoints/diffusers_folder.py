@@ -11,6 +11,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 
 from numpy.typing import DTypeLike
 
@@ -38,7 +39,7 @@ from tinyldm.checkpoints.safetensors import (
     some,
     tensors,
 )
-from tinyldm.config import ConfigError
+from tinyldm.config import ConfigError, brief
 from tinyldm.data.class_names import ClassNames
 from tinyldm.data.tokenizer import Tokenizer
 from tinyldm.diffusion.schedule import Schedule
@@ -146,11 +147,17 @@ def _checksum(file):
 
 
 def _load_folder(folder, with_vae):
-    index = read_json(folder / "model_index.json")
+    index_file = folder / "model_index.json"
+    index = read_json(index_file)
     kind = index.get("_class_name", PIPELINES[0])
+    defaults = index.get("_tinyldm", {})
+    if not isinstance(defaults, (dict, NoneType)):
+        raise ConfigError(
+            f"{shown(index_file)}: _tinyldm: expected an object, found {brief(defaults)}"
+        )
     if kind not in (*PIPELINES, OWN_PIPELINE):
         raise ConfigError(
-            f"{folder / 'model_index.json'}: a {shown(kind):.60} is not implemented, only Stable "
+            f"{shown(index_file)}: a {shown(kind):.60} is not implemented, only Stable "
             f"Diffusion 1 and 2: {', '.join(PIPELINES)}"
         )
     file = folder / "scheduler" / "scheduler_config.json"
@@ -158,14 +165,20 @@ def _load_folder(folder, with_vae):
     with naming(file):
         Schedule(configs["scheduler"])
     for name in COMPONENTS:
-        if index.get(name) != NONE and (name != "vae" or with_vae):
+        if name == "vae" and not with_vae:
+            continue
+        if index.get(name) != NONE:
             configs[name], params[name] = load_with_config(folder / name, name)
+        elif name != "text_encoder":
+            raise ConfigError(
+                f"{shown(index_file)}: {name}: expected its library and class, found {NONE}"
+            )
     if kind in PIPELINES:
         scheduler, unet = configs["scheduler"], configs["unet"]
         configs["scheduler"], configs["unet"] = repaired(scheduler, unet, "Inpaint" in kind)
     kind = ClassNames if index.get("tokenizer") == CLASS_NAMES else Tokenizer
     tokenizer = kind.load(folder / "tokenizer")
-    return configs, params, tokenizer, index.get("_tinyldm") or {}
+    return configs, params, tokenizer, defaults or {}
 
 
 @contextlib.contextmanager
@@ -284,7 +297,7 @@ def _weight_files(folder):
                 try:
                     names = sorted(set(read_json(index)["weight_map"].values()))
                     if outside := [name for name in names if Path(name).name != name]:
-                        raise ValueError(f"{outside[0]!r} is not the name of a file beside it")
+                        raise ValueError(f"{brief(outside[0])} is not the name of a file beside it")
                     return [folder / name for name in names]
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise WeightsError(

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from tinyldm.backend import Array, array_module
+from tinyldm.config import brief
 from tinyldm.data.images import from_uint8, image_pixels, mask_pixels
 from tinyldm.diffusion.samplers import Predict
 from tinyldm.sampling.params import SamplingParams
@@ -89,14 +90,16 @@ class Scene:
 
 
 def each(name: str, images: Images, n: int) -> list[Image.Image]:
-    """Return one image for each of n prompts. ValueError for any other number or type."""
-    one = isinstance(images, Image.Image) or not isinstance(images, Iterable)
+    """Return one image for each of n prompts. ValueError for any other number, type or size."""
+    one = isinstance(images, (Image.Image, str, bytes)) or not isinstance(images, Iterable)
+    found = brief(images)
     images = [images] * n if one else list(images)
     if len(images) != n or not all(isinstance(image, Image.Image) for image in images):
         kinds = ", ".join(dict.fromkeys(type(image).__name__ for image in images))
-        raise ValueError(
-            f"{name}: expected a PIL image, or {n} for {n} prompts, found {len(images)} {kinds}"
-        )
+        found = found if one else f"{len(images)} {kinds}"
+        raise ValueError(f"{name}: expected a PIL image, or {n} for {n} prompts, found {found}")
+    if not all(min(image.size) for image in images):
+        raise ValueError(f"{name}: expected an image of one pixel or more, found one of none")
     return images
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.random import Generator
 
 from tinyldm.backend import Array
+from tinyldm.config import brief
 
 
 def streams(seed: int, n: int) -> list[Generator]:
@@ -43,11 +44,19 @@ def slerp(a: np.ndarray, b: np.ndarray, amount: float) -> np.ndarray:
 
 
 def given(xp: ModuleType, latents: object, shape: tuple[int, ...]) -> Array:
-    """Return the latents that a caller gives, in float32. ValueError for others than this shape."""
+    """Return the latents that a caller gives, in float32. ValueError for others than this shape.
+
+    Their numbers are finite and real.
+    """
     try:
-        x = xp.asarray(latents, dtype=np.float32)
+        x = xp.asarray(latents)
     except (TypeError, ValueError):
-        raise ValueError(f"latents: expected numbers {shape}, found {latents!r:.40}") from None
+        x = None
+    if x is None or x.dtype.kind not in "fiub":
+        found = brief(latents) if x is None or x.dtype.kind != "c" else "complex ones"
+        raise ValueError(f"latents: expected numbers {shape}, found {found}")
     if x.shape != shape:
         raise ValueError(f"latents: expected {shape}, found {x.shape}")
-    return x
+    if not (abs(x) <= np.finfo(np.float32).max).all():
+        raise ValueError("latents: expected finite numbers, of float32, found others")
+    return x.astype(np.float32)

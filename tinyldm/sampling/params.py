@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+from tinyldm.config import brief
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.options import check_options, option
 
@@ -22,7 +23,9 @@ class SamplingParams:
     height: int  # of the images, pixels
     width: int
     steps: int = option("number of sampling steps", least=1, default_text=BY_RUN)
-    guidance: float = option("guidance scale; 1 is no guidance", default_text=BY_RUN)
+    guidance: float = option(
+        "guidance scale; 1 is no guidance", least=-1000, most=1000, default_text=BY_RUN
+    )
     sampler: str = option(f"sampler: {', '.join(SAMPLERS)}", choices=SAMPLERS, default_text=BY_RUN)
     seed: int = option("seed of the noise", least=0, default_text="0")
     strength: float | None = option(
@@ -61,7 +64,7 @@ class SamplingParams:
             least = math.ceil(1000 / self.steps) / 1000
             raise ValueError(
                 f"strength: expected {least:g}…1, which is one of {self.steps} steps "
-                f"to all of them, found {self.strength}"
+                f"to all of them, found {brief(self.strength)}"
             )
 
     @property
@@ -80,5 +83,5 @@ def texts(name: str, given: object) -> tuple[str, ...]:
     if wrong := [text for text in several if not isinstance(text, str)]:
         among = f" among {len(several)}" if len(several) > 1 else ""
         found = wrong[0] if among else given
-        raise ValueError(f"{name}: expected a text or a list of texts, found {found!r:.40}{among}")
+        raise ValueError(f"{name}: expected a text or a list of texts, found {brief(found)}{among}")
     return several

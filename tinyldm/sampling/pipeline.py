@@ -16,17 +16,18 @@ from tinyldm.backend import Array, array_module, to_device
 from tinyldm.checkpoints.checkpoint import load_checkpoint
 from tinyldm.checkpoints.components import make
 from tinyldm.checkpoints.diffusers_folder import save_folder
-from tinyldm.config import ConfigError, meant
+from tinyldm.config import ConfigError, brief, meant
 from tinyldm.data.images import both_sides, from_uint8, in_channels, similar_size, to_uint8
 from tinyldm.diffusion.guidance import guided
 from tinyldm.diffusion.samplers import SAMPLERS, Predict, sampler_of
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.diffusion.timesteps import check_steps
+from tinyldm.files import shown
 from tinyldm.machine import keep_freed_memory
 from tinyldm.models import ClassNames, Tokenizer
 from tinyldm.nn import no_grad
 from tinyldm.nn.protocol import replaceable
-from tinyldm.options import options_of
+from tinyldm.options import options_of, path_of
 from tinyldm.sampling import noise
 from tinyldm.sampling.init_image import Images, Scene, each, enter, strength_of, with_concat
 from tinyldm.sampling.params import SamplingParams, texts
@@ -37,6 +38,7 @@ from tinyldm.threads import map_batch
 DEFAULTS = {"steps": 50, "guidance": 7.5}  # Stable Diffusion's own
 POSITIONS_AT_ONCE = 2**14  # of latents, on a core: more would need more memory, and be no faster
 SAMPLES_AT_ONCE = 64
+LARGEST_SIDE = 2**16  # pixels of an image, more than any memory holds
 LARGEST_UPSCALED = 1024  # pixels, the longest side of an upscaled image without --size
 
 
@@ -84,14 +86,14 @@ class Pipeline:
         """Read a folder that tinyldm trained, or Stable Diffusion as a folder or in one file.
 
         device: "cpu", or "cuda" for CuPy. Weights become float32. vae: a folder or a file of an
-        autoencoder to use instead.
+        autoencoder to use instead. Raises FileNotFoundError or ValueError, in one line.
         """
         return cls(*load_checkpoint(folder, device, vae))
 
     def save(self, folder: str | Path) -> None:
         """Write the folder; `model_index.json` comes last, so a folder that has it is whole."""
         parts = self.configs, self.params, self.tokenizer
-        save_folder(folder, *parts, self.defaults, self.scheduler_class)
+        save_folder(path_of("folder", folder), *parts, self.defaults, self.scheduler_class)
 
     def __call__(
         self,
@@ -122,7 +124,7 @@ class Pipeline:
         Raises ValueError where one of them is not what is expected.
         """
         if callback is not None and not callable(callback):
-            raise ValueError(f"callback: expected a function, found {callback!r:.40}")
+            raise ValueError(f"callback: expected a function, found {brief(callback)}")
         first, prompt = None, texts("prompt", prompt)
         if image is not None and prompt:
             first, *_ = each("image", image, len(prompt))
@@ -161,8 +163,8 @@ class Pipeline:
         options = {"seed": 0} | defaults | given
         if options["sampler"] == self.scheduler_class:
             raise ValueError(
-                f"sampler: the model names a {self.scheduler_class}, which is not implemented; "
-                f"choose another (--sampler): {', '.join(SAMPLERS)}"
+                f"sampler: the model names a {shown(self.scheduler_class):.60}, which is not "
+                f"implemented; choose another (--sampler): {', '.join(SAMPLERS)}"
             )
         if isinstance(options["steps"], Integral):
             check_steps(self.schedule, options["steps"])
@@ -313,12 +315,12 @@ class Pipeline:
         return size
 
     def _sides(self, size):
-        try:
-            sides = both_sides(self.size if size is None else size)
-        except TypeError:
-            sides = ()
+        several = isinstance(size, (list, tuple, np.ndarray))
+        sides = self.size if size is None else tuple(size) if several else (size, size)
         if len(sides) != 2 or not all(isinstance(side, Integral) for side in sides):
-            raise ValueError(f"size: expected pixels, one or (height, width), found {size!r}")
+            raise ValueError(f"size: expected pixels, one or (height, width), found {brief(size)}")
+        if max(sides) > LARGEST_SIDE:
+            raise ValueError(f"size: expected at most {LARGEST_SIDE:,} pixels, found {brief(size)}")
         factor = math.lcm(self.vae.factor, times_larger(self.task))
         if not all(side >= 1 and side % factor == 0 for side in sides):
             found = "×".join(map(str, sides))
