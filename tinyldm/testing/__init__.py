@@ -1,6 +1,22 @@
-"""Check hand-written gradients, yours too: `check_gradients` finds which one is wrong."""
+"""Check hand-written gradients, yours too: `check_gradients` finds which one is wrong, and why."""
 
 from tinyldm.testing.gradcheck import Undecided, check_gradients
+from tinyldm.testing.orders import (
+    check_jacobian,
+    check_linear,
+    check_live,
+    check_second_order,
+    check_taylor,
+)
 from tinyldm.testing.problem import GradientError
 
-__all__ = ["GradientError", "Undecided", "check_gradients"]
+__all__ = [
+    "GradientError",
+    "Undecided",
+    "check_gradients",
+    "check_jacobian",
+    "check_linear",
+    "check_live",
+    "check_second_order",
+    "check_taylor",
+]

@@ -75,7 +75,7 @@ def differences(
     base: the outputs at the point itself. An entry that is infinite there, and stays so, has the
     derivative 0. Where no step gives a number, the error bar is infinite.
     """
-    size = max(_size(problem.tensors[path]) for path in directions)
+    size = max(size_of(problem.tensors[path]) for path in directions)
     eps = np.finfo(problem.dtype).eps
     best = {path: np.zeros(y.shape) for path, y in base.items()}
     errors = {path: np.full(y.shape, np.inf) for path, y in base.items()}
@@ -104,7 +104,7 @@ def differences(
 
 def one_sided(problem: Problem, directions: Values, base: Values) -> list[tuple[Values, Values]]:
     """Derive to either side: [(derivatives, error bars) of steps forward, the same backward]."""
-    size = max(_size(problem.tensors[path]) for path in directions)
+    size = max(size_of(problem.tensors[path]) for path in directions)
     eps = float(np.finfo(problem.dtype).eps)
     step, sides = size * eps**0.5, []
     for sign in (1, -1):
@@ -135,8 +135,8 @@ def _moved(problem, directions, step, base):
     return {path: outputs.get(path, np.full(y.shape, np.nan)) for path, y in base.items()}
 
 
-def _size(x):
-    """Size of the entries of a tensor, their root mean square; 1 where all are 0."""
+def size_of(x: np.ndarray) -> float:
+    """Return the size of the entries of a tensor, their root mean square; 1 where all are 0."""
     return float(np.sqrt(np.mean(np.square(x, dtype="float64")))) or 1.0 if x.size else 1.0
 
 

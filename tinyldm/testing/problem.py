@@ -98,11 +98,12 @@ class Problem:
                     found[path] = leaf
         return found
 
-    def derivatives_of(self, y: Any, values: Values) -> Any:
+    def derivatives_of(self, y: Any, values: Values, dtype: str | None = None) -> Any:
         """Put `values` in place of the floating leaves of y, None in that of the others."""
         at = leaves(y, "y")
         made = {
-            path: like(at[path], x.astype(self.dtype, copy=False)) for path, x in values.items()
+            path: like(at[path], x.astype(dtype or self.dtype, copy=False))
+            for path, x in values.items()
         }
         return replaced(y, made, "y", other=None)
 

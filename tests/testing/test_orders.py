@@ -1,0 +1,150 @@
+"""Adjoints, Jacobians, Hessians, Taylor's remainder, live parameters: of right and wrong ones."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import EVERYTHING, method_for, seeds
+
+from tinyldm.nn.layers import Linear
+from tinyldm.nn.protocol import add_grad
+from tinyldm.testing import (
+    GradientError,
+    check_jacobian,
+    check_linear,
+    check_live,
+    check_second_order,
+    check_taylor,
+)
+
+DERIVED = [name for name in EVERYTHING if method_for(name) == "auto"]
+LINEAR = {  # → which arguments the function is linear in
+    "linear": ["x"], "conv2d": ["x"], "upsample_nearest": ["x"], "mean": ["x"],
+    "concatenate": None, "attention": ["v"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def x():
+    return np.random.default_rng(0).normal(0.3, 1, (3, 4))
+
+
+def cube(x, factor=1.0):
+    return x**3, lambda dy: factor * 3 * x * x * dy
+
+
+# ------------------------------------------------------------------------ on the functions of `nn`
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@given(data=st.data())
+def test_linear_maps(name, data):
+    call = data.draw(EVERYTHING[name])
+    arrays = dict(zip(call.shapes, call.arrays(), strict=True))
+    moved = LINEAR[name] or list(arrays)
+    fixed = {key: 0 * a if key == "b" else a for key, a in arrays.items()}
+
+    def f(*inputs):
+        y, backward = call(*(fixed | dict(zip(moved, inputs, strict=True))).values())
+
+        def back(dy):
+            gradients = backward(dy)
+            gradients = gradients if isinstance(gradients, (tuple, list)) else (gradients,)
+            return tuple(dx for key, dx in zip(arrays, gradients, strict=False) if key in moved)
+
+        return y, back
+
+    assert check_linear(f, [arrays[key] for key in moved], rng=call.seed) <= 1e-12
+
+
+@pytest.mark.parametrize("name", DERIVED)
+@given(data=st.data())
+def test_taylors_remainder(name, data):
+    call = data.draw(EVERYTHING[name])
+    assert check_taylor(call, call.arrays(), rng=call.seed) >= 1.9
+
+
+@pytest.mark.parametrize("name", DERIVED)
+@given(data=st.data())
+def test_hessians_are_symmetric(name, data):
+    call = data.draw(EVERYTHING[name])
+    assert check_second_order(call, call.arrays(), rng=call.seed) <= 1e-9
+
+
+@pytest.mark.parametrize("name", DERIVED)
+@given(data=st.data())
+def test_jacobians(name, data):
+    call = data.draw(EVERYTHING[name])
+    arrays = call.arrays()
+    if sum(a.size for a in arrays) <= 60:
+        assert check_jacobian(call, arrays) > 0
+
+
+# ------------------------------------------------------------------------- what each of them finds
+
+
+def test_what_is_not_linear_and_what_is_not_the_adjoint(x):
+    w = np.random.default_rng(1).normal(size=(4, 4))
+    assert check_linear(lambda x: (x @ w, lambda dy: dy @ w.T), x) <= 1e-12
+    with pytest.raises(GradientError, match="x: backward is not the adjoint"):
+        check_linear(lambda x: (x @ w, lambda dy: dy @ w), x)
+    with pytest.raises(GradientError, match="not linear: of zeros it is not zero"):
+        check_linear(lambda x: (x @ w + 1, lambda dy: dy @ w.T), x)
+    with pytest.raises(GradientError, match="not linear: f.2v . 3w. is not"):
+        check_linear(cube, x)
+
+
+def test_the_entry_of_a_jacobian_is_named(x):
+    def spoilt(x):
+        y, backward = cube(x)
+
+        def back(dy):
+            dx = backward(dy)
+            dx[1, 2] += 0.5 * dy[0, 3]
+            return dx
+
+        return y, back
+
+    assert check_jacobian(cube, x) == 144
+    with pytest.raises(GradientError, match=r"∂y\[0, 3\] / ∂x\[1, 2\] is 0, the") as error:
+        check_jacobian(spoilt, x)
+    assert "backward pass says 0.5" in str(error.value).replace("\n   ", "")
+
+
+def test_a_backward_pass_that_is_no_gradient_has_no_symmetric_hessian(x):
+    def product_of_neighbours(x, lost=0.0):
+        y = x * np.roll(x, 1)
+        return y, lambda dy: dy * np.roll(x, 1) + (1 - lost) * np.roll(dy * x, -1)
+
+    assert check_second_order(product_of_neighbours, x) <= 1e-12
+    with pytest.raises(GradientError, match="the Hessian is not symmetric"):
+        check_second_order(lambda x: product_of_neighbours(x, lost=0.1), x)
+
+
+def test_the_slope_of_taylors_remainder(x):
+    assert check_taylor(cube, x) == pytest.approx(2, abs=0.02)
+    assert check_taylor(lambda x: (2 * x, lambda dy: 2 * dy), x) == math.inf
+    with pytest.raises(GradientError, match=r"to the power\s+[01]\."):
+        check_taylor(lambda x: cube(x, factor=1.01), x)
+
+
+@given(seed=seeds)
+def test_every_parameter_of_a_layer_is_live(seed):
+    layer = Linear("a", 4, 2)
+    params = layer.init(np.random.default_rng(0))
+    x = np.random.default_rng(seed).normal(size=(3, 4))
+    assert check_live(layer, x, params, rng=seed) == 2
+
+    def dead(params, x):
+        y, backward = layer({name: params[name] for name in ("a.weight", "a.bias")}, x)
+
+        def back(dy, grads):
+            add_grad(grads, "unused", np.zeros(3))
+            return backward(dy, grads)
+
+        return y, back
+
+    with pytest.raises(GradientError, match="unused: the gradient is zero everywhere"):
+        check_live(dead, x, params | {"unused": np.ones(3)}, rng=seed)
