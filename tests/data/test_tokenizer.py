@@ -1,6 +1,7 @@
 """Token ids: hand examples, round trips, training, and what is said about bad files."""
 
 import json
+import os
 import unicodedata
 import warnings
 from itertools import pairwise
@@ -354,6 +355,16 @@ def test_load_says_what_is_malformed(tokenizer, tmp_path, name, content, message
         Tokenizer.load(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}: not the files of one CLIP tokenizer (")
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["merges.txt", "vocab.json", "tokenizer_config.json"])
+def test_load_reads_no_pipe(tokenizer, tmp_path, name):
+    tokenizer.save(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"not the files of one CLIP tokenizer .*{name}") as caught:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from tinyldm.data.byte_pairs import (
     pieces,
     symbols_of,
 )
-from tinyldm.files import read_json, replacing, shown
+from tinyldm.files import is_regular, read_json, replacing, shown
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LONGEST_NAMED = 200  # characters of a text that a warning repeats
@@ -264,6 +264,8 @@ class Tokenizer:
         try:
             if in_two_files:
                 vocab = read_json(folder / "vocab.json")
+                if not is_regular(folder / "merges.txt"):
+                    raise ValueError("merges.txt is a folder, device or pipe")
                 lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
                 merges = lines[1:] if lines and lines[0].startswith("#version") else lines
             else:
