@@ -3,6 +3,7 @@
 import gzip
 import os
 import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -74,6 +75,30 @@ def test_mnist(mnist):
     assert load_arrays(files, 32).captions[0] == "a digit 3"
     assert load_arrays(files, 32).images.shape == (7, 32, 32, 3)
     assert any("enlarged to 32" in remark for remark in load_arrays(files, 32).notes)
+
+
+@pytest.mark.parametrize("unpacked", ["train-images-idx3-ubyte", "train-images.idx3-ubyte"])
+def test_an_array_that_is_there_twice_is_read_once(mnist, unpacked):
+    """As in torchvision's MNIST/raw; the file that is unpacked counts, of labels too."""
+    folder, images, labels = mnist
+    (folder / unpacked).write_bytes(idx(images[::-1]))
+    (folder / unpacked.replace("images", "labels").replace("3", "1")).write_bytes(idx(labels[::-1]))
+    (folder / "t10k-images-idx3-ubyte").write_bytes(idx(images[:2]))
+    files = find_arrays(folder)
+    assert [file.name for file in files] == [unpacked]
+    data = load_arrays(files, 28)
+    np.testing.assert_array_equal(data.images[..., 0], images[::-1])
+    assert data.captions == [str(label) for label in labels[::-1]]
+    assert data.notes[1] == (
+        "not read: t10k-images-idx3-ubyte, t10k-images-idx3-ubyte.gz, "
+        "train-images-idx3-ubyte.gz; name one to read it alone"
+    )
+    (folder / unpacked).unlink()
+    packed = folder / "t10k-images-idx3-ubyte.gz"
+    assert find_arrays(packed) == [packed]
+    packed.with_suffix("").unlink()
+    (folder / "train-images-idx3-ubyte.gz").unlink()
+    assert find_arrays(folder) == [packed]
 
 
 def test_mnist_unpacked_and_without_labels(mnist):
@@ -197,12 +222,49 @@ def test_an_npz_of_something_else(tmp_path, arrays, says):
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("cut", [0, 10, -30])
-def test_a_damaged_npz(tmp_path, cut):
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda data: b"", "not an .npz of plain arrays (it is no zip archive)"),
+        (lambda data: b"rubbish" * 99, "not an .npz of plain arrays (it is no zip archive)"),
+        (lambda data: b"rubbish" + data, "not an .npz of plain arrays (it is no zip archive)"),
+        (lambda data: data[:10], "not an .npz of plain arrays (File is not a zip file)"),
+        (lambda data: data[:-30], "not an .npz of plain arrays"),
+        (lambda data: b"PK\5\6" + bytes(18), "expected an array `images`, found no array"),
+    ],
+)
+def test_a_damaged_npz(tmp_path, change, says):
     file = tmp_path / "data.npz"
     np.savez(file, images=random_images(2, 8, 8))
-    file.write_bytes(file.read_bytes()[:cut])
-    assert_refused(file, "not an .npz of plain arrays")
+    file.write_bytes(change(file.read_bytes()))
+    assert_refused(file, says)
+
+
+def test_rubbish_in_an_npz(tmp_path):
+    """NumPy returns bytes for what does not begin as an array."""
+    with zipfile.ZipFile(tmp_path / "data.npz", "w") as archive:
+        archive.writestr("images.npy", b"rubbish")
+    assert_refused(tmp_path / "data.npz", "expected `images` of uint8", "found |S7 ()")
+
+
+@pytest.mark.parametrize(
+    "more, captions, unread",
+    [
+        ({"label": [1, 0]}, ["", ""], "label"),
+        ({"text": ["a", "b"], "ids": [1, 2]}, ["", ""], "text, ids"),
+        ({"captions": ["a", "b"], "labels": [1, 0]}, ["a", "b"], "labels"),
+        ({"labels": [1, 0], "text": ["a", "b"]}, ["1", "0"], "text"),
+        ({"labels": [1, 0]}, ["1", "0"], None),
+        ({}, ["", ""], None),
+    ],
+)
+def test_an_array_that_is_not_read_is_named(tmp_path, more, captions, unread):
+    arrays = {name: np.array(values) for name, values in more.items()}
+    np.savez(tmp_path / "data.npz", images=random_images(2, 8, 8), **arrays)
+    data = load_arrays([tmp_path / "data.npz"], 8)
+    assert data.captions == captions
+    note = f"data.npz: not read: {unread}; captions are `captions`, else `labels`"
+    assert data.notes[1:] == ((note,) if unread else ())
 
 
 def test_a_pickle_in_an_npz_is_not_opened(tmp_path, monkeypatch):
@@ -211,7 +273,7 @@ def test_a_pickle_in_an_npz_is_not_opened(tmp_path, monkeypatch):
             return open, (str(tmp_path / "exploded"), "w")
 
     np.savez(tmp_path / "data.npz", images=np.array([Bomb()], object))
-    assert_refused(tmp_path / "data.npz", "not an .npz of plain arrays")
+    assert_refused(tmp_path / "data.npz", "not an .npz of plain arrays (it holds Python objects)")
     assert not (tmp_path / "exploded").exists()
 
 
@@ -246,6 +308,61 @@ def test_a_folder_or_a_pipe_of_such_a_name(tmp_path):
         load_arrays(find_arrays(tmp_path), 28)
 
 
+def test_another_data_set_beside_is_named(mnist):
+    folder, images, _ = mnist
+    np.savez(folder / "data.npz", images=random_images(2, 8, 8))
+    (folder / "._data.npz").write_bytes(b"")
+    data = load_arrays(find_arrays(folder), 28)
+    np.testing.assert_array_equal(data.images[..., 0], images)
+    assert data.notes[1] == (
+        "not read: data.npz, t10k-images-idx3-ubyte.gz; name one to read it alone"
+    )
+    for i in range(4):
+        (folder / f"data-{i}.npz").touch()
+    note = load_arrays(find_arrays(folder), 28).notes[1]
+    assert note.startswith("not read: data-0.npz, ") and "data.npz, …; name one" in note
+
+
+def test_names_that_cannot_be_shown_are_escaped(tmp_path):
+    folder = tmp_path / "\x1b[31m"
+    folder.mkdir()
+    (folder / "a\nb.npz").write_bytes(b"rubbish")
+    with pytest.raises(DataError, match=r"\\x1b\[31m/a\\nb\.npz: not an \.npz") as caught:
+        load_arrays(find_arrays(folder), 8)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["labels.txt", "train-labels-idx1-ubyte", "batches.meta.txt"])
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (os.mkfifo, "expected (a file of text|an IDX file), found"),
+        (os.mkdir, "expected (a file of text|an IDX file), found"),
+        (lambda file: file.symlink_to("/dev/zero"), "expected (a file of text|an IDX file), found"),
+        (lambda file: file.symlink_to("nothing"), "No such file or directory"),
+    ],
+)
+def test_labels_that_never_end_or_are_not_there(tmp_path, name, make, says):
+    if name == "batches.meta.txt":
+        data = tmp_path / "data_batch_1.bin"
+        data.write_bytes(cifar_record(0, random_images(32, 32, 3)))
+    else:
+        data = tmp_path / "train-images-idx3-ubyte"
+        data.write_bytes(idx(random_images(1, 8, 8)))
+    if name == "labels.txt":
+        (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.uint8([0])))
+    make(tmp_path / name)
+    with pytest.raises(DataError, match=f"{name}: {says}"):
+        load_arrays([data], 8)
+
+
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "data_batch_1.bin", "data.npz"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path, name):
+    (tmp_path / name).symlink_to("nothing")
+    with pytest.raises(DataError, match=f"{name}: No such file or directory"):
+        load_arrays(find_arrays(tmp_path), 8)
+
+
 # ------------------------------------------------------------------------- a table never shifts
 
 
@@ -259,7 +376,8 @@ def test_a_folder_or_a_pipe_of_such_a_name(tmp_path):
         ("\nzero\none\ntwo", "labels.txt: line 1 is empty"),
         ("zero\none\n   \n\ntwo", "labels.txt: line 3 is empty"),
         ("zero\none", "labels.txt: 2 names, but there is a class 2"),
-        ("", "labels.txt: 0 names, but there is a class 2"),
+        ("", "labels.txt: line 1 is empty"),
+        *((f"zero{char}0\r\none\ntwo", [f"zero{char}0", "two"]) for char in "\u2028\x85\f\v\x1c"),
         (b"z\xe9ro\none\ntwo", "labels.txt: expected text in UTF-8"),
     ],
 )
@@ -288,6 +406,8 @@ def test_names_of_classes(tmp_path, text, expected):
         ({"captions": ["a cat", "two\nlines"]}, ["a cat", "two\nlines"]),
         ({"captions": [["a", "b"], ["c", "d"]]}, "expected `captions` of text (n,), found <U1"),
         ({"captions": [1, 2]}, "expected `captions` of text (n,), found int64 (2,)"),
+        ({"captions": ["", "é" * 2**15]}, ["", "é" * 2**15]),
+        ({"captions": ["", "é" * 2**15 + "x"]}, "a caption of at most 65,536 bytes, found 65,537"),
         ({"captions": "one for all"}, "expected `captions` of text (n,), found <U11 ()"),
     ],
 )

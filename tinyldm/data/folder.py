@@ -56,8 +56,8 @@ def load_folder(
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing of that name"
         raise DataError(
-            f"{folder}: expected a folder of images, found {found}; files that are read are IDX, "
-            "CIFAR-10's .bin and .npz"
+            f"{shown(folder)}: expected a folder of images, found {found}; files that are read are "
+            "IDX, CIFAR-10's .bin and .npz"
         )
     height, width = both_sides(size)
     files, others, metadata, notes = _find(folder)
@@ -82,12 +82,12 @@ def load_folder(
     if damaged and not skip_bad:
         rest = [f"and {len(damaged) - MOST_NAMED} more"] * (len(damaged) > MOST_NAMED)
         raise DataError(
-            f"{folder}: {len(damaged)} problems with {len(files)} images and their captions; "
-            "mend or remove them, or train without them (--skip-bad):\n  "
+            f"{shown(folder)}: {len(damaged)} problems with {len(files)} images and their "
+            "captions; mend or remove them, or train without them (--skip-bad):\n  "
             + "\n  ".join([*damaged[:MOST_NAMED], *rest])
         )
     if not good:
-        raise DataError(f"{folder}: none of its {len(files)} images can be read")
+        raise DataError(f"{shown(folder)}: none of its {len(files)} images can be read")
     images, layouts, enlarged, captions, sources = zip(*(results[i] for i in good), strict=True)
     notes = [*notes, f"captions: {_count(sources)}"]
     if any(enlarged):
@@ -230,7 +230,7 @@ def _find(folder):
             others.append(shown(path.suffix or path.name))
     if not images:
         raise DataError(
-            f"{folder}: no image among its {len(others)} files; formats read are "
+            f"{shown(folder)}: no image among its {len(others)} files; formats read are "
             f"{', '.join(FORMATS)}"
         )
     notes = [f"{outside} files are reached by links that lead out of the folder"] if outside else []
