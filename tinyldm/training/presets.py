@@ -24,6 +24,9 @@ PRESET = "the preset's"  # the default, where the preset states it
 DEMO_MODEL = {
     "vae_widths": (32, 32),
     "vae_layers": 0,
+    # Ten times the usual one: latents with more noise are learnt sooner, and the decoder takes
+    # those of a denoiser, which are never quite right, for what they are meant to be.
+    "kl_weight": 1e-3,
     "unet_widths": (48, 64),
     "unet_attention": (False, True),
     "unet_layers": (0, 1),
