@@ -493,6 +493,22 @@ def test_what_is_said_of_a_folder(shelf):
     assert load_folder(shelf, 12).notes[1].startswith("files of other kinds")
 
 
+def test_texts_of_no_image_are_counted(tmp_path):
+    image_file(tmp_path / "a.png")
+    for name in ("a.txt", "A.txt", "a.png.txt"):
+        (tmp_path / name).write_text("a cat")
+    assert load_folder(tmp_path, SIDE).notes[0] == (
+        "2 .txt files, such as A.txt, are named like no image"
+    )
+
+
+def test_an_image_has_one_map(tmp_path):
+    for name in ("a.png", "a.map.png", "a.map.bmp"):
+        image_file(tmp_path / name)
+    with pytest.raises(DataError, match=r"a\.png: has 2 maps; keep one"):
+        load_folder(tmp_path, SIDE, maps=True)
+
+
 def test_a_suffix_may_be_wrong(tmp_path):
     save(solid("RGB", (200, 30, 90)), tmp_path / "a.png", format="BMP")
     assert (load_image(tmp_path / "a.png", SIDE) == (200, 30, 90)).all()

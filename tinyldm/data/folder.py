@@ -203,6 +203,8 @@ def _map_of(file, image, size):
         raise DataError(
             f"{shown(file)}: has no map; expected {shown(file.stem)}{MAP}{file.suffix} beside it"
         )
+    if len(found) > 1:
+        raise DataError(f"{shown(file)}: has {len(found)} maps; keep one")
     layout = open_image(found[0], max(both_sides(size)))
     if abs(layout.width * image.height - layout.height * image.width) > max(image.size):
         raise DataError(
@@ -218,7 +220,7 @@ def _count(kinds):
 
 def _find(folder):
     """Find the files below a folder → images, suffixes of others, metadata files, remarks."""
-    images, others, metadata, outside = [], [], [], 0
+    images, texts, others, metadata, outside = [], [], [], [], 0
     real = folder.resolve()
     for path in files_below(folder):
         outside += not path.resolve().is_relative_to(real)
@@ -226,7 +228,9 @@ def _find(folder):
             images.append(path)
         elif path.name in METADATA:
             metadata.append(path)
-        elif path.suffix != ".txt":
+        elif path.suffix == ".txt":
+            texts.append(path)
+        else:
             others.append(shown(path.suffix or path.name))
     if not images:
         raise DataError(
@@ -234,6 +238,9 @@ def _find(folder):
             f"{', '.join(FORMATS)}"
         )
     notes = [f"{outside} files are reached by links that lead out of the folder"] if outside else []
+    named = {_key(image) for image in images}
+    if lonely := [shown(text.name) for text in texts if _key(text) not in named]:
+        notes.append(f"{len(lonely)} .txt files, such as {lonely[0]}, are named like no image")
     return images, others, metadata, notes
 
 
@@ -249,6 +256,10 @@ def _caption(file, folder, listed):
     if file.parent == folder:
         return "", "images without one"
     return file.parent.name.replace("_", " "), "from the name of a sub-folder"
+
+
+def _key(file):
+    return unicodedata.normalize("NFC", str(file.with_suffix("")))
 
 
 def _spellings(stem):

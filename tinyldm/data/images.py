@@ -72,7 +72,7 @@ def _alpha(image):
     marked = image.info.get("transparency")
     if image.format == "PNG" and image.tile and marked is not None:
         # Pillow brings the levels to 8 bits, but not the one marked; once loaded none can tell.
-        match image.tile[0].args:
+        match image.tile[0][3]:
             case "L;2" | "L;4" as stored:
                 marked *= 85 if stored == "L;2" else 17
             case "RGB;16B":
