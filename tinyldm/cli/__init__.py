@@ -10,7 +10,9 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import TextIO
@@ -34,10 +36,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; → exit code."""
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     try:
-        code = _run(arguments)
+        with _like_ctrl_c("SIGTERM", "SIGHUP"):
+            code = _run(arguments)
         return code or int(sys.stdout.failed)  # results that could not be written
     finally:
         sys.stdout, sys.stderr = sys.stdout.stream, sys.stderr.stream
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that ends a process, as an exception: what is under way is cleared up."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+@contextlib.contextmanager
+def _like_ctrl_c(*names):
+    """Have these signals raise Interrupted, where nobody has asked for anything else."""
+
+    def interrupt(number, _):
+        raise Interrupted(number)
+
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # signals come to the main thread only
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class Stream:
@@ -105,9 +135,9 @@ def _run(arguments):
             options.run(options)
         sys.stdout.flush()
         return 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("tinyldm: interrupted", file=sys.stderr)
-        return 130
+        return 128 + getattr(interrupt, "number", signal.SIGINT)
     except Exception as error:
         code = _exit_code(error)
         if code is None:

@@ -41,9 +41,8 @@ class Interruptible(contextlib.AbstractContextManager):
 
     def _note(self, number, frame):
         self.number = number
-        for other in self.before:
-            at_once = signal.default_int_handler if other == signal.SIGINT else signal.SIG_DFL
-            signal.signal(other, at_once)
+        for other, handler in self.before.items():
+            signal.signal(other, handler)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
