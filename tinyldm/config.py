@@ -97,7 +97,9 @@ def _described(kind):
     words |= {NoneType: "null", dict: "an object"}
     if get_origin(kind) is list:
         return f"a list of {_described(*get_args(kind)).removeprefix('a ').removeprefix('an ')}s"
-    return " or ".join(map(_described, get_args(kind))) if get_args(kind) else words[kind]
+    if get_args(kind):
+        return " or ".join(map(_described, get_args(kind)))
+    return words.get(kind) or f"a {kind.__name__}"
 
 
 def per_block(what: str, key: str, value: Any, count: int) -> list:

@@ -327,7 +327,7 @@ MISTAKES = [
         "unknown key 'sampel_size'; did you mean 'sampl",
     ),
     (SAMPLE, edit("unet/config.json", block_out_channels=[16]), "misshapen"),
-    (SAMPLE, edit("unet/config.json", norm_num_groups=3), "3"),
+    (SAMPLE, edit("unet/config.json", norm_num_groups=3), "unet/config.json: .* 3 groups"),
     (
         SAMPLE,
         edit("scheduler/scheduler_config.json", prediction_type="noise"),

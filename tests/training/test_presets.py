@@ -1,6 +1,7 @@
 """What a run is made of: presets, sizes, lengths, and what may change when it goes on."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from tinyldm.config import ConfigError
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.models import AutoencoderKL, UNet
-from tinyldm.training.config import SCHEDULES, STAGES, Config
+from tinyldm.training.config import SCHEDULES, STAGES, Config, Stage
 from tinyldm.training.presets import PRESETS, changed, make_config, with_length
 
 
@@ -54,6 +55,51 @@ def test_a_size_divides_or_the_nearest_are_named(size, name):
     below, above = (int(word) for word in str(caught.value).rsplit("are ")[1].split(" and "))
     assert below % factor == above % factor == 0 < below and above - below == factor
     assert below < size < above or size < below == factor
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"side": "64"}, "config: side: expected an integer .*, found '64'"),
+        ({"side": (16, 16, 16)}, r"side: expected an integer, or two, found \(16, 16, 16\)"),
+        ({"unet_widths": ()}, "unet_widths: expected a level or more, found none"),
+        ({"guidance": "x"}, "config: guidance: expected a number, found 'x'"),
+        ({"flip": "no"}, "flip: expected true or false, found 'no'"),
+        ({"held_out": -1}, "held_out: expected 0…1, found -1"),
+        ({"images": 0}, "config: images: expected an integer of 1 to .*, found 0"),
+        ({"data": ""}, "data: expected the name of a folder, found ''"),
+        ({"data": b"images"}, "data: expected a text, found b'images'"),
+        ({"denoiser": 5}, "config: denoiser: expected a Stage, found 5"),
+    ],
+)
+def test_a_config_that_cannot_be(settings, says):
+    with pytest.raises(ConfigError, match=says):
+        Config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"batch": 0}, "stage: batch: expected an integer of 1 to .*, found 0"),
+        ({"rate": "x"}, "stage: rate: expected a number, found 'x'"),
+        ({"rate": float("nan")}, "stage: rate: expected a number, found nan"),
+        ({"ema": 1.5}, "ema: expected 0…1, found 1.5"),
+        ({"decay": ["cosine"]}, "stage: decay: expected a word, found"),
+    ],
+)
+def test_a_stage_that_cannot_be(settings, says):
+    with pytest.raises(ConfigError, match=says):
+        Stage(**({"batch": 4, "rate": 1e-3, "warmup": 0, "ema": 0.9} | settings))
+
+
+@pytest.mark.parametrize("size", ["64", 64.0, (64,) * 3, None.__class__])
+def test_a_size_is_an_integer_or_two(size):
+    with pytest.raises(ConfigError, match="^size: expected an integer, or two, found "):
+        make_config(size=size)
+
+
+def test_a_path_is_as_good_as_its_name():
+    assert Config(data=Path("images")) == Config(data="images")
 
 
 def test_a_preset_that_there_is_not():

@@ -482,6 +482,11 @@ def test_from_a_damaged_state_it_goes_on_with_the_one_before(copy, whole, no_ima
         ({"tokenizer": {"names": 3}}, "another version, or changed"),
         ({"tokenizer": {"vocab": {}, "merges": []}}, "another version, or changed"),
         ({"data": 5}, "data: expected a word"),
+        ({"scaling_factor": 0}, "scaling_factor: expected a number, found 0"),
+        ({"config": None}, "config: expected an object, found None"),
+        ({"tokenizer": None}, "tokenizer: expected an object, found None"),
+        ({"tokenizer": {"vocab": {}, "merges": 5}}, "tokenizer: expected vocab, merges and max_l"),
+        ({"version": "x"}, "version: expected an integer of 0 to .*, found 'x'"),
         ({"version": 99}, "written by a newer version of tinyldm"),
     ],
 )
@@ -494,6 +499,41 @@ def test_notes_that_cannot_be(copy, change, says):
         with pytest.raises(WeightsError, match=says) as caught:
             action(copy)
         assert "\n" not in str(caught.value) and str(copy / LAST_STATE) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"images": "x"}, "config: images: expected an integer of 1 to .*, found 'x'"),
+        ({"data": 5}, "data: expected a text, found 5"),
+        ({"caption_dropout": "x"}, "config: caption_dropout: expected a number, found 'x'"),
+        ({"held_out": "x"}, "config: held_out: expected a number, found 'x'"),
+        ({"held_out": 5}, "held_out: expected 0…1, found 5"),
+        ({"unet_widths": [8, "x"]}, "config: unet_widths: expected a list of integers"),
+        ({"colour": "red"}, "config: unknown key 'colour'"),
+        ({"denoiser": {"batch": 1, "colour": "red"}}, "denoiser: unknown key 'colour'"),
+        ({"denoiser": [1]}, "denoiser: content: expected an object, found .*1"),
+        ({"groups": 3}, "8 channels do not divide into 3 groups"),
+    ],
+)
+def test_a_config_in_a_state_that_cannot_be(copy, change, says):
+    arrays, notes = load_weights(copy / LAST_STATE), load_metadata(copy / LAST_STATE)
+    notes = json.loads(notes["tinyldm"])
+    notes["config"] |= change
+    save_weights(copy / LAST_STATE, arrays, {"tinyldm": json.dumps(notes)})
+    with pytest.raises(ValueError, match=says) as caught:
+        resume(copy)
+    assert "\n" not in str(caught.value) and str(copy / LAST_STATE) in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "float64"])
+def test_arrays_of_another_type(copy, dtype):
+    arrays, notes = load_weights(copy / LAST_STATE), load_metadata(copy / LAST_STATE)
+    name = min(name for name in arrays if name.startswith("params/"))
+    arrays[name] = arrays[name].astype(dtype)
+    save_weights(copy / LAST_STATE, arrays, {"tinyldm": notes["tinyldm"]})
+    with pytest.raises(WeightsError, match=f"{name}: expected float32, found {dtype}"):
+        resume(copy)
 
 
 @pytest.mark.parametrize("group", ["params", "m", "v", "average", "first_stage"])

@@ -186,7 +186,7 @@ def naming(file: Path) -> Iterator[None]:
     """Begin what is wrong with a config with the name of its file."""
     try:
         yield
-    except ConfigError as error:
+    except ValueError as error:
         raise ConfigError(f"{shown(file)}: {error}") from None
 
 

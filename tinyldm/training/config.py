@@ -1,19 +1,20 @@
 """The config of a run: everything that it depends on, and the configs of its networks."""
 
 import math
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tinyldm.checkpoints.components import DIFFUSERS_VERSION
-from tinyldm.config import ConfigError, unknown
+from tinyldm.config import ConfigError, Kind, brief, check_kind, meant, unknown
 from tinyldm.data.images import both_sides
 from tinyldm.diffusion.loss import WEIGHTINGS
 from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
 from tinyldm.models import ClassNames, Tokenizer
 from tinyldm.models.discriminator import PatchDiscriminator
 from tinyldm.nn.optim import DECAYS
-from tinyldm.options import check_options, option
+from tinyldm.options import check_options, option, options_of
 from tinyldm.sampling.tasks import TASKS, concat_channels, times_larger
 
 STAGES = ("autoencoder", "denoiser")
@@ -32,6 +33,17 @@ SCHEDULES = {  # of noise: name → keys of diffusers' scheduler config
 }
 
 
+KINDS: dict[str, Kind] = {  # of fields whose type does not show it
+    "side": int | list[int],
+    "vae_widths": list[int],
+    "unet_widths": list[int],
+    "unet_attention": list[bool],
+    "unet_layers": int | list[int],
+}
+SHARES = ("held_out", "adversarial_start", "caption_dropout", "ema")
+MAY_BE_0 = {"side", "kl_weight", "perceptual", "vae_layers", "unet_layers", "guidance", "warmup"}
+MAY_BE_0 |= {*SHARES, "text_layers"}
+
 # The groups of options on the command line.
 IMAGES, MODEL, LEARNT = "the images", "the model", "what is learnt"
 RESOURCES = "time and memory"
@@ -41,6 +53,27 @@ def choice(help: str, choices: Iterable[str], group: str) -> Any:
     """Make an option that is one of some words, the first by default."""
     words = tuple(choices)
     return option(f"{help}: {', '.join(words)}", words[0], choices=words, group=group)
+
+
+def _check_fields(what, instance):
+    """Raise ConfigError for the first field that is not as expected; options are checked apart."""
+    for name in [
+        one.name for one in fields(instance) if one.name not in options_of(type(instance))
+    ]:
+        value, kind = getattr(instance, name), type(instance).__annotations__[name]
+        check_kind(what, name, value, KINDS.get(name, kind), int(name not in MAY_BE_0))
+        if name in SHARES and not 0 <= value <= 1:
+            raise ConfigError(f"{name}: expected 0…1, found {value}")
+
+
+def _known(what, cls, content):
+    """Return the fields of a dataclass from JSON. ConfigError for anything else."""
+    check_kind(what, "content", content, dict)
+    names = {one.name for one in fields(cls)}
+    for key in content:
+        if key not in names:
+            raise ConfigError(f"{what}: unknown key {brief(key)}{meant(key, names)}")
+    return content
 
 
 @dataclass(frozen=True)
@@ -58,6 +91,7 @@ class Stage:
     muon: float | None = None  # peak size of Muon's step; None trains all by AdamW
 
     def __post_init__(self):
+        _check_fields("stage", self)
         if self.decay not in DECAYS:
             raise ConfigError(f"decay: {unknown(self.decay, DECAYS)}")
 
@@ -132,10 +166,17 @@ class Config:
     guidance: float = 2.0
 
     def __post_init__(self):
+        if isinstance(self.data, os.PathLike):
+            object.__setattr__(self, "data", os.fspath(self.data))
         check_options(self, ConfigError)
+        _check_fields("config", self)
+        if self.data == "":  # as of a variable that is not set: Path("") is the folder we are in
+            raise ConfigError("data: expected the name of a folder, found ''")
+        if not (self.vae_widths and self.unet_widths):
+            raise ConfigError("vae_widths and unet_widths: expected a level or more, found none")
+        if len(self.sides) != 2:
+            raise ConfigError(f"side: expected an integer, or two, found {self.side}")
         Schedule(self.scheduler_config())  # raises where the prediction does not go with it
-        if not 0 <= self.adversarial_start <= 1:
-            raise ConfigError(f"adversarial_start: expected 0…1, found {self.adversarial_start}")
         least = min(self.sides)
         if self.adversarial and (self.first_stage == "none" or least < DISCRIMINATED):
             raise ConfigError(
@@ -156,12 +197,13 @@ class Config:
 
     @classmethod
     def from_json(cls, content: dict) -> "Config":
-        """Rebuild a Config from the JSON of dataclasses.asdict."""
+        """Rebuild a Config from the JSON of dataclasses.asdict. ConfigError for others."""
         content = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
         if "pictures" in content:  # its name in states written before the rename
             content["images"] = content.pop("pictures")
-        for stage in ("autoencoder", "denoiser"):
-            content[stage] = Stage(**content[stage])
+        _known("config", cls, content)
+        for stage in STAGES:
+            content[stage] = Stage(**_known(stage, Stage, content[stage]))
         return cls(**content)
 
     @property

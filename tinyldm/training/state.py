@@ -11,8 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from tinyldm.backend import to_device
 from tinyldm.checkpoints.components import COMPONENTS, make
+from tinyldm.checkpoints.diffusers_folder import naming
 from tinyldm.checkpoints.safetensors import (
     Damaged,
     WeightsError,
@@ -21,7 +24,7 @@ from tinyldm.checkpoints.safetensors import (
     match,
     save_weights,
 )
-from tinyldm.config import Kind, check_kind, unknown
+from tinyldm.config import Kind, brief, check_kind, unknown
 from tinyldm.kernels.cpu.flat import Flat
 from tinyldm.lock import touch
 from tinyldm.models import ClassNames, Tokenizer
@@ -33,6 +36,7 @@ NOTES: dict[str, Kind] = {  # of State, in the header → kind of its value
     "stage": str, "data": str, "step": int, "total": int | None, "seconds": float,
     "corrections": int, "done_before": int, "scaling_factor": float,
 }  # fmt: skip
+ALL_NOTES = NOTES | {"version": int, "config": dict, "tokenizer": dict}
 GROUPS = ("params", "m", "v", "average", "first_stage")  # of the arrays in a file
 GROUPS += ("discriminator", "discriminator_m", "discriminator_v")  # where there is one
 
@@ -126,12 +130,15 @@ def load_notes(run: str | Path) -> dict:
         raise FileNotFoundError(f"{run}: holds no run (no training/state-*.safetensors)")
     try:
         notes = json.loads(load_metadata(file)["tinyldm"])
-        if notes.pop("version", 0) > VERSION:
+        check_kind("its notes", "content", notes, dict)
+        notes.setdefault("version", 0)
+        for name, kind in ALL_NOTES.items():
+            least = int(name == "scaling_factor")
+            check_kind("its notes", name, notes[name], kind, least, most=10**12)
+        if notes.pop("version") > VERSION:
             raise WeightsError(f"{file}: written by a newer version of tinyldm; take that one")
-        if others := notes.keys() - NOTES.keys() - {"config", "tokenizer"}:
-            raise ValueError(f"its notes: unknown key {min(others)!r}")
-        for name, kind in NOTES.items():
-            check_kind("its notes", name, notes[name], kind, most=10**12)
+        if others := notes.keys() - ALL_NOTES.keys():
+            raise ValueError(f"its notes: unknown key {brief(min(others))}")
         if notes["stage"] not in STAGES:
             raise ValueError(f"its notes: stage: {unknown(notes['stage'], STAGES)}")
         if notes["total"] is not None and notes["step"] > notes["total"]:
@@ -139,12 +146,7 @@ def load_notes(run: str | Path) -> dict:
         if int(file.stem.removeprefix("state-")) != notes["done_before"] + notes["step"]:
             raise ValueError(f"its notes: its name says another step than {notes['step']}")
         notes["config"] = Config.from_json(notes["config"])
-        content = notes["tokenizer"]
-        if "names" in content:
-            notes["tokenizer"] = ClassNames(**content)
-        else:
-            content["merges"] = [tuple(pair) for pair in content["merges"]]
-            notes["tokenizer"] = Tokenizer(**content)
+        notes["tokenizer"] = _tokenizer_of(notes["tokenizer"])
         return notes
     except WeightsError:
         raise
@@ -154,6 +156,20 @@ def load_notes(run: str | Path) -> dict:
         ) from None
     except (TypeError, AttributeError, ValueError, RecursionError) as error:
         raise WeightsError(f"{file}: a state of another version, or changed: {error}") from None
+
+
+def _tokenizer_of(content):
+    """Rebuild a tokenizer from its `content`, as JSON."""
+    try:
+        if "names" in content:
+            return ClassNames(**content)
+        merges = [tuple(pair) for pair in content["merges"]]
+        return Tokenizer(**(content | {"merges": merges}))
+    except (TypeError, AttributeError):
+        raise ValueError(
+            f"its notes: tokenizer: expected vocab, merges and max_length, or names, found "
+            f"{brief(content)}"
+        ) from None
 
 
 def load_state(
@@ -168,7 +184,12 @@ def load_state(
         notes = load_notes(run)
         *_, file = state_files(run)
         arrays = load_weights(file)
-        match({path: x.shape for path, x in arrays.items()}, _shapes(notes), file)
+        with naming(file):
+            shapes = _shapes(notes)
+        match({path: x.shape for path, x in arrays.items()}, shapes, file)
+        for path, x in arrays.items():
+            if x.dtype != np.float32:
+                raise WeightsError(f"{file}: {path}: expected float32, found {x.dtype}")
     except Damaged as error:
         *before, file = state_files(run)
         if not before:
