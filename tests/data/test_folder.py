@@ -346,16 +346,16 @@ def test_a_folder_that_is_called_like_an_image(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("zero.png", b"", "an empty file"),
-        ("zero.jpg", b"", "an empty file"),
+        ("zero.png", b"", "not an image: empty"),
+        ("zero.jpg", b"", "not an image: empty"),
         ("text.png", b"this is no image\n", "not an image in a format that is read"),
         ("page.jpg", b"<!DOCTYPE html><title>404</title>", "not an image in a format"),
-        ("start.png", b"\x89PNG\r\n\x1a\n", "one that is cut off or damaged"),
+        ("start.png", b"\x89PNG\r\n\x1a\n", "an image that is cut off or damaged"),
         ("head.png", b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR\0\0", "Truncated File Read"),
-        ("start.gif", b"GIF89a", "one that is cut off or damaged"),
+        ("start.gif", b"GIF89a", "an image that is cut off or damaged"),
         ("start.bmp", b"BM", "not an image in a format"),
         ("start.webp", b"RIFF\x10\x00\x00\x00WEBPVP8 ", "could not create decoder object"),
-        ("start.jpg", b"\xff\xd8\xff\xe0", "one that is cut off or damaged"),
+        ("start.jpg", b"\xff\xd8\xff\xe0", "an image that is cut off or damaged"),
     ],
 )
 def test_what_is_no_image_is_named(tmp_path, name, content, says):

@@ -158,8 +158,7 @@ def open_image(file: Path, side: int, ground: str | None = "white") -> Image.Ima
         if start and not start.startswith(BEGUN):
             reason = f"not an image in a format that is read ({kinds})"
         else:
-            found = "one that is cut off or damaged" if start else "an empty file"
-            reason = f"expected an image, found {found}"
+            reason = "an image that is cut off or damaged" if start else "not an image: empty"
     except OSError as error:
         reason = error.strerror or str(error)
     except Exception as error:  # decoders of damaged bytes raise whatever they stumble over
