@@ -48,6 +48,23 @@ def test_without_a_reader_the_work_is_done(model, tmp_path, shell):
     assert out in (b"", f"{tmp_path / 'a.png'}\n".encode())
 
 
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["sample", "--help"]])
+def test_help_that_cannot_be_written_is_a_failure(words):
+    command = ["bash", "-c", '"$@" > /dev/full', "bash", *COMMAND[:3], *words]
+    done = subprocess.run(command, capture_output=True)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("locale", mostly_slow(["C", "C.UTF-8", "POSIX"], "C"))
+def test_a_prompt_is_utf_8_in_any_locale(model, tmp_path, locale):
+    names = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    assert run(model, tmp_path / "a.png", prompt="été", **names)[0] == 0
+    assert run(model, tmp_path / "b.png", prompt="été")[0] == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    code, _, err = run(model, tmp_path / "c.png", prompt=b"\xe9t\xe9", **names)
+    assert code == 2 and b"prompt: not valid UTF-8" in err
+
+
 @pytest.mark.parametrize("shell", mostly_slow(SHELLS, "2>&-"))
 def test_without_a_reader_a_mistake_is_one(model, tmp_path, shell):
     code, *_ = run(tmp_path / "none", tmp_path / "a.png", shell)
@@ -92,7 +109,12 @@ def test_a_files_name_is_any_bytes(model, tmp_path, locale, name):
         (["--size", "-16"], "size: expected multiples of"),
         (["--size", "16x"], "--size: expected S or HEIGHTxWIDTH, found '16x'"),
         (["--steps", "99999999999999999999"], "steps: expected 1…1000, found 99999999999999999999"),
+        (["--steps", "9" * 5000], f"--steps: expected an integer ≥ 1, found '{'9' * 59}…"),
+        (["--size", "9" * 5000], f"--size: expected S or HEIGHTxWIDTH, found '{'9' * 59}…"),
+        (["--" + "a" * 5000], f"unknown option '--{'a' * 57}…"),
+        (["--guidance", "1e30"], "--guidance: expected a number -1000…1000, found '1e30'"),
         (["-"], "unknown option '-'"),
+        (["--", "--steps", "2"], "unexpected --steps behind --; options go before it"),
         (["--", "-x"], "unknown option '-x'"),
     ],
 )

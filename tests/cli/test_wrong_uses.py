@@ -7,6 +7,7 @@ nothing goes to stdout, there is no traceback, and no file is written, changed o
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 
 import numpy as np
@@ -203,6 +204,21 @@ MISTAKES = [
     (f"{TRAIN} --size 16x32", None, "size: shapes are drawn in squares; other sizes need --data"),
     (f"{TRAIN} --size 17", None, "multiple of 2 .* found 17; the nearest are 16 and 18"),
     (f"{TRAIN} --minutes nan", None, "--minutes: expected a number 0.01…100000, found 'nan'"),
+    *(
+        (command, None, "expected the name of a file or folder, found ''")
+        for command in (
+            "train --preset tiny --out ''",
+            "train --out '' --resume",
+            "sample '' caption",
+            "eval ''",
+            "experiment guidance --out ''",
+            "experiment guidance --out {new} --run ''",
+            "sample {run} caption --vae ''",
+            "demo --out ''",
+        )
+    ),
+    (f"{TRAIN} --data ''", None, "data: expected the name of a folder, found ''"),
+    ("sample {run} caption -o ''", None, "expected the name of an image"),
     (f"{TRAIN} --keep 0", None, "--keep: expected an integer 1…1000, found '0'"),
     (f"{TRAIN} --device gpu", None, "--device: expected cpu or cuda, found 'gpu'"),
     (f"{TRAIN} --resume --overwrite", None, "--overwrite: not allowed with argument --resume"),
@@ -360,7 +376,7 @@ def test_a_mistake_gets_one_line_and_does_no_harm(
     before = contents(tmp_path)
     capfd.readouterr()
     try:
-        code = cli.main(command.format(**world).split())
+        code = cli.main(shlex.split(command.format(**world)))
     except SystemExit as end:
         code = end.code
     out, err = capfd.readouterr()

@@ -182,6 +182,18 @@ def test_a_run_is_not_written_over(copy, no_images):
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("name", [None, 5, ""])
+def test_a_run_has_a_name(name):
+    for call in (lambda: train(name, CONFIG), lambda: resume(name)):
+        with pytest.raises(ValueError, match="^run: expected the name of a file or folder, found"):
+            call()
+
+
+def test_a_run_has_a_config(tmp_path):
+    with pytest.raises(ConfigError, match="^config: expected a Config, found None$"):
+        train(tmp_path / "run", None)
+
+
 def test_a_run_that_does_not_exist_cannot_go_on(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run") as caught:
         resume(tmp_path / "none")

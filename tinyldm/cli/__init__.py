@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _like_ctrl_c("SIGTERM", "SIGHUP"):
             code = _run(arguments)
         return code or int(sys.stdout.failed)  # results that could not be written
+    except SystemExit as end:  # after --help, or a mistake
+        sys.stdout.flush()
+        raise SystemExit(end.code or int(sys.stdout.failed)) from None
     finally:
         sys.stdout, sys.stderr = sys.stdout.stream, sys.stderr.stream
 
@@ -142,7 +145,8 @@ def _run(arguments):
         code = _exit_code(error)
         if code is None:
             raise
-        say(f"tinyldm: {error}")
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        say(f"tinyldm: {error}" + "; a file could not be written: make room on its disk" * full)
         return code
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-from tinyldm.config import meant, unknown
+from tinyldm.config import brief, meant, unknown
 from tinyldm.files import shown
 from tinyldm.options import kind_of, options_of, problem
 
@@ -50,10 +50,12 @@ class Parser(argparse.ArgumentParser):
         """Report an argument that is not expected, with the nearest known option."""
         if not word.startswith("-"):
             hint = "; a PROMPT of several words needs quotes" if "sample" in self.prog else ""
-            self.error(f"unexpected {word!r}{hint}")
+            self.error(f"unexpected {brief(word)}{hint}")
         options = [name for action in self._actions for name in action.option_strings]
         name = word.partition("=")[0]
-        self.error(f"unknown option {name!r}{meant(name, options)}")
+        if name in options:  # all that follows a "--" is no option
+            self.error(f"unexpected {name} behind --; options go before it")
+        self.error(f"unknown option {brief(name)}{meant(name, options)}")
 
 
 def one_of(choices: Iterable) -> Callable[[str], str | int]:
@@ -72,7 +74,7 @@ def size(text: str) -> tuple[int, int]:
     """Parse S or HEIGHTxWIDTH into (height, width)."""
     found = re.fullmatch(r"(-?[0-9]{1,5})(?:[x×](-?[0-9]{1,5}))?", text.lower())
     if not found:
-        raise argparse.ArgumentTypeError(f"expected S or HEIGHTxWIDTH, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected S or HEIGHTxWIDTH, found {brief(text)}")
     return int(found[1]), int(found[2] or found[1])
 
 

@@ -3,11 +3,10 @@
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 
 from tinyldm.cli.arguments import add_options, chosen, one_of, say
 from tinyldm.experiments.trained import trained_run
-from tinyldm.options import option
+from tinyldm.options import option, path_of
 from tinyldm.training.run import whole_run
 
 EXPERIMENTS = {  # name → the question that it answers
@@ -41,14 +40,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> None:
     """Run one experiment, on seconds of training or on a trained run, and print its table."""
     module = import_module(f"tinyldm.experiments.{options.name.replace('-', '_')}")
-    out = Path(options.out)
+    out = path_of("--out", options.out)
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out}: expected a folder, or nothing, found a file")
     subject = seconds = Length(**chosen(options, Length)).seconds
     if options.name in ON_A_RUN:
-        run = whole_run(options.run_folder, say) if options.run_folder else None
+        run = None if options.run_folder is None else whole_run(options.run_folder, say)
         subject = trained_run(run, seconds, out, say)
-    elif options.run_folder:
+    elif options.run_folder is not None:
         options.parser.error(f"--run: {options.name} trains its own model; leave it out")
     out.mkdir(parents=True, exist_ok=True)
     module.run(subject, out, say)

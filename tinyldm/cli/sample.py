@@ -1,5 +1,6 @@
 """`tinyldm sample`: generate images from a prompt, or reproduce one from the notes in a PNG."""
 
+import os
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,10 +122,14 @@ def generate(pipeline: Pipeline, origin: Origin, film: "Film | None") -> np.ndar
 
 def _from_prompt(options):
     """Return the origin of each image, the output file, and the pipeline, from a prompt."""
-    output = Path(options.output or "sample.png")
+    output = Path("sample.png" if options.output is None else options.output)
     for name in ("prompt", "negative"):
-        if any("\ud800" <= char <= "\udfff" for char in getattr(options, name) or ""):
-            options.parser.error(f"{name}: not valid UTF-8")
+        text = getattr(options, name) or ""
+        if any("\ud800" <= char <= "\udfff" for char in text):  # the locale does not know them
+            try:
+                setattr(options, name, os.fsencode(text).decode())
+            except UnicodeError:
+                options.parser.error(f"{name}: not valid UTF-8")
     if image_format(output) != "PNG":  # fails before the work rather than after it
         say(f"{output}: only a .png stores how it was generated, for --reproduce")
     for name in ("mask", "strength"):
@@ -160,9 +165,8 @@ def _reproduce(options):
                 f"--reproduce takes everything from the image: leave out the {name}"
             )
     origin = Origin.read(options.reproduce)
-    output = Path(
-        options.output or options.reproduce.with_stem(f"{options.reproduce.stem}-reproduced")
-    )
+    output = options.reproduce.with_stem(f"{options.reproduce.stem}-reproduced")
+    output = output if options.output is None else Path(options.output)
     image_format(output)
     for name in ("image", "mask", "vae"):  # which may have moved
         place, began = getattr(options, name), getattr(origin, name)

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from tinyldm.checkpoints.diffusers_folder import is_whole
-from tinyldm.config import ConfigError
+from tinyldm.config import ConfigError, brief
 from tinyldm.data.dataset import DataError
 from tinyldm.lock import is_locked, locked
+from tinyldm.options import path_of
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training import snapshots
 from tinyldm.training.config import STAGES, Config
@@ -46,7 +47,9 @@ def train(
     the perceptual loss, on the same device, where `config.perceptual` gives that a weight.
     Raises Stopped after a signal, Diverged, DataError, and FileExistsError rather than overwrite.
     """
-    run = Path(run)
+    run = path_of("run", run)
+    if not isinstance(config, Config):
+        raise ConfigError(f"config: expected a Config, found {brief(config)}")
     refuse_folder(run, config, overwrite)
     data = load_data(config)
     training, held_out = split(data, config)
@@ -86,7 +89,7 @@ def resume(
     (see `presets.changed`). features: the network that the run began with, if it had one.
     DataError if the images or captions are no longer the same.
     """
-    run = Path(run)
+    run = path_of("run", run)
     if not state_files(run):
         load_notes(run)  # says that there is no run
     with locked(run):
@@ -123,7 +126,7 @@ def rebuild(run: str | Path) -> Pipeline:
 
 def whole_run(run: str, say: Say) -> str:
     """Return `run`, its component folders exported again if the last export was cut off."""
-    folder = Path(run)
+    folder = path_of("run", run)
     if folder.is_dir() and state_files(run) and not is_locked(folder) and not is_whole(folder):
         if load_notes(run)["stage"] == "denoiser":
             say(f"{run}: the export is incomplete; exporting again from the state")
