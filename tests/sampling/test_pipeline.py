@@ -701,6 +701,16 @@ def test_a_damaged_list_of_shards_is_named(folder):
         assert index.name in one_line(caught)
 
 
+def test_a_missing_shard_is_named(folder):
+    weights = folder / "unet" / COMPONENTS["unet"][2]
+    weights.rename(weights.with_name("one.safetensors"))
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match="missing beside it: two.safetensors") as caught:
+        Pipeline.load(folder)
+    assert one_line(caught).startswith(str(index))
+
+
 def test_the_fingerprint_sees_weights_configs_and_tokenizer(folder):
     pipe = Pipeline.load(folder)
     expected = fingerprint(pipe)

@@ -298,11 +298,15 @@ def _weight_files(folder):
                     names = sorted(set(read_json(index)["weight_map"].values()))
                     if outside := [name for name in names if Path(name).name != name]:
                         raise ValueError(f"{brief(outside[0])} is not the name of a file beside it")
-                    return [folder / name for name in names]
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise WeightsError(
                         f"{shown(index)}: not an index of weights: {shown(error)!r:.200}"
                     ) from None
+                if missing := [name for name in names if not (folder / name).exists()]:
+                    raise FileNotFoundError(
+                        f"{shown(index)}: missing beside it: {some(missing)}; fetch it again"
+                    )
+                return [folder / name for name in names]
     named_otherwise = sorted(folder.glob("[!.]*.safetensors"))  # such as .non_ema.safetensors
     if len(named_otherwise) == 1:
         return named_otherwise
