@@ -60,6 +60,13 @@ def test_tiles_are_enlarged_by_an_integer(h, w, tile, scale):
     np.testing.assert_array_equal(images, before)
 
 
+def test_a_caption_as_long_as_a_book_is_cut():
+    images = np.zeros((1, 8, 8, 3), np.uint8)
+    sheet = grid(images, ["a word " * 10_000], tile=24)
+    assert sheet.size == grid(images, ["a word " * 28 + "abc…"], tile=24).size
+    assert np.array_equal(sheet, grid(images, ["a word " * 28 + "a w…"], tile=24))
+
+
 def test_captions_lie_under_their_images_and_cover_none():
     images = images_of(3, 24, 24)
     plain = grid(images, columns=2, tile=24)

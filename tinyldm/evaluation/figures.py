@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from tinyldm.files import replacing
 
+LONGEST_CAPTION = 200  # characters under an image
 INK, PAPER, GRID = (40, 40, 40), (255, 255, 255), (225, 225, 225)
 LINES = (
     (200, 60, 50), (50, 90, 200), (40, 150, 80), (150, 90, 180), (230, 150, 40), (60, 60, 60),
@@ -29,7 +30,8 @@ def grid(
 ) -> Image.Image:
     """Arrange images, uint8 (n, h, w, 3), in rows, enlarged to about `tile` pixels → a PIL image.
 
-    captions: a line of text, wrapped, under each; labels: one to the left of each row.
+    captions: a line of text, wrapped, under each, cut after 200 characters; labels: one to the left
+    of each row.
     """
     n, h, w, _ = images.shape
     columns = min(n, columns or int(np.ceil(np.sqrt(n))))
@@ -38,7 +40,8 @@ def grid(
     gap = 4
     lines = "\n".join(labels or []).split("\n")
     margin = max(74, *(round(font.getlength(line)) + 2 * gap for line in lines)) if labels else gap
-    wrapped = [textwrap.fill(c, max(1, w * scale // 6)) for c in captions] if captions else [""] * n
+    width = max(1, w * scale // 6)
+    wrapped = [textwrap.fill(_cut(text), width) for text in captions] if captions else [""] * n
     text_height = 13 * max(text.count("\n") + 1 for text in wrapped) if captions else 0
     cell_w, cell_h = w * scale + gap, h * scale + gap + text_height
     rows = -(-n // columns)
@@ -53,6 +56,10 @@ def grid(
     for row, label in enumerate(labels or []):
         draw.text((gap, gap + row * cell_h + h * scale // 2 - 6), label, INK, font)
     return sheet
+
+
+def _cut(text):
+    return text if len(text) <= LONGEST_CAPTION else text[: LONGEST_CAPTION - 1] + "…"
 
 
 def latents_as_images(latents: np.ndarray) -> np.ndarray:
