@@ -1,5 +1,6 @@
 """Check hand-written gradients, yours too: `check_gradients` finds which one is wrong, and why."""
 
+from tinyldm.testing.faults import assert_detects_faults
 from tinyldm.testing.gradcheck import Undecided, check_gradients
 from tinyldm.testing.orders import (
     check_jacobian,
@@ -13,6 +14,7 @@ from tinyldm.testing.problem import GradientError
 __all__ = [
     "GradientError",
     "Undecided",
+    "assert_detects_faults",
     "check_gradients",
     "check_jacobian",
     "check_linear",
