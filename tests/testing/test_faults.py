@@ -17,7 +17,7 @@ def normalised(x, gain, eps=1e-5):
     y = centred / deviation
 
     def backward(dy):
-        dgain = (dy * y).reshape(-1, n).sum(0)
+        dgain = np.einsum("abc,abc->c", dy, y)
         dy = dy * gain
         dx = dy - dy.sum(-1, keepdims=True) / n - y * (dy * y).sum(-1, keepdims=True) / n
         return dx / deviation, dgain
