@@ -348,6 +348,7 @@ def test_the_size_trained_on(pipe):
         ({"sampler": 5}, "sampler: expected ddpm, .*found '5'"),
         ({"rescale": [0.7]}, "rescale: expected a number 0…1, found"),
         ({"tile": "512"}, "tile: expected an integer ≥ 0, found '512'"),
+        ({"tile": 512.0}, "tile: expected an integer ≥ 0, found 512.0"),
         ({"step": 5}, "step: no such option; did you mean 'steps'"),
         ({"num_inference_steps": 5}, "num_inference_steps: no such option"),
         ({"prompts": "b"}, "prompts: no such option"),
@@ -405,6 +406,22 @@ def test_decode_and_encode(pipe):
     np.testing.assert_allclose(z, mean * 0.8, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="multiples of 2, found 15×16"):
         pipe.encode(images[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "says"),
+    [
+        *(("encode", images, r"images: expected uint8 \(n, height, width, 3\), fo") for images in
+          (None, [1], np.zeros((8, 8, 3), np.uint8), np.zeros((1, 8, 8, 3)))),
+        *(("decode", latents, r"latents: expected numbers \(n, h, w, c\), found ") for latents in
+          (None, [[1.0]], np.zeros((8, 8, 4)), np.zeros((1, 8, 8, 4), int))),
+        *(("embed", texts, "prompts: expected a text or a list of texts, found ") for texts in
+          (None, 5, [None])),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_encoded_decoded_or_embedded(pipe, method, given, says):
+    with pytest.raises(ValueError, match=f"^{says}"):
+        getattr(pipe, method)(given)
 
 
 @pytest.mark.parametrize("component", COMPONENTS)

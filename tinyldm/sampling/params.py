@@ -85,3 +85,10 @@ def texts(name: str, given: object) -> tuple[str, ...]:
         found = wrong[0] if among else given
         raise ValueError(f"{name}: expected a text or a list of texts, found {brief(found)}{among}")
     return several
+
+
+def check_array(name: str, x: object, kind: str, wanted: str) -> None:
+    """Raise ValueError for all but an array with four axes and numbers of this kind (NumPy's)."""
+    if getattr(x, "ndim", None) != 4 or x.dtype.kind != kind:
+        found = f"{x.dtype} {x.shape}" if hasattr(x, "dtype") else brief(x)
+        raise ValueError(f"{name}: expected {wanted}, found {found}")

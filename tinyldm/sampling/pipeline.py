@@ -30,7 +30,7 @@ from tinyldm.nn.protocol import replaceable
 from tinyldm.options import options_of, path_of
 from tinyldm.sampling import noise
 from tinyldm.sampling.init_image import Images, Scene, each, enter, strength_of, with_concat
-from tinyldm.sampling.params import SamplingParams, texts
+from tinyldm.sampling.params import SamplingParams, check_array, texts
 from tinyldm.sampling.tasks import task_of, times_larger
 from tinyldm.sampling.tiling import in_parts
 from tinyldm.threads import map_batch
@@ -241,9 +241,9 @@ class Pipeline:
         """
         return predictor(self._unet, condition, at_once)
 
-    def embed(self, texts: Sequence[str]) -> Array:
+    def embed(self, prompts: str | Sequence[str]) -> Array:
         """Embed texts as the U-Net takes them: hidden states (n, l, d), or labels (n,)."""
-        ids = self.xp.asarray(self.tokenizer(texts))
+        ids = self.xp.asarray(self.tokenizer(texts("prompts", prompts)))
         if self.text_encoder is None:
             return ids
         with no_grad():
@@ -261,20 +261,23 @@ class Pipeline:
                 return self.vae.from_latents(self.params["vae"], x)[0]
 
         self.check_tile(tile)
+        check_array("latents", latents, "f", "numbers (n, h, w, c)")
         images = in_parts(part, latents, latents.shape[1:3], self.vae.factor, tile)
         return to_uint8(to_device(images, "cpu"))
 
     def check_tile(self, tile: int | None) -> None:
         """Raise ValueError for tiles that are too small to be of use."""
         least = 8 * self.vae.factor
-        if tile is not None and 0 != tile < least:
-            raise ValueError(f"tile: expected 0, for none, or {least} pixels or more, found {tile}")
+        if tile is not None and (not isinstance(tile, Integral) or 0 != tile < least):
+            found = f"found {brief(tile)}"
+            raise ValueError(f"tile: expected 0, for none, or {least} pixels or more, {found}")
 
     def encode(self, images: np.ndarray, tile: int | None = None) -> Array:
         """Encode images, uint8 (n, height, width, 3) → the means of their latents (n, h, w, c).
 
         tile: as for `decode`.
         """
+        check_array("images", images, "u", "uint8 (n, height, width, 3)")
         return self.to_latents(from_uint8(images), tile)
 
     def to_latents(self, pixels: np.ndarray, tile: int | None = None) -> Array:
