@@ -27,7 +27,7 @@ PACKAGES = {
     "evaluation": "how good the images are",
     "training": "both stages, and the state that survives anything",
     "experiments": "claims of the field at small scale",
-    "testing": "gradient checks for everyone",
+    "testing pytest_plugin": "gradient checks for everyone",
     "cli __main__": "the command line",
 }
 CORE, CORE_LINES = ("nn", "models", "diffusion"), 2500  # that one reads in an afternoon
