@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tinyldm.checkpoints.safetensors import load_metadata, load_weights, save_weights
+from tinyldm.config import ConfigError
 from tinyldm.diffusion import SAMPLERS
 from tinyldm.experiments import guidance, latent_vs_pixel, samplers, schedules, scoring, trained
 from tinyldm.training import presets, snapshots
@@ -143,6 +144,23 @@ def test_samplers(folder, experiment, monkeypatch):
         assert row["network_calls"] == 2 * predictions  # without the caption, and with it
     distance = {(row["sampler"], row["steps"]): row["distance"] for row in rows}
     assert distance["ddim", 5] == 0 < distance["ddim", 3]
+
+
+@pytest.mark.slow
+def test_a_sampler_that_does_not_know_the_schedule_is_left_out(folder, experiment, monkeypatch):
+    generate = samplers.generate
+
+    def generated(pipeline, captions, sampler, **options):
+        if sampler == "pndm":
+            raise ConfigError("of another schedule")
+        return generate(pipeline, captions, sampler=sampler, **options)
+
+    small = {"CAPTIONS": 3, "STEPS": (3,), "REFERENCE": 3, "generate": generated}
+    small["SAMPLERS"] = {name: SAMPLERS[name] for name in ("pndm", "ddim")}
+    for name, value in small.items():
+        monkeypatch.setattr(samplers, name, value)
+    rows = experiment("samplers", "--run", folder, images=("samples.png",))
+    assert [row["sampler"] for row in rows] == ["ddim"]
 
 
 @pytest.mark.slow

@@ -102,6 +102,11 @@ def test_a_path_is_as_good_as_its_name():
     assert Config(data=Path("images")) == Config(data="images")
 
 
+def test_a_name_that_no_config_has():
+    with pytest.raises(ConfigError, match="^foo: not a field of Config, nor of NewRun"):
+        make_config(foo=1)
+
+
 def test_a_preset_that_there_is_not():
     with pytest.raises(
         ConfigError, match="tiny, lesson, demo, medium or large, found 'dmeo'; did you mea"

@@ -170,10 +170,10 @@ def _agree(values, rough, share=1e-6):
 
 
 def _is_rounding(check, path, u, numeric, ours):
-    """Return whether both numbers are rounding alone, of a derivative that is zero by mathematics.
+    """Return whether two numbers differ by rounding alone, as where large terms cancel.
 
-    An example is a bias before a softmax. How far rounding reaches is seen by moving all inputs in
-    their last bits.
+    An example is a bias before a softmax, whose derivative is zero by mathematics. How far rounding
+    reaches is seen by moving all inputs in their last bits.
     """
     reach, rng = 0.0, np.random.default_rng(0)
     for _ in range(NUDGES):
@@ -186,7 +186,7 @@ def _is_rounding(check, path, u, numeric, ours):
         dx = backward(problem.derivatives_of(y, check.dy), {})[path]
         reach = max(reach, abs(float((dx * u).sum()) - ours))
         reach = max(reach, abs(complex_step(problem, {path: u}).along(check.dy)[0] - numeric))
-    return max(abs(numeric), abs(ours)) <= 30 * reach
+    return abs(numeric - ours) <= 30 * reach
 
 
 def _pairs(a, b):

@@ -1,7 +1,7 @@
 """The presets: sizes, learning rates and lengths of the stages; and configs made of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from tinyldm.config import ConfigError
 from tinyldm.data.images import both_sides
@@ -138,6 +138,8 @@ def make_config(preset: str | None = None, **options: object) -> Config:
     ConfigError for an unknown preset, or a size that does not divide.
     """
     asked = {name: options.pop(name) for name in options_of(NewRun) if name in options}
+    for name in options.keys() - {field.name for field in fields(Config)}:
+        raise ConfigError(f"{name}: not a field of Config, nor of NewRun")
     new = NewRun(preset, **asked)
     check_options(new, ConfigError)
     if preset is None:
