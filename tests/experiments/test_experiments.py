@@ -155,12 +155,13 @@ def test_a_sampler_that_does_not_know_the_schedule_is_left_out(folder, experimen
             raise ConfigError("of another schedule")
         return generate(pipeline, captions, sampler=sampler, **options)
 
-    small = {"CAPTIONS": 3, "STEPS": (3,), "REFERENCE": 3, "generate": generated}
+    small = {"CAPTIONS": 3, "STEPS": (3, 5), "REFERENCE": 5, "generate": generated}
     small["SAMPLERS"] = {name: SAMPLERS[name] for name in ("pndm", "ddim")}
     for name, value in small.items():
         monkeypatch.setattr(samplers, name, value)
-    rows = experiment("samplers", "--run", folder, images=("samples.png",))
-    assert [row["sampler"] for row in rows] == ["ddim"]
+    images = "accuracy.png", "distance.png", "samples.png"
+    rows = experiment("samplers", "--run", folder, images=images)
+    assert [row["sampler"] for row in rows] == ["ddim", "ddim"]
 
 
 @pytest.mark.slow
