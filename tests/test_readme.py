@@ -79,7 +79,7 @@ CODE = [
     (page, code)
     for page in PAGES
     for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    if "check_gradients" in code and "import" in code
+    if "from tinyldm.testing import" in code
 ]
 
 

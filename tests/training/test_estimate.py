@@ -224,12 +224,12 @@ def test_a_slow_machine_hears_how_long_good_images_take():
 @pytest.mark.parametrize(
     "step_seconds, steps, enough",
     [
-        # Within 38 and 222 s, of which 20 pass while the images are encoded.
-        ({"autoencoder": 0.05, "denoiser": 0.1}, {"autoencoder": 760, "denoiser": 2020}, None),
-        # 20 + 1,800 · 0.3 s are 560 of 222: of the 260 s of both, 656, and a tenth more.
-        ({"autoencoder": 0.05, "denoiser": 0.3}, {"autoencoder": 760, "denoiser": 673}, 13),
-        # 500 · 0.2 s are 100 of 38: 684 s, and a tenth more.
-        ({"autoencoder": 0.2, "denoiser": 0.1}, {"autoencoder": 190, "denoiser": 2020}, 13),
+        # Within 44 and 216 s, of which 20 pass while the images are encoded.
+        ({"autoencoder": 0.05, "denoiser": 0.1}, {"autoencoder": 880, "denoiser": 1960}, None),
+        # 20 + 1,800 · 0.3 s are 560 of 216: of the 260 s of both, 674, and a tenth more.
+        ({"autoencoder": 0.05, "denoiser": 0.3}, {"autoencoder": 880, "denoiser": 653}, 13),
+        # 500 · 0.2 s are 100 of 44: 591 s, and a tenth more.
+        ({"autoencoder": 0.2, "denoiser": 0.1}, {"autoencoder": 220, "denoiser": 1960}, 11),
     ],
 )
 def test_minutes_that_the_demo_needs(monkeypatch, step_seconds, steps, enough):

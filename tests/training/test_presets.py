@@ -125,7 +125,7 @@ def test_minutes_are_shared_as_the_preset_does(name):
 
 
 def test_the_rest_of_a_run_can_get_all_the_time():
-    assert seconds(with_length(make_config("demo"), 100, ["denoiser"])) == [38, 100]
+    assert seconds(with_length(make_config("demo"), 100, ["denoiser"])) == [44, 100]
 
 
 def test_what_may_change_when_a_run_goes_on():

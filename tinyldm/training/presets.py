@@ -55,8 +55,8 @@ PRESETS = {
         **DEMO_MODEL,
     ),
     "demo": Config(
-        autoencoder=Stage(batch=16, rate=4e-3, muon=0.0136, warmup=20, ema=0.98, seconds=38),
-        denoiser=Stage(batch=16, rate=2e-3, muon=0.014, warmup=50, ema=0.995, seconds=222),
+        autoencoder=Stage(batch=16, rate=4e-3, muon=0.0136, warmup=20, ema=0.98, seconds=44),
+        denoiser=Stage(batch=16, rate=2e-3, muon=0.014, warmup=50, ema=0.995, seconds=216),
         **DEMO_MODEL,
     ),
     "medium": Config(

@@ -1,0 +1,142 @@
+"""Mutants: faults planted in every backward pass, one at a time. Do the tests notice?
+
+`python -m tests.mutants [SECONDS] [SEED]` changes one expression of the syntax tree of a backward
+pass, runs the gradient checks of its module, and lists the changes that none of them noticed. One
+whose results are equal to the last bit on all inputs of the checks is no fault, and counts apart.
+"""
+
+import ast
+import hashlib
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+
+import gradients  # noqa: E402
+from backward_checks import CHECKS, MODULES, SMALL, plant, source_of  # noqa: E402
+
+from tinyldm.kernels import blocking, plain  # noqa: E402
+from tinyldm.testing import diagnosis  # noqa: E402
+from tinyldm.testing.contract import at_the_point, gradients_of  # noqa: E402
+from tinyldm.testing.faults import Planted, inner_functions, mutants  # noqa: E402
+
+EXPLAINED = {}  # change → why it is no fault, though the bits differ
+MOST_SECONDS = 60  # for the checks of one mutant: longer is noticed, too
+KILLED, SURVIVED, EQUAL = "killed", "survived", "equal"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A change in one module."""
+
+    module: str
+    planted: Planted
+    tree: ast.Module
+
+    def __str__(self):
+        return f"{self.module}, {self.planted}"
+
+
+def all_mutants(module):
+    """The changes of the backward passes: of what is called so and lies in another function."""
+    _, source = source_of(module)
+    tree = ast.parse(source)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    inner = {id(node): node for function in functions for node in inner_functions(function)}
+    within = [node for node in inner.values() if "back" in getattr(node, "name", "")]
+    return [Mutant(module, planted, changed) for planted, changed in mutants(tree, within)]
+
+
+def fate(mutant):
+    """Run the checks of a mutant, in a process of its own → KILLED, SURVIVED or EQUAL."""
+    blocking.BLOCK, diagnosis.MOST_SECONDS = SMALL, 0
+    signal.alarm(MOST_SECONDS)
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    with plain(), np.errstate(all="ignore"):
+        for key in MODULES[mutant.module]:
+            try:
+                CHECKS[key](plant(mutant.module, mutant.tree))
+            except Exception:
+                return KILLED
+        same = results(mutant.module, mutant.tree) == results(mutant.module, None)
+    return EQUAL if same else SURVIVED
+
+
+def results(module, tree):
+    """A hash of all that the checks of a module compute."""
+    found = hashlib.sha256()
+
+    def record(f, inputs, params=None, **_):
+        problem, base = at_the_point(f, inputs, params, None)
+        rng = np.random.default_rng(0)
+        dy = {path: rng.normal(size=y.shape) for path, y in base.items()}
+        for arrays in (base, gradients_of(problem, base, dy)):
+            for path, x in sorted(arrays.items()):
+                found.update(path.encode() + np.ascontiguousarray(x).tobytes())
+        return 1
+
+    kept, gradients.check_gradients = gradients.check_gradients, record
+    try:
+        for key in MODULES[module]:
+            CHECKS[key](plant(module, tree))
+    finally:
+        gradients.check_gradients = kept
+    return found.hexdigest()
+
+
+def run(chosen, say=print):
+    """Find the fates of mutants, on all cores → {fate: [mutants]}."""
+    fates = {KILLED: [], SURVIVED: [], EQUAL: []}
+    context = multiprocessing.get_context("fork")
+    with context.Pool(len(os.sched_getaffinity(0)), maxtasksperchild=20) as pool:
+        for mutant, one in zip(chosen, pool.imap(_fate_in_fork, chosen), strict=True):
+            fates[one].append(mutant)
+            if one != KILLED:
+                say(f"{one}: {mutant}")
+    return fates
+
+
+def _fate_in_fork(mutant):
+    """Fork once more: what a mutant breaks, or the alarm, ends with it."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if not process:
+        sys.stderr = open(os.devnull, "w")
+        try:
+            os.write(writing, fate(mutant).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as stream:
+        said = stream.read()
+    os.waitpid(process, 0)
+    return said or KILLED
+
+
+def main() -> None:
+    """Print what survives, and the rate."""
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 0.0
+    chosen = [mutant for module in MODULES for mutant in all_mutants(module)]
+    total, begun = len(chosen), time.monotonic()
+    if seconds:
+        random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 0).shuffle(chosen)
+        chosen = chosen[: int(seconds * 2)]  # about as many as fit: half a second each on a core
+    fates = run(chosen)
+    faults = len(fates[KILLED]) + len(fates[SURVIVED])
+    print(
+        f"{len(chosen)} of {total} mutants in {time.monotonic() - begun:.0f} s: "
+        f"{len(fates[KILLED])} killed, {len(fates[SURVIVED])} survived, {len(fates[EQUAL])} equal "
+        f"to the last bit; killed of those that are faults: {len(fates[KILLED]) / faults:.1%}"
+    )
+
+
+if __name__ == "__main__":
+    main()

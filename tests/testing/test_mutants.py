@@ -1,0 +1,27 @@
+"""Are the gradient checks worth anything? Faults planted in every backward pass are noticed."""
+
+import random
+
+import pytest
+from backward_checks import MODULES
+from slow import mostly_slow
+
+from tests.mutants import EXPLAINED, SURVIVED, all_mutants, run
+
+SAMPLE = 2  # mutants of a module in the quick suite
+
+
+def test_there_are_hundreds():
+    assert sum(len(all_mutants(module)) for module in MODULES) >= 300
+
+
+@pytest.mark.parametrize("count", mostly_slow([SAMPLE, None], SAMPLE))
+def test_mutants_are_noticed(count):
+    chosen = []
+    for module in MODULES:
+        of_module = all_mutants(module)
+        random.Random(0).shuffle(of_module)
+        chosen += of_module[:count]
+    survivors = {str(mutant.planted) for mutant in run(chosen, say=lambda line: None)[SURVIVED]}
+    unexplained = {text for text in survivors if text.partition(": ")[2] not in EXPLAINED}
+    assert not unexplained
