@@ -28,9 +28,11 @@ class replacing:
         self.temporary = Path(name)
         return self.temporary
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind, error, _):
         try:
             if kind is not None:
+                if isinstance(error, OSError) and error.filename is None:  # as of a full disk
+                    error.filename = str(self.file)
                 return
             umask = os.umask(0)
             os.umask(umask)

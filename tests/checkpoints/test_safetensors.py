@@ -435,7 +435,7 @@ def test_the_old_file_stays_when_the_disk_is_full(tmp_path, monkeypatch, fits):
             return super().write(data)
 
     monkeypatch.setattr(safetensors_module, "open", Disk, raising=False)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left on device: .*model.safetensors"):
         save_weights(file, PARAMS)
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
@@ -501,6 +501,21 @@ def test_large_tensors_are_checked_block_by_block(tmp_path):
             load_weights(file)
     file.write_bytes(whole)
     assert_same_bits(load_weights(file)["x"], x)
+
+
+@pytest.mark.parametrize(
+    "start, says",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS; fetch"),
+        (b"<!DOCTYPE html><html>", "a web page; download the file itself"),
+        (b"GGUF\3\0\0\0\0\0", "a GGUF file"),
+        (b"\xff" * 20, "its header would be longer than"),
+    ],
+)
+def test_other_files_under_the_name_are_told_what_they_are(tmp_path, start, says):
+    (tmp_path / "a.safetensors").write_bytes(start + bytes(100))
+    with pytest.raises(WeightsError, match=f"not a safetensors file: {says}"):
+        load_weights(tmp_path / "a.safetensors")
 
 
 def test_equal_weights_give_equal_bytes(tmp_path):

@@ -346,6 +346,8 @@ def test_load_names_what_is_missing(tmp_path, names):
         ("tokenizer_config.json", b'{"pad_token": "<pad>"}', "vocab: '<pad>' is not among the"),
         ("tokenizer_config.json", b'{"pad_token": {"x": 1}}', "vocab: None is not among the"),
         ("tokenizer_config.json", b'{"model_max_length": 0}', "max_length: expected 2"),
+        ("tokenizer_config.json", b'{"model_max_length": "16"}', "an integer, found '16'"),
+        ("tokenizer_config.json", b'{"model_max_length": 16.5}', "an integer, found 16.5"),
     ],
 )
 def test_load_says_what_is_malformed(tokenizer, tmp_path, name, content, message):

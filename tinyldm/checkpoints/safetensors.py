@@ -30,6 +30,14 @@ LEAST_FOLDED = 2**17  # bytes: a CRC of fewer is as fast
 LONGEST_HEADER = 2**24  # bytes; that of Stable Diffusion has 2¹⁷
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 PICKLE_STARTS = b"PK\x03\x04", b"\x80"  # of a torch archive, and of an older one
+OTHERS = {  # how they start → what they are
+    b"version ": "a pointer of Git LFS; fetch the file itself: git lfs pull",
+    b"<!DOCTYP": "a web page; download the file itself",
+    b"<!doctyp": "a web page; download the file itself",
+    b"<html": "a web page; download the file itself",
+    b"GGUF": "a GGUF file, which is not read here",
+    b"\x89PNG": "an image",
+}
 PICKLED = (
     "a pickle of torch, which can run any program when it is opened and is not opened here; turn "
     "it into safetensors where torch is installed: "
@@ -210,10 +218,9 @@ def _read_header(stream, file):
     too_long = int.from_bytes(first, "little") > LONGEST_HEADER
     of_pickle = too_long and first.startswith(PICKLE_STARTS)
     if too_long and not of_pickle:
-        raise Damaged(
-            f"{shown(file)}: not a safetensors file: its header would be longer than "
-            f"{LONGEST_HEADER:,} bytes"
-        )
+        known = [what for start, what in OTHERS.items() if first.startswith(start)]
+        what = known[0] if known else f"its header would be longer than {LONGEST_HEADER:,} bytes"
+        raise Damaged(f"{shown(file)}: not a safetensors file: {what}")
     try:
         with safe_open(file, "numpy"):
             pass

@@ -283,8 +283,11 @@ class Tokenizer:
                 if name in names and "added_tokens_decoder" not in config:  # else the map is old
                     config |= read_json(folder / name)
             max_length = config.get("model_max_length")
-            if not isinstance(max_length, int) or max_length > 1_000_000:  # a huge one: "no limit"
+            huge = isinstance(max_length, (int, float)) and max_length > 1_000_000
+            if max_length is None or huge:  # which stands for no limit
                 max_length = 77
+            elif type(max_length) is not int:
+                raise ValueError(f"model_max_length: expected an integer, found {max_length!r:.60}")
             pad = config.get("pad_token") or END
             pad = pad.get("content") if isinstance(pad, dict) else pad
             by_id = config.get("added_tokens_decoder") or {}
