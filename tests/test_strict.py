@@ -645,6 +645,7 @@ def test_a_step_of_training_keeps_float32(name, models):
 
 def test_a_state_is_saved_from_the_device(tmp_path, models):
     _, params, _, _ = autoencoder_run(models)
+    params = {name: w.astype("float32") for name, w in params.items()}
     state = State(CONFIG, "autoencoder", on_device(params), models.tokenizer, "fingerprint")
     save_state(tmp_path, state)
     loaded = load_state(tmp_path)
