@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class Mutant:
 
     module: str
     planted: Planted
-    tree: ast.Module
+    tree: Callable[[], ast.Module]  # which is changed
 
     def __str__(self):
         return f"{self.module}, {self.planted}"
@@ -72,10 +73,10 @@ def fate(mutant):
     with plain(), np.errstate(all="ignore"):
         for key in MODULES[mutant.module]:
             try:
-                CHECKS[key](plant(mutant.module, mutant.tree))
+                CHECKS[key](plant(mutant.module, mutant.tree()))
             except Exception:
                 return KILLED
-        same = results(mutant.module, mutant.tree) == results(mutant.module, None)
+        same = results(mutant.module, mutant.tree()) == results(mutant.module, None)
     return EQUAL if same else SURVIVED
 
 

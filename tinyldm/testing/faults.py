@@ -11,6 +11,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import FunctionType
 
 
@@ -68,7 +69,7 @@ def faulty_copies(f: Callable) -> Iterator[tuple[Planted, Callable]]:
     for planted, changed in mutants(tree, inner_functions(definition)):
         yield (
             Planted(first + planted.line - 1, planted.before, planted.after),
-            _compiled(changed, plain),
+            _compiled(changed(), plain),
         )
 
 
@@ -81,17 +82,22 @@ def inner_functions(definition: ast.AST) -> list[ast.AST]:
     ]
 
 
-def mutants(tree: ast.Module, within: list[ast.AST]) -> Iterator[tuple[Planted, ast.Module]]:
-    """Yield the changes that can be made within some nodes, each with a copy of the tree."""
+def mutants(
+    tree: ast.Module, within: list[ast.AST]
+) -> Iterator[tuple[Planted, Callable[[], ast.Module]]]:
+    """Yield the changes that can be made within some nodes, each with what makes a changed tree."""
     inside = {id(node) for part in within for node in ast.walk(part)}
     places = [node for node in ast.walk(tree) if id(node) in inside]
     for node in places:
         for replacement in _replacements(node):
-            changed = copy.deepcopy(tree, {id(node): replacement})
             before, after = ast.unparse(node), ast.unparse(replacement)
             if before != after:
                 line = getattr(node, "lineno", 0)
-                yield Planted(line, before, after), ast.fix_missing_locations(changed)
+                yield Planted(line, before, after), partial(_changed, tree, node, replacement)
+
+
+def _changed(tree, node, replacement):
+    return ast.fix_missing_locations(copy.deepcopy(tree, {id(node): replacement}))
 
 
 OPPOSITE = {

@@ -28,6 +28,7 @@ METHODS = ("auto", "complex", "central")
 EXACT, ROUGH = 1e-10, 1e-7  # default tolerances, for the complex step and for differences
 SINGLE = 1e-4  # for functions of float32
 CLEAR = 1e-3  # an error bar above this share of the terms leaves a gradient undecided
+ROUNDED = 1e-9  # the most that rounding may reach, relative to `Check.largest`
 NUDGES = 4  # calls with inputs that differ in the last bits, to see how far rounding reaches
 
 
@@ -108,7 +109,8 @@ def _verdict(check, path, u, derivative):
         return None
     fault = Fault(path, numeric, ours, error, apart / max(scale, 1e-300), derivative, tol)
     if derivative.exact:
-        return None if _is_rounding(check, path, u, numeric, ours) else fault
+        near = apart <= ROUNDED * check.largest  # further apart, it cannot be rounding
+        return None if near and _is_rounding(check, path, u, numeric, ours) else fault
     if apart <= tol * scale + error and error <= CLEAR * scale:
         return None
     weight = sum(float(abs(w * y)[np.isfinite(y)].sum()) for w, y in _pairs(check.dy, check.base))

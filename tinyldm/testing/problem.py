@@ -1,6 +1,7 @@
 """A function under test with its backward pass, whatever form both have, in one form."""
 
 import copy
+import functools
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -148,6 +149,12 @@ class Check:
     grads: Values
     tol: float | None
     method: str
+
+    @functools.cached_property
+    def largest(self) -> float:
+        """Sum of the sizes of all entries, of the gradients or of dy · y, where it is largest."""
+        arrays = [*self.grads.values(), *(self.dy[path] * y for path, y in self.base.items())]
+        return max(float(abs(x).sum()) for x in arrays)
 
 
 def _pair(result):
