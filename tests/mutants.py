@@ -50,7 +50,7 @@ class Mutant:
         return f"{self.module}, {self.planted}"
 
     def key(self):
-        """What EXPLAINED has it under."""
+        """Return the key of EXPLAINED for this change: module, change, line of the source."""
         line = source_of(self.module)[1].splitlines()[self.planted.line - 1]
         return self.module, f"{self.planted.before}  →  {self.planted.after}", line.strip()
 

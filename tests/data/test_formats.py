@@ -79,7 +79,7 @@ def test_mnist(mnist):
 
 @pytest.mark.parametrize("unpacked", ["train-images-idx3-ubyte", "train-images.idx3-ubyte"])
 def test_an_array_that_is_there_twice_is_read_once(mnist, unpacked):
-    """As in torchvision's MNIST/raw; the file that is unpacked counts, of labels too."""
+    """Read the unpacked file of a pair, as torchvision leaves in MNIST/raw; of labels, too."""
     folder, images, labels = mnist
     (folder / unpacked).write_bytes(idx(images[::-1]))
     (folder / unpacked.replace("images", "labels").replace("3", "1")).write_bytes(idx(labels[::-1]))

@@ -529,6 +529,16 @@ def _normalised(x, axis):
     return (x - mean) / deviation, deviation
 
 
+def _norm(x, axis):
+    y, deviation = _normalised(x, axis)
+
+    def gradients(dy):
+        along = (dy * y).mean(axis, keepdims=True)
+        return (dy - dy.mean(axis, keepdims=True) - y * along) / deviation
+
+    return y, gradients
+
+
 @case(
     {
         "without its second term": (
@@ -547,13 +557,7 @@ def _normalised(x, axis):
     x=(3, 6),
 )
 def layer_norm(x):
-    y, deviation = _normalised(x, 1)
-    return (
-        y,
-        lambda dy: (
-            (dy - dy.mean(1, keepdims=True) - y * (dy * y).mean(1, keepdims=True)) / deviation
-        ),
-    )
+    return _norm(x, 1)
 
 
 @case(
@@ -570,13 +574,7 @@ def layer_norm(x):
     x=(6, 3),
 )
 def batch_norm(x):
-    y, deviation = _normalised(x, 0)
-    return (
-        y,
-        lambda dy: (
-            (dy - dy.mean(0, keepdims=True) - y * (dy * y).mean(0, keepdims=True)) / deviation
-        ),
-    )
+    return _norm(x, 0)
 
 
 @case(
@@ -864,7 +862,7 @@ def triangle(x):
 
 @dataclass
 class Row:
-    """What the check said of one function, right or with a fault."""
+    """Result of the check of one function, right or with a fault."""
 
     name: str
     fault: str  # "" for the right function

@@ -306,7 +306,7 @@ EVERYTHING = FUNCTIONS | LOSSES
 
 
 def method_for(name):
-    """How the gradient of a function is checked.
+    """Return the method by which `check_gradients` checks a function.
 
     Where gradients are stopped, or passed straight through, they are no derivatives, but what the
     complex step is made to say: see `nn.quantize`.

@@ -123,6 +123,14 @@ def test_a_backward_pass_that_is_no_gradient_has_no_symmetric_hessian(x):
         check_second_order(lambda x: product_of_neighbours(x, lost=0.1), x)
 
 
+@pytest.mark.parametrize("check", [check_linear, check_jacobian, check_taylor])
+def test_their_source_is_not_in_the_traceback(check, x):
+    with pytest.raises(GradientError) as error:
+        check(lambda x: (x + np.nan, lambda dy: dy), x)
+    shown = [entry.path.name for entry in error.traceback if not entry.ishidden(error)]
+    assert shown == ["test_orders.py"]
+
+
 def test_the_slope_of_taylors_remainder(x):
     assert check_taylor(cube, x) == pytest.approx(2, abs=0.02)
     assert check_taylor(lambda x: (2 * x, lambda dy: 2 * dy), x) == math.inf

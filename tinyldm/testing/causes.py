@@ -1,11 +1,12 @@
 """The likely cause of a wrong gradient, where it has a pattern that faults of a kind leave."""
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from tinyldm.testing.derivatives import NotAnalytic, complex_step, differences
+from tinyldm.testing.derivatives import derive, derive_entry
 from tinyldm.testing.problem import Check
 
 FACTORS = {2.0: "2", 0.5: "½", -1.0: "−1 (its sign)", -2.0: "−2", 3.0: "3", 4.0: "4", 0.25: "¼"}
@@ -30,13 +31,6 @@ class _Context:
     ours: np.ndarray
     close: np.ndarray
 
-    def derive(self, directions):
-        problem = self.check.problem
-        try:
-            return complex_step(problem, directions)
-        except NotAnalytic:
-            return differences(problem, directions, self.check.base)
-
     def at_hand(self):
         """Finite arrays of the shape of the gradient: tensors, outputs, dy."""
         found = dict(self.check.problem.tensors) | self.check.base
@@ -58,24 +52,14 @@ def _all_zero(c):
 
 
 def _sizes(c):
-    """Sizes that a mean, or a sum in place of one, divides by: of axes, and of several of them."""
+    """List what a mean divides by: {size of an axis, or of several: which it is}."""
     found = {}
-    shapes = {"the inputs": [x.shape for x in c.check.problem.tensors.values()]}
-    shapes["the outputs"] = [y.shape for y in c.check.base.values()]
-    for shape in itertools.chain.from_iterable(shapes.values()):
-        for count in range(1, len(shape) + 1):
-            for axes in itertools.combinations(range(len(shape)), count):
-                n = int(np.prod([shape[i] for i in axes]))
-                if n > 1:
-                    found.setdefault(
-                        n,
-                        "the batch"
-                        if axes == (0,)
-                        else "one axis"
-                        if count == 1
-                        else "several axes",
-                    )
-    return found
+    for x in (*c.check.problem.tensors.values(), *c.check.base.values()):
+        for count in range(1, x.ndim + 1):
+            for axes in itertools.combinations(range(x.ndim), count):
+                of = "the batch" if axes == (0,) else "one axis" if count == 1 else "several axes"
+                found.setdefault(math.prod(x.shape[i] for i in axes), of)
+    return {n: of for n, of in found.items() if n > 1}
 
 
 def _factor(numeric, ours, close):
@@ -128,15 +112,14 @@ def _jacobian(c):
     if list(c.check.dy) != ["y"] or c.check.dy["y"].shape != c.ours.shape or c.ours.size < 2:
         return ""
     w = c.check.dy["y"]
-    if c.same(c.ours, c.derive({path: w}).values["y"]):
+    if c.same(c.ours, derive(c.check.problem, {path: w}, c.check.base).values["y"]):
         return (
             "it is J dy, where Jᵀ dy is wanted: what was sent back goes the way of the forward pass"
         )
     diagonal = np.zeros(w.shape)
     for i in np.ndindex(w.shape):
-        unit = np.zeros(w.shape)
-        unit[i] = 1.0
-        diagonal[i] = c.derive({path: unit}).values["y"][i]
+        column = derive_entry(c.check.problem, path, i, c.check.base)
+        diagonal[i] = column.values["y"][i]
     if c.same(c.ours, w * diagonal):
         return "it has the diagonal of the Jacobian alone: each output depends on other inputs, too"
     return ""
@@ -197,10 +180,7 @@ def _multiplied_by_entries(c):
 def _factor_of_slices(c):
     """Each slice along an axis has a factor of its own."""
     for axis in range(c.numeric.ndim):
-        n = c.numeric.shape[axis]
-        if n < 2 or c.numeric.size < 2 * n and c.numeric.ndim < 2:
-            continue
-        if _proportional(c.numeric, c.ours, axis, float(np.max(c.close))) and n > 1:
+        if _proportional(c.numeric, c.ours, axis, float(np.max(c.close))):
             return (
                 f"it is multiplied by a number that is constant along axis {axis}: a division or "
                 "product by a statistic of that axis"
@@ -239,8 +219,8 @@ def _moved_entries(c):
     return ""
 
 
-def _multiplied_along(c):
-    """Each slice along an axis has a factor of its own."""
+def _zero_slices(c):
+    """Whole slices along an axis are zero, and the others right."""
     for axis in range(c.numeric.ndim):
         if c.numeric.shape[axis] < 2:
             continue
@@ -329,6 +309,6 @@ def _proportional(x, residual, axis, near):
 
 PATTERNS = (  # in the order in which they are tried
     _all_zero, _multiplied, _of_another, _moved_entries, _masked, _taken_not_added, _jacobian,
-    _multiplied_along, _part_zero, _only_borders, _multiplied_by_entries, _one_of_a_slice,
+    _zero_slices, _part_zero, _only_borders, _multiplied_by_entries, _one_of_a_slice,
     _missing_term, _factor_of_slices,
 )  # fmt: skip

@@ -13,13 +13,15 @@ import numpy as np
 from tinyldm.testing.nested import to_numpy
 from tinyldm.testing.problem import GradientError, Problem, Values
 
+__tracebackhide__ = True  # pytest shows the source of the caller, not this
+
 
 def at_the_point(
     f: Callable, inputs: Any, params: dict | None, vjp: Callable | None
 ) -> tuple[Problem, Values]:
     """Call f where it is to be checked → the problem in a dtype that f keeps, the outputs."""
     problem = Problem(f, inputs, params, vjp)
-    _check_finite(problem.tensors, "is {}: a gradient is checked at finite numbers")
+    _check_finite(problem.tensors)
     places = problem.places.values()
     single = bool(places) and all(to_numpy(x).dtype == "float32" for x in places)
     try:
@@ -139,15 +141,18 @@ def _check_accumulation(problem, dy, grads):
             )
 
 
-def _check_finite(tensors, message):
+def _check_finite(tensors):
     for path, x in tensors.items():
         if not np.isfinite(x).all():
             at = ~np.isfinite(x)
-            raise GradientError(f"{path}: entry {_index(at)} {message.format(x[at].flat[0])}")
+            raise GradientError(
+                f"{path}: entry {_index(at)} is {x[at].flat[0]}: a gradient is checked at finite "
+                "numbers"
+            )
 
 
 def _index(where):
-    """First index at which a mask holds, as a tuple of integers."""
+    """Return the first index at which a mask holds, as integers."""
     return tuple(int(i) for i in np.argwhere(where)[0]) if where.ndim else ()
 
 

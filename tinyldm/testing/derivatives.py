@@ -10,6 +10,7 @@ smaller h is extrapolated to h = 0 (Richardson 1911, Ridders 1982), and how far 
 lie apart tells how good they are: each derivative comes with an error bar.
 """
 
+import contextlib
 import warnings
 from dataclasses import dataclass
 
@@ -35,7 +36,6 @@ class Derivative:
     values: Values
     errors: Values
     exact: bool  # by the complex step
-    reason: str = ""  # why the error bars are large, where they are
 
     def along(self, dy: Values) -> tuple[float, float, float]:
         """Sum dy · derivative → (sum, its error bar, the sum of the terms' sizes)."""
@@ -100,6 +100,23 @@ def differences(
                     errors[path] = np.where(better, error, errors[path])
             above[path] = row
     return Derivative(best, {path: SAFETY * e for path, e in errors.items()}, False)
+
+
+def derive_entry(
+    problem: Problem, path: str, i: tuple[int, ...], base: Values, exact: bool = True
+) -> Derivative:
+    """Derive with respect to one entry of a tensor; see `derive`."""
+    unit = np.zeros(problem.tensors[path].shape)
+    unit[i] = 1.0
+    return derive(problem, {path: unit}, base, exact)
+
+
+def derive(problem: Problem, directions: Values, base: Values, exact: bool = True) -> Derivative:
+    """Derive along directions: by the complex step where asked and possible, or by differences."""
+    with contextlib.suppress(NotAnalytic):
+        if exact:
+            return complex_step(problem, directions)
+    return differences(problem, directions, base)
 
 
 def one_sided(problem: Problem, directions: Values, base: Values) -> list[tuple[Values, Values]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tinyldm.testing.causes import likely_cause
-from tinyldm.testing.derivatives import Derivative, NotAnalytic, complex_step, differences
+from tinyldm.testing.derivatives import Derivative, derive_entry
 from tinyldm.testing.problem import Check
 
 MOST_NAMED = 5  # tensors
@@ -97,16 +97,7 @@ def _entries(check, fault, until):
     for i in np.ndindex(x.shape):
         if time.monotonic() > until:
             return None
-        unit = np.zeros(x.shape)
-        unit[i] = 1.0
-        derivative = None
-        if fault.derivative.exact:
-            try:
-                derivative = complex_step(problem, {path: unit})
-            except NotAnalytic:
-                return None
-        if derivative is None:
-            derivative = differences(problem, {path: unit}, check.base)
+        derivative = derive_entry(problem, path, i, check.base, fault.derivative.exact)
         numeric[i], errors[i], _ = derivative.along(check.dy)
     share = CLOSE if fault.derivative.exact else ROUGHLY
     ours = check.grads[path].astype("float64")

@@ -1,6 +1,6 @@
 """Instruments beside `check_gradients`: each finds faults that the others miss, or needs no step.
 
-* `check_linear`, for linear maps: ⟨f(v), dy⟩ = ⟨v, dx⟩ without any derivative (Claerbout 2014).
+* `check_linear`, for linear maps: ⟨f(v), dy⟩ = ⟨v, dx⟩, no derivative (Claerbout & Fomel 2014).
 * `check_jacobian`: each entry of the Jacobian, for small shapes.
 * `check_second_order`: the backward pass, differentiated itself, gives a symmetric Hessian.
 * `check_taylor`: what a step of length a leaves over beyond first order falls with a².
@@ -15,15 +15,10 @@ import numpy as np
 from numpy.random import Generator
 
 from tinyldm.testing.contract import at_the_point, gradients_of
-from tinyldm.testing.derivatives import (
-    COMPLEX_STEP,
-    NotAnalytic,
-    complex_step,
-    differences,
-    size_of,
-)
+from tinyldm.testing.derivatives import COMPLEX_STEP, derive_entry, size_of
 from tinyldm.testing.problem import GradientError
 
+__tracebackhide__ = True  # pytest shows the source of the caller, not this
 LENGTHS = [2.0**-k for k in range(3, 17)]  # of steps along a direction, for Taylor's remainder
 ZERO = 1e-4  # a derivative below this share of the result over the input may be rounding
 SLOPE = 0.1  # how far the slope of the remainder may lie from 2
@@ -43,7 +38,6 @@ def check_linear(
     Parameters are held as they are. Returns the mismatch of ⟨f(v), dy⟩ and ⟨v, dx⟩, relative to the
     sizes of the terms. Raises GradientError. The arguments are those of `check_gradients`.
     """
-    __tracebackhide__ = True
     rng = np.random.default_rng(rng)
     problem, base = at_the_point(f, inputs, params, vjp)
     inner = [path for path in problem.tensors if path not in problem.of_params]
@@ -92,7 +86,6 @@ def check_jacobian(
     each number in the output: for small shapes. tol: relative to the largest entry of a tensor's
     Jacobian. Raises GradientError. The arguments are those of `check_gradients`.
     """
-    __tracebackhide__ = True
     problem, base = at_the_point(f, inputs, params, vjp)
     count = 0
     rows = {
@@ -102,7 +95,7 @@ def check_jacobian(
     }
     most = max((abs(y).max(initial=0.0) for y in base.values()), default=0.0)
     for path, x in problem.tensors.items():
-        columns = {i: _derive(problem, base, path, i) for i in np.ndindex(x.shape)}
+        columns = {i: derive_entry(problem, path, i, base).values for i in np.ndindex(x.shape)}
         largest = max(
             (abs(d).max(initial=0.0) for c in columns.values() for d in c.values()), default=0
         )
@@ -127,16 +120,6 @@ def _row(problem, base, path, i):
     return backward(problem.derivatives_of(y, dy), {})
 
 
-def _derive(problem, base, path, j):
-    """Return the derivatives of all outputs with respect to one entry of a tensor."""
-    unit = np.zeros(problem.tensors[path].shape)
-    unit[j] = 1.0
-    try:
-        return complex_step(problem, {path: unit}).values
-    except NotAnalytic:
-        return differences(problem, {path: unit}, base).values
-
-
 def check_second_order(
     f: Callable,
     inputs: Any,
@@ -152,7 +135,6 @@ def check_second_order(
     ⟨v, H w⟩, which no wrong gradient's Jacobian is but by chance. Needs a backward pass that takes
     complex numbers. Returns the mismatch, relative to the terms' sizes. Raises GradientError.
     """
-    __tracebackhide__ = True
     rng = np.random.default_rng(rng)
     problem, base = at_the_point(f, inputs, params, vjp)
     dy = {path: rng.normal(size=y.shape) for path, y in base.items()}
@@ -202,7 +184,6 @@ def check_taylor(
     is 2 for a right gradient, 1 for a wrong one, and infinite where the smallest step leaves
     nothing over, as of a linear map. Raises GradientError.
     """
-    __tracebackhide__ = True
     rng = np.random.default_rng(rng)
     problem, base = at_the_point(f, inputs, params, vjp)
     dy = {path: rng.normal(size=y.shape) for path, y in base.items()}
@@ -241,7 +222,6 @@ def check_live(
     The parameters are replaced by random numbers of their shapes: at the zeros and ones that layers
     begin with, much of a network is shut off. Raises GradientError, which names all that are dead.
     """
-    __tracebackhide__ = True
     rng = np.random.default_rng(rng)
     drawn = {
         name: rng.uniform(0.5, 1.5, np.shape(w)) * rng.choice([-1, 1], np.shape(w))

@@ -12,6 +12,7 @@ import numpy as np
 
 from tinyldm.testing.nested import is_floating, leaves, like, replaced, to_numpy
 
+__tracebackhide__ = True  # pytest shows the source of the caller, not this
 WRAPPING = {"subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
 
 
@@ -27,7 +28,7 @@ Values = dict[str, np.ndarray]  # path of a tensor → its values
 
 
 class Problem:
-    """What is checked: `f` at one point, its tensors, outputs and gradients as NumPy arrays.
+    """Problem of a gradient check: `f` at one point, with all its arrays as those of NumPy.
 
     tensors: {path: floating array} of all inputs and parameters, in `dtype`.
     """

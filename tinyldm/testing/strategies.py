@@ -1,4 +1,4 @@
-"""What hypothesis draws for a test of gradients: sizes that fit together, and a seed.
+"""Strategies of hypothesis for tests of gradients: sizes that fit together, and a seed.
 
     @given(inputs=tensors("n d", "d k", "k"))
     def test_linear(inputs):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from tinyldm.config import ConfigError
+from tinyldm.config import ConfigError, meant
 from tinyldm.data.images import both_sides
 from tinyldm.nn.optim import DECAYS
 from tinyldm.options import check_options, option, options_of
@@ -138,8 +138,11 @@ def make_config(preset: str | None = None, **options: object) -> Config:
     ConfigError for an unknown preset, or a size that does not divide.
     """
     asked = {name: options.pop(name) for name in options_of(NewRun) if name in options}
-    for name in options.keys() - {field.name for field in fields(Config)}:
-        raise ConfigError(f"{name}: not a field of Config, nor of NewRun")
+    known = [field.name for field in fields(Config)]
+    for name in options:
+        if name not in known:
+            hint = meant(name, known)
+            raise ConfigError(f"{name}: not a field of Config, nor of NewRun{hint}")
     new = NewRun(preset, **asked)
     check_options(new, ConfigError)
     if preset is None:
