@@ -31,8 +31,11 @@ class replacing:
     def __exit__(self, kind, error, _):
         try:
             if kind is not None:
-                if isinstance(error, OSError) and error.filename is None:  # as of a full disk
-                    error.filename = str(self.file)
+                if isinstance(error, OSError) and error.filename is None:
+                    if error.errno is None:  # has nothing but a message, as Pillow's have
+                        error.args = (f"{self.file}: {error}",)
+                    else:  # as of a full disk
+                        error.filename = str(self.file)
                 return
             umask = os.umask(0)
             os.umask(umask)

@@ -244,7 +244,7 @@ def test_an_image_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(Image.Image, "save", half)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match="a.png: no space"):
         save_image(file, Image.new("RGB", (4, 4), "blue"))
     assert list(tmp_path.iterdir()) == [file] and file.read_bytes() == before
 

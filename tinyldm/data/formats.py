@@ -64,7 +64,7 @@ def load_arrays(files: list[Path], size: int | tuple[int, int]) -> Dataset:
     try:
         parts = [_read(file) for file in files]
     except OSError as error:
-        raise DataError(f"{shown(error.filename or files[0])}: {error.strerror}") from None
+        raise DataError(f"{shown(error.filename or files[0])}: {error.strerror or error}") from None
     pixels = [image for images, *_ in parts for image in images]
     captions = [caption for _, names, _ in parts for caption in names]
     if not pixels:
