@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import gradients
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from tinyldm import cli, threads
 from tinyldm.nn.protocol import use_kernels
@@ -21,6 +21,9 @@ settings.register_profile("dev", max_examples=10, **COMMON)
 settings.register_profile("ci", max_examples=25, derandomize=True, print_blob=True, **COMMON)
 # Others every time.
 settings.register_profile("nightly", max_examples=500, derandomize=False, print_blob=True, **COMMON)
+# For tests/other_mutants.py: that an example fails is enough.
+quick = {"phases": [Phase.explicit, Phase.generate], "database": None}
+settings.register_profile("mutants", max_examples=10, derandomize=True, **quick, **COMMON)
 PROFILE = os.environ.get("TINYLDM_HYPOTHESIS_PROFILE", "dev")
 # The option --hypothesis-profile, read later than this, has the last word.
 settings.load_profile(PROFILE)

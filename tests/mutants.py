@@ -7,14 +7,13 @@ whose results are equal to the last bit on all inputs of the checks is no fault,
 
 import ast
 import hashlib
-import multiprocessing
 import os
 import random
-import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 import gradients  # noqa: E402
 from backward_checks import CHECKS, MODULES, SMALL, plant, source_of  # noqa: E402
+from forks import each, in_fork  # noqa: E402
 
 from tinyldm.kernels import blocking, plain  # noqa: E402
 from tinyldm.testing import diagnosis  # noqa: E402
@@ -34,7 +34,7 @@ EXPLAINED = {  # (module, change, line of the source) → why it is no fault, th
      "dw_db = rstd_.T @ product, np.ones((1, len(x_)), x.dtype) @ dy_"):
         "Two equal rows, of which the first is taken: only rounding differs.",
 }  # fmt: skip
-MOST_SECONDS = 60  # for the checks of one mutant: longer is noticed, too
+MOST_SECONDS = 60  # of processor time for the checks of one mutant: longer is noticed, too
 KILLED, SURVIVED, EQUAL = "killed", "survived", "equal"
 
 
@@ -67,8 +67,11 @@ def all_mutants(module):
 
 def fate(mutant):
     """Run the checks of a mutant, in a process of its own → KILLED, SURVIVED or EQUAL."""
+    return in_fork(partial(_fate, mutant), MOST_SECONDS) or KILLED
+
+
+def _fate(mutant):
     blocking.BLOCK, diagnosis.MOST_SECONDS = SMALL, 0
-    signal.alarm(MOST_SECONDS)
     os.environ["PYTHONWARNINGS"] = "ignore"
     with plain(), np.errstate(all="ignore"):
         for key in MODULES[mutant.module]:
@@ -105,30 +108,11 @@ def results(module, tree):
 def run(chosen, say=print):
     """Find the fates of mutants, on all cores → {fate: [mutants]}."""
     fates = {KILLED: [], SURVIVED: [], EQUAL: []}
-    context = multiprocessing.get_context("fork")
-    with context.Pool(len(os.sched_getaffinity(0)), maxtasksperchild=20) as pool:
-        for mutant, one in zip(chosen, pool.imap(_fate_in_fork, chosen), strict=True):
-            fates[one].append(mutant)
-            if one != KILLED:
-                say(f"{one}: {mutant} {EXPLAINED.get(mutant.key(), '')}".rstrip())
+    for mutant, one in each(fate, chosen):
+        fates[one].append(mutant)
+        if one != KILLED:
+            say(f"{one}: {mutant} {EXPLAINED.get(mutant.key(), '')}".rstrip())
     return fates
-
-
-def _fate_in_fork(mutant):
-    """Fork once more: what a mutant breaks, or the alarm, ends with it."""
-    reading, writing = os.pipe()
-    process = os.fork()
-    if not process:
-        sys.stderr = open(os.devnull, "w")
-        try:
-            os.write(writing, fate(mutant).encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as stream:
-        said = stream.read()
-    os.waitpid(process, 0)
-    return said or KILLED
 
 
 def main() -> None:

@@ -482,15 +482,18 @@ def test_tensors_in_each_others_place_are_seen(tmp_path, share):
         load_weights(file)
 
 
-def test_large_tensors_are_checked_block_by_block(tmp_path):
-    """4 KiB are folded to a word: any bit of them, and blocks in each other's place."""
-    x = np.random.default_rng(0).normal(size=safetensors_module.LEAST_FOLDED // 4 + 5).astype("f4")
+def test_large_tensors_are_checked_row_by_row(tmp_path):
+    """Rows are folded together: any bit of them, pages of a disk exchanged, lost or doubled."""
+    rows = 2 * safetensors_module.ROWS + 5
+    x = np.random.default_rng(0).normal(size=2 * rows * safetensors_module.ROW + 3).astype("f4")
     file = tmp_path / "a.safetensors"
     save_weights(file, {"x": x})
     whole = file.read_bytes()
-    start, block = len(whole) - x.nbytes, 8 * safetensors_module.FOLDED
-    changed = [whole[:start] + whole[start + block : start + 2 * block]
-               + whole[start : start + block] + whole[start + 2 * block :]]  # fmt: skip
+    start, page = len(whole) - x.nbytes, 4096
+    first, second = whole[start : start + page], whole[start + page : start + 2 * page]
+    rest = whole[start + 2 * page :]
+    pages = [second + first, first + first, second + second, bytes(page) + second, bytes(2 * page)]
+    changed = [whole[:start] + two + rest for two in pages]
     for bit in np.random.default_rng(1).integers(8 * start, 8 * len(whole), 50):
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8

@@ -96,7 +96,7 @@ class Life(RuleBasedStateMachine):
         file.write_bytes(data)
         with pytest.raises(WeightsError):
             Pipeline.load(self.run)
-        (self.run / CHECKSUMS).write_text('{"format": "tinyldm 1"}')  # as the user is told
+        (self.run / CHECKSUMS).write_text('{"format": "tinyldm 2"}')  # as the user is told
 
     @precondition(lambda self: state_files(self.run))
     @rule()

@@ -49,7 +49,7 @@ from tinyldm.lock import is_locked
 from tinyldm.nn.protocol import Params
 
 CHECKSUMS = "checksums.json"  # {file: checksum} of all that is written here
-FORMAT = "tinyldm 1"  # which it says, as others may have a file of this name
+FORMAT = "tinyldm 2"  # which it says, as others may have a file of this name
 UNFINISHED: dict[str, str] = {"": ""}  # in place of its files, until all is written
 
 # How the names of published files have changed: an old one → that of today.

@@ -1,0 +1,218 @@
+"""Mutants of all that is not a backward pass: schedules, samplers, optimizer, files, training.
+
+`python -m tests.other_mutants [COUNT] [SEED] [MODULE…]` changes one expression of a module's syntax
+tree, runs those tests that pass through its line, and lists the changes that none of them noticed.
+COUNT mutants are drawn by the seed; 0 takes all.
+"""
+
+import ast
+import importlib.machinery
+import os
+import random
+import sys
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+os.environ |= {
+    "TINYLDM_HYPOTHESIS_PROFILE": "mutants", "OPENBLAS_NUM_THREADS": "1", "TINYLDM_PROCESSES": "1",
+}  # fmt: skip
+
+from forks import each, in_fork  # noqa: E402
+
+SUITES = {  # module → the files of its tests
+    "diffusion/schedule": ["diffusion"],
+    "diffusion/timesteps": ["diffusion"],
+    "diffusion/samplers": ["diffusion"],
+    "diffusion/guidance": ["diffusion", "sampling/test_pipeline.py"],
+    "diffusion/loss": ["diffusion", "training/test_losses.py"],
+    "nn/optim": ["nn/test_optim.py", "nn/test_muon.py", "training/test_step.py"],
+    "training/step": ["training/test_step.py", "training/test_run.py"],
+    "training/loop": ["training/test_step.py", "training/test_run.py", "training/test_stops.py"],
+    "training/losses": ["training/test_losses.py", "training/test_step.py"],
+    "training/state": ["training/test_run.py", "training/test_file_faults.py"],
+    "training/snapshots": ["training/test_run.py", "training/test_stops.py"],
+    "files": ["checkpoints", "training/test_run.py", "data/test_folder.py"],
+    "lock": ["training/test_run.py", "training/test_stops.py"],
+    "checkpoints/safetensors": ["checkpoints", "sampling/test_pipeline.py"],
+    "checkpoints/diffusers_folder": ["checkpoints", "sampling/test_pipeline.py"],
+}
+EXPLAINED = {}  # (module, change, line of the source) → why no test can notice it
+SECONDS = 60  # of processor time for the tests of one mutant: more is noticed, too
+KILLED, SURVIVED, UNTOUCHED = "killed", "survived", "in no test"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A change in one module: the number of the place among all that can be changed."""
+
+    module: str
+    number: int
+    line: int
+    change: str
+
+    def __str__(self):
+        return f"{self.module}, line {self.line}: {self.change}"
+
+    def key(self):
+        """Return the key of EXPLAINED for this change."""
+        return self.module, self.change, source_of(self.module).splitlines()[self.line - 1].strip()
+
+
+def source_of(module):
+    """The text of a module."""
+    return (ROOT / "tinyldm" / f"{module}.py").read_text(encoding="utf-8")
+
+
+def changes(module):
+    """[(what is changed, a function that makes the changed tree)] of all functions in a module."""
+    from tinyldm.testing.faults import mutants
+
+    tree = ast.parse(source_of(module))
+    within = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    for node in ast.walk(tree):  # types are not run
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        elif isinstance(node, ast.arg):
+            node.annotation = None
+    return list(mutants(tree, within))
+
+
+def all_mutants(module):
+    """The changes that can be made in a module."""
+    return [
+        Mutant(module, number, planted.line, f"{planted.before}  →  {planted.after}")
+        for number, (planted, _) in enumerate(changes(module))
+    ]
+
+
+class Planting:
+    """Finds the one module that is to be compiled from a changed tree."""
+
+    def __init__(self, module, tree):
+        self.name, self.tree = "tinyldm." + module.replace("/", "."), tree
+        self.path = str(ROOT / "tinyldm" / f"{module}.py")
+
+    def find_spec(self, name, path=None, target=None):
+        """Return the spec of the module, with a loader that has the changed code."""
+        if name != self.name:
+            return None
+        code = compile(self.tree, self.path, "exec")
+        loader = importlib.machinery.SourceFileLoader(name, self.path)
+        loader.get_code = lambda name: code
+        return importlib.machinery.ModuleSpec(name, loader, origin=self.path)
+
+
+class Recorder:
+    """Notes which tests pass through which lines of a file, and what they take."""
+
+    def __init__(self, path):
+        self.path, self.lines, self.seconds = path, defaultdict(set), {}
+
+    def trace(self, frame, event, _):
+        """Trace the frames of that file alone."""
+        if frame.f_code.co_filename != self.path:
+            return None
+        self.seen.add(frame.f_lineno)
+        return self.trace
+
+    def pytest_runtest_logstart(self, nodeid):
+        """Begin to record a test, with its fixtures."""
+        self.seen, self.begun = set(), time.monotonic()
+        threading.settrace(self.trace)
+        sys.settrace(self.trace)
+
+    def pytest_runtest_logfinish(self, nodeid):
+        """End it."""
+        sys.settrace(None)
+        self.seconds[nodeid] = time.monotonic() - self.begun
+        for line in self.seen:
+            self.lines[line].add(nodeid)
+
+
+def run_tests(arguments, *plugins):
+    """Run pytest from the project's folder → whether all passed."""
+    import pytest
+
+    os.chdir(ROOT)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tinyldm"]:
+        del sys.modules[name]  # all is loaded anew, with what is planted
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--assert=plain"]
+    return pytest.main([*options, *arguments], plugins=list(plugins)) == 0
+
+
+def tests_of(module):
+    """Run a module's tests once → {line: tests that pass through it, the fastest first}."""
+
+    def work():
+        recorder = Recorder(str(ROOT / "tinyldm" / f"{module}.py"))
+        assert run_tests([f"tests/{file}" for file in SUITES[module]], recorder)
+        time_of = recorder.seconds.get
+        return {line: sorted(ids, key=time_of)[:60] for line, ids in recorder.lines.items()}
+
+    return in_fork(work, 1800)
+
+
+def fate(task):
+    """Run the tests of a mutant → KILLED, SURVIVED or UNTOUCHED."""
+    mutant, tests = task
+    if not tests:
+        return UNTOUCHED
+
+    def work(tests):
+        _, changed = changes(mutant.module)[mutant.number]
+        sys.meta_path.insert(0, Planting(mutant.module, changed()))
+        return run_tests(tests)
+
+    # A fixture that several tests share runs before the first: only then all are asked.
+    files = [f"tests/{file}" for file in SUITES[mutant.module]]
+    for some, seconds in ((tests, SECONDS), (files, 10 * SECONDS)):
+        if not in_fork(partial(work, some), seconds):
+            return KILLED
+    return SURVIVED
+
+
+def run(chosen, say=print):
+    """Find the fates of mutants, on all cores → {fate: [mutants]}."""
+    import hypothesis.strategies  # noqa: F401  what each fork would load anew
+    import PIL.Image  # noqa: F401
+    import pytest  # noqa: F401
+    import scipy.special  # noqa: F401
+
+    fates = {KILLED: [], SURVIVED: [], UNTOUCHED: []}
+    tests = dict(each(tests_of, list(dict.fromkeys(mutant.module for mutant in chosen))))
+    if broken := [module for module, found in tests.items() if found is None]:
+        raise SystemExit(f"{', '.join(broken)}: tests fail without a fault")
+    tasks = [(mutant, tests[mutant.module].get(mutant.line, ())) for mutant in chosen]
+    for (mutant, _), end in each(fate, tasks):
+        fates[end].append(mutant)
+        if end != KILLED:
+            say(f"{end}: {mutant} {EXPLAINED.get(mutant.key(), '')}".rstrip())
+    return fates
+
+
+def main() -> None:
+    """Print what survives, and the rate."""
+    count, seed, *modules = [*sys.argv[1:], "400", "0"][: max(2, len(sys.argv) - 1)]
+    chosen = [mutant for module in modules or SUITES for mutant in all_mutants(module)]
+    total, begun = len(chosen), time.monotonic()
+    if int(count):
+        chosen = random.Random(int(seed)).sample(chosen, min(int(count), total))
+    fates = run(sorted(chosen, key=str))
+    explained = [m for m in fates[SURVIVED] if m.key() in EXPLAINED]
+    faults = len(chosen) - len(explained)
+    print(
+        f"{len(chosen)} of {total} mutants in {time.monotonic() - begun:.0f} s: "
+        f"{len(fates[KILLED])} killed, {len(fates[SURVIVED])} survived, {len(fates[UNTOUCHED])} in "
+        f"no test, {len(explained)} of them explained; killed of the others: "
+        f"{len(fates[KILLED]) / faults:.1%}"
+    )
+
+
+if __name__ == "__main__":
+    main()
