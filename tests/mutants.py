@@ -94,7 +94,7 @@ def results(module, tree):
         for arrays in (base, gradients_of(problem, base, dy)):
             for path, x in sorted(arrays.items()):
                 found.update(path.encode() + np.ascontiguousarray(x).tobytes())
-        return 1
+        return dict.fromkeys(base, 0.0)
 
     kept, gradients.check_gradients = gradients.check_gradients, record
     try:

@@ -6,7 +6,6 @@ failing one is printed as a line of small integers.
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -25,6 +24,7 @@ from tinyldm.nn.attention import attention
 from tinyldm.nn.conv import conv2d
 from tinyldm.nn.norms import group_norm, group_norm_silu, layer_norm, unit_norm
 from tinyldm.nn.protocol import KERNELS
+from tinyldm.testing.strategies import attentions, convolutions, group_norms
 
 seeds = st.integers(0, 2**32 - 1)
 batches = st.integers(1, 3)
@@ -50,6 +50,12 @@ class Call:
     def arrays(self, dtype="float64"):
         rng = np.random.default_rng(self.seed)
         return [random_array(rng, shape, dtype) for shape in self.shapes.values()]
+
+
+def called(function, names, drawn, batched=("x",), **options):
+    """The call of a function with arguments that `tinyldm.testing.strategies` drew."""
+    shapes = {name: x.shape for name, x in zip(names, drawn.inputs, strict=True)}
+    return Call(function, shapes, drawn.inputs.seed, drawn.options | options, batched)
 
 
 def _is_real(x):
@@ -105,21 +111,14 @@ def geglu_calls(draw):
     return Call(activations.geglu, {"x": (*draw(leading_axes()), 2 * draw(sizes))}, draw(seeds))
 
 
-# Of two numbers normalising leaves no more than the sign, of one nothing: the gradients are
-# differences of equal numbers. Those cases have tests of their own.
-SMALLEST_GROUP = 3
 epsilons = st.sampled_from([1e-5, 1e-2])
 
 
 @st.composite
 def group_norm_calls(draw, function=group_norm):
-    n, groups = draw(batches), draw(st.integers(1, 4))
-    places = draw(st.lists(sizes, max_size=2))
-    fewest = -(-SMALLEST_GROUP // math.prod(places))
-    c = groups * draw(st.integers(fewest, fewest + 2))
-    options = {"groups": groups, "eps": draw(epsilons)}
-    shapes = {"x": (n, *places, c), "w": (c,), "b": (c,)}
-    return Call(function, shapes, draw(seeds), options)
+    x = draw(st.sampled_from(["n c", "n l c", "n h w c"]))
+    drawn = draw(group_norms(x, "c", "c"))
+    return called(function, "xwb", drawn, eps=draw(epsilons))
 
 
 @st.composite
@@ -131,7 +130,7 @@ def offset_calls(draw):
 
 @st.composite
 def layer_norm_calls(draw):
-    d = draw(st.sampled_from([*range(SMALLEST_GROUP, 9), 65, 130]))
+    d = draw(st.sampled_from([*range(3, 9), 65, 130]))
     shapes = {"x": (*draw(leading_axes()), d), "w": (d,), "b": (d,)}
     return Call(layer_norm, shapes, draw(seeds), {"eps": draw(epsilons)})
 
@@ -169,6 +168,8 @@ def concatenate_calls(draw):
     return Call(F.concatenate, shapes, draw(seeds), {"axis": axis}, ("x", "y"))
 
 
+sides = st.integers(0, 3)
+paddings = sides | st.tuples(sides, sides, sides, sides)
 # What a kernel of the convolution can do, where it is not everything.
 CONV_LIMITS = {
     "pointwise": {"kernels": st.just(1), "strides": st.just(1), "paddings": st.just(0)},
@@ -180,27 +181,14 @@ CONV_LIMITS = {
 @st.composite
 def conv_calls(draw, kernel=None):
     """Convolutions of every kind, or those that a kernel can do."""
-    sides = st.integers(0, 3)
-    limits = CONV_LIMITS.get(kernel, {})
-    kernels = limits.get("kernels", st.integers(1, 4))
-    stride = draw(limits.get("strides", st.integers(1, 3)))
-    padding = draw(limits.get("paddings", sides | st.tuples(sides, sides, sides, sides)))
-    top, bottom, left, right = (padding,) * 4 if isinstance(padding, int) else padding
-    kh, kw, c_in, c_out = draw(kernels), draw(kernels), draw(sizes), draw(sizes)
-    h = max(1, kh - top - bottom) + draw(st.integers(0, 4))
-    w = max(1, kw - left - right) + draw(st.integers(0, 4))
-    shapes = {"x": (draw(batches), h, w, c_in), "w": (kh, kw, c_in, c_out)}
-    bias = {"b": (c_out,)} if draw(st.booleans()) else {}
-    return Call(conv2d, shapes | bias, draw(seeds), {"stride": stride, "padding": padding})
+    limits = {"paddings": paddings} | CONV_LIMITS.get(kernel, {})
+    bias = ["o"] * draw(st.booleans())
+    drawn = draw(convolutions("n h w i", "kh kw i o", *bias, **limits))
+    return called(conv2d, "xwb"[: 2 + len(bias)], drawn)
 
 
-@st.composite
-def attention_calls(draw):
-    n, l, m, heads = draw(batches), draw(sizes), draw(sizes), draw(st.integers(1, 3))
-    d, d_v = heads * draw(st.integers(1, 4)), heads * draw(st.integers(1, 4))
-    shapes = {"q": (n, l, d), "k": (n, m, d), "v": (n, m, d_v)}
-    options = {"heads": heads, "causal": draw(st.booleans())}
-    return Call(attention, shapes, draw(seeds), options, ("q", "k", "v"))
+def attention_calls():
+    return attentions().map(lambda drawn: called(attention, "qkv", drawn, ("q", "k", "v")))
 
 
 @st.composite

@@ -62,22 +62,22 @@ def change(f, of_gradients):
 def test_a_right_function_passes(seed):
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(2, 4, 3))
-    assert check_gradients(product, [x, y], rng=seed, tol=1e-13) == 2
+    assert len(check_gradients(product, [x, y], rng=seed, tol=1e-13)) == 2
 
 
 @given(seeds)
 def test_a_right_layer_passes(seed):
     rng = np.random.default_rng(seed)
     w, b, x = rng.normal(size=(3, 4, 3))
-    assert check_gradients(scaled, x, {"w": w, "b": b}, rng=seed, tol=1e-13) == 3
+    assert len(check_gradients(scaled, x, {"w": w, "b": b}, rng=seed, tol=1e-13)) == 3
 
 
 def test_one_input_needs_no_list(x):
-    assert check_gradients(lambda x: silu(x), x) == 1
+    assert len(check_gradients(lambda x: silu(x), x)) == 1
 
 
 def test_everything_is_done_in_float64(x):
-    assert check_gradients(product, [x.astype("float32"), x], tol=1e-13) == 2
+    assert len(check_gradients(product, [x.astype("float32"), x], tol=1e-13)) == 2
 
 
 @pytest.mark.parametrize("factor", [1, 1.01])
@@ -96,7 +96,7 @@ def test_what_knows_float32_alone_is_checked_in_it(x, factor):
     for f in (rounds, refuses):
         verdict = pytest.raises(GradientError, match="by 1.01") if factor != 1 else nullcontext()
         with verdict:
-            assert check_gradients(f, x.astype("float32")) == 1
+            assert len(check_gradients(f, x.astype("float32"))) == 1
     with pytest.raises(TypeError):
         check_gradients(refuses, x)
     with pytest.raises(GradientError, match="output y: float64 inputs must give float64"):
@@ -117,7 +117,7 @@ def test_inputs_without_a_gradient_are_passed_through(x):
 
         return x[ids[chosen]], backward
 
-    assert check_gradients(pick, [None, ids, x, chosen]) == 1
+    assert len(check_gradients(pick, [None, ids, x, chosen])) == 1
 
 
 def test_a_derivative_that_is_zero_by_mathematics_passes(x):
@@ -133,11 +133,11 @@ def test_a_derivative_that_is_zero_by_mathematics_passes(x):
         return p.sum(axis=1), backward
 
     for seed in range(20):
-        assert check_gradients(sum_of_softmax, x, rng=seed) == 1
+        assert len(check_gradients(sum_of_softmax, x, rng=seed)) == 1
 
 
 def test_the_seed_may_be_a_generator(x):
-    assert check_gradients(product, [x, x + 1], rng=np.random.default_rng(3)) == 2
+    assert len(check_gradients(product, [x, x + 1], rng=np.random.default_rng(3))) == 2
 
 
 # ---------------------------------------------------------------------------- what the message says
@@ -215,12 +215,12 @@ def test_plain_functions_with_a_vjp(x):
         x, w = inputs
         return dy @ w.T, x.T @ dy
 
-    assert check_gradients(lambda x, w: x @ w, [x, w], vjp=vjp) == 2
+    assert len(check_gradients(lambda x, w: x @ w, [x, w], vjp=vjp)) == 2
     with pytest.raises(GradientError, match="w: wrong gradient"):
         check_gradients(
             lambda x, w: x @ w, [x, w], vjp=lambda i, dy: (vjp(i, dy)[0], -vjp(i, dy)[1])
         )
-    assert check_gradients(np.sin, x, vjp=lambda x, dy: np.cos(x) * dy) == 1
+    assert len(check_gradients(np.sin, x, vjp=lambda x, dy: np.cos(x) * dy)) == 1
 
 
 def test_nested_inputs_and_outputs(x):
@@ -239,7 +239,7 @@ def test_nested_inputs_and_outputs(x):
         return y, backward
 
     given = {"a": x, "rest": (x + 1, x - 1)}
-    assert check_gradients(f, [given, 2.5, True, None, [1, "text"]]) == 4
+    assert len(check_gradients(f, [given, 2.5, True, None, [1, "text"]])) == 4
 
     def g(*inputs):
         y, backward = f(*inputs)
@@ -259,7 +259,7 @@ def test_numbers_and_lists_of_gradients():
     def f(a, b):
         return a * b, lambda d: [d * b, d * a]
 
-    assert check_gradients(f, [2.0, 3.0]) == 2
+    assert len(check_gradients(f, [2.0, 3.0])) == 2
     with pytest.raises(GradientError, match="a: wrong gradient"):
         check_gradients(lambda a, b: (a * b, lambda d: [2 * d * b, d * a]), [2.0, 3.0])
 
@@ -275,7 +275,7 @@ def test_numbers_and_lists_of_gradients():
 )  # fmt: skip
 def test_arrays_of_any_layout(x, make):
     given = make(x)
-    assert check_gradients(lambda x: (x * x, lambda dy: 2 * x * dy), given) == 1
+    assert len(check_gradients(lambda x: (x * x, lambda dy: 2 * x * dy), given)) == 1
     if given.size:
         with pytest.raises(GradientError, match="by −1"):
             check_gradients(lambda x: (x * x, lambda dy: -2 * x * dy), given)
@@ -400,8 +400,8 @@ LOSSY = {  # the imaginary part is lost, in all or in one of two terms
 @pytest.mark.parametrize("name", LOSSY)
 def test_a_function_that_loses_the_imaginary_part(x, name):
     f = LOSSY[name]
-    assert check_gradients(f, x) == 1
-    assert check_gradients(f, x, method="central", tol=1e-8) == 1
+    assert len(check_gradients(f, x)) == 1
+    assert len(check_gradients(f, x, method="central", tol=1e-8)) == 1
     with pytest.raises(GradientError):
         check_gradients(f, x, method="complex")
     with pytest.raises(GradientError, match="by ½"):
@@ -414,7 +414,7 @@ def test_a_wrong_gradient_that_the_complex_step_would_pass(x):
     def wrong(x):
         return x * np.abs(x), lambda dy: dy * np.abs(x)
 
-    assert check_gradients(wrong, x, method="complex") == 1
+    assert len(check_gradients(wrong, x, method="complex")) == 1
     with pytest.raises(GradientError, match="x: wrong gradient"):
         check_gradients(wrong, x)
 
@@ -434,7 +434,7 @@ def test_at_a_kink_all_between_both_sides_is_right(slope):
     def absolute(x, slope):
         return np.abs(x), lambda dy: dy * np.where(x == 0, slope, np.sign(x))
 
-    assert check_gradients(lambda x: absolute(x, slope), x) == 1
+    assert len(check_gradients(lambda x: absolute(x, slope), x)) == 1
     with pytest.raises(GradientError, match="lies outside of both sides|wrong: 1 of 4"):
         check_gradients(lambda x: absolute(x, 3), x)
 
@@ -459,7 +459,7 @@ def test_large_constants_and_infinity_in_the_output_hide_nothing():
         def f(x, factor, hidden=hidden):
             return np.where(mask, 3 * x, hidden), lambda dy: np.where(mask, factor * dy, 0)
 
-        assert check_gradients(lambda x, f=f: f(x, 3), x) == 1
+        assert len(check_gradients(lambda x, f=f: f(x, 3), x)) == 1
         with pytest.raises(GradientError, match="by 1.33333"):
             check_gradients(lambda x, f=f: f(x, 4), x)
 
@@ -533,7 +533,7 @@ def test_one_entry_of_a_million_that_is_one_percent_wrong(seed):
 
         return x * x, backward
 
-    assert check_gradients(lambda x: square(x, 1), x, rng=seed) == 1
+    assert len(check_gradients(lambda x: square(x, 1), x, rng=seed)) == 1
     for factor in (1.01, 0.99):
         with pytest.raises(GradientError, match="x: wrong gradient"):
             check_gradients(lambda x, factor=factor: square(x, factor), x, rng=seed)

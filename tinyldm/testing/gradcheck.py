@@ -45,7 +45,7 @@ def check_gradients(
     rng: int | Generator = 0,
     tol: float | None = None,
     method: str = "auto",
-) -> int:
+) -> dict[str, float]:
     """Check the backward pass of `f` against derivatives of its forward pass.
 
     f: `f(*inputs) → (y, backward)` with `backward(dy) → the gradients of the inputs`, or with
@@ -60,8 +60,8 @@ def check_gradients(
 
     All is computed in float64; where `f` refuses that or rounds it, float32 inputs stay float32.
     Every floating input and every parameter must get a gradient: bind what should get none with
-    functools.partial. Returns how many tensors were checked. Raises GradientError, which names all
-    that are wrong, with the likely cause, and Undecided where right or wrong cannot be told.
+    functools.partial. Returns {tensor: its mismatch}. Raises GradientError, which names all that
+    are wrong, with the likely cause, and Undecided where right or wrong cannot be told.
     """
     __tracebackhide__ = True
     if method not in METHODS:
@@ -81,23 +81,23 @@ def _check(f, inputs, params, vjp, rng, tol, method):
     grads = gradients_of(problem, base, dy)
     check = Check(problem, base, dy, grads, tol, method)
     moved = {path: u for path, u in directions.items() if u.size}
-    faults = [
-        fault
+    verdicts = {
+        path: _verdict(check, path, moved[path], derivative)
         for path, derivative in _derivatives(check, moved).items()
-        if (fault := _verdict(check, path, moved[path], derivative)) is not None
-    ]
+    }
+    faults = [verdict for verdict in verdicts.values() if isinstance(verdict, Fault)]
     wrong = [fault for fault in faults if not fault.undecided]
     if faults:
         kind = GradientError if wrong else Undecided
         raise kind(report(check, wrong or faults, len(directions)))
-    return len(directions)
+    return dict.fromkeys(directions, 0.0) | verdicts
 
 
 # ------------------------------------------------------------------------------------ the verdict
 
 
 def _verdict(check, path, u, derivative):
-    """Compare one gradient with the derivative along u → a Fault, or None where it is right."""
+    """Compare one gradient with the derivative along u → a Fault or, where it is right, how far."""
     numeric, error, size = derivative.along(check.dy)
     terms = check.grads[path].astype("float64") * u
     ours, scale = float(terms.sum()), float(abs(terms).sum()) + size
@@ -105,20 +105,21 @@ def _verdict(check, path, u, derivative):
     if tol is None:
         tol = EXACT if derivative.exact else SINGLE if check.problem.dtype == "float32" else ROUGH
     apart = abs(numeric - ours)
+    mismatch = apart / max(scale, 1e-300)
     if apart <= tol * scale and error <= max(CLEAR, tol) * scale:
-        return None
-    fault = Fault(path, numeric, ours, error, apart / max(scale, 1e-300), derivative, tol)
+        return mismatch
+    fault = Fault(path, numeric, ours, error, mismatch, derivative, tol)
     if derivative.exact:
         near = apart <= ROUNDED * check.largest  # further apart, it cannot be rounding
-        return None if near and _is_rounding(check, path, u, numeric, ours) else fault
+        return mismatch if near and _is_rounding(check, path, u, numeric, ours) else fault
     if apart <= tol * scale + error and error <= CLEAR * scale:
-        return None
+        return mismatch
     weight = sum(float(abs(w * y)[np.isfinite(y)].sum()) for w, y in _pairs(check.dy, check.base))
     if not terms.any() and apart <= error <= ROUGH * weight:
-        return None  # zero, and the result does not depend on it
+        return 0.0  # as is its derivative: the result does not depend on it
     kinks, between = _kinks(check, path, u, ours, 1e-5 * scale)
     if between:
-        return None
+        return 0.0
     if kinks:
         fault.reason = f"{kinks} outputs have a kink here: it lies outside of both sides"
     elif not np.isfinite(error):
