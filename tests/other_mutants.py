@@ -26,10 +26,10 @@ os.environ |= {
 from forks import each, in_fork  # noqa: E402
 
 SUITES = {  # module → the files of its tests
-    "diffusion/schedule": ["diffusion"],
-    "diffusion/timesteps": ["diffusion"],
-    "diffusion/samplers": ["diffusion"],
-    "diffusion/guidance": ["diffusion", "sampling/test_pipeline.py"],
+    "diffusion/schedule": ["diffusion", "test_golden.py"],
+    "diffusion/timesteps": ["diffusion", "test_golden.py"],
+    "diffusion/samplers": ["diffusion", "test_golden.py"],
+    "diffusion/guidance": ["diffusion", "test_golden.py", "sampling/test_pipeline.py"],
     "diffusion/loss": ["diffusion", "training/test_losses.py"],
     "nn/optim": ["nn/test_optim.py", "nn/test_muon.py", "training/test_step.py"],
     "training/step": ["training/test_step.py", "training/test_run.py"],

@@ -1,8 +1,9 @@
-"""The networks against stored numbers of diffusers and transformers, where those are not installed.
+"""Networks and samplers against stored numbers of diffusers and transformers, where those are not installed.
 
 tests/golden/make_golden.py made them. tests/parity compares everything, these are a few of it.
 """
 
+import json
 from pathlib import Path
 
 import golden_cases as cases
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from model_cases import integers, numbers, random_params, unet_inputs
 
+from tinyldm.diffusion import SAMPLERS, Schedule
 from tinyldm.models import AutoencoderKL, TextEncoder, UNet
 
 FILE = Path(__file__).with_name("golden") / "golden.npz"
@@ -66,6 +68,29 @@ def test_text_encoder(golden):
     grads = {}
     backward(numbers("dy", 2, 5, 12), grads)
     assert_golden(golden, "text", y, grads, cases.TEXT_GRADIENTS)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers(golden, name):
+    """Noise is drawn beforehand, as in the parity tests; the network is a formula."""
+
+    def network(x, t):
+        return 0.9 * np.sin(0.7 * x + 0.01 * float(t))
+
+    compared = 0
+    configs = json.loads(str(golden["sampler configs"]))
+    for (key, config), expected in zip(configs.items(), golden["samples"], strict=True):
+        sampler, steps, _ = key.split(", ", 2)
+        if sampler == name:
+            steps = int(steps)
+            extra = 1 if name in ("ddim", "ddpm") else 2
+            x, *noises = np.random.default_rng(steps).normal(size=(steps + extra, 2, 3))
+            options = {"noise": iter(noises).__next__} if SAMPLERS[name].needs_noise else {}
+            passed = SAMPLERS[name](network, Schedule(config), x, steps, **options)
+            found = np.array([y for y, _ in passed])[[steps // 2, -1]]
+            assert abs(found - expected).max() <= 1e-10 * max(1, abs(expected).max()), key
+            compared += 1
+    assert compared >= 4
 
 
 def test_the_formula_of_the_weights():

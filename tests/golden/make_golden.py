@@ -6,16 +6,22 @@ Everything is float64 and comes out the same to about 1e-14 on any machine. test
 checks the networks against the file, so that the main numbers are checked without torch too.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS / "support"), str(TESTS.parent)]
+sys.path[:0] = [str(TESTS / "support"), str(TESTS / "parity"), str(TESTS.parent)]
 
 import golden_cases as cases  # noqa: E402
 import peers  # noqa: E402
+import pytest  # noqa: E402
+import test_scheduler_parity as schedulers  # noqa: E402
+import test_solver_parity as solvers  # noqa: E402
+import torch  # noqa: E402
+from diffusers import DDIMScheduler, DDPMScheduler  # noqa: E402
 from model_cases import integers, numbers, random_params, unet_inputs  # noqa: E402
 
 from tinyldm.models import AutoencoderKL, TextEncoder, UNet  # noqa: E402
@@ -45,7 +51,41 @@ def main():
         **select("from_latents", decoder, cases.DECODER_GRADIENTS),
         **select("text", text, cases.TEXT_GRADIENTS),
     }
-    np.savez(Path(__file__).with_name("golden.npz"), **stored)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in solvers.MODULES:
+            patch.setattr(module, "np", solvers.NumpyInFloat64())
+        made = dict(trajectories(patch))
+    stored["sampler configs"] = json.dumps({key: dict(config) for key, (config, _) in made.items()})
+    stored["samples"] = np.stack([x[[len(x) // 2, -1]] for _, x in made.values()])
+    np.savez_compressed(Path(__file__).with_name("golden.npz"), **stored)
+
+
+def trajectories(patch):
+    """Yield "sampler, steps, what else" and a scheduler's config, and the x after each step."""
+    for name, config in solvers.CASES:
+        for steps in cases.SAMPLER_STEPS:
+            made, _, expected = solvers.ours_and_theirs(name, config, "epsilon", steps, patch)
+            if expected is not None and not solvers.differs(name, config, steps):
+                yield f"{name}, {steps}, {config}", (made, expected)
+    for config in ("Stable Diffusion", "pixels", "trailing"):
+        for steps in cases.SAMPLER_STEPS:
+            x, noises = schedulers.start(steps)
+            for kind, name, options in (
+                (DDIMScheduler, "ddim", {}),
+                *((DDPMScheduler, "ddpm", {"variance_type": v}) for v in cases.VARIANCES),
+            ):
+                theirs, ours = schedulers.both_schedules(kind, schedulers.CONFIGS[config] | options)
+                feed = iter(noises)
+                patch.setattr(
+                    schedulers.scheduling_ddpm,
+                    "randn_tensor",
+                    lambda *_, feed=feed, **__: torch.tensor(next(feed)),
+                )
+                pairs = schedulers.their_trajectory(
+                    theirs, x, steps, lambda i, said, t, x, theirs=theirs: theirs.step(said, t, x)
+                )
+                what = ", ".join([config, *options.values()])
+                yield f"{name}, {steps}, {what}", (ours.config, np.array(pairs)[:, 0])
 
 
 def select(model, result, names):

@@ -130,7 +130,7 @@ def differs(name, config, steps):
 
 
 def ours_and_theirs(name, config, prediction, steps, monkeypatch):
-    """Whole trajectories; theirs is None where it fails."""
+    """The config, and whole trajectories; theirs is None where it fails."""
     kind, options = PEERS[name]
     settings = STABLE_DIFFUSION | CONFIGS[config] | options | {"prediction_type": prediction}
     x, *noises = np.random.default_rng(steps).normal(size=(steps + 2, 2, 3))
@@ -144,7 +144,7 @@ def ours_and_theirs(name, config, prediction, steps, monkeypatch):
     options = {"noise": iter(noises).__next__} if SAMPLERS[name].needs_noise else {}
     found = np.array([y for y, _ in SAMPLERS[name](network, schedule, x, steps, **options)])
     if fails_there(name, config, steps):
-        return found, None
+        return schedule.config, found, None
     with InFloat64():
         expected = np.array(their_trajectory(theirs, x, steps))
     if name == "heun":  # two predictions a step, but for the last
@@ -158,7 +158,7 @@ def ours_and_theirs(name, config, prediction, steps, monkeypatch):
         if CONFIGS[config].get("final_sigmas_type") == "sigma_min":
             sigmas[-1] = schedule.sigmas[0]
         expected = expected / np.sqrt(1 + sigmas**2)[:, None, None]
-    return found, expected
+    return schedule.config, found, expected
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -166,7 +166,7 @@ def ours_and_theirs(name, config, prediction, steps, monkeypatch):
 def test_the_whole_trajectory(name, config, prediction, monkeypatch):
     compared = 0
     for steps in STEPS:
-        found, expected = ours_and_theirs(name, config, prediction, steps, monkeypatch)
+        _, found, expected = ours_and_theirs(name, config, prediction, steps, monkeypatch)
         assert found.shape == (steps, 2, 3) and np.isfinite(found).all()
         if expected is not None and not differs(name, config, steps):
             scale = max(1, abs(expected).max())
@@ -184,7 +184,7 @@ def test_where_theirs_fails_it_does(name, config, monkeypatch):
                 patch.setitem(globals(), "fails_there", lambda *_: False)
                 try:
                     with np.errstate(all="ignore"):
-                        _, expected = ours_and_theirs(name, config, "epsilon", steps, monkeypatch)
+                        made = ours_and_theirs(name, config, "epsilon", steps, monkeypatch)
                 except (ValueError, IndexError):
                     continue
-            assert not np.isfinite(expected).all()
+            assert not np.isfinite(made[2]).all()
