@@ -1,4 +1,6 @@
-"""Networks and samplers against stored numbers of diffusers and transformers, where those are not installed.
+"""Networks and samplers against stored numbers of diffusers and transformers.
+
+So they are checked where those are not installed, too.
 
 tests/golden/make_golden.py made them. tests/parity compares everything, these are a few of it.
 """

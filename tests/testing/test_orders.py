@@ -79,7 +79,7 @@ def test_jacobians(name, data):
     call = data.draw(EVERYTHING[name])
     arrays = call.arrays()
     if sum(a.size for a in arrays) <= 60:
-        assert check_jacobian(call, arrays) > 0
+        assert check_jacobian(call, arrays) <= 1e-9
 
 
 # ------------------------------------------------------------------------- what each of them finds
@@ -107,7 +107,7 @@ def test_the_entry_of_a_jacobian_is_named(x):
 
         return y, back
 
-    assert check_jacobian(cube, x) == 144
+    assert check_jacobian(cube, x) <= 1e-15
     with pytest.raises(GradientError, match=r"∂y\[0, 3\] / ∂x\[1, 2\] is 0, the") as error:
         check_jacobian(spoilt, x)
     assert "backward pass says 0.5" in str(error.value).replace("\n   ", "")

@@ -18,7 +18,7 @@ from tinyldm.training.presets import PRESETS
 from tinyldm.training.run import train
 from tinyldm.training.state import state_files
 
-STOPS = {"dev": 3, "ci": 6, "nightly": 60}[settings.get_current_profile_name()]
+STOPS = {"ci": 6, "nightly": 60}.get(settings.get_current_profile_name(), 3)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
 
 

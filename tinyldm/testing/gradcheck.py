@@ -60,7 +60,8 @@ def check_gradients(
 
     All is computed in float64; where `f` refuses that or rounds it, float32 inputs stay float32.
     Every floating input and every parameter must get a gradient: bind what should get none with
-    functools.partial. Returns {tensor: its mismatch}. Raises GradientError, which names all that
+    functools.partial. Returns {tensor: its mismatch}, relative to what is summed or, where that is
+    rounding alone, as of zeros, to the largest gradient. Raises GradientError, which names all that
     are wrong, with the likely cause, and Undecided where right or wrong cannot be told.
     """
     __tracebackhide__ = True
@@ -111,7 +112,8 @@ def _verdict(check, path, u, derivative):
     fault = Fault(path, numeric, ours, error, mismatch, derivative, tol)
     if derivative.exact:
         near = apart <= ROUNDED * check.largest  # further apart, it cannot be rounding
-        return mismatch if near and _is_rounding(check, path, u, numeric, ours) else fault
+        of_rounding = near and _is_rounding(check, path, u, numeric, ours)
+        return apart / max(check.largest, 1e-300) if of_rounding else fault
     if apart <= tol * scale + error and error <= CLEAR * scale:
         return mismatch
     weight = sum(float(abs(w * y)[np.isfinite(y)].sum()) for w, y in _pairs(check.dy, check.base))
