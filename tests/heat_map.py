@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
@@ -120,13 +121,18 @@ def _gradients(case, dtype):
 
 INSTRUMENTS = {  # → what it may be at most
     "complex step": (complex_step, 1e-11),
-    "differences": (differences, 1e-7),
+    "central differences": (differences, 1e-7),
     "Jacobian": (jacobian, 1e-9),
     "Hessian": (hessian, 1e-9),
     "Taylor": (taylor, 0.1),
     "float32": (single, 1e-4),
 }
-ROWS = [(module, check) for module, checks in MODULES.items() for check in checks]
+ROWS = [  # but for parts of a U-Net, which are in that of the whole
+    (module, check)
+    for module, checks in MODULES.items()
+    for check in checks
+    if module != "tinyldm.models.levels"
+]
 
 
 def row(module: str, check: str) -> dict[str, float | None]:
@@ -136,7 +142,8 @@ def row(module: str, check: str) -> dict[str, float | None]:
         with plain():
             calls = cases(module, check)
             found = {
-                name: [measure(case) for case in calls] for name, (measure, _) in INSTRUMENTS.items()
+                name: [measure(case) for case in calls]
+                for name, (measure, _) in INSTRUMENTS.items()
             }
     finally:
         blocking.BLOCK = kept
@@ -148,37 +155,43 @@ def row(module: str, check: str) -> dict[str, float | None]:
 def main() -> None:
     """Print the table, and draw it where a file is given."""
     table = {}
-    print(f"{'':44}" + "".join(f"{name:>14}" for name in INSTRUMENTS))
+    print(f"{'':44}" + "".join(f"{name:>21}" for name in INSTRUMENTS))
     for module, check in ROWS:
         label = f"{module.removeprefix('tinyldm.')}: {check}"
         table[label] = row(module, check)
         cells = ["–" if x is None else f"{x:.0e}" for x in table[label].values()]
-        print(f"{label:44}" + "".join(f"{cell:>14}" for cell in cells), flush=True)
+        print(f"{label:44}" + "".join(f"{cell:>21}" for cell in cells), flush=True)
     if len(sys.argv) > 1:
         draw(table, sys.argv[1])
 
 
 def draw(table: dict[str, dict[str, float | None]], file: str) -> None:
-    """Draw the table in two halves beside each other: the colour is the power of ten."""
+    """Draw the table in two halves: the colour says how far below its limit an error is."""
     import matplotlib.pyplot as plt
 
     labels, half = list(table), -(-len(table) // 2)
+    most = np.array([limit for _, limit in INSTRUMENTS.values()])
+    titles = [
+        f"{name.replace(' ', chr(10))}\n≤ {limit:g}" for name, (_, limit) in INSTRUMENTS.items()
+    ]
     figure, axes = plt.subplots(1, 2, figsize=(13, 0.24 * half + 1.6), layout="constrained")
     for axis, some in zip(axes, (labels[:half], labels[half:]), strict=True):
-        values = [[np.nan if x is None else x for x in table[label].values()] for label in some]
-        powers = np.log10(np.maximum(values, 1e-17))
-        image = axis.imshow(powers, vmin=-17, vmax=-3, cmap="viridis", aspect="auto")
-        axis.set_xticks(range(len(INSTRUMENTS)), INSTRUMENTS)
+        errors = np.array(
+            [[np.nan if x is None else x for x in table[label].values()] for label in some]
+        )
+        below = np.log10(np.maximum(errors, 1e-17) / most)
+        image = axis.imshow(below, vmin=-8, vmax=0, cmap="YlOrBr", aspect="auto")
+        axis.set_xticks(range(len(titles)), titles, fontsize=8)
         axis.xaxis.tick_top()
-        axis.set_yticks(range(len(some)), some)
+        axis.set_yticks(range(len(some)), some, fontsize=9)
         axis.tick_params(length=0)
-        for place, power in np.ndenumerate(powers):
-            text = "–" if np.isnan(power) else "0" if power == -17 else f"{power:.0f}"
-            colour = "black" if np.isnan(power) or power > -9 else "white"
-            axis.text(*place[::-1], text, ha="center", va="center", color=colour, fontsize=8)
-    bar = figure.colorbar(image, ax=axes, shrink=0.5, aspect=30, location="bottom")
-    bar.set_label("largest error, as a power of ten (0: below 10⁻¹⁷; –: not for this one)")
+        for (i, j), error in np.ndenumerate(errors):
+            text = "–" if np.isnan(error) else "0" if error < 1e-17 else f"{error:.0e}"
+            axis.text(j, i, text.replace("e-0", "e-"), ha="center", va="center", fontsize=8)
+    bar = figure.colorbar(image, ax=axes, shrink=0.5, aspect=40, location="bottom")
+    bar.set_label("power of ten by which the largest error lies below its limit")
     figure.savefig(file, dpi=100)
+    Image.open(file).quantize(64).save(file, optimize=True)
 
 
 if __name__ == "__main__":

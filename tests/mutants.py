@@ -52,7 +52,7 @@ class Mutant:
     def key(self):
         """Return the key of EXPLAINED for this change: module, change, line of the source."""
         line = source_of(self.module)[1].splitlines()[self.planted.line - 1]
-        return self.module, f"{self.planted.before}  →  {self.planted.after}", line.strip()
+        return self.module, self.planted.change, line.strip()
 
 
 def all_mutants(module):

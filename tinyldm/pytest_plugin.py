@@ -47,5 +47,5 @@ def pytest_terminal_summary(
     """Print how many tensors were right in how many checks."""
     if COUNTS in config.stash:
         counts, seed = config.stash[COUNTS], config.getoption("gradcheck_seed")
-        found = f"{counts['tensors']} tensors right in {counts['checks']} checks"
-        terminalreporter.write_line(f"gradients: {found}, seed {seed}")
+        found = f"tensors right: {counts['tensors']}, checks that passed: {counts['checks']}"
+        terminalreporter.write_line(f"gradients: {found}; seed {seed}")

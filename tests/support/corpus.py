@@ -274,7 +274,7 @@ def cumulative_sum(x):
     {
         "the norm's own gradient is lost": (
             lambda dy, dx, x: dy / np.sqrt((x * x).sum(1, keepdims=True)),
-            "term is missing that is x",
+            "wrong factor: x",
         )
     },
     x=(3, 4),
@@ -564,7 +564,7 @@ def layer_norm(x):
     {
         "as if the statistics were constants": (
             lambda dy, dx, x: dy / _normalised(x, 0)[1],
-            "two terms are missing",
+            "two terms along",
         ),
         "without that of the mean": (
             lambda dy, dx, x: dx + dy.mean(0, keepdims=True) / _normalised(x, 0)[1],
@@ -711,7 +711,7 @@ def last_step(dy, x, w):
 
 @case(
     {
-        "the residual is lost": (lambda dy, dx, x: dx - dy, "term is missing that is dy"),
+        "the residual is lost": (lambda dy, dx, x: dx - dy, "wrong factor: dy"),
         "the branch is lost": (lambda dy, dx, x: dy, "it is dy itself"),
     },
     x=(3, 4),

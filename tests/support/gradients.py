@@ -20,7 +20,7 @@ def check(f, inputs, params=None, **options):
 
     Hypothesis searches for the inputs at which the mismatch is largest.
     """
-    mismatches = check_gradients(f, inputs, params, **options)
+    mismatches = check_gradients(f, inputs, params, **{"tol": 1e-11} | options)
     assert mismatches
     counts["tensors"] += len(mismatches)
     counts["checks"] += 1

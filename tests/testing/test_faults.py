@@ -84,3 +84,45 @@ def test_what_has_no_backward_pass_inside():
         assert_detects_faults(flat, lambda f: None)
     with pytest.raises(pytest.fail.Exception, match="it was wrong before"):
         assert_detects_faults(linear, lambda f: pytest.fail("it was wrong before"))
+
+
+class Scaled:
+    """A layer whose call has the backward pass."""
+
+    def __call__(self, params, x):
+        w = params["w"]
+
+        def backward(dy, grads):
+            grads["w"] = grads.get("w", 0) + (dy * x).sum(axis=(0, 1))
+            return w * dy
+
+        return w * x, backward
+
+
+def test_the_faults_of_a_layer():
+    x, w = RNG.normal(size=(2, 3, 5)), RNG.normal(size=5)
+    layer = Scaled()
+    assert assert_detects_faults(layer, lambda f: check_gradients(f, [x], {"w": w})) >= 5
+    with pytest.raises(ValueError, match="Scaled: expected a function written with def, or a"):
+        assert_detects_faults(Scaled, lambda f: None)
+
+
+def test_what_is_known_to_be_no_fault():
+    def doubled(x):
+        def backward(dy):
+            return (2 + 0 * x) * dy
+
+        return 2 * x, backward
+
+    x = RNG.normal(size=3)
+    with pytest.raises(AssertionError, match=r"0 \* x  →  0") as error:
+        assert_detects_faults(doubled, lambda f: check_gradients(f, x))
+    survivors = [line.partition(": ")[2] for line in str(error.value).splitlines()[1:]]
+    assert assert_detects_faults(doubled, lambda f: check_gradients(f, x), survivors) >= 3
+
+
+def test_a_faulty_copy_has_the_lines_of_the_file():
+    first = linear.__code__.co_firstlineno
+    for planted, faulty in faulty_copies(linear):
+        assert faulty.__code__.co_firstlineno == first
+        assert first < planted.line < first + 4

@@ -88,11 +88,11 @@ def test_jacobians(name, data):
 def test_what_is_not_linear_and_what_is_not_the_adjoint(x):
     w = np.random.default_rng(1).normal(size=(4, 4))
     assert check_linear(lambda x: (x @ w, lambda dy: dy @ w.T), x) <= 1e-12
-    with pytest.raises(GradientError, match="x: backward is not the adjoint"):
+    with pytest.raises(GradientError, match="x: not the adjoint"):
         check_linear(lambda x: (x @ w, lambda dy: dy @ w), x)
     with pytest.raises(GradientError, match="not linear: of zeros it is not zero"):
         check_linear(lambda x: (x @ w + 1, lambda dy: dy @ w.T), x)
-    with pytest.raises(GradientError, match="not linear: f.2v . 3w. is not"):
+    with pytest.raises(GradientError, match="not linear: f.2u . 3v. is not"):
         check_linear(cube, x)
 
 
@@ -108,9 +108,12 @@ def test_the_entry_of_a_jacobian_is_named(x):
         return y, back
 
     assert check_jacobian(cube, x) <= 1e-15
-    with pytest.raises(GradientError, match=r"∂y\[0, 3\] / ∂x\[1, 2\] is 0, the") as error:
+    with pytest.raises(GradientError) as error:
         check_jacobian(spoilt, x)
-    assert "backward pass says 0.5" in str(error.value).replace("\n   ", "")
+    assert str(error.value) == (
+        "wrong Jacobian in 1 of 144 entries\n  the worst is ∂y[0, 3] / ∂x[1, 2]:\n"
+        "    forward pass 0, backward pass 0.5"
+    )
 
 
 def test_a_backward_pass_that_is_no_gradient_has_no_symmetric_hessian(x):

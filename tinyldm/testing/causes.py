@@ -3,13 +3,15 @@
 import itertools
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
 from tinyldm.testing.derivatives import derive, derive_entry
 from tinyldm.testing.problem import Check
 
-FACTORS = {2.0: "2", 0.5: "½", -1.0: "−1 (its sign)", -2.0: "−2", 3.0: "3", 4.0: "4", 0.25: "¼"}
+FACTORS = {0.5: "½", 0.25: "¼", -1.0: "−1 (its sign)"}
+MOST_PLACES = 3  # at which a size is found, in a message
 
 
 def likely_cause(
@@ -17,7 +19,7 @@ def likely_cause(
 ) -> str:
     """Name the likely cause of a wrong gradient, or return "" where no pattern is recognised."""
     context = _Context(check, path, numeric, ours, close)
-    for recognise in PATTERNS:
+    for recognise in OF_ONE if numeric.size == 1 else PATTERNS:
         if cause := recognise(context):
             return cause
     return ""
@@ -52,14 +54,27 @@ def _all_zero(c):
 
 
 def _sizes(c):
-    """List what a mean divides by: {size of an axis, or of several: which it is}."""
-    found = {}
-    for x in (*c.check.problem.tensors.values(), *c.check.base.values()):
-        for count in range(1, x.ndim + 1):
+    """List what a mean may divide by: {number: where it is found}."""
+    found, arrays = {}, c.check.problem.tensors | c.check.base
+    for axis in range(max(x.ndim for x in arrays.values())):
+        for path, x in arrays.items():
+            if axis < x.ndim:
+                found.setdefault(x.shape[axis], {}).setdefault(axis, []).append(path)
+    places = {
+        n: [
+            f"the size of axis {axis} of {' and '.join(paths[:3])}" + " (the batch)" * (axis == 0)
+            for axis, paths in axes.items()
+        ]
+        for n, axes in found.items()
+    }
+    for name, n in c.check.problem.whole_numbers().items():
+        places.setdefault(n, []).append(f"the input {name}")
+    for path, x in arrays.items():
+        for count in range(2, x.ndim + 1):
             for axes in itertools.combinations(range(x.ndim), count):
-                of = "the batch" if axes == (0,) else "one axis" if count == 1 else "several axes"
-                found.setdefault(math.prod(x.shape[i] for i in axes), of)
-    return {n: of for n, of in found.items() if n > 1}
+                n, text = math.prod(x.shape[i] for i in axes), ", ".join(map(str, axes))
+                places.setdefault(n, [f"the size of axes {text} of {path}"])
+    return {n: where for n, where in places.items() if n > 1}
 
 
 def _factor(numeric, ours, close):
@@ -81,16 +96,33 @@ def _multiplied(c):
 
 
 def _named_factor(c, k):
-    sizes = _sizes(c)
-    for n, of in sorted(sizes.items()):
+    for n, places in _sizes(c).items():
         for value, text in ((n, f"{n}"), (1 / n, f"1/{n}")):
-            if abs(k - value) <= 1e-4 * abs(value) and (n > 2 or of == "the batch"):
-                kind = "a mean is missing" if value > 1 else "a sum became a mean"
-                return f"{text}, the size of {of}: {kind}, or it is taken twice"
+            if abs(k - value) <= 1e-4 * abs(value) and (n > 2 or "batch" in places[0]):
+                kind = (
+                    "a mean is missing, or a sum is taken twice"
+                    if value > 1
+                    else "a sum became a mean, or a mean is taken twice"
+                )
+                more = ", or …" * (len(places) > MOST_PLACES)
+                return f"{text}, and {n} is {', or '.join(places[:MOST_PLACES])}{more}: {kind}"
+    return _number(k)
+
+
+def _number(k):
     for value, text in FACTORS.items():
         if abs(k - value) <= 1e-4 * abs(value):
             return text
-    return f"{k:.6g}"
+    near = Fraction(k).limit_denominator(64)
+    return str(near).replace("-", "−") if abs(k - near) <= 1e-6 * abs(k) else f"{k:.6g}"
+
+
+def _of_one_entry(c):
+    """A factor that is a simple one; any two numbers have some factor."""
+    k = _factor(c.numeric, c.ours, c.close)
+    if k is not None and _number(k) in ("2", *FACTORS.values()):
+        return f"it is multiplied by {_number(k)}"
+    return "a tensor of one entry tells no cause: try larger sizes"
 
 
 def _of_another(c):
@@ -102,7 +134,7 @@ def _of_another(c):
             return f"it is d{name} itself: the function's own derivative is missing"
         k = _factor(w, c.ours, c.close) if w.shape == c.ours.shape else None
         if k is not None:
-            return f"it is d{name} times {k:.6g}: the function's own derivative is missing"
+            return f"it is d{name} times {_number(k)}: the function's own derivative is missing"
     return ""
 
 
@@ -114,7 +146,8 @@ def _jacobian(c):
     w = c.check.dy["y"]
     if c.same(c.ours, derive(c.check.problem, {path: w}, c.check.base).values["y"]):
         return (
-            "it is J dy, where Jᵀ dy is wanted: what was sent back goes the way of the forward pass"
+            "it is J dy, where Jᵀ dy is wanted: a matrix is not transposed, a kernel not flipped, "
+            "or an angle not reversed"
         )
     diagonal = np.zeros(w.shape)
     for i in np.ndindex(w.shape):
@@ -270,18 +303,19 @@ def _missing_term(c):
     for axis in range(residual.ndim):
         if residual.shape[axis] > 1 and np.ptp(residual, axis).max() <= near:
             return (
-                f"a term is missing that is constant along axis {axis}: as that of a mean or a sum "
-                "over it"
+                f"a term is missing or has a wrong factor: it is constant along axis {axis}, as "
+                "that of a mean or a sum over it"
             )
     for name, x in c.at_hand():
         k = _factor(x, residual, c.close)
         if k is not None:
-            return f"a term is missing that is {name} times {_named_factor(c, k)}"
+            times = "" if _number(k) == "1" else f" times {_number(k)}"
+            return f"a term is missing or has a wrong factor: {name}{times}"
         for axis in range(x.ndim):
             if _proportional(x, residual, axis, near):
                 return (
-                    f"a term is missing that is {name} times a number for each slice along axis "
-                    f"{axis}"
+                    f"a term is missing or has a wrong factor: {name} times a number for each "
+                    f"slice along axis {axis}"
                 )
     for name, x in c.at_hand():
         for axis in range(x.ndim):
@@ -292,7 +326,7 @@ def _missing_term(c):
                 near,
             ):
                 return (
-                    f"two terms are missing along axis {axis}, one constant and one of {name}: as "
+                    f"two terms along axis {axis} are missing, one constant and one of {name}: as "
                     "if its mean and deviation were constants"
                 )
     return ""
@@ -307,6 +341,7 @@ def _proportional(x, residual, axis, near):
     return bool((abs(residual - k * x) <= near).all())
 
 
+OF_ONE = (_all_zero, _of_one_entry)
 PATTERNS = (  # in the order in which they are tried
     _all_zero, _multiplied, _of_another, _moved_entries, _masked, _taken_not_added, _jacobian,
     _zero_slices, _part_zero, _only_borders, _multiplied_by_entries, _one_of_a_slice,

@@ -99,13 +99,22 @@ def gradients_of(problem: Problem, base: Values, dy: Values) -> Values:
                 f"{at.sum()} of {dx.size} are no finite numbers"
             )
         if not np.array_equal(first[path], dx):
+            left = _left_behind(problem)
+            where = f" in {left}" if left else ", or random numbers drawn anew"
             raise GradientError(
-                f"{path}: its gradient is another one where f is called once more between forward "
-                "and backward pass: the backward pass uses what the last call has left behind, or "
-                "random numbers drawn anew"
+                f"{path}: stale: its gradient changes\n  where f is called again before the "
+                f"backward pass, which uses what the last call has left behind{where}"
             )
     _check_accumulation(problem, dy, second)
     return second
+
+
+def _left_behind(problem):
+    """Name the attributes of f that a call of it replaces."""
+    before = dict(getattr(problem.f, "__dict__", {}))
+    problem.call(problem.tensors)
+    after = getattr(problem.f, "__dict__", {})
+    return ", ".join(name for name, x in after.items() if x is not before.get(name))
 
 
 def _call_elsewhere(problem, values):

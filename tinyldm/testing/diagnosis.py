@@ -14,6 +14,7 @@ MOST_ENTRIES = 4096  # of a tensor whose whole numeric gradient is made
 MOST_SECONDS = 3.0  # for that, of all wrong tensors together
 CLOSE = 1e-6  # relative: entries are equal; of float32 or of differences: ROUGHLY
 ROUGHLY = 1e-3
+UNKNOWN = "  no pattern is known: where {} is used more than once, are all its parts added up?"
 
 
 @dataclass
@@ -31,17 +32,15 @@ class Fault:
     reason: str = ""
 
 
-def report(check: Check, faults: list[Fault], count: int) -> str:
+def report(check: Check, faults: list[Fault]) -> str:
     """Write the message of a check: for each fault what was found, in lines of 80 columns."""
     lines, until = [], time.monotonic() + MOST_SECONDS
     for fault in faults[:MOST_NAMED]:
-        verdict = (
-            "cannot tell whether its gradient is right" if fault.undecided else "wrong gradient"
-        )
-        lines += [f"{fault.path}: {verdict}", *_along(fault)]
         if fault.undecided:
+            lines += [f"{fault.path}: cannot tell whether its gradient is right", *_along(fault)]
             lines.append(f"  why: {fault.reason}")
             continue
+        lines += [f"{fault.path}: wrong gradient", *_along(fault)]
         found = _entries(check, fault, until)
         if found is None:
             size = check.grads[fault.path].size
@@ -49,15 +48,15 @@ def report(check: Check, faults: list[Fault], count: int) -> str:
             continue
         lines += _worst(fault.path, *found)
         cause = likely_cause(check, fault.path, *found) or fault.reason
-        if cause:
-            lines.append(f"  likely cause: {cause}")
+        lines.append(f"  likely cause: {cause}" if cause else UNKNOWN.format(fault.path))
     others = [fault.path for fault in faults[MOST_NAMED:]]
     if others:
         more = ", …" if len(others) > MOST_NAMED else ""
         lines.append(f"and {len(others)} more: {', '.join(others[:MOST_NAMED])}{more}")
-    right = count - len(faults)
+    right = [path for path in check.problem.tensors if path not in {f.path for f in faults}]
     if right and not faults[0].undecided:
-        lines.append(f"right: {right} other{'s' if right > 1 else ''} of {count} tensors")
+        more = f" and {len(right) - MOST_NAMED} more" if len(right) > MOST_NAMED else ""
+        lines.append(f"right: {', '.join(right[:MOST_NAMED])}{more}")
     return "\n".join(lines)
 
 
@@ -65,14 +64,10 @@ def _along(fault):
     bar = f" ± {fault.error:.1g}" if fault.error else ""
     method = "complex step" if fault.derivative.exact else "differences"
     return [
-        f"  along a random direction ({method}): {fault.numeric:.12g}{bar},",
-        f"  backward pass: {fault.ours:.12g}{_ratio(fault.ours, fault.numeric)}",
-        f"  mismatch {fault.mismatch:.1e} of the terms, tol {fault.tol:.0e}",
+        f"  along a random direction ({method}):",
+        f"    forward pass {fault.numeric:.12g}{bar}, backward pass {fault.ours:.12g}",
+        f"  apart by {fault.mismatch:.1e} of the sum of all sizes, accepted are {fault.tol:.0e}",
     ]
-
-
-def _ratio(ours, numeric):
-    return f", ratio {ours / numeric:.6g}" if numeric and np.isfinite(ours / numeric) else ""
 
 
 def _worst(path, numeric, ours, close):
@@ -80,10 +75,11 @@ def _worst(path, numeric, ours, close):
     wrong = apart > close
     at = np.unravel_index(int(apart.argmax()), apart.shape)
     where = f"{path}[{', '.join(str(int(i)) for i in at)}]" if apart.ndim else path
+    times = ours[at] / numeric[at] if numeric[at] else np.inf
     return [
-        f"  worst entry {where}: {numeric[at]:.10g}, "
-        f"backward pass {ours[at]:.10g}{_ratio(ours[at], numeric[at])}",
-        f"  wrong: {int(wrong.sum()):,} of {wrong.size:,} entries",
+        f"  wrong: {int(wrong.sum()):,} of {wrong.size:,} entries; the worst is {where}:",
+        f"    forward pass {numeric[at]:.10g}, backward pass {ours[at]:.10g}"
+        + (f" (×{times:.6g})" if np.isfinite(times) else ""),
     ]
 
 

@@ -70,7 +70,7 @@ def check_gradients(
     try:
         return _check(f, inputs, params, vjp, np.random.default_rng(rng), tol, method)
     except GradientError as error:
-        raise error.with_traceback(None) from None  # it is about f, not about this file
+        raise error.with_traceback(None) from None  # the fault lies in f
 
 
 def _check(f, inputs, params, vjp, rng, tol, method):
@@ -90,7 +90,7 @@ def _check(f, inputs, params, vjp, rng, tol, method):
     wrong = [fault for fault in faults if not fault.undecided]
     if faults:
         kind = GradientError if wrong else Undecided
-        raise kind(report(check, wrong or faults, len(directions)))
+        raise kind(report(check, wrong or faults))
     return dict.fromkeys(directions, 0.0) | verdicts
 
 

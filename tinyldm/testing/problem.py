@@ -62,6 +62,11 @@ class Problem:
         other.tensors = values
         return other
 
+    def whole_numbers(self) -> dict[str, int]:
+        """Return the inputs that are whole numbers, by name."""
+        pairs = zip(self.names, self.inputs, strict=True)
+        return {name: int(x) for name, x in pairs if isinstance(x, (int, np.integer))}
+
     def place(self, path: str, values: np.ndarray) -> Any:
         """Make what f is given for a tensor: an array of its library, or a number."""
         return like(self.places[path], values)
