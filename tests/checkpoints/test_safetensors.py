@@ -118,6 +118,22 @@ def test_metadata(tmp_path):
     assert load_metadata(tmp_path / "b").keys() == {CHECKSUM}
 
 
+def test_every_tensor_lies_at_a_multiple_of_its_item(tmp_path):
+    params = {"a": np.zeros(3, "u1"), "b": np.zeros(1, "f4"), "c": np.zeros(1, "f8")}
+    save_weights(tmp_path / "x", params)
+    data = (tmp_path / "x").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    for name, entry in json.loads(data[8:start]).items():
+        if name != "__metadata__":
+            assert (start + entry["data_offsets"][0]) % params[name].itemsize == 0
+
+
+def test_a_list_of_names_stops_after_five():
+    names = [f"n{i}" for i in range(8)]
+    assert safetensors_module.some(names[:5]) == "n0, n1, n2, n3, n4"
+    assert safetensors_module.some(names) == "n0, n1, n2, n3, n4 and 3 more"
+
+
 @pytest.mark.parametrize("dtype", ["bool", "int8", "complex64", "longdouble", "O", "U3"])
 def test_what_cannot_be_loaded_is_not_saved(tmp_path, dtype):
     with pytest.raises(WeightsError, match="^.*odd.*$"):

@@ -101,6 +101,16 @@ def test_gradients_with_perception(first):
     check_loss(first.loss(criterion=criterion), first.params, {}, first.batch)
 
 
+def test_gradients_with_perception_of_grey_images():
+    made, real = numbers("made", 2, 6, 5, 1), numbers("real", 2, 6, 5, 1)
+
+    def loss(made):
+        loss, backward = with_perception(squared_error, features, 0.7)({}, made, real)
+        return loss, lambda dloss: dloss * backward(None)
+
+    check(loss, made)
+
+
 # ------------------------------------------------------------------------------------- adversarial
 
 
@@ -311,6 +321,11 @@ def test_a_run_with_perception(tmp_path, every_step, monkeypatch):
     runs.resume(tmp_path / "run", say=silent, features=features)
     both = [(tmp_path / name / LAST_STATE).read_bytes() for name in ("whole", "run")]
     assert both[0] == both[1]
+
+
+def test_mean_seconds_of_both_kinds_of_steps():
+    config = dataclasses.replace(ADVERSARIAL, adversarial_start=0.75)
+    assert loop.mean_seconds(config, 1.0, 3.0) == 0.75 * 1 + 0.25 * 3
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ from tinyldm.checkpoints.safetensors import WeightsError, load_metadata, load_we
 from tinyldm.config import ConfigError
 from tinyldm.data.dataset import DataError
 from tinyldm.data.shapes import ATTRIBUTES, make_shapes
-from tinyldm.lock import Locked, locked
+from tinyldm.lock import Locked, locked, touch
 from tinyldm.machine import held_memory
 from tinyldm.models import Tokenizer
 from tinyldm.nn.optim import learning_rate
@@ -631,13 +631,18 @@ with locked({str(copy)!r}):
 
 def test_a_lock_of_another_machine_is_not_broken(copy):
     (copy / ".lock").write_text(json.dumps({"process": 7, "host": "elsewhere"}))
-    message = r"process 7 on elsewhere .*if it no longer runs, .* remove .*\.lock"
+    message = (
+        r"process 7 on elsewhere trained into it less than 5 minutes ago; if it no longer runs, "
+        r"wait that long, or remove .*\.lock"
+    )
     with pytest.raises(Locked, match=message):
         resume(copy)
     long_ago = time.time() - 301
     os.utime(copy / ".lock", (long_ago, long_ago))  # its holder would have saved since
     with locked(copy):
-        pass
+        os.utime(copy / ".lock", (long_ago, long_ago))
+        touch(copy)
+        assert (copy / ".lock").stat().st_mtime > long_ago + 300
     (copy / ".lock").write_text("cut o")
     with locked(copy), pytest.raises(Locked, match=f"process {os.getpid()}, this one,"):
         resume(copy)
