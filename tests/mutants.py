@@ -34,6 +34,7 @@ EXPLAINED = {  # (module, change, line of the source) → why it is no fault, th
      "dw_db = rstd_.T @ product, np.ones((1, len(x_)), x.dtype) @ dy_"):
         "Two equal rows, of which the first is taken: only rounding differs.",
 }  # fmt: skip
+SHARED = ("turned_kernel", "bias_gradient", "weight_gradient", "_weight_gradient", "_scatter")
 MOST_SECONDS = 60  # of processor time for the checks of one mutant: longer is noticed, too
 KILLED, SURVIVED, EQUAL = "killed", "survived", "equal"
 
@@ -56,12 +57,16 @@ class Mutant:
 
 
 def all_mutants(module):
-    """The changes of the backward passes: of what is called so and lies in another function."""
+    """The changes of the backward passes, and of what kernels share for theirs."""
     _, source = source_of(module)
     tree = ast.parse(source)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    inner = {id(node): node for function in functions for node in inner_functions(function)}
-    within = [node for node in inner.values() if "back" in getattr(node, "name", "")]
+    inner = {id(node) for function in functions for node in inner_functions(function)}
+    within = [
+        node
+        for node in functions
+        if ("back" in node.name and id(node) in inner) or node.name in SHARED
+    ]
     return [Mutant(module, planted, changed) for planted, changed in mutants(tree, within)]
 
 

@@ -17,6 +17,7 @@ from tinyldm.kernels.im2col import im2col
 from tinyldm.models import AutoencoderKL, VQModel
 from tinyldm.nn.layers import Conv2d, Linear
 from tinyldm.nn.protocol import KERNELS
+from tinyldm.training.adversarial import OF_ADVERSARIAL, OF_ERROR
 from tinyldm.training.losses import autoencoder_loss, squared_error
 
 SMALL = 20  # elements or bytes at a time: several blocks even of small arrays
@@ -353,6 +354,9 @@ def adversarial(module):
     criterion = module.with_discriminator(squared_error, judge)
     loss_fn = autoencoder_loss(vae, 0.1, criterion)
     check_loss(loss_fn, params, frozen, (images, noise, weight))
+    grads = {}
+    loss_fn(params | frozen, images, noise, weight)[1](grads)
+    assert grads[OF_ERROR].any() and grads[OF_ADVERSARIAL].any()
     judging = module.discriminator_loss(vae, squared_error, judge)
     check_loss(judging, frozen, params, (images, noise))
 

@@ -1,4 +1,7 @@
-"""A step of training: its gradient, in one part or several."""
+"""A step of training: its gradient, in one part or several, and what the optimizers are given."""
+
+import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,7 +10,9 @@ from hypothesis import strategies as st
 from linear_problem import assert_same, loss_fn, problem, whole_batch
 
 from tinyldm.kernels import plain
-from tinyldm.training.step import accumulated, value_and_grad
+from tinyldm.kernels.cpu.flat import Flat
+from tinyldm.nn.optim import MAX_NORM, adam_state, adamw, clip_factor, global_norm, muon
+from tinyldm.training.step import NotFinite, accumulated, train_step, value_and_grad
 
 
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 9))
@@ -41,3 +46,79 @@ def test_a_batch_in_parts_has_the_same_gradient(seed, n, parts):
     found = accumulated(gradient_of, parts)(batch)
     assert_same(found, whole_batch(params, batch))
     assert len(seen) == min(n, parts) and sum(seen) == n and max(seen) - min(seen) <= 1
+
+
+# ---------------------------------------------------------------------------------- the whole step
+
+RATE, EMA = 0.003, 0.9
+
+
+def flat_moments(params):
+    zeros = adam_state(params)
+    return {moment: Flat(named, first=params.first) for moment, named in zeros.items()}
+
+
+def state_of(params, muon=0.0, judge=None, step=7):
+    """What a step needs of a state: of 10 steps, from the sixth on with a discriminator."""
+    params, judge = Flat(params, first=["w"] if muon else []), Flat(judge or {"j": np.ones(2)})
+    return SimpleNamespace(
+        config=SimpleNamespace(
+            denoiser=SimpleNamespace(muon=muon, rate=0.01), adversarial_start=0.51
+        ),
+        stage="denoiser", step=step, total=10, params=params, average=params.copy(),
+        moments=flat_moments(params), discriminator=judge,
+        discriminator_moments=flat_moments(judge),
+    )  # fmt: skip
+
+
+def values(state):
+    groups = state.params, state.average, *state.moments.values(), state.discriminator
+    return [group.flat.copy() for group in (*groups, *state.discriminator_moments.values())]
+
+
+@pytest.mark.parametrize("size", [0.0, 0.02])
+def test_a_step_by_hand(size):
+    params, batch = problem(0, 9)
+    state, expected = state_of(params, size), state_of(params, size)
+    found = train_step(state, lambda batch: whole_batch(state.params, batch), batch, RATE, EMA)
+    loss, grads = whole_batch(params, batch)
+    norm = global_norm(grads)
+    assert found == (loss, pytest.approx(norm)) and norm > MAX_NORM
+    scale = clip_factor(norm, MAX_NORM)
+    if size:  # its steps grow and shrink with the learning rate
+        inner, m = {"w": grads.pop("w")}, expected.moments["m"]
+        muon(expected.params, inner, m, expected.average, 7, size * RATE / 0.01, scale, EMA)
+    adamw(expected.params, grads, expected.moments, expected.average, 7, RATE, scale, ema=EMA)
+    for ours, theirs in zip(values(state), values(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+
+
+@pytest.mark.parametrize("step, of_its_own", [(5, 0), (6, 0), (9, 3)])
+def test_the_discriminator_makes_a_step_of_its_own(step, of_its_own):
+    params, batch = problem(0, 9)
+    state, expected = state_of(params, step=step), state_of(params, step=step)
+    _, grads = whole_batch(params, batch)
+    dj = np.array([0.3, -2.0])
+    _, norm = train_step(state, lambda _: (0.5, grads | {"j": dj}), batch, RATE, EMA)
+    assert norm == pytest.approx(global_norm(grads))  # of the first stage alone
+    judge = expected.discriminator
+    adamw(judge, {"j": dj}, expected.discriminator_moments, judge, of_its_own, RATE)
+    np.testing.assert_allclose(state.discriminator["j"], judge["j"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("where", ["loss", "w", "j"])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_what_is_no_finite_number_changes_nothing(where, wrong):
+    params, batch = problem(0, 9)
+    state = state_of(params)
+    before = copy.deepcopy(values(state))
+    loss, grads = whole_batch(params, batch)
+    grads["j"] = np.ones(2)
+    if where == "loss":
+        loss = wrong
+    else:
+        grads[where].flat[1] = wrong
+    with pytest.raises(NotFinite, match="the loss is" if where == "loss" else f"that of {where}"):
+        train_step(state, lambda _: (loss, grads), batch, RATE, EMA)
+    for now, then in zip(values(state), before, strict=True):
+        np.testing.assert_array_equal(now, then)

@@ -106,6 +106,10 @@ def mutants(
     """Yield the changes that can be made within some nodes, each with what makes a changed tree."""
     inside = {id(node) for part in within for node in ast.walk(part)}
     inside -= {id(part) for node in ast.walk(tree) for part in _in_any_order(node)}
+    types = [
+        getattr(node, name, None) for node in ast.walk(tree) for name in ("annotation", "returns")
+    ]
+    inside -= {id(part) for one in types if one is not None for part in ast.walk(one)}
     places = [node for node in ast.walk(tree) if id(node) in inside]
     for node in places:
         for replacement in _replacements(node):
@@ -157,6 +161,8 @@ def _replacements(node):
         case ast.Call(ast.Attribute(value, name), args, keywords) if name in REDUCTIONS:
             wrong = ast.Attribute(value, REDUCTIONS[name], ast.Load())
             found = [ast.Call(wrong, args, keywords)]
+        case ast.Call(ast.Name(name), [first, *_]) if "back" in name:  # left out
+            found = [first]
         case ast.Call(ast.Attribute(value, name), _, _) if name in TRANSPOSES:
             found = [value]
         case ast.Constant(bool()):
@@ -167,6 +173,10 @@ def _replacements(node):
             found = [ast.Assign([target], value)]
             if type(op) in OPPOSITE:
                 found.append(ast.AugAssign(target, OPPOSITE[type(op)](), value))
+        case ast.Expr(ast.Call()):  # a step that is left out
+            found = [ast.Pass()]
+        case ast.Assign([ast.Name(name)], ast.Call(args=[ast.Name(first), *_])) if name == first:
+            found = [ast.Pass()]
         case ast.Tuple([a, b, *rest], ast.Load()):
             found = [ast.Tuple([b, a, *rest], ast.Load())]
         case _:

@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+import numpy as np
+
 from tinyldm.backend import Array, array_module, on_host
 from tinyldm.machine import keep_freed_memory
 from tinyldm.nn.optim import MAX_NORM, adamw, clip_factor, global_norm, muon
@@ -31,7 +33,8 @@ def train_step(
         of_discriminator[name] = grads.pop(name)
     norm = global_norm(grads)
     if of_discriminator:
-        norm = norm + 0 * global_norm(of_discriminator)  # no finite number where that is none
+        with np.errstate(invalid="ignore"):
+            norm = norm + 0 * global_norm(of_discriminator)  # no finite number where that is none
     if on_host(norm) and not (math.isfinite(loss) and math.isfinite(norm)):
         raise NotFinite(loss, norm, grads | of_discriminator)
     with _taken_back(state, loss, norm):
