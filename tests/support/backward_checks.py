@@ -58,7 +58,37 @@ def arrays(*shapes):
 
 
 def function(name, *shapes, **options):
-    return lambda module: check(partial(getattr(module, name), **options), arrays(*shapes))
+    """The check of a function of arrays of these shapes."""
+
+    def check_function(module):
+        f, inputs = partial(getattr(module, name), **options), arrays(*shapes)
+        check(f, inputs)
+        check_other_calls(f, inputs)
+
+    return check_function
+
+
+def check_other_calls(f, inputs, weights=True):
+    """Without weights there are no gradients of them; and dloss, of a loss, is 1 by default."""
+    y, backward = f(*inputs)
+    whole = as_tuple(backward(np.ones_like(y)))
+    if np.ndim(y) == 0:
+        assert_equal(as_tuple(f(*inputs)[1]()), whole)
+    if weights:
+        try:
+            alone = f(*inputs)[1](np.ones_like(y), weights=False)
+        except TypeError:  # it has none
+            return
+        assert_equal(alone, [whole[0], *(None for _ in whole[1:])])
+
+
+def as_tuple(x):
+    return x if isinstance(x, tuple) else (x,)
+
+
+def assert_equal(found, expected):
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def embedding(module):
@@ -69,45 +99,50 @@ def embedding(module):
         return y, lambda dy: embedding_back(dy)[1]
 
     check(look_up, arrays((4, 3)))
+    check_other_calls(partial(module.embedding, ids), arrays((4, 3)))
 
 
 def losses(module):
     x, target, weight = arrays((3, 4), (3, 4), (3,))
-    check(module.mse, [x, target])
-    check(lambda x, target: module.mse(x, target, weight), [x, target])
+    for f in (module.mse, lambda x, target: module.mse(x, target, weight)):
+        check(f, [x, target])
+        check_other_calls(f, [x, target])
 
 
 def weighted_mean(module):
     x, weight = arrays((3, 4), (3,))
     check(lambda x: module.weighted_mean(x, weight), [x])
+    check_other_calls(lambda x: module.weighted_mean(x, weight), [x])
 
 
 def cross_entropy(module):
     labels = np.array([0, 2, 1, 2])
     check(lambda logits: module.cross_entropy(logits, labels), arrays((4, 3)))
+    check_other_calls(lambda logits: module.cross_entropy(logits, labels), arrays((4, 3)))
 
 
 CONVOLUTIONS = {  # kernel, stride, padding
-    "conv2d": [(3, 1, (1, 0, 0, 2)), (3, 2, (0, 1, 0, 1)), (1, 1, 0)],
-    "im2col": [(3, 1, (1, 0, 0, 2)), (3, 2, (0, 1, 0, 1))],
-    "pointwise": [(1, 1, 0)],
+    "conv2d": [((3, 2), 1, (1, 0, 2, 1)), ((2, 3), 2, (1, 1, 2, 1)), ((1, 1), 1, 0)],
+    "im2col": [((3, 2), 1, (1, 0, 2, 1)), ((2, 3), 2, (1, 1, 2, 1))],
+    "pointwise": [((1, 1), 1, 0)],
 }
 
 
 def convolution(name):
     def check_convolution(module):
         for kernel, stride, padding in CONVOLUTIONS[name]:
-            inputs = arrays((2, 5, 4, 3), (kernel, kernel, 3, 3), (3,))
-            check(partial(getattr(module, name), stride=stride, padding=padding), inputs)
+            inputs = arrays((2, 5, 4, 3), (*kernel, 3, 3), (3,))
+            f = partial(getattr(module, name), stride=stride, padding=padding)
+            check(f, inputs)
+            check_other_calls(f, inputs)
 
     return check_convolution
 
 
 def shared_by_convolutions(module):
     """A convolution whose two ways back are those that the kernels share."""
-    padding = (1, 0, 0, 2)
 
-    def conv2d(x, w, b):
+    def conv2d(x, w, b, padding):
         y, conv_back = im2col(x, w, b, padding=padding)
 
         def backward(dy):
@@ -117,14 +152,19 @@ def shared_by_convolutions(module):
 
         return y, backward
 
-    check(conv2d, arrays((2, 5, 4, 3), (3, 3, 3, 3), (3,)))
+    for padding in ((1, 0, 0, 2), (2, 2, 2, 2)):
+        f = partial(conv2d, padding=padding)
+        check(f, arrays((2, 5, 4, 3), (3, 3, 3, 3), (3,)))
 
 
 def winograd(module):
     """All three passes, of several blocks of tiles and of one block with several of kernels."""
     for conv2d in module.CONVOLUTIONS.values():
-        for shape in ((2, 5, 4, 3), (1, 3, 2, 3)):
-            check(partial(conv2d, padding=(1, 0, 0, 2)), arrays(shape, (3, 3, 3, 3), (3,)))
+        for shape in ((2, 5, 4, 3), (1, 3, 2, 3), (2, 8, 9, 3)):
+            inputs = arrays(shape, (3, 3, 3, 3), (3,))
+            f = partial(conv2d, padding=(1, 0, 0, 2))
+            check(f, inputs)
+            check_other_calls(f, inputs)
 
 
 def attentions(module):
@@ -269,6 +309,7 @@ def gaussians(module):
     moments, noise = arrays((2, 3, 2, 4), (2, 3, 2, 2))
     moments[0, 0, 0, 2:] = (-31, 21)  # beyond the clamp
     check(module.kl_loss, moments)
+    check_other_calls(module.kl_loss, [moments])
     check(lambda moments: module.sample_gaussian(moments, noise), moments)
 
 
@@ -317,12 +358,11 @@ def vq(module):
 
 
 def codebook_loss(module):
-    codes = np.array([0, 3, 1, 0])
-    check(
-        lambda z, table: module.codebook_loss(z, table, codes),
-        arrays((4, 3), (4, 3)),
-        method="complex",
-    )
+    def loss(z, table):
+        return module.codebook_loss(z, table, np.array([0, 3, 1, 0]))
+
+    check(loss, arrays((4, 3), (4, 3)), method="complex")
+    check_other_calls(loss, arrays((4, 3), (4, 3)))
 
 
 def straight_through(module):
@@ -354,25 +394,50 @@ def adversarial(module):
     criterion = module.with_discriminator(squared_error, judge)
     loss_fn = autoencoder_loss(vae, 0.1, criterion)
     check_loss(loss_fn, params, frozen, (images, noise, weight))
-    grads = {}
-    loss_fn(params | frozen, images, noise, weight)[1](grads)
-    assert grads[OF_ERROR].any() and grads[OF_ADVERSARIAL].any()
     judging = module.discriminator_loss(vae, squared_error, judge)
     check_loss(judging, frozen, params, (images, noise))
+    grads = {}
+    judging(params | frozen, images, noise)[1](grads)
+    assert grads[OF_ERROR].any() and grads[OF_ADVERSARIAL].any()
+
+
+def upsample(module):
+    for size in (None, (3, 5)):
+        check(partial(module.upsample_nearest, size=size), arrays((2, 2, 3, 2)))
+
+
+def recompute(module):
+    linear = Linear("a", 3, 3)
+    check(partial(module.recompute, linear), arrays((2, 3)), random_params(linear))
+
+
+def vq_decoder(module):
+    """Straight through its codebook, at whose vectors the complex step has its derivative."""
+    config = {key: value for key, value in VAE.items() if key != "shift_factor"}
+    model = module.VQModel(config | {"num_vq_embeddings": 4})
+    params = random_params(model)
+    moved = {n: w for n, w in params.items() if n.startswith(("decoder.", "post_quant_conv."))}
+    held = {n: w for n, w in params.items() if n not in moved}
+    check(lambda p, z: model.decode(held | p, z), arrays((1, 2, 2, 2)), moved, method="complex")
 
 
 def perceptual(module):
     def features(x):
-        def backward(dmaps):
-            return 2 * x * dmaps[0] + 3 * x * x * dmaps[1]
+        k = np.arange(3.0)  # channels that differ, though those of a grey image are alike
 
-        return [x * x, x**3], backward
+        def backward(dmaps):
+            return 2 * x * dmaps[0] + (3 * k * x * x + 1) * dmaps[1]
+
+        return [x * x, k * x**3 + x], backward
 
     made, real = arrays((2, 2, 2, 3), (2, 2, 2, 3))
     distance = module.perceptual_loss(features)
     check(lambda made: distance(made, real + 1), made)
     criterion = module.with_perception(module.squared_error, features, 0.7)
     check(lambda made: as_function(criterion({}, made, real + 1)), made)
+    made, real = arrays((2, 2, 2, 1), (2, 2, 2, 1))
+    check(lambda made: as_function(criterion({}, made, real + 1)), made)
+    check_other_calls(lambda made: distance(made, real + 1), [made])
 
 
 def as_function(result):
@@ -388,13 +453,13 @@ CHECKS = {
     "leaky_relu": function("leaky_relu", (6, 5)),
     "quick_gelu": function("quick_gelu", (6, 5)),
     "gelu": function("gelu", (6, 5)),
-    "geglu": function("geglu", (6, 8)),
+    "geglu": function("geglu", (2, 3, 8)),
     "group_norm": function("group_norm", (2, 7, 4), (4,), (4,), groups=2, eps=1e-2),
     "group_norm_silu": function("group_norm_silu", (2, 7, 4), (4,), (4,), groups=2, eps=1e-2),
     "offset": function("offset", (2, 3, 3), (4, 3)),
     "layer_norm": function("layer_norm", (6, 5), (5,), (5,), eps=1e-2),
-    "unit_norm": function("unit_norm", (6, 5), eps=1e-2),
-    "upsample": function("upsample_nearest", (2, 2, 3, 2), size=(3, 5)),
+    "unit_norm": function("unit_norm", (2, 3, 5), eps=1e-2),
+    "upsample": upsample,
     "mean": function("mean", (2, 3, 4, 2), axes=(1, 2)),
     "concatenate": function("concatenate", (2, 3), (2, 3)),
     "mse": losses,
@@ -410,6 +475,7 @@ CHECKS = {
     "attention": attentions,
     "Linear": layer(lambda m: m.Linear("a", 3, 4), (2, 3)),
     "add_grad": used_twice,
+    "recompute": recompute,
     "ResnetBlock": resnet,
     "Attention": attention_block,
     "TransformerBlock": layer(
@@ -422,6 +488,8 @@ CHECKS = {
         lambda m: m.SpatialAttention("a", 4, groups=2, eps=1e-5), (2, 2, 2, 4)
     ),
     "AttentionPool": layer(lambda m: m.AttentionPool("a", 4, 2), (2, 3, 4)),
+    "TextTimeEmbedding": layer(lambda m: m.TextTimeEmbedding("a", 4, 3, 2), (2, 3, 4)),
+    "Upsample": layer(lambda m: m.Upsample("a", 2), (2, 2, 3, 2)),
     "skips": unet(levels=2),
     "skips of one level": unet(layers_per_block=2),
     "middle": unet(context=True, mid_block_type="UNetMidBlock2DCrossAttn"),
@@ -436,6 +504,7 @@ CHECKS = {
     "coders": coders,
     "classifier": classifier,
     "vq": vq,
+    "vq decoder": vq_decoder,
     "discriminator": discriminator,
     "first stage": first_stage_losses,
     "adversarial": adversarial,
@@ -473,7 +542,7 @@ MODULES = {  # → its checks
     "tinyldm.nn.attention": ["attention"],
     "tinyldm.kernels.attention": ["attention"],
     "tinyldm.nn.layers": ["Linear"],
-    "tinyldm.nn.protocol": ["add_grad"],
+    "tinyldm.nn.protocol": ["add_grad", "recompute"],
     "tinyldm.models.blocks": [
         "SpatialTransformer",
         "ResnetBlock",
@@ -481,6 +550,8 @@ MODULES = {  # → its checks
         "TransformerBlock",
         "SpatialAttention",
         "AttentionPool",
+        "TextTimeEmbedding",
+        "Upsample",
     ],
     "tinyldm.models.levels": ["skips of one level", "skips", "context", "middle"],
     "tinyldm.models.unet": [
@@ -494,7 +565,7 @@ MODULES = {  # → its checks
     "tinyldm.models.autoencoder": ["gaussians", "sample", "draw"],
     "tinyldm.models.coders": ["coders"],
     "tinyldm.models.classifier": ["classifier"],
-    "tinyldm.models.vq": ["vq sample", "vq"],
+    "tinyldm.models.vq": ["vq sample", "vq", "vq decoder"],
     "tinyldm.models.discriminator": ["discriminator"],
     "tinyldm.training.losses": ["first stage", "perceptual"],
     "tinyldm.training.adversarial": ["adversarial"],
