@@ -7,7 +7,6 @@ whose results are equal to the last bit on all inputs of the checks is no fault,
 
 import ast
 import hashlib
-import os
 import random
 import sys
 import time

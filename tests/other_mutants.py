@@ -53,7 +53,36 @@ SUITES = {  # module → the files of its tests
         "training/test_run.py",
     ],
 }
-EXPLAINED = {}  # (module, change, line of the source) → why no test can notice it
+EXPLAINED = {  # (module, change, line of the source) → why no test can notice it
+    **{
+        (
+            "diffusion/loss", change,
+            "in_x0 = before * schedule.betas / (2 * (1 - schedule.alphas_bar) ** 2)",
+        ): "A factor that the division by the mean takes away."
+        for change in (
+            "2  →  4", "2 * (1 - schedule.alphas_bar) ** 2  →  (1 - schedule.alphas_bar) ** 2"
+        )
+    },
+    (
+        "nn/optim", "g.shape[-2] <= g.shape[-1]  →  g.shape[-2] >= g.shape[-1]",
+        "wide = g if g.shape[-2] <= g.shape[-1] else g.swapaxes(-1, -2)",
+    ): "Which way is faster; the result is the same.",
+    (
+        "nn/optim", "1e-12  →  2e-12",
+        "return array_module(norm).minimum(limit / (norm + 1e-12), 1.0)",
+    ): "Below what a norm differs by.",
+    (
+        "nn/optim", "('m', 'v')  →  ('v', 'm')", 'for moment in ("m", "v")',
+    ): "The order in a dict.",
+    (
+        "training/state", "('m', 'v')  →  ('v', 'm')",
+        'discriminator_moments={m: groups[f"discriminator_{m}"] for m in ("m", "v")},',
+    ): "The order in a dict.",
+    (
+        "lock", "0.1  →  0.2",
+        "time.sleep(0.1)  # in which somebody who only looked, as `is_locked` does, has gone",
+    ): "A time to wait.",
+}  # fmt: skip
 SECONDS = 60  # of processor time for the tests of one mutant: more is noticed, too
 KILLED, SURVIVED = "killed", "survived"
 

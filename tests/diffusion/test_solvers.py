@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tinyldm.config import ConfigError
-from tinyldm.diffusion.samplers import SAMPLERS
+from tinyldm.diffusion.samplers import SAMPLERS, sampler_of
 from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
 from tinyldm.diffusion.timesteps import _time_of, dpm_solver_steps, sigma_steps
 
@@ -242,6 +242,13 @@ def same_noise(name, x):
     count = iter(range(10**6))
     draw = {"noise": lambda: np.full_like(x, math.cos(next(count)))}
     return draw if SAMPLERS[name].needs_noise else {}
+
+
+def test_the_sampler_that_a_config_names():
+    for name, sampler in SAMPLERS.items():
+        kind = {"algorithm_type": "sde-dpmsolver++"} if name.endswith("sde") else {}
+        assert sampler_of({"_class_name": sampler.scheduler} | kind) == name
+    assert sampler_of({}) == "ddim" and sampler_of({"_class_name": "Another"}) == "Another"
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])

@@ -6,6 +6,7 @@ Everything is float64 and comes out the same to about 1e-14 on any machine. test
 checks the networks against the file, so that the main numbers are checked without torch too.
 """
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS / "support"), str(TESTS / "parity"), str(TESTS.parent)]
 
+import diffusers  # noqa: E402
 import golden_cases as cases  # noqa: E402
 import peers  # noqa: E402
 import pytest  # noqa: E402
@@ -24,6 +26,7 @@ import torch  # noqa: E402
 from diffusers import DDIMScheduler, DDPMScheduler  # noqa: E402
 from model_cases import integers, numbers, random_params, unet_inputs  # noqa: E402
 
+from tinyldm.diffusion import SAMPLERS  # noqa: E402
 from tinyldm.models import AutoencoderKL, TextEncoder, UNet  # noqa: E402
 
 
@@ -55,7 +58,8 @@ def main():
         for module in solvers.MODULES:
             patch.setattr(module, "np", solvers.NumpyInFloat64())
         made = dict(trajectories(patch))
-    stored["sampler configs"] = json.dumps({key: dict(config) for key, (config, _) in made.items()})
+    configs = {key: without_defaults(key, config) for key, (config, _) in made.items()}
+    stored["sampler configs"] = json.dumps(configs)
     stored["samples"] = np.stack([x[[len(x) // 2, -1]] for _, x in made.values()])
     np.savez_compressed(Path(__file__).with_name("golden.npz"), **stored)
 
@@ -86,6 +90,17 @@ def trajectories(patch):
                 )
                 what = ", ".join([config, *options.values()])
                 yield f"{name}, {steps}, {what}", (ours.config, np.array(pairs)[:, 0])
+
+
+def without_defaults(key, config):
+    """Leave out of a scheduler's config what its class takes by default: ours must know it."""
+    kind = SAMPLERS[key.split(",")[0]].scheduler
+    defaults = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    given = {"_class_name": kind}
+    for name, value in config.items():
+        if name in defaults and value != defaults[name].default:
+            given[name] = value
+    return given
 
 
 def select(model, result, names):

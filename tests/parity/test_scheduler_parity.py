@@ -6,6 +6,7 @@ and handed to both.
 
 import math
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.schedulers import scheduling_ddpm
 from peers import InFloat64
 
-from tinyldm.diffusion.samplers import ddim, ddpm
+from tinyldm.diffusion.samplers import SAMPLERS, ddim, ddpm
 from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
 from tinyldm.diffusion.timesteps import timesteps
 
@@ -92,6 +93,13 @@ def test_tables(kind, beta_schedule, total):
         kind, {"num_train_timesteps": total, "beta_schedule": beta_schedule}
     )
     assert len(ours) == len(theirs) == total
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_betas_of_a_config_that_gives_none(name):
+    kind = getattr(diffusers, SAMPLERS[name].scheduler)
+    ours = Schedule({"_class_name": kind.__name__})
+    np.testing.assert_allclose(ours.betas, kind().betas, rtol=1e-6)  # theirs are of float32
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

@@ -32,7 +32,7 @@ TEXT = {
     "num_attention_heads": 3,
     "max_position_embeddings": 7,
 }
-SAMPLER_STEPS = (5, 20)
+SAMPLER_STEPS = (2, 5, 20)
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
 
 # The gradients that are stored: of the inputs, and of weights at both ends and in the middle.

@@ -13,7 +13,7 @@ import numpy as np
 
 from tinyldm.backend import Array, array_module
 from tinyldm.config import ConfigError, brief
-from tinyldm.diffusion.scheduler_config import check_scheduler
+from tinyldm.diffusion.scheduler_config import BETA_END, BETA_ENDS, BETA_START, check_scheduler
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
@@ -71,7 +71,8 @@ class Schedule:
         check_scheduler(config)
         self.config = config
         steps = config.get("num_train_timesteps", 1000)
-        start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+        ends = BETA_ENDS.get(config.get("_class_name"), (BETA_START, BETA_END))
+        start, end = config.get("beta_start", ends[0]), config.get("beta_end", ends[1])
         kind = config.get("beta_schedule", "linear")
         if kind not in BETAS:
             raise ConfigError(

@@ -105,7 +105,7 @@ def mutants(
 ) -> Iterator[tuple[Planted, Callable[[], ast.Module]]]:
     """Yield the changes that can be made within some nodes, each with what makes a changed tree."""
     inside = {id(node) for part in within for node in ast.walk(part)}
-    inside -= {id(part) for node in ast.walk(tree) for part in _in_any_order(node)}
+    inside -= {id(part) for node in ast.walk(tree) for part in _meaningless(node)}
     types = [
         getattr(node, name, None) for node in ast.walk(tree) for name in ("annotation", "returns")
     ]
@@ -123,8 +123,8 @@ def _changed(tree, node, replacement):
     return ast.fix_missing_locations(copy.deepcopy(tree, {id(node): replacement}))
 
 
-def _in_any_order(node):
-    """List the tuples in a node whose order means nothing: axes of a sum, classes, choices."""
+def _meaningless(node):
+    """List the parts of a node that mean nothing: the order of axes, classes, choices; `strict`."""
     match node:
         case ast.Call(ast.Attribute(_, name), args, keywords) if name in (*REDUCTIONS, "suppress"):
             found = [*args, *(keyword.value for keyword in keywords)]
@@ -132,6 +132,8 @@ def _in_any_order(node):
             found = [some]
         case ast.Compare(_, [ast.In() | ast.NotIn()], found):
             pass
+        case ast.keyword("strict", value):
+            return [value]
         case _:
             found = []
     return [part for part in found if isinstance(part, ast.Tuple)]
