@@ -95,6 +95,7 @@ def test_tables(kind, beta_schedule, total):
     assert len(ours) == len(theirs) == total
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of theirs
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_betas_of_a_config_that_gives_none(name):
     kind = getattr(diffusers, SAMPLERS[name].scheduler)
