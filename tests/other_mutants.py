@@ -14,7 +14,6 @@ import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +82,7 @@ EXPLAINED = {  # (module, change, line of the source) → why no test can notice
         "time.sleep(0.1)  # in which somebody who only looked, as `is_locked` does, has gone",
     ): "A time to wait.",
 }  # fmt: skip
-SECONDS = 60  # of processor time for the tests of one mutant: more is noticed, too
+SECONDS = 300  # of processor time for the tests of one mutant: more is noticed, too
 KILLED, SURVIVED = "killed", "survived"
 
 
@@ -148,6 +147,7 @@ class Recorder:
 
     def __init__(self, path):
         self.path, self.lines, self.seconds = path, defaultdict(set), {}
+        self.of_fixtures = set()  # lines; a fixture may be shared with later tests
 
     def trace(self, frame, event, _):
         """Trace the frames of that file alone."""
@@ -161,6 +161,10 @@ class Recorder:
         self.seen, self.begun = set(), time.monotonic()
         threading.settrace(self.trace)
         sys.settrace(self.trace)
+
+    def pytest_runtest_call(self, item):
+        """Go on to the test itself."""
+        self.of_fixtures |= self.seen
 
     def pytest_runtest_logfinish(self, nodeid):
         """End it."""
@@ -182,31 +186,30 @@ def run_tests(arguments, *plugins):
 
 
 def tests_of(module):
-    """Run a module's tests once → {line: tests that pass through it, the fastest first}."""
+    """Run a module's tests once → {line: what to run for it: tests, the fastest first, or files}."""
+    files = [f"tests/{file}" for file in SUITES[module]]
 
     def work():
         recorder = Recorder(str(ROOT / "tinyldm" / f"{module}.py"))
-        assert run_tests([f"tests/{file}" for file in SUITES[module]], recorder)
-        time_of = recorder.seconds.get
-        return {line: sorted(ids, key=time_of)[:60] for line, ids in recorder.lines.items()}
+        assert run_tests(files, recorder)
+        fastest = recorder.seconds.get
+        found = {line: sorted(ids, key=fastest) for line, ids in recorder.lines.items()}
+        return {line: ids + files * (line in recorder.of_fixtures) for line, ids in found.items()}
 
-    return in_fork(work, 1800)
+    found = in_fork(work, 1800)
+    return found
 
 
 def fate(task):
     """Run the tests of a mutant → KILLED or SURVIVED."""
     mutant, tests = task
 
-    def work(tests):
+    def work():
         _, changed = changes(mutant.module)[mutant.number]
         sys.meta_path.insert(0, Planting(mutant.module, changed()))
         return run_tests(tests)
 
-    # A fixture that several tests share runs before the first, so then all are asked.
-    if tests and not in_fork(partial(work, tests), SECONDS):
-        return KILLED
-    files = [f"tests/{file}" for file in SUITES[mutant.module]]
-    return SURVIVED if in_fork(partial(work, files), 10 * SECONDS) else KILLED
+    return SURVIVED if in_fork(work, SECONDS) else KILLED
 
 
 def run(chosen, say=print):
@@ -220,7 +223,10 @@ def run(chosen, say=print):
     tests = dict(each(tests_of, list(dict.fromkeys(mutant.module for mutant in chosen))))
     if broken := [module for module, found in tests.items() if found is None]:
         raise SystemExit(f"{', '.join(broken)}: tests fail without a fault")
-    tasks = [(mutant, tests[mutant.module].get(mutant.line, ())) for mutant in chosen]
+    tasks = []
+    for mutant in chosen:  # a line that no test was seen in may be that of another process
+        files = [f"tests/{file}" for file in SUITES[mutant.module]]
+        tasks.append((mutant, tests[mutant.module].get(mutant.line, files)))
     for (mutant, _), end in each(fate, tasks):
         fates[end].append(mutant)
         if end != KILLED:
