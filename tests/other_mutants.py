@@ -186,7 +186,7 @@ def run_tests(arguments, *plugins):
 
 
 def tests_of(module):
-    """Run a module's tests once → {line: what to run for it: tests, the fastest first, or files}."""
+    """Run a module's tests once → {line: what to run for it, the fastest first}."""
     files = [f"tests/{file}" for file in SUITES[module]]
 
     def work():

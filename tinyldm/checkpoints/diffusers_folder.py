@@ -28,11 +28,10 @@ from tinyldm.checkpoints.components import (
     pipeline_class,
 )
 from tinyldm.checkpoints.safetensors import (
-    CHECKSUM,
     PICKLED,
     PICKLES,
     WeightsError,
-    load_metadata,
+    checksum_noted,
     match,
     reshaped,
     save_weights,
@@ -142,7 +141,7 @@ def _checksum(file):
     if not file.exists() or not is_regular(file):
         return None
     if file.suffix == ".safetensors":
-        return load_metadata(file).get(CHECKSUM)
+        return checksum_noted(file)
     return f"{zlib.crc32(file.read_bytes()):08x}"
 
 

@@ -10,6 +10,7 @@ Files written here have a checksum among their notes, of all tensors and of the 
 compared whenever the whole file is read: no flipped bit goes unseen.
 """
 
+import contextlib
 import json
 import zlib
 from collections.abc import Container, Iterator
@@ -25,7 +26,7 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", 
 
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 CHECKSUM = "crc"  # the note that has it
-ROW, ROWS = 255, 64  # words of 8 bytes, and rows that are folded together
+ROW, ROWS = 255, 128  # words of 8 bytes, and rows that are folded together
 LEAST_FOLDED = 2**14  # bytes: a CRC of fewer is as fast
 LONGEST_HEADER = 2**24  # bytes; that of Stable Diffusion has 2¹⁷
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
@@ -78,16 +79,18 @@ def tensors(
     """
     with _opened(file) as stream:
         entries, notes = _read_header(stream, file)
-        start, crc = stream.tell(), _of_notes(notes)
-        checked = names is None and CHECKSUM in notes
+        start, checked = stream.tell(), names is None and CHECKSUM in notes
+        crc = _of_header(entries, notes) if checked else 0
         for name in sorted(entries):
             if names is None or name in names:
                 entry = entries[name]
                 begin, end = entry["data_offsets"]
                 stream.seek(start + begin)
-                data = stream.read(end - begin)
-                if checked:
-                    crc = _of_tensor(crc, name, entry["dtype"], entry["shape"], data)
+                data = np.empty(end - begin, np.uint8)
+                for part in _parts(data):
+                    stream.readinto(part)
+                    if checked:
+                        crc = _of_part(crc, part)  # which is still in the cache
                 try:
                     array = _decode(data, entry)
                 except ValueError as error:  # a dtype or a shape that NumPy does not have
@@ -101,27 +104,28 @@ def tensors(
         )
 
 
-def _of_notes(notes):
-    others = {key: text for key, text in notes.items() if key != CHECKSUM}
-    return zlib.crc32(json.dumps(others, sort_keys=True).encode())
+def _of_header(entries, notes):
+    """Begin a CRC with what the header says but for where the tensors lie."""
+    tensors = [[name, entries[name]["dtype"], *entries[name]["shape"]] for name in sorted(entries)]
+    others = sorted((key, text) for key, text in notes.items() if key != CHECKSUM)
+    return zlib.crc32(repr((tensors, others)).encode())
 
 
-def _of_tensor(crc, name, dtype, shape, data):
-    """Go on with a CRC over a tensor that is folded by exclusive or.
+def _parts(data):
+    """Cut bytes into what is folded together: of large tensors 128 rows of 255 words, and a rest."""
+    end = len(data) // (8 * ROW) * 8 * ROW if len(data) >= LEAST_FOLDED else 0
+    rows = data[:end].view(np.uint64).reshape(-1, ROW)
+    yield from (rows[i : i + ROWS] for i in range(0, len(rows), ROWS))
+    yield data[end:]
 
-    64 rows of 255 words are made one row. A flipped bit flips one bit of it; two flips hide each
-    other at the same bit of the same column alone. Rows are no power of two long, so that pages of
-    a disk that changed places show. It takes a fraction of a CRC's time.
+
+def _of_part(crc, part):
+    """Go on with a CRC: over rows it is one over their exclusive or, in a fraction of the time.
+
+    A flipped bit flips one bit of that; two flips hide each other at the same bit of the same
+    column alone. Rows are no power of two long, so that pages of a disk that changed places show.
     """
-    crc = zlib.crc32(f"{name} {dtype} {list(shape)}".encode(), crc)
-    data = np.frombuffer(data, np.uint8)
-    if len(data) >= LEAST_FOLDED:
-        end = len(data) // (8 * ROW) * 8 * ROW
-        rows = data[:end].view(np.uint64).reshape(-1, ROW)
-        for i in range(0, len(rows), ROWS):
-            crc = zlib.crc32(np.bitwise_xor.reduce(rows[i : i + ROWS]), crc)
-        data = data[end:]
-    return zlib.crc32(data, crc)
+    return zlib.crc32(np.bitwise_xor.reduce(part) if part.ndim == 2 else part, crc)
 
 
 def tensor_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
@@ -138,6 +142,20 @@ def load_metadata(file: str | Path) -> dict[str, str]:
         return _read_header(stream, file)[1]
 
 
+def checksum_noted(file: str | Path) -> str | None:
+    """Return the checksum that a file from here notes, from the start of its header alone."""
+    start = b'{"__metadata__":'
+    with _opened(file) as stream:
+        stream.seek(8)
+        head = stream.read(2**12)
+    if not head.startswith(start):
+        return None
+    with contextlib.suppress(ValueError):  # longer than any from here
+        notes, _ = json.JSONDecoder().raw_decode(head.decode(errors="replace"), len(start))
+        return notes.get(CHECKSUM) if isinstance(notes, dict) else None
+    return None
+
+
 def save_weights(file: str | Path, params: Params, metadata: dict[str, str] | None = None) -> None:
     """Write {name: array} to a .safetensors file, the inverse of `load_weights`.
 
@@ -146,19 +164,19 @@ def save_weights(file: str | Path, params: Params, metadata: dict[str, str] | No
     """
     arrays = {name: _to_file(np.asarray(array)) for name, array in params.items()}
     notes, entries, at = dict(metadata or {}), {}, 0
-    crc = _of_notes(notes)
-    for name in sorted(arrays):
-        array = arrays[name]
+    for name, array in arrays.items():
         if array.dtype not in NAMES:
             raise WeightsError(f"{file}: tensor {name}: dtype {array.dtype} is not supported")
-        data = array.reshape(-1).view(np.uint8)
-        crc = _of_tensor(crc, name, NAMES[array.dtype], array.shape, data)
     order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # so all are aligned
     for name in order:
         array, end = arrays[name], at + arrays[name].nbytes
         dtype = NAMES[array.dtype]
         entries[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [at, end]}
         at = end
+    crc = _of_header(entries, notes)
+    for name in sorted(arrays):
+        for part in _parts(arrays[name].reshape(-1).view(np.uint8)):
+            crc = _of_part(crc, part)
     notes[CHECKSUM] = f"{crc:08x}"
     header = json.dumps({"__metadata__": notes} | entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
@@ -240,11 +258,11 @@ def _read_header(stream, file):
 
 def _decode(data, entry):
     if entry["dtype"] == "BF16":  # the upper half of a float32
-        bits = np.frombuffer(data, "<u2").astype("<u4") << 16
+        bits = data.view("<u2").astype("<u4") << 16
         return bits.view("<f4").reshape(entry["shape"])
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"dtype {entry['dtype']} is not supported")
-    return np.frombuffer(data, DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return data.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def _to_memory(array, dtype):
@@ -252,7 +270,7 @@ def _to_memory(array, dtype):
         array = array.transpose(2, 3, 1, 0)
     if dtype is None or array.dtype.kind != "f":
         dtype = array.dtype.newbyteorder("=")
-    return np.array(array, dtype, order="C")  # a copy: what was read is a read-only buffer
+    return np.asarray(array, dtype, order="C")
 
 
 def _to_file(array):
