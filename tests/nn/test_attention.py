@@ -64,6 +64,15 @@ def test_without_a_question_the_answer_is_the_mean(call):
 
 
 @given(attention_calls())
+def test_where_all_values_are_alike_questions_do_not_matter(call):
+    q, k, v = call.arrays()
+    y, dq, dk, _ = run(call, q, k, np.repeat(v[:, :1], v.shape[1], axis=1))
+    assert_near(y, np.repeat(v[:, :1], q.shape[1], axis=1))
+    assert_near(dq, np.zeros_like(q))
+    assert_near(dk, np.zeros_like(k))
+
+
+@given(attention_calls())
 def test_an_answer_lies_between_the_values(call):
     q, k, v = call.arrays()
     y, _ = call(q, k, v)
@@ -80,6 +89,19 @@ def test_keys_and_values_have_no_order_and_queries_do_not_meet(call, seed):
     y, _ = call(q, k, v)
     assert_near(call(q, k[:, keys], v[:, keys])[0], y)
     assert_near(call(q[:, queries], k, v)[0], y[:, queries])
+
+
+@given(attention_calls(), seeds)
+def test_what_attends_to_itself_moves_with_its_tokens(call, seed):
+    call = with_options(call, causal=False)
+    x = call.arrays()[0]
+    rng = np.random.default_rng(seed)
+    tokens, dy = rng.permutation(x.shape[1]), random_array(rng, x.shape)
+    y, backward = call(x, x, x)
+    moved, moved_back = call(x[:, tokens], x[:, tokens], x[:, tokens])
+    assert_near(moved, y[:, tokens])
+    for moved_dx, dx in zip(moved_back(dy[:, tokens]), backward(dy), strict=True):
+        assert_near(moved_dx, dx[:, tokens])
 
 
 @given(attention_calls())

@@ -92,6 +92,50 @@ def test_a_moved_image_gives_a_moved_result(call, down, right):
     assert not y_moved[:, :, :right].any()
 
 
+@st.composite
+def circles(draw):
+    """An image, the same image continued around a circle, a kernel, and the kernel's reach."""
+    reach, rng = draw(st.integers(0, 2)), np.random.default_rng(draw(seeds))
+    h, w = draw(st.integers(5, 8)), draw(st.integers(5, 8))
+    x = random_array(rng, (draw(st.integers(1, 2)), h, w, draw(sizes)))
+    kernel = random_array(rng, (2 * reach + 1, 2 * reach + 1, x.shape[3], draw(sizes)))
+    return x, around(x, reach), kernel, reach
+
+
+def around(x, reach):
+    return np.pad(x, [(0, 0), (reach, reach), (reach, reach), (0, 0)], mode="wrap")
+
+
+@given(circles())
+def test_on_a_circle_it_is_a_product_of_frequencies(circle):
+    x, continued, w, reach = circle
+    waves = np.fft.fft2(x, axes=(1, 2))
+    kernel_waves = np.fft.fft2(w, x.shape[1:3], axes=(0, 1)).conj()  # conj: not flipped
+    products = np.einsum("nhwi,hwio->nhwo", waves, kernel_waves)
+    expected = np.roll(np.fft.ifft2(products, axes=(1, 2)).real, (reach, reach), (1, 2))
+    assert_near(conv2d(continued, w, padding=0)[0], expected)
+
+
+@given(circles(), st.integers(-4, 4), st.integers(-4, 4))
+def test_on_a_circle_a_turned_image_gives_a_turned_result(circle, down, right):
+    x, continued, w, reach = circle
+    y, _ = conv2d(continued, w, padding=0)
+    turned, _ = conv2d(around(np.roll(x, (down, right), (1, 2)), reach), w, padding=0)
+    assert_near(turned, np.roll(y, (down, right), (1, 2)), tol=1e-14)
+
+
+@given(circles())
+def test_the_padding_is_seen_no_further_than_the_kernel_reaches(circle):
+    x, continued, w, reach = circle
+    around_it, _ = conv2d(continued, w, padding=0)
+    alone, _ = conv2d(x, w, padding=reach)
+    inside = (slice(None), *(slice(reach, size - reach) for size in x.shape[1:3]))
+    assert_near(alone[inside], around_it[inside], tol=1e-14)
+    outside = np.ones(alone.shape, bool)
+    outside[inside] = False
+    assert (alone[outside] != around_it[outside]).all()
+
+
 @given(conv_calls(), seeds)
 def test_the_order_of_the_channels_does_not_matter(call, seed):
     x, w, *b = call.arrays()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from reference import assert_near
 from strategies import (
     EVERYTHING,
+    FUNCTIONS,
     LOSSES,
     NATURAL,
     method_for,
@@ -63,6 +64,22 @@ def test_upsampling_is_undone_by_taking_every_second_pixel(shape, seed):
     assert np.array_equal(backward(y), 4 * x)
 
 
+@given(FUNCTIONS["upsample_nearest"])
+def test_the_gradient_of_upsampling_adds_up_the_copies_of_a_pixel(call):
+    (x,) = call.arrays()
+    y, backward = call(x)
+    dy = random_array(np.random.default_rng(call.seed + 1), y.shape)
+    missing = [
+        (0, full - size)
+        for size, full in zip(y.shape[1:3], (2 * x.shape[1], 2 * x.shape[2]), strict=True)
+    ]
+    whole = np.pad(dy, [(0, 0), *missing, (0, 0)])
+    copies = [whole[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+    assert_near(backward(dy), sum(copies))
+    # The mean of the copies of a pixel is the pixel.
+    assert_near(call(x)[1](y) / call(x)[1](np.ones_like(y)), x)
+
+
 @given(sizes, sizes, st.integers(1, 12), st.integers(1, 12))
 def test_upsampling_reaches_twice_the_size_or_one_less(h, w, out_h, out_w):
     x = np.zeros((1, h, w, 1))
@@ -111,6 +128,14 @@ def test_time_embeddings_know_how_far_apart_they_are(t, later, d):
     x, moved = F.time_embedding(t, d), F.time_embedding(t + later, d)
     assert_near(x @ x.T, moved @ moved.T, tol=1e-11)
     assert_near((x * x).sum(axis=1), np.full(len(t), d / 2))
+    assert_near(x[:, : d // 2] ** 2 + x[:, d // 2 :] ** 2, np.ones((len(t), d // 2)))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float32", "float64"])
+@given(times, st.integers(2, 9))
+def test_times_of_any_type_have_the_same_embedding(dtype, t, d):
+    y = F.time_embedding(t.astype(dtype), d)
+    assert y.dtype == "float64" and np.array_equal(y, F.time_embedding(t, d))
 
 
 # ------------------------------------------------------------------------------------------- losses

@@ -3,6 +3,8 @@
 With all other functions, tests/nn/test_functional.py compares them with loops and checks gradients.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -54,6 +56,49 @@ def test_group_norm_gradient_loses_two_directions(call):
     assert (np.abs(dx_.sum(axis=2)) <= 1e-12 * terms).all()
     expected = rstd * (wdy_ * normal).sum(axis=2) * eps / (variance + eps)
     assert (np.abs((dx_ * normal).sum(axis=2) - expected) <= 1e-12 * terms).all()
+
+
+@given(group_norm_calls())
+def test_groups_do_not_meet(call):
+    x, w, b = call.arrays()
+    groups, eps = call.options["groups"], call.options["eps"]
+    parts = zip(*(np.split(a, groups, axis=-1) for a in (x, w, b)), strict=True)
+    alone = [group_norm(*part, 1, eps)[0] for part in parts]
+    assert_near(np.concatenate(alone, axis=-1), call(x, w, b)[0])
+
+
+@given(group_norm_calls(), seeds)
+def test_group_norm_does_not_see_where_a_pixel_lies(call, seed):
+    x, w, b = call.arrays()
+    x = x.reshape(len(x), -1, x.shape[-1])
+    places = np.random.default_rng(seed).permutation(x.shape[1])
+    dy = random_array(np.random.default_rng(seed), x.shape)
+    y, backward = call(x, w, b)
+    moved, moved_back = call(x[:, places], w, b)
+    assert_near(moved, y[:, places], tol=1e-11)
+    for moved_gradient, gradient in zip(moved_back(dy[:, places]), backward(dy), strict=True):
+        expected = gradient[:, places] if gradient.ndim == 3 else gradient
+        assert_near(moved_gradient, expected, tol=1e-11)
+
+
+@given(group_norm_calls())
+def test_a_single_group_is_a_layer_norm_of_the_whole_image(call):
+    x, w, b = call.arrays()
+    everywhere = (np.broadcast_to(a, x.shape[1:]).ravel() for a in (w, b))
+    flat, _ = layer_norm(x.reshape(len(x), -1), *everywhere, call.options["eps"])
+    assert_near(group_norm(x, w, b, 1, call.options["eps"])[0], flat.reshape(x.shape), tol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["group_norm", "layer_norm"])
+@given(seed=seeds, far=st.sampled_from([-1e4, 1e2, 1e4]))
+def test_far_from_zero_float32_keeps_three_digits(name, seed, far):
+    # E[x²] − E[x]², in one pass over the image, would keep none.
+    rng = np.random.default_rng(seed)
+    x, w, b = (random_array(rng, shape, "float32") for shape in [(2, 4, 4, 8), (8,), (8,)])
+    norm = {"group_norm": partial(group_norm, groups=2), "layer_norm": layer_norm}[name]
+    x += np.float32(far)
+    exact, _ = norm(*(a.astype("float64") for a in (x, w, b)), eps=1e-5)
+    assert_near(norm(x, w, b, eps=1e-5)[0], exact, tol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -126,6 +126,20 @@ def test_the_layout_in_memory_does_not_matter(name, layout, data):
             assert_near(dx, dx_expected)
 
 
+@given(calls=st.fixed_dictionaries(EVERYTHING))
+def test_inputs_may_be_one_row_seen_again_and_again(calls):
+    for call in calls.values():
+        views = [np.broadcast_to(x[:1], x.shape) for x in call.arrays()]
+        (y, backward), (expected, expected_back) = call(*views), call(*map(np.array, views))
+        assert_near(y, expected)
+        dy = random_dy(call, expected)
+        for dx, dx_expected in zip(
+            as_tuple(backward(dy)), as_tuple(expected_back(dy)), strict=True
+        ):
+            if dx is not None:
+                assert_near(dx, dx_expected)
+
+
 @every_function
 @given(data=st.data())
 def test_dy_may_be_one_number_seen_as_an_array(name, data):
