@@ -28,6 +28,7 @@ PACKAGES = {
     "training": "both stages, and the state that survives anything",
     "experiments": "claims of the field at small scale",
     "testing pytest_plugin": "gradient checks for everyone",
+    "exercises": "lines of the source to write yourself",
     "cli __main__": "the command line",
 }
 CORE, CORE_LINES = ("nn", "models", "diffusion"), 2500  # that one reads in an afternoon

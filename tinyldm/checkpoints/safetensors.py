@@ -112,7 +112,7 @@ def _of_header(entries, notes):
 
 
 def _parts(data):
-    """Cut bytes into what is folded together: of large tensors 128 rows of 255 words, and a rest."""
+    """Cut bytes into what is folded together: 128 rows of 255 words, and what is left or small."""
     end = len(data) // (8 * ROW) * 8 * ROW if len(data) >= LEAST_FOLDED else 0
     rows = data[:end].view(np.uint64).reshape(-1, ROW)
     yield from (rows[i : i + ROWS] for i in range(0, len(rows), ROWS))

@@ -11,54 +11,14 @@ seed=0)`. Needs hypothesis.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 from hypothesis import strategies as st
 
+from tinyldm.testing.tensors import Tensors, letters, tensors_of
+
 SEEDS = st.integers(0, 2**32 - 1)
-
-
-class Tensors(list):
-    """A list of arrays that prints as the call which makes it."""
-
-    call, seed = "", 0
-
-    def __repr__(self) -> str:
-        return self.call
-
-
-def tensors_of(*shapes: str, seed: int = 0, **sizes: int) -> Tensors:
-    """Make arrays of these shapes: normal numbers about 0.3, without a symmetry that hides faults.
-
-    shapes: sizes with spaces between them, each a name, a number or a product: "n h w 3", "g*k".
-    sizes: of the names. ValueError where one is missing.
-    """
-    rng = np.random.default_rng(seed)
-    made = Tensors(rng.normal(0.3, 1, _shape(shape, sizes)) for shape in shapes)
-    made.seed = seed
-    words = [repr(shape) for shape in shapes]
-    words += [f"{name}={size}" for name, size in sizes.items()]
-    made.call = f"tensors_of({', '.join([*words, f'seed={seed}'])})"
-    return made
-
-
-def _letters(*shapes):
-    """List the names of sizes, each once."""
-    return list(dict.fromkeys(re.findall(r"[A-Za-z_]\w*", " ".join(shapes))))
-
-
-def _shape(text, sizes):
-    shape = []
-    for product in text.split():
-        factors = product.split("*")
-        for name in factors:
-            if not name.isdigit() and name not in sizes:
-                raise ValueError(f"shape {text!r}: no size is given for {name!r}")
-        shape.append(int(np.prod([int(f) if f.isdigit() else sizes[f] for f in factors])))
-    return tuple(shape)
 
 
 @st.composite
@@ -74,7 +34,7 @@ def tensors(
     `{"k": st.sampled_from([1, 3])}`.
     """
     drawn = {
-        name: draw((sizes or {}).get(name, st.integers(1, largest))) for name in _letters(*shapes)
+        name: draw((sizes or {}).get(name, st.integers(1, largest))) for name in letters(*shapes)
     }
     return tensors_of(*shapes, seed=draw(SEEDS), **drawn)
 
@@ -121,7 +81,7 @@ def group_norms(draw: st.DrawFn, *shapes: str) -> Call:
     numbers or more: of two, normalising leaves nothing but the sign.
     """
     shapes = shapes or ("n h w c", "c", "c")
-    places = {name: draw(st.integers(1, 4)) for name in _letters(shapes[0])[1:] if name != "c"}
+    places = {name: draw(st.integers(1, 4)) for name in letters(shapes[0])[1:] if name != "c"}
     fewest = -(-3 // math.prod(places.values()))
     groups = draw(st.integers(1, 4))
     c = groups * draw(st.integers(fewest, fewest + 2))
