@@ -234,14 +234,14 @@ def probability_flow(x, now, then):
     return math.sqrt(then) * (MEAN + (x / math.sqrt(now) - MEAN) * spread[1] / spread[0])
 
 
-def order(config, counts, prediction):
+def order(config, counts, prediction, sampler=ddim):
     """The power of 1 / steps with which the error falls, fitted over `counts`."""
     schedule = Schedule(config | {"prediction_type": prediction})
     errors = []
     for steps in counts:
         start = schedule.alphas_bar[timesteps(schedule, steps)[0]]
         end = 1.0 if config.get("set_alpha_to_one", True) else schedule.alphas_bar[0]
-        y = sample(ddim, schedule, np.array([1.3]), steps)
+        y = sample(sampler, schedule, np.array([1.3]), steps)
         errors.append(abs(y[0] - probability_flow(1.3, start, end)))
     return -np.polyfit(np.log(counts), np.log(errors), 1)[0]
 
@@ -314,6 +314,8 @@ def test_known_numbers_of_ddpm():
     """From an independent computation: T = 1000, β from 1e-4 to 0.02, data N(0.7, 0.5²)."""
     found = moments(ddpm, Schedule(DDPM), 1000)
     np.testing.assert_allclose(found, [0.6999929370838904, 0.49611007988175687], rtol=1e-12)
+    found = moments(ddpm, Schedule(DDPM | {"variance_type": "fixed_large"}), 1000)
+    np.testing.assert_allclose(found, [0.6999929370838904, 0.5007515102397233], rtol=1e-12)
 
 
 def test_noise_is_drawn_for_each_step_but_the_last():
@@ -379,6 +381,17 @@ def test_pndm_reaches_one_point_of_data_exactly(steps, skip, spacing, prediction
         assert abs(pairs[:, 1] - MEAN).max() <= 1e-8
         np.testing.assert_allclose(pairs[-1, 0], np.full(4, MEAN), atol=1e-9)
     assert np.isfinite(pairs).all()
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_error_of_pndm_falls_at_least_with_the_square_of_the_number_of_steps(spacing, skip):
+    both_ends = spacing == "linspace"
+    config = {
+        "num_train_timesteps": FINE + both_ends, "beta_start": 1e-8, "beta_end": 20 / FINE,
+        "timestep_spacing": spacing, "set_alpha_to_one": False, "skip_prk_steps": skip,
+    }  # fmt: skip
+    assert order(config, np.array([80, 160, 320]) + both_ends, "epsilon", pndm) > 2
 
 
 @pytest.mark.parametrize("skip, calls", [(True, 21), (False, 29)])

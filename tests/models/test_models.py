@@ -32,10 +32,13 @@ from model_cases import (
 from slow import seldom
 
 from tinyldm.config import ConfigError
+from tinyldm.diffusion.loss import diffusion_loss
+from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
 from tinyldm.models import AutoencoderKL, TextEncoder, UNet, autoencoder, blocks, text_encoder, unet
 from tinyldm.models.autoencoder import kl_loss, sample_gaussian
 from tinyldm.nn import no_grad
 from tinyldm.nn.protocol import Grads
+from tinyldm.testing import check_live
 
 UNET = {
     "in_channels": 3,
@@ -269,6 +272,17 @@ def test_gradients_of_the_gaussian(n, h, w, c, key, spread):
     check(lambda m: sample_gaussian(m, noise), moments)
 
 
+@given(n=few, h=few, w=few, c=few, key=keys)
+def test_kl_is_the_mean_of_how_much_likelier_z_is(n, h, w, c, key):
+    """The logarithm of both densities' ratio; with noise ±1 the mean of a square is exact."""
+    moments = 2 * numbers(f"{key} moments", n, h, w, 2 * c)
+    logvar, ratios = moments[..., c:], []
+    for noise in (-1.0, 1.0):
+        z, _ = sample_gaussian(moments, np.full((n, h, w, c), noise))
+        ratios.append((0.5 * (z * z - noise**2 - logvar)).sum() / n)
+    np.testing.assert_allclose(kl_loss(moments)[0], np.mean(ratios), rtol=1e-12, atol=1e-12)
+
+
 def test_clamped_log_variances_have_no_gradient():
     logvar = np.array([-31, -30.0000001, -30, 0, 20, 20.0000001, 1e6, -1e6])
     moments = np.concatenate([np.ones((1, 1, 8, 1)), logvar.reshape(1, 1, 8, 1)], axis=3)
@@ -345,6 +359,25 @@ def test_a_fresh_unet_gives_zero(config, height, width):
     backward(np.ones_like(y), grads)
     assert grads.keys() == params.keys()
     assert grads["conv_out.weight"].any(), "the zeros must be able to leave"
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@given(config=unet_configs(levels=st.integers(1, 2)), seed=st.integers(0, 2**32 - 1))
+@seldom
+def test_the_first_loss_of_a_unet_is_the_size_of_its_target(prediction, config, seed):
+    """For ε it is 1, as far as numbers of spread 1 allow."""
+    config |= {"in_channels": 3, "out_channels": 3}
+    model, schedule = UNet(config), Schedule({"prediction_type": prediction})
+    params = model.init(np.random.default_rng(0))
+    _, t, *others = unet_inputs(config)
+    x0, noise = np.random.default_rng(seed).normal(size=(2, 2, 5, 7, 3))
+
+    def predict(x, t):
+        return model(params, x, t, *others)
+
+    loss, _ = diffusion_loss(predict, schedule, x0, noise, t)
+    assert loss == (schedule.target(x0, noise, t) ** 2).mean()
+    assert abs(loss - 1) < 5 / math.sqrt(noise.size / 2)
 
 
 def test_unet_takes_every_size():
@@ -666,6 +699,17 @@ def test_backward_is_called_once(name):
     backward(y, None)
     with pytest.raises(RuntimeError, match="second time"):
         backward(y, None)
+
+
+@pytest.mark.parametrize("name, parts", [("unet", 1), ("encode", 2), ("decode", 2), ("text", 1)])
+def test_every_parameter_gets_a_gradient(name, parts):
+    """Encoder and decoder have half an autoencoder each."""
+    model, call, arrays = CALLS[name]
+    used = run(name)[2].keys()
+    params = {name: w for name, w in random_params(model.shapes()).items() if name in used}
+    assert check_live(lambda p, *xs: call(model, p, *xs), arrays, params) == len(used)
+    halves = [run(other)[2].keys() for other in {1: [name], 2: ["encode", "decode"]}[parts]]
+    assert sorted(key for half in halves for key in half) == sorted(model.shapes())
 
 
 @every_call

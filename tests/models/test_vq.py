@@ -36,6 +36,29 @@ def test_of_equal_codes_the_first_is_taken():
     assert nearest_codes(np.ones((2, 2)), codebook).tolist() == [1, 1]
 
 
+@given(n=few, d=st.integers(1, 4), k=st.integers(1, 9), key=keys)
+def test_quantised_again_nothing_changes(n, d, k, key):
+    codebook = numbers(f"{key} codes", k, d)
+    z = numbers(f"{key} z", n, 3, d)
+    codes = nearest_codes(z, codebook)
+    y, straight_back = straight_through(z, codebook, codes)
+    np.testing.assert_array_equal(nearest_codes(y, codebook), codes)
+    np.testing.assert_allclose(y, codebook[codes], rtol=0, atol=1e-15)
+    dy = numbers(f"{key} dy", *y.shape)
+    np.testing.assert_array_equal(straight_back(dy), dy)
+
+
+@given(n=few, d=st.integers(1, 4), k=st.integers(1, 9), key=keys)
+def test_a_code_learns_from_all_its_own_vectors_alone(n, d, k, key):
+    z, codebook = numbers(f"{key} z", n, 3, d), numbers(f"{key} codes", k, d)
+    codes = nearest_codes(z, codebook)
+    _, dcodebook = codebook_loss(z, codebook, codes)[1]()
+    is_its = np.eye(k)[codes.reshape(-1)]  # (vectors, codes)
+    expected = 2 / z.size * is_its.T @ (codebook[codes] - z).reshape(-1, d)
+    np.testing.assert_allclose(dcodebook, expected, rtol=0, atol=1e-15)
+    assert not dcodebook[~is_its.any(axis=0)].any()
+
+
 def test_values_and_gradients_by_hand():
     z, codebook = np.array([[0.0, 0], [3, 4]]), np.array([[1.0, 0], [3, 3], [9, 9]])
     codes = nearest_codes(z, codebook)
