@@ -92,6 +92,26 @@ def test_code_that_checks_gradients_runs(page, code):
             value()
 
 
+QUESTIONS = re.findall(
+    r"^## (\d+)\. (.*?)\n.*?```python\n(.*?)```\n\n```\n(.*?)```",
+    (ROOT / "tinyldm" / "questions.md").read_text(encoding="utf-8"),
+    re.DOTALL | re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize("number, title, code, says", QUESTIONS, ids=[q[1] for q in QUESTIONS])
+def test_an_answer_prints_what_stands_below_it(number, title, code, says, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    exec(code, {"__name__": "answer"})
+    assert capsys.readouterr().out == says
+
+
+def test_there_are_twenty_questions():
+    text = (ROOT / "tinyldm" / "questions.md").read_text(encoding="utf-8")
+    assert len(QUESTIONS) == text.count("\n## ") >= 20
+
+
 def test_the_section_shows_every_option():
     words = {word for command in COMMANDS for word in command if word.startswith("--")}
     assert words >= {

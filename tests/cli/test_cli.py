@@ -177,7 +177,10 @@ def test_the_help_names_every_preset(call):
     ("arguments", "parts"),
     [
         ([], ["COMMAND"]),
-        (["generate"], ["demo, train, sample, eval, experiment, exercise or doctor, found 'generate'"]),
+        (
+            ["generate"],
+            ["demo, train, sample, eval, experiment, exercise or doctor, found 'generate'"],
+        ),
         (["smaple", "run", "p"], ["found 'smaple'; did you mean 'sample'?"]),
         (["sample"], ["expected RUN and PROMPT"]),
         (["sample", "run"], ["expected RUN and PROMPT"]),

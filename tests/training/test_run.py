@@ -1333,6 +1333,17 @@ def test_ten_steps_of_each_stage_give_the_losses_known(tmp_path, monkeypatch, no
         np.testing.assert_allclose(losses[name], expected, rtol=1e-4, err_msg=name)
 
 
+def test_how_often_it_logs_reports_and_saves_changes_nothing_else(
+    tmp_path, monkeypatch, whole, no_images
+):
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(snapshots, "EVERY", -1.0)
+    train(tmp_path, CONFIG, say=silent)
+    assert [line["step"] for line in metrics_of(tmp_path) if "loss" in line] == [1, 2, 3, 4] * 2
+    assert_as_if_nothing_happened(tmp_path, whole)
+
+
 def test_another_seed_is_another_run(tmp_path, whole, no_images):
     config = dataclasses.replace(CONFIG, seed=1)
     train(tmp_path, config, say=silent)
