@@ -27,11 +27,12 @@ def grid(
     columns: int | None = None,
     tile: int = 96,
     labels: Sequence[str] | None = None,
+    titles: Sequence[str] | None = None,
 ) -> Image.Image:
     """Arrange images, uint8 (n, h, w, 3), in rows, enlarged to about `tile` pixels → a PIL image.
 
-    captions: a line of text, wrapped, under each, cut after 200 characters; labels: one to the left
-    of each row.
+    captions: a line of text, wrapped, under each, cut after 200 characters. labels: one to the left
+    of each row. titles: one above each column.
     """
     n, h, w, _ = images.shape
     columns = min(n, columns or int(np.ceil(np.sqrt(n))))
@@ -44,17 +45,19 @@ def grid(
     wrapped = [textwrap.fill(_cut(text), width) for text in captions] if captions else [""] * n
     text_height = 13 * max(text.count("\n") + 1 for text in wrapped) if captions else 0
     cell_w, cell_h = w * scale + gap, h * scale + gap + text_height
-    rows = -(-n // columns)
-    sheet = Image.new("RGB", (margin + columns * cell_w, gap + rows * cell_h), PAPER)
+    rows, top = -(-n // columns), gap + (16 if titles else 0)
+    sheet = Image.new("RGB", (margin + columns * cell_w, top + rows * cell_h), PAPER)
     draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles or []):
+        draw.text((margin + column * cell_w, gap), title, INK, font)
     for i, image in enumerate(images):
-        x, y = margin + i % columns * cell_w, gap + i // columns * cell_h
+        x, y = margin + i % columns * cell_w, top + i // columns * cell_h
         enlarged = Image.fromarray(image).resize((w * scale, h * scale), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (x, y))
         if captions:
             draw.multiline_text((x, y + h * scale + 1), wrapped[i], INK, font, spacing=1)
     for row, label in enumerate(labels or []):
-        draw.text((gap, gap + row * cell_h + h * scale // 2 - 6), label, INK, font)
+        draw.text((gap, top + row * cell_h + h * scale // 2 - 6), label, INK, font)
     return sheet
 
 

@@ -9,6 +9,7 @@ from tinyldm.backend import Array, array_module, to_device
 from tinyldm.data.dataset import Dataset
 from tinyldm.data.images import from_uint8, in_channels, to_uint8
 from tinyldm.data.shapes import attributes_in
+from tinyldm.diffusion import SAMPLERS
 from tinyldm.evaluation.figures import (
     curves,
     enlarge,
@@ -40,6 +41,14 @@ ONE_WORD_CHANGED = [
     "a large red circle on blue at the right",
 ]
 SCENES = 9  # images that a task is conditioned on
+UNSEEN = [  # pairs of shape and colour that are held out of training
+    "a large red triangle on white at the center",
+    "a small blue circle on yellow at the left",
+    "a large yellow square on purple at the top",
+    "a small purple triangle on green at the right",
+    "a large orange circle on black at the bottom",
+    "a large blue circle on red at the center",
+]
 FEW = slice(6)  # of the images, in the film of the reverse process
 MOST = 128  # held-out images that a report looks at
 
@@ -98,7 +107,8 @@ def first_stage(run: Path, pipeline: Pipeline, training: Dataset) -> None:
         enlarge(latents_as_images(noisy), pipeline.vae.factor),
         pipeline.decode(pipeline.xp.asarray(noisy)),
     ]
-    strip = grid(np.concatenate(rows), columns=len(t), labels=["pixels", "latents", "decoded"])
+    labels, titles = ["pixels", "latents", "decoded"], [f"t = {step}" for step in t]
+    strip = grid(np.concatenate(rows), columns=len(t), labels=labels, titles=titles)
     save_image(folder / "forward.png", strip)
     some = training.images[:9]
     back = pipeline.decode(pipeline.encode(some))
@@ -153,24 +163,36 @@ def finished(run: Path, pipeline: Pipeline, training: Dataset, held_out: Dataset
 def reverse_process(
     pipeline: Pipeline, prompts: list[str], scene: Scene | None, folder: Path
 ) -> None:
-    """Save reverse.webp, noise becoming images, and reverse.png, the first of them."""
-    frames, states, goals = [], [], []
-    for x, x0 in pipeline.denoise(pipeline.sampling_params(prompts), None, scene):
-        states.append(pipeline.decode(x))
-        goals.append(pipeline.decode(x0))
-        both = np.concatenate([states[-1], goals[-1]])
-        frames.append(grid(both, columns=len(x), labels=["noisy", "predicted"]))
+    """Save reverse.webp, noise becoming images, and reverse.png, the first of them.
+
+    For generation it has a third row: what is guessed from the same noise without the caption.
+    """
+    params = pipeline.sampling_params(prompts)
+    passed = list(pipeline.denoise(params, None, scene))
+    levels = SAMPLERS[params.sampler].levels(pipeline.schedule, params.steps)[-len(passed) :]
+    t = [int(abs(pipeline.schedule.alphas_bar - level).argmin()) for level in levels]
+    states, goals = (np.stack([pipeline.decode(x) for x in of]) for of in zip(*passed, strict=True))
+    frames = []
+    for step, state, goal in zip(t, states, goals, strict=True):
+        titles, both = [f"t = {step}"], np.concatenate([state, goal])
+        frames.append(grid(both, columns=len(state), labels=["x after it", "guess"], titles=titles))
     save_animation(folder / "reverse.webp", frames)
     chosen = np.linspace(0, len(states) - 1, min(9, len(states))).astype(int)
-    rows = [[states[i][0] for i in chosen], [goals[i][0] for i in chosen]]
-    strip = grid(np.concatenate(rows), columns=len(chosen), labels=["noisy", "predicted"])
+    labels, rows = ["x after it", "its guess"], [states[chosen, 0], goals[chosen, 0]]
+    if pipeline.task == "generation":
+        alone = pipeline.sampling_params(prompts[:1], guidance=0.0)
+        guesses = [pipeline.decode(x0)[0] for _, x0 in pipeline.denoise(alone)]
+        labels, rows = [*labels, "without\ncaption"], [*rows, np.stack(guesses)[chosen]]
+    titles = [f"step at t = {t[i]}" for i in chosen]
+    strip = grid(np.concatenate(rows), columns=len(chosen), labels=labels, titles=titles)
     save_image(folder / "reverse.png", strip)
 
 
 def generate_samples(pipeline: Pipeline, prompts: list[str], file: Path) -> np.ndarray:
     """Generate an image per prompt from the same noise → uint8 (n, h, w, 3); save a grid."""
     images = generate(pipeline, prompts)
-    save_image(file, grid(images, prompts, columns=6))
+    labels = ["", "", "held out"] if prompts[12:] == UNSEEN else None
+    save_image(file, grid(images, prompts, columns=6, labels=labels))
     return images
 
 
@@ -190,9 +212,10 @@ def generate_scenes(pipeline: Pipeline, data: Dataset, file: Path) -> tuple[list
 
 def sweep_guidance(pipeline: Pipeline, prompts: list[str], file: Path) -> None:
     """Save images at rising guidance, same noise and captions: variety and tones suffer."""
-    rows = [generate(pipeline, prompts, guidance=g) for g in GUIDANCES]
+    images = np.concatenate([generate(pipeline, prompts, guidance=g) for g in GUIDANCES])
     labels = [f"guidance {g}" for g in GUIDANCES]
-    save_image(file, grid(np.concatenate(rows), columns=len(prompts), labels=labels))
+    captions = [""] * (len(images) - len(prompts)) + prompts
+    save_image(file, grid(images, captions, columns=len(prompts), labels=labels))
 
 
 def change_words(pipeline: Pipeline, file: Path) -> None:
@@ -210,15 +233,7 @@ def prompts_for(training: Dataset) -> list[str]:
     prompts = list(dict.fromkeys(training.captions))[:18]
     if not _has_captions_of_shapes(training):
         return (prompts * 18)[:18] if len(prompts) < 6 else prompts
-    unseen = [
-        "a large red triangle on white at the center",
-        "a small blue circle on yellow at the left",
-        "a large yellow square on purple at the top",
-        "a small purple triangle on green at the right",
-        "a large orange circle on black at the bottom",
-        "a large blue circle on red at the center",
-    ]
-    return prompts[:12] + unseen
+    return prompts[:12] + UNSEEN
 
 
 def _has_captions_of_shapes(training):
