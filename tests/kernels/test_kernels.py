@@ -142,6 +142,17 @@ def test_the_layout_in_memory_does_not_matter(twin, name, layout, data):
     assert_same(moved, results(call.function, call), tol=1e-12)
 
 
+def one_row(x):
+    return np.broadcast_to(x[:1], x.shape) if x.ndim else x
+
+
+@given(calls=st.fixed_dictionaries(KERNEL_CALLS))
+def test_inputs_may_be_one_row_seen_again_and_again(calls):
+    for call in calls.values():
+        copied = results(call.function, call, arrange=lambda x: np.array(one_row(x)))
+        assert_same(results(call.function, call, arrange=one_row), copied, tol=1e-12)
+
+
 @every_kernel
 @given(data=st.data())
 def test_nothing_is_written_to_and_results_are_new_memory(twin, name, data):
