@@ -26,7 +26,7 @@ from tinyldm.sampling.pipeline import Pipeline
 
 SEED = 20_260_101  # of images, captions and noise for scoring: none of them is in a training set
 BATCH = 50
-DRAWS = 4  # of noise, for each image whose likelihood is estimated
+DRAWS = 8  # of noise, for each image whose likelihood is estimated
 BANDS = 5  # of noise levels, from the least to the most
 FEWEST_FOR_COPIES = 19  # held-out images, to know what the nearest 5 % of them are
 NEIGHBOURS = 3  # the k-th nearest, of precision and recall
@@ -58,22 +58,24 @@ def loss_by_noise(pipeline: Pipeline, data: Dataset, bands: int = BANDS) -> list
     return losses
 
 
-def likelihood(pipeline: Pipeline, data: Dataset) -> float:
+def likelihood(pipeline: Pipeline, data: Dataset, seed: int = SEED) -> tuple[float, float]:
     """Estimate bits per dimension of latents given captions; of pixels without a first stage.
+
+    → them, and their standard error.
 
     For latents it is a density, which can be negative; for pixels it is that of one of 256 levels.
     """
     latents, condition = pipeline.encode(data.images), pipeline.embed(data.captions)
     concat = concat_conditioning(pipeline, data)
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(seed)
 
     def predict(x, t):
         return pipeline.predict(x, t, condition, concat)
 
-    bits = bits_per_dim(predict, pipeline.schedule, latents, rng, DRAWS)
+    bits, error = bits_per_dim(predict, pipeline.schedule, latents, rng, DRAWS)
     if not pipeline.vae.shapes():  # nothing is learnt: the latents are pixels
         bits += float(np.log2(127.5 / pipeline.vae.config.scaling_factor))
-    return bits
+    return bits, error
 
 
 def evaluate(
@@ -105,8 +107,10 @@ def evaluate(
         "psnr": psnr(decoded, true.images),
         "ssim": ssim(decoded, true.images),
         "loss_by_noise": {name: loss_by_noise(pipeline, data) for name, data in some.items()},
-        "bits": {name: likelihood(pipeline, data) for name, data in some.items()},
     }
+    bits = {name: likelihood(pipeline, data) for name, data in some.items()}
+    result["bits"] = {name: value for name, (value, _) in bits.items()}
+    result["bits_error"] = {name: error for name, (_, error) in bits.items()}
     with Bar(total=count, desc="sampling", unit="image", disable=None) as bar:
 
         def generated_of(prompts, scene=None):
@@ -253,9 +257,11 @@ def table(result: dict) -> str:
         numbers = " ".join(f"{loss:.3f}" for loss in losses)
         lines.append(_row(f"loss by noise, {name.replace('_', '-')}", numbers, ""))
     lines.append(_row("", "", "from little noise to nearly all; far apart means overfitting"))
-    bits = f"{result['bits']['training']:.3f}"
-    if unseen:
-        bits += f" (held-out {result['bits']['held_out']:.3f})"
+    bits = {
+        name: f"{value:.2f} ± {result['bits_error'][name]:.2f}"
+        for name, value in result["bits"].items()
+    }
+    bits = bits["training"] + (f" (held-out {bits['held_out']})" if unseen else "")
     meaning = "upper bound, per latent value (per pixel value, without a first stage)"
     lines.append(_row("bits per dimension", bits, meaning))
     if "frechet" in result:
