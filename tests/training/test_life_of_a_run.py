@@ -82,6 +82,8 @@ class Life(RuleBasedStateMachine):
     def newest_state_is_damaged(self, share, cut):
         *_, file = state_files(self.run)
         data = bytearray(file.read_bytes())
+        if not data:  # it has been cut off before, at the start
+            return
         at = int(share * len(data))
         data[at] ^= 1
         file.write_bytes(data[:at] if cut else data)

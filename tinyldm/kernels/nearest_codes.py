@@ -14,7 +14,8 @@ def _cost(z, codebook):
 def nearest_codes(z: Array, codebook: Array) -> Array:
     """Find the nearest codes, BLOCK_DISTANCES distances at a time, for less memory."""
     xp = array_module(z)
-    vectors, table = z.real.reshape(-1, z.shape[-1]), codebook.real
+    middle = codebook.real.mean(axis=0)
+    vectors, table = z.real.reshape(-1, z.shape[-1]) - middle, codebook.real - middle
     lengths = 0.5 * (table * table).sum(axis=1)
     block = max(1, BLOCK_DISTANCES // len(table))
     codes = [

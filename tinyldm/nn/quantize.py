@@ -13,11 +13,13 @@ from tinyldm.nn.protocol import Backward, differentiable, replaceable
 
 @replaceable
 def nearest_codes(z: Array, codebook: Array) -> Array:
-    """Return the row of the codebook nearest to each vector, the first of equals.
+    """Return the row of the codebook nearest to each vector; of those equal to rounding, any one.
 
-    |z − e|² = |z|² − 2 z·e + |e|², of which |z|² is the same for every e.
+    |z − e|² = |z|² − 2 z·e + |e|², of which |z|² is the same for every e. Both are taken from the
+    middle of the codebook, as differences of large numbers would lose their digits.
     """
-    vectors, table = z.real.reshape(-1, z.shape[-1]), codebook.real
+    middle = codebook.real.mean(axis=0)
+    vectors, table = z.real.reshape(-1, z.shape[-1]) - middle, codebook.real - middle
     distances = 0.5 * (table * table).sum(axis=1) - vectors @ table.T
     return array_module(z).argmin(distances, axis=1).reshape(z.shape[:-1])
 

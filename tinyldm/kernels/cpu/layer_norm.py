@@ -18,6 +18,8 @@ from tinyldm.kernels.registry import kernel
 from tinyldm.kernels.workspace import empty, scratch_like
 from tinyldm.nn.protocol import Backward
 
+UNSEEN = 1e-12  # the square of a shift, in deviations, that is left as it is
+
 
 @kernel("nn.norms.layer_norm")
 def layer_norm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Backward]:
@@ -33,7 +35,11 @@ def layer_norm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Backwar
         (table,) = scratch_like(y_)
         np.matmul(x_, average, out=mean_)
         np.subtract(x_, _columns(mean_, table), out=y_)
-        variance = np.multiply(y_, y_, out=table) @ average
+        variance, rest = np.multiply(y_, y_, out=table) @ average, y_ @ average
+        if (np.square(rest.real) > UNSEEN * (variance.real + eps)).any():
+            y_ -= _columns(rest, table)  # the mean of large numbers was rounded
+            mean_ += rest
+            variance = np.multiply(y_, y_, out=table) @ average
         np.divide(1, np.sqrt(variance + eps), out=rstd_)
         y_ *= _outer(rstd_, w, table)
         y_ = wide_rows(y_)
