@@ -81,6 +81,18 @@ EXPLAINED = {  # (module, change, line of the source) → why no test can notice
         "lock", "0.1  →  0.2",
         "time.sleep(0.1)  # in which somebody who only looked, as `is_locked` does, has gone",
     ): "A time to wait.",
+    ("files", "_sync(self.file.parent)  →  pass", "_sync(self.file.parent)"): (
+        "Only where the power fails is the name lost."
+    ),
+    ("lock", "os.close(handle)  →  pass",
+     "os.close(handle)  # its last holder has removed it in the meantime"): (
+        "One handle more, until the process ends."
+    ),
+    (
+        "diffusion/samplers", "('start', 'post_step')  →  ('post_step', 'start')",
+        'given = {name: options.pop(name) for name in ("start", "post_step") if name in options}',
+    ): "The order in a dict.",
+    ("training/loop", "0.05  →  0.1", "smoothing=0.05, dynamic_ncols=True,"): "How a bar looks.",
 }  # fmt: skip
 SECONDS = 300  # of processor time for the tests of one mutant: more is noticed, too
 KILLED, SURVIVED = "killed", "survived"

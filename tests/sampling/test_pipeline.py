@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -468,6 +469,7 @@ def test_the_folder_holds_what_diffusers_expects(pipe, folder):
         }  # fmt: skip
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     assert index["scheduler"] == ["diffusers", scheduler["_class_name"]]
+    assert index["requires_safety_checker"] is False and index["safety_checker"] == [None, None]
     assert scheduler == pipe.configs["scheduler"]
 
 
@@ -610,7 +612,9 @@ def test_weights_of_another_model_are_refused(folder, name):
     params = load_weights(file)
     changed = {key: w + 1 for key, w in params.items()}
     save_weights(file, changed, {"format": "pt"})
-    with pytest.raises(WeightsError, match=f"{file}: not the weights that were written with the"):
+    with pytest.raises(
+        WeightsError, match=f"{file}: not the weights that were .*{folder}/{CHECKSUMS}"
+    ):
         Pipeline.load(folder)
     (folder / CHECKSUMS).unlink()
     assert (Pipeline.load(folder).params[name][min(params)] == changed[min(params)]).all()
@@ -657,8 +661,8 @@ with locked({str(folder)!r}):
         with warnings.catch_warnings(record=True, action="always") as said:
             found = Pipeline.load(folder).params["unet"][name] - pipe.params["unet"][name]
     assert process.returncode == 0
-    assert len(said) <= 1  # it waits long, and says so once
-    assert all("a training run has yet to write the model" in str(w.message) for w in said)
+    (message,) = (str(w.message) for w in said)  # it waits long, and says so once
+    assert message == f"{folder}: a training run has yet to write the model; waiting for it"
     assert abs(found - 1).max() < 1e-5  # all of the new one: nothing was read before it was whole
 
 
@@ -724,6 +728,32 @@ def test_a_missing_shard_is_named(folder):
     with pytest.raises(FileNotFoundError, match="missing beside it: two.safetensors") as caught:
         Pipeline.load(folder)
     assert one_line(caught).startswith(str(index))
+
+
+def test_a_shard_elsewhere_is_refused(folder):
+    (folder / "unet" / COMPONENTS["unet"][2]).unlink()
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../a.safetensors", "b": "../b.safetensors"}}))
+    with pytest.raises(WeightsError, match="'../a.safetensors' is not the name of a file beside"):
+        Pipeline.load(folder)
+
+
+def test_another_autoencoder_stands_in_for_one_that_is_gone(folder, tmp_path):
+    """What is recorded and missing is no fault where it is not needed."""
+    shutil.move(folder / "vae", tmp_path / "vae")
+    with pytest.raises(FileNotFoundError, match="vae"):
+        Pipeline.load(folder)
+    with warnings.catch_warnings(record=True, action="always") as said:
+        loaded = Pipeline.load(folder, vae=tmp_path / "vae")
+    assert said == [] and loaded.params["vae"] and loaded.params["unet"]
+
+
+def test_a_scheduler_that_cannot_be_is_named_with_its_file(folder):
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({"_class_name": "DDIMScheduler", "num_train_timesteps": 0}))
+    with pytest.raises(ConfigError) as caught:
+        Pipeline.load(folder)
+    assert one_line(caught).startswith(f"{file}: ")
 
 
 def test_the_fingerprint_sees_weights_configs_and_tokenizer(folder):

@@ -643,7 +643,10 @@ def test_a_lock_of_another_machine_is_not_broken(copy):
         os.utime(copy / ".lock", (long_ago, long_ago))
         touch(copy)
         assert (copy / ".lock").stat().st_mtime > long_ago + 300
-    (copy / ".lock").write_text("cut o")
+    (copy / ".lock").write_text("cut o" * 50)
+    with locked(copy):  # of what was there nothing is left
+        holder = json.loads((copy / ".lock").read_text())
+        assert holder == {"process": os.getpid(), "host": platform.node()}
     with locked(copy), pytest.raises(Locked, match=f"process {os.getpid()}, this one,"):
         resume(copy)
 
