@@ -92,6 +92,21 @@ EXPLAINED = {  # (module, change, line of the source) → why no test can notice
         "diffusion/samplers", "('start', 'post_step')  →  ('post_step', 'start')",
         'given = {name: options.pop(name) for name in ("start", "post_step") if name in options}',
     ): "The order in a dict.",
+    ("training/loop", "bar.refresh()  →  pass", "bar.refresh()"): "How a bar looks.",
+    ("training/state", "10  →  20",
+     'check_kind("its notes", name, notes[name], kind, least, most=10**12)'): (
+        "Far above what there is."
+    ),
+    ("training/state", "-1  →  1", "return self.stage == STAGES[-1] and self.step == self.total"): (
+        "There are two stages."
+    ),
+    (
+        "training/state",
+        "('discriminator', 'discriminator_m', 'discriminator_v')  →  "
+        "('discriminator_m', 'discriminator', 'discriminator_v')",
+        'names = ("discriminator", "discriminator_m", "discriminator_v")',
+    ): "The order in a dict.",
+    ("training/step", "keep_freed_memory()  →  pass", "keep_freed_memory()"): "It is faster.",
     ("training/loop", "0.05  →  0.1", "smoothing=0.05, dynamic_ncols=True,"): "How a bar looks.",
 }  # fmt: skip
 SECONDS = 300  # of processor time for the tests of one mutant: more is noticed, too

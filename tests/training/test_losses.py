@@ -101,6 +101,12 @@ def test_gradients_with_perception(first):
     check_loss(first.loss(criterion=criterion), first.params, {}, first.batch)
 
 
+def test_dloss_of_the_perceptual_loss_is_1_by_default():
+    made, real = numbers("made", 2, 9, 7, 3), numbers("real", 2, 9, 7, 3)
+    by_default, given = (perceptual_loss(features)(made, real)[1] for _ in range(2))
+    np.testing.assert_array_equal(by_default(), given(1.0))
+
+
 def test_gradients_with_perception_of_grey_images():
     made, real = numbers("made", 2, 6, 5, 1), numbers("real", 2, 6, 5, 1)
 

@@ -629,6 +629,13 @@ with locked({str(copy)!r}):
     assert not (copy / ".lock").exists()
 
 
+def test_notes_of_a_state_that_are_no_object(copy):
+    *_, file = state_files(copy)
+    save_weights(file, load_weights(file), {"tinyldm": "[]"})
+    with pytest.raises(ValueError, match=r"its notes: content: expected an object, found \[\]"):
+        load_notes(copy)
+
+
 def test_a_lock_of_another_machine_is_not_broken(copy):
     (copy / ".lock").write_text(json.dumps({"process": 7, "host": "elsewhere"}))
     message = (

@@ -24,6 +24,16 @@ def test_the_kernel_gives_the_gradient_of_the_plain_function(seed, n):
     assert_same(value_and_grad(loss_fn, params, batch), expected)
 
 
+def test_a_batch_of_one_array():
+    params, (x, target, rows) = problem(0, 5)
+
+    def of_x(params, x):
+        return loss_fn(params, x, target, rows)
+
+    with plain():  # which does not cut the batch
+        assert_same(value_and_grad(of_x, params, (x,)), whole_batch(params, (x, target, rows)))
+
+
 def test_arrays_of_unequal_lengths_are_refused():
     params, (x, target, rows) = problem(0, 5)
     with plain(), pytest.raises(ValueError, match=r"one length, at least 1, found \[5, 4, 5\]$"):
