@@ -270,9 +270,9 @@ def same_noise(name, x):
 
 
 def test_the_sampler_that_a_config_names():
-    for name, sampler in SAMPLERS.items():
+    for name in ("ddpm", "ddim", "pndm", "euler", "euler_a", "heun", "dpm++2m", "dpm++2m_sde"):
         kind = {"algorithm_type": "sde-dpmsolver++"} if name.endswith("sde") else {}
-        assert sampler_of({"_class_name": sampler.scheduler} | kind) == name
+        assert sampler_of({"_class_name": SAMPLERS[name].scheduler} | kind) == name
     assert sampler_of({}) == "ddim" and sampler_of({"_class_name": "Another"}) == "Another"
 
 

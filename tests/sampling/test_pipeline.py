@@ -59,9 +59,9 @@ def one_line(caught):
     return text
 
 
-SCHEDULERS = {  # diffusers' class → our sampler
-    sampler.scheduler: name for name, sampler in SAMPLERS.items() if not name.endswith("_sde")
-}
+SCHEDULERS = {}  # diffusers' class → our sampler, the first of several
+for _name, _sampler in SAMPLERS.items():
+    SCHEDULERS.setdefault(_sampler.scheduler, _name)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -1,0 +1,43 @@
+"""The recipes of CONTRIBUTING.md, followed to the letter."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from small_model import PROMPTS, generate, make_pipeline
+
+from tinyldm.diffusion import samplers
+from tinyldm.diffusion.samplers import SAMPLERS, Sampler
+from tinyldm.diffusion.timesteps import levels_of_timesteps
+from tinyldm.testing import check_sampler
+
+TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def code_of(title):
+    """The code of a recipe, run where the recipe says that it is written."""
+    section = re.search(rf"^## {title}\n(.*?)(?=^## )", TEXT, re.DOTALL | re.MULTILINE)[1]
+    return re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+
+
+def test_a_sampler(monkeypatch):
+    names = dict(vars(samplers))
+    exec(code_of("Add a sampler"), names)
+    mine = Sampler(names["ddim_like"], "DDIMScheduler", levels_of_timesteps)
+    monkeypatch.setitem(SAMPLERS, "ddim_like", mine)
+    schedule = samplers.Schedule({"clip_sample": False})
+
+    def sample(predict, x, steps):
+        *_, (x, _) = mine(lambda x, t: predict(x, int(t)), schedule, x, steps)
+        return x
+
+    check_sampler(sample, schedule.alphas_bar, order=1)
+    pipe = make_pipeline()
+    image = Image.fromarray(np.full((16, 16, 3), 120, np.uint8))
+    for options in ({}, {"image": image, "strength": 0.6}):
+        found, expected = (
+            generate(pipe, PROMPTS[0], sampler=name, steps=10, **options)
+            for name in ("ddim_like", "ddim")
+        )
+        assert abs(found.astype(int) - expected).max() <= 1
