@@ -469,6 +469,7 @@ def test_the_folder_holds_what_diffusers_expects(pipe, folder):
         }  # fmt: skip
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     assert index["scheduler"] == ["diffusers", scheduler["_class_name"]]
+    assert (folder / "model_index.json").read_text().endswith("}\n")
     assert index["requires_safety_checker"] is False and index["safety_checker"] == [None, None]
     assert scheduler == pipe.configs["scheduler"]
 
