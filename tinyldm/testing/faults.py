@@ -124,7 +124,7 @@ def _changed(tree, node, replacement):
 
 
 def _meaningless(node):
-    """List the parts of a node that mean nothing: the order of axes, classes, choices; `strict`."""
+    """List what means nothing in a node: the order of axes, classes or choices; `strict`; −1."""
     match node:
         case ast.Call(ast.Attribute(_, name), args, keywords) if name in (*REDUCTIONS, "suppress"):
             found = [*args, *(keyword.value for keyword in keywords)]
@@ -134,6 +134,9 @@ def _meaningless(node):
             pass
         case ast.keyword("strict", value):
             return [value]
+        case ast.Call(ast.Attribute(_, "reshape"), args):  # any negative size is the one left over
+            parts = [part for arg in args for part in ast.walk(arg)]
+            return [part.operand for part in parts if isinstance(part, ast.UnaryOp)]
         case _:
             found = []
     return [part for part in found if isinstance(part, ast.Tuple)]
