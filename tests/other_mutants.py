@@ -107,6 +107,7 @@ EXPLAINED = {  # (module, change, line of the source) → why no test can notice
         'names = ("discriminator", "discriminator_m", "discriminator_v")',
     ): "The order in a dict.",
     ("training/step", "keep_freed_memory()  →  pass", "keep_freed_memory()"): "It is faster.",
+    ("lock", "0  →  1", "os.truncate(handle, 0)"): "What is written next is longer.",
     ("training/loop", "0.05  →  0.1", "smoothing=0.05, dynamic_ncols=True,"): "How a bar looks.",
 }  # fmt: skip
 SECONDS = 300  # of processor time for the tests of one mutant: more is noticed, too

@@ -23,7 +23,7 @@ from tinyldm.models.discriminator import PatchDiscriminator
 from tinyldm.nn import no_grad
 from tinyldm.nn.activations import silu
 from tinyldm.nn.conv import conv2d
-from tinyldm.training import adversarial, estimate, loop, networks, overfit, presets
+from tinyldm.training import adversarial, codebook, estimate, loop, networks, overfit, presets
 from tinyldm.training import run as runs
 from tinyldm.training.adversarial import (
     OF_ADVERSARIAL,
@@ -332,6 +332,14 @@ def test_a_run_with_perception(tmp_path, every_step, monkeypatch):
 def test_mean_seconds_of_both_kinds_of_steps():
     config = dataclasses.replace(ADVERSARIAL, adversarial_start=0.75)
     assert loop.mean_seconds(config, 1.0, 3.0) == 0.75 * 1 + 0.25 * 3
+
+
+def test_dead_codes_are_looked_for_after_every_step(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(codebook, "due", lambda state: seen.append(state.step))
+    without_images(monkeypatch)
+    runs.train(tmp_path, dataclasses.replace(CONFIG, first_stage="vq"), say=silent)
+    assert seen == list(range(1, STAGE.steps + 1))
 
 
 @pytest.mark.slow
