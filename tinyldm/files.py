@@ -63,6 +63,12 @@ def shown(text: object) -> str:
     )
 
 
+def some(names: list[str]) -> str:
+    """List names for a message: five of them, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(shown, names[:5])) + more
+
+
 def is_regular(file: Path) -> bool:
     """Return whether this is a file of bytes: no folder, device or pipe, which may never end."""
     return stat.S_ISREG(file.stat().st_mode)

@@ -752,3 +752,12 @@ def test_a_reader_that_has_gone_away(run, tmp_path):
         os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "a.png").exists()
+
+
+def test_an_environment_that_cannot_be_gets_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "tinyldm", "sample", "run", "x"], capture_output=True, text=True,
+        env=os.environ | {"TINYLDM_KERNELS": "x"},
+    )  # fmt: skip
+    says = "tinyldm: TINYLDM_KERNELS: expected \"plain\" or nothing, found 'x'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", says)

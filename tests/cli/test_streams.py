@@ -132,4 +132,6 @@ def test_a_prompt_that_begins_with_a_dash(model, tmp_path, prompt, capsys, monke
     monkeypatch.chdir(model.parent)
     file = tmp_path / "a.png"
     assert cli.main(["sample", "-o", str(file), "--steps", "1", "--", str(model), prompt]) == 0
+    between = ["sample", str(model), "-o", str(file), "--steps", "1", "--negative=-b", "--", prompt]
+    assert cli.main(between) == 0
     assert cli.main(["sample", "--reproduce", str(file)]) == 0

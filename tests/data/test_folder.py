@@ -597,6 +597,14 @@ def test_a_caption_is_short(tmp_path, name, content):
         load_folder(tmp_path, SIDE)
 
 
+def test_a_sub_folder_whose_name_is_no_text_is_a_caption(tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/b\xff_c")
+    os.mkdir(folder)
+    Image.new("RGB", (8, 8)).save(os.path.join(folder, "a.png"))
+    (caption,) = load_folder(tmp_path, 8).captions
+    assert caption == "b\ufffd c" and caption.encode()
+
+
 def test_metadata_in_sub_folders_and_as_a_table(tmp_path):
     for name in ("train/a.png", "train/b.png", "train/deep/c.png", "test/d.png", "e.png", "f.png"):
         image_file(tmp_path / name)

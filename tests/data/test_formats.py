@@ -308,6 +308,21 @@ def test_a_folder_or_a_pipe_of_such_a_name(tmp_path):
         load_arrays(find_arrays(tmp_path), 28)
 
 
+def test_arrays_that_are_not_used_are_not_read(tmp_path, monkeypatch):
+    images = np.zeros((2, 8, 8), np.uint8)
+    others = {f"a{i}": np.zeros(3) for i in range(9)}
+    np.savez(tmp_path / "a.npz", images=images, **others)
+    read, load = [], np.lib.npyio.NpzFile.__getitem__
+    monkeypatch.setattr(
+        np.lib.npyio.NpzFile,
+        "__getitem__",
+        lambda self, key: (read.append(key), load(self, key))[1],
+    )
+    data = load_arrays([tmp_path / "a.npz"], 8)
+    assert read == ["images"] and len(data) == 2
+    assert "not read: a0, a1, a2, a3, a4 and 4 more" in data.notes[-1]
+
+
 def test_another_data_set_beside_is_named(mnist):
     folder, images, _ = mnist
     np.savez(folder / "data.npz", images=random_images(2, 8, 8))
@@ -320,7 +335,7 @@ def test_another_data_set_beside_is_named(mnist):
     for i in range(4):
         (folder / f"data-{i}.npz").touch()
     note = load_arrays(find_arrays(folder), 28).notes[1]
-    assert note.startswith("not read: data-0.npz, ") and "data.npz, …; name one" in note
+    assert note.startswith("not read: data-0.npz, ") and "data.npz and 1 more; name one" in note
 
 
 def test_names_that_cannot_be_shown_are_escaped(tmp_path):

@@ -107,6 +107,12 @@ def test_a_profile_of_grey_and_of_colours_with_alpha(tmp_path):
     grey = Image.new("L", (8, 8), 100)
     found = saved(grey, tmp_path / "a.png", icc_profile=profile(gamma=1.0, space=b"GRAY"))
     assert abs(level(found) - in_srgb((100,) * 3, SRGB, 1.0)).max() <= 2
+    for other in (
+        Image.new("LA", (8, 8), (100, 255)),
+        Image.fromarray(np.full((8, 8), 100 * 257, "u2")),
+    ):
+        found = saved(other, tmp_path / "c.png", icc_profile=profile(gamma=1.0, space=b"GRAY"))
+        assert abs(level(found) - in_srgb((100,) * 3, SRGB, 1.0)).max() <= 2
     half = Image.new("RGBA", (8, 8), (200, 60, 60, 51))
     found = saved(half, tmp_path / "b.png", icc_profile=profile())
     expected = 0.2 * in_srgb((200, 60, 60)) + 0.8 * 255

@@ -71,6 +71,7 @@ def test_a_folder_is_generated_from_by_the_scheduler_that_it_names(pipe, folder,
     file.write_text(json.dumps(settings))
     index = json.loads((folder / "model_index.json").read_text())
     del index["_tinyldm"]
+    index["scheduler"][1] = name
     (folder / "model_index.json").write_text(json.dumps(index))
     loaded = Pipeline.load(folder)
     assert loaded.defaults["sampler"] == SCHEDULERS[name]
@@ -737,6 +738,43 @@ def test_a_shard_elsewhere_is_refused(folder):
     index.write_text(json.dumps({"weight_map": {"a": "../a.safetensors", "b": "../b.safetensors"}}))
     with pytest.raises(WeightsError, match="'../a.safetensors' is not the name of a file beside"):
         Pipeline.load(folder)
+
+
+def test_the_scheduler_is_that_of_the_index(folder):
+    """As in diffusers, where the class that the config names is not looked at."""
+    file = folder / "model_index.json"
+    index = json.loads(file.read_text()) | {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}
+    del index["_tinyldm"]
+    file.write_text(json.dumps(index))
+    with warnings.catch_warnings(record=True, action="always") as said:
+        assert Pipeline.load(folder).defaults["sampler"] == "euler"
+    assert any(
+        "names a DDIMScheduler, and model_index.json a Euler" in str(w.message) for w in said
+    )
+
+
+def test_an_attention_mask_is_refused(folder):
+    file = folder / "text_encoder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_attention_mask": True}))
+    with pytest.raises(ConfigError, match="use_attention_mask is not implemented") as caught:
+        Pipeline.load(folder)
+    assert one_line(caught).startswith(f"{file}: ")
+
+
+def test_any_flipped_bit_of_the_list_of_checksums_is_seen(folder):
+    file = folder / CHECKSUMS
+    whole = file.read_bytes()
+    for at in np.random.default_rng(0).integers(0, 8 * len(whole), 60):
+        flipped = bytearray(whole)
+        flipped[at // 8] ^= 1 << at % 8
+        file.write_bytes(flipped)
+        try:
+            same = json.loads(flipped) == json.loads(whole)  # a space for a space
+        except ValueError:
+            same = False
+        if not same:
+            with pytest.raises(ValueError, match=str(file)):
+                Pipeline.load(folder)
 
 
 def test_another_autoencoder_stands_in_for_one_that_is_gone(folder, tmp_path):

@@ -629,6 +629,19 @@ with locked({str(copy)!r}):
     assert not (copy / ".lock").exists()
 
 
+@pytest.mark.parametrize(
+    "content", [b"5\n", b"[]\n", b"\xff\xfe\n", b'{"stage": "denoiser"}\n', None]
+)
+def test_a_finished_run_does_not_depend_on_its_log(copy, content):
+    log = copy / "training" / "metrics.jsonl"
+    lines = log.read_bytes()
+    log.unlink()
+    if content is not None:
+        log.write_bytes(lines + content)
+    resume(copy, say=silent)
+    assert (copy / "samples" / "samples.png").exists()
+
+
 def test_notes_of_a_state_that_are_no_object(copy):
     *_, file = state_files(copy)
     save_weights(file, load_weights(file), {"tinyldm": "[]"})

@@ -5,6 +5,7 @@ model or somebody else did.
 """
 
 import contextlib
+import json
 import re
 import time
 import warnings
@@ -35,7 +36,6 @@ from tinyldm.checkpoints.safetensors import (
     match,
     reshaped,
     save_weights,
-    some,
     tensors,
 )
 from tinyldm.config import ConfigError, brief
@@ -43,7 +43,7 @@ from tinyldm.data.class_names import ClassNames
 from tinyldm.data.tokenizer import Tokenizer
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.diffusion.scheduler_config import repaired
-from tinyldm.files import is_regular, read_json, shown, write_json
+from tinyldm.files import is_regular, read_json, shown, some, write_json
 from tinyldm.lock import is_locked
 from tinyldm.nn.protocol import Params
 
@@ -126,14 +126,18 @@ def _recorded(folder):
     if not file.exists():
         return {}
     content = read_json(file)
-    if content.get("format") != FORMAT:
+    files, ours = content.get("files"), content.get("format") == FORMAT
+    if not ours and "crc" not in content:
         return {}
-    files = content.get("files")
-    if files is None:
+    if files is None and content == {"format": FORMAT}:
         return UNFINISHED
-    if not isinstance(files, dict) or any(".." in Path(n).parts or n[:1] == "/" for n in files):
+    if content.get("crc") != _crc_of(files) or not ours:
         raise WeightsError(f"{file}: damaged; to take the files as they are, remove it")
     return files
+
+
+def _crc_of(files):
+    return f"{zlib.crc32(json.dumps(files, sort_keys=True).encode()):08x}"
 
 
 def _checksum(file):
@@ -161,6 +165,16 @@ def _load_folder(folder, with_vae):
         )
     file = folder / "scheduler" / "scheduler_config.json"
     configs, params = {"scheduler": read_json(file)}, {}
+    match index.get("scheduler"):
+        case [_, str(scheduler)]:  # which diffusers makes, whatever the config calls itself
+            named = configs["scheduler"].get("_class_name", scheduler)
+            if named != scheduler:
+                warnings.warn(
+                    f"{shown(file)}: names a {shown(named):.60}, and model_index.json a "
+                    f"{shown(scheduler):.60}, which is taken, as by diffusers",
+                    stacklevel=4,
+                )
+            configs["scheduler"] |= {"_class_name": scheduler}
     with naming(file):
         Schedule(configs["scheduler"])
     for name in COMPONENTS:
@@ -172,6 +186,11 @@ def _load_folder(folder, with_vae):
             raise ConfigError(
                 f"{shown(index_file)}: {name}: expected its library and class, found {NONE}"
             )
+    if configs.get("text_encoder", {}).get("use_attention_mask"):  # a key of the pipeline's
+        raise ConfigError(
+            f"{shown(folder / 'text_encoder' / 'config.json')}: use_attention_mask is not "
+            "implemented: every token is attended to"
+        )
     if kind in PIPELINES:
         scheduler, unet = configs["scheduler"], configs["unet"]
         configs["scheduler"], configs["unet"] = repaired(scheduler, unet, "Inpaint" in kind)
@@ -250,7 +269,8 @@ def save_folder(
     for name in params:
         written += [folder / name / "config.json", folder / name / COMPONENTS[name][2]]
     recorded = {file.relative_to(folder).as_posix(): _checksum(file) for file in written}
-    write_json(folder / CHECKSUMS, {"format": FORMAT, "files": recorded})
+    content = {"format": FORMAT, "files": recorded, "crc": _crc_of(recorded)}
+    write_json(folder / CHECKSUMS, content)
 
 
 def load_component(

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import DTypeLike
 
-from tinyldm.files import is_regular, replacing, shown, without_doubles
+from tinyldm.files import is_regular, replacing, shown, some, without_doubles
 from tinyldm.nn.protocol import Params
 
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
@@ -207,12 +207,6 @@ def match(
     ]
     if problems:
         raise WeightsError(f"{where}: the weights do not fit the config. " + "; ".join(problems))
-
-
-def some(names: list[str]) -> str:
-    """List names for a message: five of them, and how many more there are."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(map(shown, names[:5])) + more
 
 
 def reshaped(x: np.ndarray, shape: tuple[int, ...] | None) -> np.ndarray:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyldm.checkpoints.safetensors import match, reshaped, some, tensor_shapes, tensors
+from tinyldm.checkpoints.safetensors import match, reshaped, tensor_shapes, tensors
 from tinyldm.config import ConfigError
 from tinyldm.data.tokenizer import END, Tokenizer
-from tinyldm.files import shown
+from tinyldm.files import shown, some
 from tinyldm.models.autoencoder import AutoencoderKL
 from tinyldm.models.text_encoder import TextEncoder
 from tinyldm.models.unet import UNet

@@ -156,6 +156,8 @@ def _show_warning(message, *_, **__):
 
 
 def _exit_code(error):
+    if isinstance(error, ValueError):
+        return 2
     from tinyldm.backend import DeviceError
     from tinyldm.training.metrics import Diverged
     from tinyldm.training.signals import Stopped

@@ -12,6 +12,8 @@ from tinyldm.config import brief, meant, unknown
 from tinyldm.files import shown
 from tinyldm.options import kind_of, options_of, problem
 
+NO_OPTION = "\0"  # before a word that looks like one
+
 
 class Parser(argparse.ArgumentParser):
     """Argument parser that reports errors in one line with the nearest name, not the whole usage.
@@ -33,7 +35,20 @@ class Parser(argparse.ArgumentParser):
             self.module = None
             command.add_arguments(self)
             self.set_defaults(run=command.run, parser=self)
+            return self._in_any_order(args, namespace)
         return super().parse_known_args(args, namespace)
+
+    def _in_any_order(self, args, namespace):
+        """Parse options before, between and after words; what follows a "--" is no option."""
+        if "--" in args:
+            at = args.index("--")
+            words = [NO_OPTION + word if word.startswith("-") else word for word in args[at + 1 :]]
+            args = [*args[:at], *words]
+        found, extra = self.parse_known_intermixed_args(args, namespace)
+        for name, value in vars(found).items():
+            if isinstance(value, str):
+                setattr(found, name, value.removeprefix(NO_OPTION))
+        return found, [word.removeprefix(NO_OPTION) for word in extra]
 
     def error(self, message: str) -> NoReturn:
         """Print the message on one line and exit with code 2."""

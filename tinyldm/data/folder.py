@@ -254,7 +254,8 @@ def _caption(file, folder, listed):
             return read_text(text, LONGEST_TEXT).strip(), "from .txt files"
     if file.parent == folder:
         return "", "images without one"
-    return file.parent.name.replace("_", " "), "from the name of a sub-folder"
+    name = os.fsencode(file.parent.name).decode(errors="replace")  # of any bytes
+    return name.replace("_", " "), "from the name of a sub-folder"
 
 
 def _key(file):

@@ -17,14 +17,13 @@ from PIL import Image
 from tinyldm.data.dataset import DataError, Dataset
 from tinyldm.data.folder import (
     LONGEST_TEXT,
-    MOST_NAMED,
     MOST_PIXELS,
     TOO_LONG,
     files_below,
     read_text,
 )
 from tinyldm.data.images import both_sides, fitted
-from tinyldm.files import is_regular, shown
+from tinyldm.files import is_regular, shown, some
 from tinyldm.threads import map_threads
 
 CIFAR_SIDE, CIFAR_RECORD = 32, 1 + 3 * 32 * 32  # a label, then red, green and blue
@@ -74,10 +73,8 @@ def load_arrays(files: list[Path], size: int | tuple[int, int]) -> Dataset:
     notes = [f"read {', '.join(shown(file.name) for file in files)}; captions: {kinds}"]
     notes += [note for *_, some in parts for note in some]
     beside = [file for file in sorted(files[0].parent.glob("[!.]*")) if _reader(file)]
-    if unread := [shown(file.name) for file in beside if file not in files]:
-        more = ", …" * (len(unread) > MOST_NAMED)
-        unread = ", ".join(unread[:MOST_NAMED]) + more
-        notes.append(f"not read: {unread}; name one to read it alone")
+    if unread := [file.name for file in beside if file not in files]:
+        notes.append(f"not read: {some(unread)}; name one to read it alone")
     height, width = both_sides(size)
     if pixels[0].shape[0] < height or pixels[0].shape[1] < width:
         pixels = f"{height}×{width}" if height != width else height
@@ -184,14 +181,16 @@ def _read_npz(file):
                 raise ValueError("it is no zip archive")
             stream.seek(0)
             with np.load(stream, allow_pickle=False) as arrays:
-                stored = {name: np.asarray(arrays[name]) for name in arrays.files}
+                names = list(arrays.files)
+                wanted = [name for name in names if name in ("images", "captions", "labels")]
+                stored = {name: np.asarray(arrays[name]) for name in wanted}
     except Exception as error:  # whatever damaged bytes lead NumPy and zipfile to
         reason = "it holds Python objects" if "allow_pickle" in str(error) else shown(error)
         raise DataError(f"{shown(file)}: not an .npz of plain arrays ({reason})") from None
     images = stored.get("images")
     if images is None:
         raise DataError(
-            f"{shown(file)}: expected an array `images`, found {', '.join(stored) or 'no array'}"
+            f"{shown(file)}: expected an array `images`, found {some(names) or 'no array'}"
         )
     one_in_colour = images.ndim == 3 and images.shape[2] in (3, 4)
     of_images = images.ndim >= 3 and images.shape[3:] in ((), (1,), (3,)) and not one_in_colour
@@ -211,7 +210,7 @@ def _read_npz(file):
             )
         captions = np.array(_named(labels.reshape(-1), file, IDX_NAMES))
     used = ("images", "captions" if "captions" in stored else "labels")
-    unread = ", ".join(shown(name) for name in stored if name not in used)
+    unread = some([name for name in names if name not in used])
     notes = [f"{shown(file.name)}: not read: {unread}; captions are `captions`, else `labels`"]
     notes *= bool(unread)
     if captions is None:

@@ -54,7 +54,9 @@ def as_rgb(image: Image.Image, ground: str | None = "white") -> Image.Image:
     alpha = _alpha(image)
     if image.mode.startswith("I"):  # 16 bits of grey, which convert() would only clip
         grey = np.asarray(image, np.float32) / 257
-        rgb = Image.fromarray(np.clip(np.round(grey), 0, 255).astype(np.uint8)).convert("RGB")
+        grey = Image.fromarray(np.clip(np.round(grey), 0, 255).astype(np.uint8))
+        grey.info = image.info
+        rgb = _in_srgb(grey)
     else:
         rgb = _in_srgb(image)
     if alpha is not None and ground is None:
@@ -91,7 +93,9 @@ def _alpha(image):
 def _in_srgb(image):
     """Apply the colour profile; one that is damaged or of other colours counts for nothing."""
     profile = image.info.get("icc_profile")
-    if image.mode not in ("L", "RGB", "CMYK"):
+    if image.mode in ("LA", "La"):
+        image = image.convert("LA").getchannel("L")
+    elif image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("RGBA").convert("RGB")
     if profile:
         with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):

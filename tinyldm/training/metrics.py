@@ -56,11 +56,9 @@ class MetricsLog:
         self.stream.write(json.dumps(line | {"time": round(time.time(), 2)}) + "\n")
 
 
-def forget_metrics_after(file: Path, state: State) -> None:
-    """Drop the lines of steps that will be done again, and what is not a line of this log."""
-    if not os.path.lexists(file):
-        return
-    kept = []
+def read_metrics(file: Path) -> list[dict]:
+    """Read the lines of a log, and pass over what is none: a file may be missing, or edited."""
+    entries = []
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     for line in text.splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -68,9 +66,19 @@ def forget_metrics_after(file: Path, state: State) -> None:
             bands = entry.get("by_noise", [0] * BANDS)
             numbers = [*bands, *(entry[key] for key in entry.keys() - {"stage", "by_noise"})]
             drawn = len(bands) == BANDS and all(abs(number) <= LARGEST for number in numbers)
-            before = STAGES.index(entry["stage"]) - STAGES.index(state.stage)
-            done = before < 0 or (before == 0 and entry["step"] <= state.step)
-            if drawn and done:
-                kept.append(line + "\n")
+            if drawn and entry["stage"] in STAGES and entry["step"] >= 0:
+                entries.append(entry)
+    return entries
+
+
+def forget_metrics_after(file: Path, state: State) -> None:
+    """Drop the lines of steps that will be done again, and what is not a line of this log."""
+    if not os.path.lexists(file):
+        return
+    kept = []
+    for entry in read_metrics(file):
+        before = STAGES.index(entry["stage"]) - STAGES.index(state.stage)
+        if before < 0 or (before == 0 and entry["step"] <= state.step):
+            kept.append(json.dumps(entry) + "\n")
     with replacing(file) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")

@@ -1,6 +1,5 @@
 """Snapshots of a run in training: images in `samples/`, and metrics of held-out images."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from tinyldm.nn import no_grad
 from tinyldm.sampling.init_image import Scene
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.threads import map_batch
+from tinyldm.training.metrics import read_metrics
 
 SHARES = (0.1, 0.3, 0.6, 1.0)  # of a stage after which it reports
 EVERY = 600.0  # seconds, at the latest
@@ -243,9 +243,7 @@ def _has_captions_of_shapes(training):
 
 def draw_losses(run: Path, window: int = 20) -> None:
     """Plot both stages' losses, averaged over `window` lines: loss.png, and loss-by-noise.png."""
-    lines = (run / "training" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    entries = [json.loads(line) for line in lines]
-    series = {}
+    entries, series = read_metrics(run / "training" / "metrics.jsonl"), {}
     for stage in ("autoencoder", "denoiser"):
         of_stage = [e for e in entries if e["stage"] == stage and "loss" in e]
         if of_stage:
@@ -257,7 +255,8 @@ def draw_losses(run: Path, window: int = 20) -> None:
             points = [e["validation"] for e in checked]
             series[f"{stage}, held-out"] = ([e["step"] for e in checked], points)
     title = "loss against step (a flat denoiser loss is normal)"
-    save_image(run / "samples" / "loss.png", curves(series, title))
+    if series:
+        save_image(run / "samples" / "loss.png", curves(series, title))
     banded = [e for e in entries if "by_noise" in e]
     if banded:
         steps = [e["step"] for e in banded]
