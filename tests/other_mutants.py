@@ -37,6 +37,7 @@ SUITES = {  # module → the files of its tests
         "training/test_run.py",
     ],
     "training/loop": [
+        "training/test_loop.py",
         "training/test_losses.py",
         "training/test_run.py",
         "training/test_stops.py",

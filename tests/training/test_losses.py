@@ -331,7 +331,7 @@ def test_a_run_with_perception(tmp_path, every_step, monkeypatch):
 
 def test_mean_seconds_of_both_kinds_of_steps():
     config = dataclasses.replace(ADVERSARIAL, adversarial_start=0.75)
-    assert loop.mean_seconds(config, 1.0, 3.0) == 0.75 * 1 + 0.25 * 3
+    assert loop.mean_seconds(config, 2.0, 3.0) == 0.75 * 2 + 0.25 * 3
 
 
 def test_dead_codes_are_looked_for_after_every_step(tmp_path, monkeypatch):
