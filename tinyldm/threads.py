@@ -85,6 +85,9 @@ def only_thread() -> bool:
     return not mine.name.startswith(WORKER) and all(idle)
 
 
+PATIENCE = 0.1  # seconds
+
+
 def map_threads(function: Callable, items: Iterable, workers: int | None = None) -> list:
     """Compute `[function(item) for item in items]` on all cores, with one BLAS thread each.
 
@@ -101,7 +104,8 @@ def map_threads(function: Callable, items: Iterable, workers: int | None = None)
             for item in items:
                 run = contextvars.copy_context().run
                 futures.append(_pool(workers).submit(run, function, item))
-            wait(futures)
+            while wait(futures, PATIENCE).not_done:
+                pass  # a signal that another thread received is seen here now
         finally:  # also after Ctrl-C: the limit of BLAS is not lifted below a running product
             for future in futures:
                 future.cancel()

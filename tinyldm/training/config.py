@@ -125,9 +125,8 @@ class Config:
     )  # fmt: skip
     codes: int = 256  # of the codebook
     kl_weight: float = option(
-        "weight of the KL divergence per latent value, beside the mean squared error", 1e-4,
-        least=0, most=1000, group=LEARNT, metavar="WEIGHT", default_text="that of the preset",
-    )  # fmt: skip
+        "weight of the KL divergence per latent value, beside the squared error", 1e-4, least=0,
+        most=1000, group=LEARNT, metavar="WEIGHT", default_text="that of the preset")  # fmt: skip
     perceptual: float = 0.0  # weight of the perceptual loss, on a network given in Python
     adversarial: float = option(
         "weight of a discriminator in the second half of stage 1", 0.0, least=0, most=1000,
@@ -139,10 +138,8 @@ class Config:
         "condition: captions, classes as a token or with the time step, or none", CONDITIONS,
         group=MODEL,
     )  # fmt: skip
-    caption_dropout: float = option(
-        "share of captions that is dropped, for classifier-free guidance", 0.1, least=0, most=1,
-        group=LEARNT, metavar="SHARE",
-    )  # fmt: skip
+    caption_dropout: float = option("share of captions dropped, for classifier-free guidance",
+        0.1, least=0, most=1, group=LEARNT, metavar="SHARE")  # fmt: skip
     checkpointing: bool = option(
         "compute activations again in the backward pass, for less memory", False, group=RESOURCES
     )

@@ -64,9 +64,13 @@ def read_metrics(file: Path) -> list[dict]:
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
             entry = json.loads(line)
             bands = entry.get("by_noise", [0] * BANDS)
-            numbers = [*bands, *(entry[key] for key in entry.keys() - {"stage", "by_noise"})]
+            numbers = [
+                *bands,
+                *(entry.get(key, 0) for key in ("loss", "validation")),
+                entry["step"],
+            ]
             drawn = len(bands) == BANDS and all(abs(number) <= LARGEST for number in numbers)
-            if drawn and entry["stage"] in STAGES and entry["step"] >= 0:
+            if drawn and entry["stage"] in STAGES:
                 entries.append(entry)
     return entries
 
