@@ -85,7 +85,7 @@ def curves(series: dict[str, tuple], title: str, logarithmic: bool = True) -> Im
 
     The vertical axis is logarithmic, without values of 0, or else linear from 0.
     """
-    width, height, left, right, bottom = 640, 360, 60, 16, 34
+    width, height, left, right, bottom = 640, 360, 60, 28, 34
     top = 14 + 15 * len(series)  # the names of the lines, one above the other
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -107,8 +107,8 @@ def curves(series: dict[str, tuple], title: str, logarithmic: bool = True) -> Im
         _, y = point(0, value)
         draw.line([(left, y), (width - right, y)], GRID)
         draw.text((6, y - 7), f"{value:.2g}", INK, font)
-        draw.text((left + fraction * (width - left - right) - 12, height - bottom + 8),
-                  f"{last * fraction:.0f}", INK, font)  # fmt: skip
+        x = left + fraction * (width - left - right)
+        draw.text((x, height - bottom + 8), f"{last * fraction:.0f}", INK, font, anchor="ma")
     draw.text((left, 8), title, INK, font)
     for i, (name, (steps, points)) in enumerate(series.items()):
         colour = LINES[i % len(LINES)]
