@@ -44,7 +44,12 @@ SUITES = {  # module → the files of its tests
     ],
     "training/losses": ["training/test_losses.py", "training/test_step.py"],
     "training/state": ["training/test_run.py", "training/test_file_faults.py"],
-    "files": ["checkpoints", "training/test_run.py", "data/test_folder.py"],
+    "files": [
+        "checkpoints",
+        "sampling/test_pipeline.py",
+        "training/test_run.py",
+        "data/test_folder.py",
+    ],
     "lock": ["training/test_run.py", "training/test_stops.py", "sampling/test_pipeline.py"],
     "checkpoints/safetensors": ["checkpoints", "sampling/test_pipeline.py"],
     "checkpoints/diffusers_folder": [
