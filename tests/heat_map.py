@@ -1,6 +1,6 @@
 """The gradient heat map: how far off every gradient is, by each of several instruments.
 
-`python -m tests.heat_map [FILE]` prints the table, and draws it into FILE, a picture (which needs
+`python -m tests.heat_map [FILE]` prints the table, and draws it into an image FILE (which needs
 matplotlib).
 """
 
@@ -77,7 +77,7 @@ def complex_step(case):
 
 
 def differences(case):
-    """The same by central differences. What is zero by mathematics they leave undecided."""
+    """Return the worst mismatch by central differences; a zero that they cannot tell gives None."""
     try:
         found = check_gradients(*case.arguments, method="central") if is_derivative(case) else {}
     except Undecided:
@@ -93,12 +93,12 @@ def jacobian(case):
 
 
 def hessian(case):
-    """How far the Hessian that the backward pass implies is from a symmetric one."""
+    """Measure how far the Hessian that the backward pass implies is from a symmetric one."""
     return check_second_order(*case.arguments) if is_derivative(case) else None
 
 
 def taylor(case):
-    """How far the slope of Taylor's remainder is below 2."""
+    """Measure how far the slope of Taylor's remainder is below 2."""
     return max(0.0, 2 - check_taylor(*case.arguments)) if is_derivative(case) else None
 
 

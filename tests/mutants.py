@@ -82,7 +82,7 @@ def all_mutants(module):
 
 
 def passes_as_it_is(module):
-    """Whether the checks of a module pass."""
+    """Return whether the checks of a module pass without a fault."""
     return bool(in_fork(partial(_passes, module, lambda: None), MOST_SECONDS))
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -741,7 +742,7 @@ def test_a_shard_elsewhere_is_refused(folder):
 
 
 def test_the_scheduler_is_that_of_the_index(folder):
-    """As in diffusers, where the class that the config names is not looked at."""
+    """Take the scheduler's class from model_index.json, as diffusers does."""
     file = folder / "model_index.json"
     index = json.loads(file.read_text()) | {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}
     del index["_tinyldm"]
@@ -777,8 +778,18 @@ def test_any_flipped_bit_of_the_list_of_checksums_is_seen(folder):
                 Pipeline.load(folder)
 
 
+@pytest.mark.parametrize("files", [{"../a.json": "0"}, {"/etc/hostname": "0"}, ["a"], None, 5])
+def test_a_list_of_checksums_leads_nowhere_else(folder, files):
+    """Refuse names that lead out of the folder, though the list has a right checksum itself."""
+    crc = f"{zlib.crc32(json.dumps(files, sort_keys=True).encode()):08x}"
+    content = json.loads((folder / CHECKSUMS).read_text()) | {"files": files, "crc": crc}
+    (folder / CHECKSUMS).write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match=f"{folder / CHECKSUMS}: damaged"):
+        Pipeline.load(folder)
+
+
 def test_another_autoencoder_stands_in_for_one_that_is_gone(folder, tmp_path):
-    """What is recorded and missing is no fault where it is not needed."""
+    """Load a folder whose recorded vae is missing, where another one is given."""
     shutil.move(folder / "vae", tmp_path / "vae")
     with pytest.raises(FileNotFoundError, match="vae"):
         Pipeline.load(folder)

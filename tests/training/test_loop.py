@@ -1,4 +1,4 @@
-"""What a stage's loop knows of its steps: which were left out, how fast they are."""
+"""Tests of the training loop's bookkeeping: steps that were left out, and the pace of a stage."""
 
 import math
 from types import SimpleNamespace
@@ -70,7 +70,7 @@ def test_the_number_of_steps_that_the_seconds_allow():
 
 
 def test_with_a_discriminator_the_later_steps_are_timed_too(monkeypatch):
-    """Of half of the steps at 0.5 s, half at 1.5 s: those so far count as average ones."""
+    """Count the steps so far as average ones, where half take 0.5 s and half 1.5 s."""
     monkeypatch.setattr(loop, "seconds_with_discriminator", lambda *_: 1.5)
     state = state_of(discriminator={"a": 0}, config=SimpleNamespace(adversarial_start=0.5))
     pace = pace_of([0.5] * (CALIBRATION[0] + 4))

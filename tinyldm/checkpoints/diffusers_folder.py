@@ -131,7 +131,10 @@ def _recorded(folder):
         return {}
     if files is None and content == {"format": FORMAT}:
         return UNFINISHED
-    if content.get("crc") != _crc_of(files) or not ours:
+    outside = not isinstance(files, dict) or any(
+        ".." in Path(name).parts or name[:1] == "/" for name in files
+    )
+    if outside or content.get("crc") != _crc_of(files) or not ours:
         raise WeightsError(f"{file}: damaged; to take the files as they are, remove it")
     return files
 

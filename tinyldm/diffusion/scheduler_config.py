@@ -29,8 +29,8 @@ READ: dict[str, Kind] = {  # key → kind of its value
     "lower_order_final": bool,
     "euler_at_final": bool,
 }
-BETA_ENDS = {"HeunDiscreteScheduler": (0.00085, 0.012)}  # of a class; of the others:
-BETA_START, BETA_END = 1e-4, 0.02
+BETA_START, BETA_END = 1e-4, 0.02  # where a config gives none; but for these classes:
+BETA_ENDS = {"HeunDiscreteScheduler": (0.00085, 0.012)}
 OFF = (None, False)
 THRESHOLDING = {"thresholding": OFF}  # of pixels; latents have no range
 OTHER_SIGMAS = {"use_exponential_sigmas": OFF, "use_beta_sigmas": OFF}
