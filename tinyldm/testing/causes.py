@@ -67,7 +67,7 @@ def _sizes(c):
         ]
         for n, axes in found.items()
     }
-    for name, n in c.check.problem.whole_numbers().items():
+    for name, n in c.check.problem.integers().items():
         places.setdefault(n, []).append(f"the input {name}")
     for path, x in arrays.items():
         for count in range(2, x.ndim + 1):

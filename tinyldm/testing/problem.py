@@ -62,8 +62,8 @@ class Problem:
         other.tensors = values
         return other
 
-    def whole_numbers(self) -> dict[str, int]:
-        """Return the inputs that are whole numbers, by name."""
+    def integers(self) -> dict[str, int]:
+        """Return the inputs that are integers, by name."""
         pairs = zip(self.names, self.inputs, strict=True)
         return {name: int(x) for name, x in pairs if isinstance(x, (int, np.integer))}
 
