@@ -643,6 +643,15 @@ def test_a_finished_run_does_not_depend_on_its_log(copy, content):
     assert drawn.exists() == (content is not None)
 
 
+def test_where_all_states_are_damaged_they_stay_where_they_are(copy):
+    before = state_files(copy)
+    for file in before:
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="there is no state before it"):
+        resume(copy, say=silent)
+    assert len(before) > 1 and state_files(copy) == before
+
+
 def test_notes_of_a_state_that_are_no_object(copy):
     *_, file = state_files(copy)
     save_weights(file, load_weights(file), {"tinyldm": "[]"})

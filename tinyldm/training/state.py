@@ -197,8 +197,12 @@ def load_state(
         if say is None:
             raise Damaged(f"{error}; {before[-1].name} is the one before it") from None
         say(f"{error}; going on from {before[-1].name} before it")
-        file.rename(file.with_name(f"{file.name}.damaged"))
-        return load_state(run, device, say)
+        aside = file.rename(file.with_name(f"{file.name}.damaged"))
+        try:
+            return load_state(run, device, say)
+        except ValueError:  # nor can that one be: all stays where it was
+            aside.rename(file)
+            raise
     groups = {name: {} for name in GROUPS}
     for path, array in arrays.items():
         group, _, name = path.partition("/")
