@@ -1,12 +1,11 @@
-"""Grids, strips, animations and curves: where the pixels land, and that nothing makes them fail."""
+"""Grids, strips and animations: where the pixels land, and that nothing makes them fail."""
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from tinyldm.evaluation.figures import (
     PAPER,
-    curves,
     enlarge,
     grid,
     latents_as_images,
@@ -149,67 +148,6 @@ def test_enlarge_repeats_pixels(factor):
     for dy in range(factor):
         for dx in range(factor):
             np.testing.assert_array_equal(large[:, dy::factor, dx::factor], images)
-
-
-# ------------------------------------------------------------------------------------------ curves
-
-
-@pytest.mark.parametrize(
-    "series",
-    [
-        {"one": ([1], [0.5])},
-        {"one": ([0], [0.5])},
-        {"one": ([1], [0.5]), "other": ([1, 2], [1.0, 0.1])},
-        {"flat": ([1, 2, 3], [0.5, 0.5, 0.5])},
-        {"wild": ([1, 2, 3], [1e-30, 1e30, 1.0])},
-        {"zero": ([1, 2, 3], [0.0, 1.0, 0.5])},
-        {"minus": ([1, 2, 3], [-1.0, 1.0, 0.5])},
-        {str(i): ([1, 2], [0.1 + i, 0.2]) for i in range(6)},
-        {"größer 円": ([1, 10**7], np.array([0.1, 0.2]))},
-    ],
-    ids=lambda series: next(iter(series)) + str(len(series)),
-)
-def test_curves_of_any_numbers(series):
-    sheet = curves(series, "Überschrift")
-    assert (sheet.mode, sheet.size) == ("RGB", (640, 360))
-    assert np.asarray(sheet).min() < 128
-
-
-def points(monkeypatch, series):
-    """The lines that `curves` draws: [(colour, [(x, y)])], without those of the grid."""
-    drawn = []
-
-    def line(self, xy, fill=None, width=0, joint=None):
-        if width == 2:
-            drawn.append((fill, xy))
-
-    monkeypatch.setattr(ImageDraw.ImageDraw, "line", line)
-    curves(series, "title")
-    return drawn
-
-
-def test_curves_are_where_their_numbers_are(monkeypatch):
-    first = ([0, 50, 100], [100.0, 10.0, 1.0])
-    second = ([0, 100], [10.0, 10.0])
-    (colour, line), (other, flat) = points(monkeypatch, {"a": first, "b": second})
-    assert colour != other
-    (x0, y0), (x1, y1), (x2, y2) = line
-    assert x1 - x0 == pytest.approx(x2 - x1) and x0 < x1
-    assert y1 - y0 == pytest.approx(y2 - y1) and y0 < y1  # straight, as the height is logarithmic
-    assert [x for x, _ in flat] == [x0, x2]
-    assert [y for _, y in flat] == pytest.approx([y1, y1])
-    assert 0 < y0 < y2 < 360 and 0 < x0 < x2 < 640
-
-
-def test_values_that_have_no_logarithm_are_left_out(monkeypatch):
-    ((_, line),) = points(monkeypatch, {"a": ([0, 1, 2, 3], [1.0, 0.0, -1.0, 10.0])})
-    assert len(line) == 2
-
-
-def test_a_single_point_can_be_seen():
-    pixels = np.asarray(curves({"a": ([5], [0.5])}, "title")).astype(int)
-    inside = pixels[34:326, 61:624]  # where lines are drawn; the grid is grey
-    assert (inside.max(2) - inside.min(2)).max() > 50
 
 
 # ------------------------------------------------------------------------------------------ saving

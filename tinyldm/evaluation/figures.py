@@ -1,4 +1,4 @@
-"""Figures: grids, strips and animations of images, and curves, drawn with Pillow."""
+"""Figures: grids, strips and animations of images, drawn with Pillow."""
 
 import errno
 import os
@@ -14,11 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from tinyldm.files import replacing
 
 LONGEST_CAPTION = 200  # characters under an image
-INK, PAPER, GRID = (40, 40, 40), (255, 255, 255), (225, 225, 225)
-LINES = (
-    (200, 60, 50), (50, 90, 200), (40, 150, 80), (150, 90, 180), (230, 150, 40), (60, 60, 60),
-    (70, 190, 200), (225, 120, 170),
-)  # fmt: skip
+INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
 def grid(
@@ -78,48 +74,6 @@ def latents_as_images(latents: np.ndarray) -> np.ndarray:
 def enlarge(images: np.ndarray, factor: int) -> np.ndarray:
     """Repeat each pixel of (n, h, w, 3)."""
     return images.repeat(factor, axis=1).repeat(factor, axis=2)
-
-
-def curves(series: dict[str, tuple], title: str, logarithmic: bool = True) -> Image.Image:
-    """Plot {name: (steps, values)} as lines → a PIL image.
-
-    The vertical axis is logarithmic, without values of 0, or else linear from 0.
-    """
-    width, height, left, right, bottom = 640, 360, 60, 28, 34
-    top = 14 + 15 * len(series)  # the names of the lines, one above the other
-    sheet = Image.new("RGB", (width, height), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(12)
-    values = np.concatenate([np.asarray(v, float) for _, v in series.values()])
-    last = max(steps[-1] for steps, _ in series.values())
-    up, down = (np.log10, lambda height: 10**height) if logarithmic else (float, float)
-    heights = [up(value) for value in values if value > 0 or not logarithmic]
-    low = min(heights) if logarithmic else 0.0
-    high = max(*heights, low + 1e-6)
-
-    def point(step, value):
-        x = left + step / max(1, last) * (width - left - right)
-        y = top + (high - up(value)) / (high - low) * (height - top - bottom)
-        return x, y
-
-    for fraction in np.linspace(0, 1, 5):
-        value = down(low + (high - low) * fraction)
-        _, y = point(0, value)
-        draw.line([(left, y), (width - right, y)], GRID)
-        draw.text((6, y - 7), f"{value:.2g}", INK, font)
-        x = left + fraction * (width - left - right)
-        draw.text((x, height - bottom + 8), f"{last * fraction:.0f}", INK, font, anchor="ma")
-    draw.text((left, 8), title, INK, font)
-    for i, (name, (steps, points)) in enumerate(series.items()):
-        colour = LINES[i % len(LINES)]
-        shown = [p for p in zip(steps, points, strict=True) if p[1] > 0 or not logarithmic]
-        line = [point(*p) for p in shown]
-        if len(line) == 1:
-            draw.circle(line[0], 3, colour)
-        elif line:
-            draw.line(line, colour, 2)
-        draw.text((width - 150, 8 + 15 * i), name, colour, font)
-    return sheet
 
 
 def image_format(file: Path) -> str:

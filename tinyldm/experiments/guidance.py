@@ -13,6 +13,7 @@ import numpy as np
 
 from tinyldm.data.shapes import Attributes, draw, make_shapes
 from tinyldm.evaluation.metrics import SEED, latent_features
+from tinyldm.evaluation.plots import Curves
 from tinyldm.evaluation.scenes import generate
 from tinyldm.evaluation.statistics import frechet_distance, precision_recall
 from tinyldm.experiments.scoring import Report, accuracy
@@ -69,8 +70,9 @@ def run(folder: Path, out: Path, say: Say) -> list[dict]:
             sheet.append(images[:SHOWN])
             names.append(name.replace(", ", "\n"))
     report.save_samples(sheet, names)
-    title = "Fréchet distance from real images, against guidance"
-    report.save_curves("guidance.png", lines(report.rows), title)
+    title = "how far from real images"
+    curves = Curves(lines(report.rows), title, "guidance scale", "Fréchet distance", False)
+    report.save_curves("guidance.png", curves)
     return report.rows
 
 

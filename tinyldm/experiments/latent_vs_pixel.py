@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyldm.data.shapes import make_shapes
+from tinyldm.evaluation.plots import Curves
 from tinyldm.evaluation.scenes import generate
 from tinyldm.evaluation.statistics import kernel_distance, psnr
 from tinyldm.experiments.scoring import Report, accuracy
@@ -110,7 +111,9 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
             say(f"f = {f}: {right:.0%} of the captions are right")
     report.save_samples(sheet, list(quality))
     series = {name: tuple(zip(*points, strict=True)) for name, points in quality.items()}
-    report.save_curves("quality.png", series, "captions right against seconds of training")
+    title = "the same U-Net in pixels (f = 1) and in latents"
+    curves = Curves(series, title, "seconds of training", "share of captions right", False)
+    report.save_curves("quality.png", curves)
     return report.rows
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from tinyldm.data.shapes import make_shapes
 from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
 from tinyldm.evaluation.metrics import SEED
+from tinyldm.evaluation.plots import Curves
 from tinyldm.evaluation.scenes import generate
 from tinyldm.experiments.scoring import Report, accuracy
 from tinyldm.experiments.trained import new_run, with_steps
@@ -88,8 +89,10 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
             report.add(row)
             say(f"{row['accuracy_seen']:.1%} of the captions are right")
     report.save_samples(sheet, ["\n".join(trial) for trial in TRIALS])
-    title = "signal to noise against the time step"
-    report.save_curves("signal-to-noise.png", signal_to_noise(), title, logarithmic=True)
+    curves = Curves(
+        signal_to_noise(), "noise schedules", "time step t", "signal to noise, ᾱ / (1 − ᾱ)"
+    )
+    report.save_curves("signal-to-noise.png", curves)
     return report.rows
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyldm.evaluation.figures import curves, grid, save_image
+from tinyldm.evaluation.figures import grid, save_image
+from tinyldm.evaluation.plots import Curves, save_plot
 from tinyldm.evaluation.reader import score
 from tinyldm.files import replacing, write_json
 from tinyldm.training.signals import Interruptible, Stopped
@@ -43,11 +44,9 @@ class Report:
         sheet = grid(np.concatenate(images), columns=len(images[0]), labels=labels)
         save_image(self.out / "samples.png", sheet)
 
-    def save_curves(
-        self, name: str, series: dict[str, tuple], title: str, logarithmic: bool = False
-    ) -> None:
-        """Save a plot of {name: (x, y)} under this name."""
-        save_image(self.out / name, curves(series, title, logarithmic))
+    def save_curves(self, name: str, curves: Curves) -> None:
+        """Save a plot under this name."""
+        save_plot(self.out / name, curves)
 
     def _cell(self, row, key):
         return "–" if row[key] is None else format(row[key], self.columns[key][1])

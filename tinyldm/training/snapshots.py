@@ -10,14 +10,14 @@ from tinyldm.data.images import from_uint8, in_channels, to_uint8
 from tinyldm.data.shapes import attributes_in
 from tinyldm.diffusion import SAMPLERS
 from tinyldm.evaluation.figures import (
-    curves,
     enlarge,
     grid,
     latents_as_images,
     save_animation,
     save_image,
 )
-from tinyldm.evaluation.metrics import loss_by_noise
+from tinyldm.evaluation.metrics import BANDS, loss_by_noise
+from tinyldm.evaluation.plots import Curves, save_plot
 from tinyldm.evaluation.reader import score
 from tinyldm.evaluation.scenes import generate, masked_images, task_input
 from tinyldm.evaluation.statistics import psnr
@@ -26,6 +26,7 @@ from tinyldm.nn import no_grad
 from tinyldm.sampling.init_image import Scene
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.threads import map_batch
+from tinyldm.training.config import STAGES
 from tinyldm.training.metrics import read_metrics
 
 SHARES = (0.1, 0.3, 0.6, 1.0)  # of a stage after which it reports
@@ -50,6 +51,7 @@ UNSEEN = [  # pairs of shape and colour that are held out of training
     "a large blue circle on red at the center",
 ]
 FEW = slice(6)  # of the images, in the film of the reverse process
+BAND_NAMES = [f"t = {i * 1000 // BANDS}–{(i + 1) * 1000 // BANDS - 1}" for i in range(BANDS)]
 MOST = 128  # held-out images that a report looks at
 
 
@@ -241,10 +243,17 @@ def _has_captions_of_shapes(training):
     return training.readable and len(attributes_in(training.captions[0])) > 1
 
 
-def draw_losses(run: Path, window: int = 20) -> None:
-    """Plot both stages' losses, averaged over `window` lines: loss.png, and loss-by-noise.png."""
-    entries, series = read_metrics(run / "training" / "metrics.jsonl"), {}
-    for stage in ("autoencoder", "denoiser"):
+def draw_losses(run: Path) -> None:
+    """Plot loss.png and loss-by-noise.png, where matplotlib is installed."""
+    for name, curves in losses_of(run).items():
+        save_plot(run / "samples" / f"{name}.png", curves)
+
+
+def losses_of(run: Path, window: int = 20) -> dict[str, Curves]:
+    """Return what there is to plot of a run's losses, averaged over `window` lines of its log."""
+    entries = read_metrics(run / "training" / "metrics.jsonl")
+    series, found = {}, {}
+    for stage in STAGES:
         of_stage = [e for e in entries if e["stage"] == stage and "loss" in e]
         if of_stage:
             losses = np.array([e["loss"] for e in of_stage])
@@ -254,15 +263,16 @@ def draw_losses(run: Path, window: int = 20) -> None:
         if checked:
             points = [e["validation"] for e in checked]
             series[f"{stage}, held-out"] = ([e["step"] for e in checked], points)
-    title = "loss against step (a flat denoiser loss is normal)"
     if series:
-        save_image(run / "samples" / "loss.png", curves(series, title))
+        title = "both stages; held-out latents are means, those of training are drawn"
+        found["loss"] = Curves(series, title, "step of the stage", "loss")
     banded = [e for e in entries if "by_noise" in e]
     if banded:
-        steps = [e["step"] for e in banded]
-        series = {
-            f"noise band {i + 1}": (steps, [e["by_noise"][i] for e in banded])
-            for i in range(len(banded[0]["by_noise"]))
+        steps, title = [e["step"] for e in banded], "stage 2 on held-out images"
+        bands = {
+            name: (steps, [e["by_noise"][i] for e in banded]) for i, name in enumerate(BAND_NAMES)
         }
-        title = "denoiser, held-out images, from little noise (1) to much (5)"
-        save_image(run / "samples" / "loss-by-noise.png", curves(series, title))
+        found["loss-by-noise"] = Curves(
+            bands, title, "step of stage 2", "mean squared error", logarithmic=False
+        )
+    return found

@@ -1,0 +1,97 @@
+"""Plots: curves with axes and labels, drawn by matplotlib where it is installed."""
+
+import warnings
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+from tinyldm.files import replacing
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8860b", "#a3478a", "#3f9bd1", "#7d7d7d", "#7a5c00")
+DASHES = ("-", "--", "-.", ":")  # so that colour alone tells nothing
+FEW = 12  # points, of which each is shown
+INK = "#010203"  # of text and axes; a page replaces it by its own
+STYLE = {
+    "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
+    "xtick.color": INK, "ytick.color": INK, "svg.fonttype": "none", "svg.hashsalt": "tinyldm",
+}  # fmt: skip
+
+
+class Curves(NamedTuple):
+    """Curves of a plot: {name: (x, y)} with its title and the names of its axes.
+
+    logarithmic: the vertical axis, which then leaves out what has no logarithm. marks: values of x
+    with a vertical line, and what to call each.
+    """
+
+    series: dict[str, tuple[Sequence[float], Sequence[float]]]
+    title: str
+    x: str
+    y: str
+    logarithmic: bool = True
+    marks: dict[float, str] = {}  # noqa: RUF012
+
+
+class PlotsLeftOut(UserWarning):
+    """matplotlib, which draws curves, is not installed."""
+
+
+def save_plot(file: Path, curves: Curves) -> None:
+    """Write a plot as PNG, whole or not at all; nothing where matplotlib is not installed."""
+    content = _render(curves, format="png", dpi=110, metadata={"Software": None})
+    if content:
+        with replacing(file) as temporary:
+            Path(temporary).write_bytes(content)
+
+
+def svg_of(curves: Curves) -> str:
+    """Return a plot as an SVG element in the colour of the text around it; "" without matplotlib.
+
+    Its texts are text, so that they can be found and read aloud.
+    """
+    content = _render(curves, format="svg", transparent=True, metadata={"Date": None}).decode()
+    return content[content.find("<svg") :].replace(INK, "currentColor") if content else ""
+
+
+def _render(curves, **options):
+    """Draw and encode curves; b"", with a warning, where matplotlib is not installed."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        warnings.warn(
+            "matplotlib is not installed, so plots of curves are left out; to have them: "
+            "pip install matplotlib",
+            PlotsLeftOut, stacklevel=1,
+        )  # fmt: skip
+        return b""
+    content = BytesIO()
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        _draw(figure.subplots(), curves)
+        figure.savefig(content, **options)
+    return content.getvalue()
+
+
+def _draw(axes, curves):
+    for i, (name, (x, y)) in enumerate(curves.series.items()):
+        points = [(a, b) for a, b in zip(x, y, strict=True) if b > 0 or not curves.logarithmic]
+        axes.plot(
+            [a for a, _ in points], [b for _, b in points], label=name,
+            color=COLOURS[i % len(COLOURS)], linestyle=DASHES[i // 2 % len(DASHES)],
+            marker="o" if len(points) < FEW else None, markersize=4,
+        )  # fmt: skip
+    axes.set(title=curves.title, xlabel=curves.x, ylabel=curves.y)
+    if curves.logarithmic:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    for at, text in curves.marks.items():
+        axes.axvline(at, color=INK, linewidth=0.8, linestyle=":")
+        place = axes.get_xaxis_transform()  # the height as a share of the axis
+        axes.annotate(text, (at, 1), (4, -4), place, "offset points", va="top")
+    if len(curves.series) > 1:
+        axes.legend(frameon=False, fontsize="small")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
