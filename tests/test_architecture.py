@@ -27,6 +27,7 @@ PACKAGES = {
     "evaluation": "how good the images are",
     "training": "both stages, and the state that survives anything",
     "experiments": "claims of the field at small scale",
+    "explain": "pages that show what a run has learnt",
     "testing pytest_plugin": "gradient checks for everyone",
     "exercises": "lines of the source to write yourself",
     "cli __main__": "the command line",

@@ -341,7 +341,9 @@ def test_what_is_generated_never_becomes_data(tmp_path):
 
 def test_a_run_may_be_replaced(copy, whole, no_images):
     (copy / "my notes.txt").write_text("not of the run")
-    (copy / "eval.json").write_text("{}")
+    about = [copy / name for name in ("eval.json", "report.html", "live.html")]
+    for file in about:
+        file.write_text("{}")
     config = dataclasses.replace(CONFIG, seed=1)
     with pytest.raises(DataError, match="nothing of that name"):  # noticed before anything is lost
         train(copy, dataclasses.replace(CONFIG, data="no such folder"), overwrite=True)
@@ -349,7 +351,7 @@ def test_a_run_may_be_replaced(copy, whole, no_images):
     train(copy, config, overwrite=True, say=silent)
     assert load_state(copy).config.seed == 1
     assert (copy / LAST_STATE).read_bytes() != (whole.run / LAST_STATE).read_bytes()
-    assert (copy / "my notes.txt").exists() and not (copy / "eval.json").exists()
+    assert (copy / "my notes.txt").exists() and not any(file.exists() for file in about)
     assert not (copy / "samples" / "samples.png").exists()
 
 

@@ -1,4 +1,4 @@
-"""The command line: `tinyldm demo`, `train`, `sample`, `eval`, `experiment`, `exercise`, `doctor`.
+"""The command line: `tinyldm demo`, `train`, `sample`, `eval`, `explain`, `experiment`, ….
 
 Only results go to stdout. A user's mistake is one line on stderr and exit code 2, a failure while
 running is 1, and 129, 130 or 143 mean: interrupted, with everything saved. Each command is a
@@ -26,6 +26,7 @@ COMMANDS = {  # name → what it does, for --help
     "sample": "generate images from a caption",
     "eval": "score a run, on shapes or on any images",
     "experiment": "try a claim of the field at small scale",
+    "explain": "write pages that show what a run has learnt, and let it generate in a browser",
     "exercise": "write a line of the source yourself, and have it checked",
     "doctor": "check that everything is there, and how fast it is",
 }

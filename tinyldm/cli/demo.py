@@ -25,7 +25,7 @@ def run(options: Namespace) -> None:
     training.run(options)
     say("scoring: 200 images are generated and read back by rule")
     options.run_folder, options.captions = options.out, 200
-    options.steps = options.guidance = None
+    options.steps = options.guidance = options.data = None
     evaluate.run(options)
     samples = Path(options.out) / "samples"
     say(
@@ -35,6 +35,8 @@ def run(options: Namespace) -> None:
         f'  tinyldm sample {options.out} "a large red circle on blue at the left" -o circle.png\n'
         f'  tinyldm sample {options.out} "a small white triangle on black at the top" --n 4 '
         "--seed 7 -o triangle.png\n"
+        "see what it has learnt, step by step, in a page:\n"
+        f"  tinyldm explain {options.out}\n"
         "or go on to better images:\n"
         f"  tinyldm demo --out {options.out} --resume --minutes 5"
     )

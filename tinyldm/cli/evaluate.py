@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyldm.cli.arguments import add_device, add_options, chosen, say
-from tinyldm.data.dataset import DataError
+from tinyldm.data.dataset import DataError, Dataset
 from tinyldm.data.tokenizer import CaptionCut
 from tinyldm.evaluation.figures import grid, save_image
 from tinyldm.evaluation.metrics import evaluate, table
@@ -27,9 +27,6 @@ from tinyldm.training.state import load_notes
 class Scoring:
     """Options of scoring."""
 
-    data: str | None = option(
-        "folder of the run's images, if they have moved", None, metavar="FOLDER"
-    )
     captions: int = option("number of images to generate", 500, least=4, most=100_000, metavar="N")
     classifier_seconds: float = option(
         "seconds to train the classifier whose features compare images; 0 to compare latents",
@@ -40,24 +37,41 @@ class Scoring:
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the run to score, and the options of scoring."""
     parser.add_argument("run_folder", metavar="RUN", help="folder of the run")
+    add_moved_data(parser)
     add_options(parser, Scoring)
     add_options(parser, SamplingParams, ("steps", "guidance"))
     add_device(parser)
 
 
-def run(options: Namespace) -> None:
-    """Score a run on its own data: a table, eval.json and samples/nearest.png."""
-    run = Path(whole_run(options.run_folder, say))
-    notes, scoring = load_notes(run), Scoring(**chosen(options, Scoring))
-    config = replace(notes["config"], data=scoring.data or notes["config"].data)
-    pipeline = Pipeline.load(run, options.device)
+def add_moved_data(parser: ArgumentParser) -> None:
+    """Add --data, for images that have moved."""
+    text = "folder of the run's images, if they have moved"
+    parser.add_argument("--data", metavar="FOLDER", help=text)
+
+
+def data_of(run: Path, moved: str | None) -> tuple[dict, Dataset, Dataset]:
+    """Load the images of a run: its notes, the images that it was trained on, and the held-out.
+
+    moved: the folder where they are now. Raises DataError where they are no longer the same.
+    """
+    notes = load_notes(run)
+    config = notes["config"] = replace(notes["config"], data=moved or notes["config"].data)
     data = load_data(config)
     if data.fingerprint() != notes["data"]:  # the held-out split is no longer known
         raise DataError(
             f"{config.data}: the {len(data):,} images and captions are no longer those that "
             f"{run} was trained on; bring them back, or name their folder with --data"
         )
-    training, held_out = split(data, config)
+    return notes, *split(data, config)
+
+
+def run(options: Namespace) -> None:
+    """Score a run on its own data: a table, eval.json and samples/nearest.png."""
+    run = Path(whole_run(options.run_folder, say))
+    scoring = Scoring(**chosen(options, Scoring))
+    pipeline = Pipeline.load(run, options.device)
+    notes, training, held_out = data_of(run, options.data)
+    config = notes["config"]
     classifier = classifier_of(
         run, training, held_out, notes["data"], scoring.classifier_seconds, config.seed,
         options.device, say,
@@ -65,7 +79,7 @@ def run(options: Namespace) -> None:
     with warnings.catch_warnings(action="ignore", category=CaptionCut):
         result, images = evaluate(
             pipeline, training, held_out, scoring.captions, options.steps, options.guidance,
-            prompts_of(config) if data.readable else None, classifier and classifier.features,
+            prompts_of(config) if training.readable else None, classifier and classifier.features,
         )  # fmt: skip
     if classifier:
         result["features"] = {"kind": "classifier", "accuracy": classifier.notes.accuracy}

@@ -68,7 +68,8 @@ def _render(curves, **options):
         return b""
     content = BytesIO()
     with rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        figure = Figure(figsize=(6.4, 3.6))
+        figure.subplots_adjust(left=0.12, right=0.97, bottom=0.14, top=0.9)
         _draw(figure.subplots(), curves)
         figure.savefig(content, **options)
     return content.getvalue()

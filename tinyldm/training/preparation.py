@@ -47,7 +47,8 @@ WRITTEN = (  # patterns of the files of a run, besides those of its components
     "scheduler/scheduler_config.json",
 )  # fmt: skip
 NAMES = [Path(name).name for name in WRITTEN]
-NAMES += ["config.json", "model_index.json", "eval.json", CHECKSUMS]
+ABOUT = ("eval.json", "report.html", "live.html")  # what other commands write about a run
+NAMES += ["config.json", "model_index.json", CHECKSUMS, *ABOUT]
 NAMES += [file for _, _, file in COMPONENTS.values()]
 _names = "|".join(re.escape(name).replace(r"\*", "[0-9]+") for name in NAMES)
 TEMPORARY = re.compile(rf"\.({_names})-[a-z0-9_]{{8}}")  # what `replacing` writes first
@@ -171,7 +172,7 @@ def remove(run: Path) -> None:
     OSError for one that cannot be removed; the checksums, without which it counts as cut off, go
     first.
     """
-    files = [run / CHECKSUMS, run / "model_index.json", run / "eval.json"]
+    files = [run / name for name in (CHECKSUMS, "model_index.json", *ABOUT)]
     files += [run / name / file for name, (_, _, file) in COMPONENTS.items()]
     files += [run / name / "config.json" for name in COMPONENTS]
     for pattern in WRITTEN:

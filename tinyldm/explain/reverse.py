@@ -1,0 +1,196 @@
+"""Chapters on the reverse process: watch it, steer it, and see to which words it attends."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import softmax
+
+from tinyldm.backend import Array, to_device
+from tinyldm.checkpoints.components import make
+from tinyldm.data.shapes import COLOURS, POSITIONS, SHAPES
+from tinyldm.diffusion.timesteps import timesteps
+from tinyldm.evaluation.figures import latents_as_images
+from tinyldm.explain.subject import Contents, Subject
+from tinyldm.kernels import plain
+from tinyldm.models import Tokenizer
+from tinyldm.models.blocks import Attention
+from tinyldm.models.unet import UNet
+from tinyldm.nn import no_grad
+from tinyldm.nn.attention import split_heads
+from tinyldm.nn.layers import Layer
+from tinyldm.nn.protocol import Backward, Params
+from tinyldm.sampling.pipeline import Pipeline
+
+GROUND = "yellow"  # of the images in which one chooses shape, colour and place
+MOST_STEERED = 24  # captions to choose from, where they are not of shapes
+FEW_STEPS = {"sampler": "dpm++2m", "steps": 10}  # nearly as good as 25 of ddim
+HEAT = ((13, 8, 60), (90, 20, 110), (190, 55, 85), (245, 135, 40), (252, 250, 190))  # from 0 to 1
+
+
+@dataclass
+class Trajectory:
+    """The reverse process by ddim: what each step began with, and what it guessed.
+
+    states, guesses: (steps, n, h, w, c), x_t and the x_0 that the step was made with. context:
+    embedded captions (n, …). t, alphas_bar: (steps,).
+    """
+
+    t: list[int]
+    alphas_bar: list[float]
+    states: Array
+    guesses: Array
+    context: Array
+
+
+def trajectory(subject: Subject) -> Trajectory:
+    """Run the reverse process for the captions of the subject."""
+    pipeline, start = subject.pipeline, subject.noise(len(subject.prompts))
+    params = pipeline.sampling_params(subject.prompts, sampler="ddim")
+    passed = list(pipeline.denoise(params, start))
+    t = timesteps(pipeline.schedule, params.steps)
+    xp = pipeline.xp
+    states = xp.stack([start, *(x for x, _ in passed[:-1])])
+    guesses = xp.stack([x0 for _, x0 in passed])
+    alphas_bar = pipeline.schedule.alphas_bar[t].tolist()
+    return Trajectory(t.tolist(), alphas_bar, states, guesses, pipeline.embed(subject.prompts))
+
+
+def watch(subject: Subject, path: Trajectory, contents: Contents) -> None:
+    """Show each step: x_t, and the x_0 guessed with the caption, without it, and with guidance."""
+    pipeline = subject.pipeline
+    rows = {
+        "noisy": [pipeline.decode(x) for x in path.states],
+        "latents": [latents_as_images(to_device(x, "cpu")) for x in path.states],
+        "guided": [pipeline.decode(x0) for x0 in path.guesses],
+    }
+    conditions = {"with": path.context}
+    if subject.is_conditional:
+        conditions["without"] = pipeline.embed([""] * len(subject.prompts))
+    for name, condition in conditions.items():
+        rows[name] = []
+        for x, t, alpha_bar in zip(path.states, path.t, path.alphas_bar, strict=True):
+            x0, _ = pipeline.schedule.split(pipeline.predict(x, t, condition), x, alpha_bar)
+            rows[name].append(pipeline.decode(x0))
+    for name, images in rows.items():
+        contents.sheet(f"watch-{name}", np.stack(images, axis=1))  # a row for each caption
+    contents.text("prompts", [prompt or "(no caption)" for prompt in subject.prompts])
+    contents.text("watch-t", [f"t = {t}" for t in path.t])
+    shares = [f"{100 * share:.1f} % of the variance is image" for share in path.alphas_bar]
+    contents.text("watch-signal", shares)
+
+
+def steer(subject: Subject, contents: Contents) -> None:
+    """Show many captions, each at several guidance scales, all from the same noise."""
+    pipeline = subject.pipeline
+    default = pipeline.defaults["guidance"]
+    guidances = sorted({1.0, default, 4.0, 8.0})
+    if subject.training.readable and isinstance(pipeline.tokenizer, Tokenizer):
+        words = {"colour": [c for c in COLOURS if c != GROUND], "shape": SHAPES, "place": POSITIONS}
+        prompts = [
+            f"a large {colour} {shape} on {GROUND} at the {place}"
+            for colour in words["colour"] for shape in SHAPES for place in POSITIONS
+        ]  # fmt: skip
+    else:
+        prompts = list(dict.fromkeys(subject.training.captions))[:MOST_STEERED]
+        words = {"caption": prompts}
+    latents = subject.noise(1).repeat(len(prompts), axis=0)
+    columns = []
+    for guidance in guidances:
+        images = pipeline(prompts, latents=latents, guidance=guidance, **FEW_STEPS)
+        columns.append(np.stack([np.asarray(image) for image in images]))
+    contents.sheet("steer", np.stack(columns, axis=1))
+    contents.text("steer-captions", prompts)
+    for name in ("colour", "shape", "place", "caption"):
+        contents.text(f"steer-{name}", words.get(name, [""]))
+    names = [f"{g:g}" + ", the default" * (g == default) for g in guidances]
+    contents.text("steer-guidance", names)
+    contents.text("steer-default", [str(guidances.index(default))])
+
+
+class Watched(Layer):
+    """A cross-attention layer that keeps its probabilities, averaged over heads: (n, l, m)."""
+
+    def __init__(self, layer: Attention, kept: dict[str, np.ndarray], name: str):
+        self.layer, self.kept, self.name = layer, kept, name
+
+    def __call__(self, params: Params, x: Array, context: Array) -> tuple[Array, Backward]:
+        """Attend as the layer does."""
+        q, _ = self.layer.to_q(params, x)
+        k, _ = self.layer.to_k(params, context)
+        q, k = (split_heads(to_device(z, "cpu"), self.layer.heads) for z in (q, k))
+        p = softmax(q @ k.swapaxes(2, 3) / np.sqrt(q.shape[3]), axis=3)
+        self.kept[self.name] = p.mean(axis=1)
+        return self.layer(params, x, context)
+
+
+def watched_unet(pipeline: Pipeline) -> tuple[UNet, dict[str, np.ndarray]]:
+    """Build the U-Net anew, so that its cross-attention is watched: it, and what a call fills."""
+    unet, kept = make("unet", pipeline.configs["unet"]), {}
+    parts = {"down": unet.down_blocks, "middle": [unet], "up": unet.up_blocks}
+    for part, blocks in parts.items():
+        for i, block in enumerate(blocks):
+            for j, layer in enumerate(block.mid_layers if block is unet else block.layers):
+                for attends in layer.attention.blocks if layer.attention else []:
+                    name = f"{part} {i}.{j}" if part != "middle" else part
+                    attends.attn2 = Watched(attends.attn2, kept, name)
+    return unet, kept
+
+
+def attention(subject: Subject, path: Trajectory, contents: Contents) -> bool:
+    """Show how much each position attends to each token, at each step; → whether it attends.
+
+    Light is the largest share that a token has anywhere in the image.
+    """
+    pipeline = subject.pipeline
+    if not (isinstance(pipeline.tokenizer, Tokenizer) and subject.is_conditional):
+        return False
+    tokenizer = pipeline.tokenizer
+    unet, kept = watched_unet(pipeline)
+    h, w = path.states.shape[2:4]
+    maps = {}
+    with plain(), no_grad():
+        for x, t in zip(path.states, path.t, strict=True):
+            steps = pipeline.xp.full(len(x), t)
+            unet(pipeline.params["unet"], x, steps, context=path.context)
+            for name, p in kept.items():
+                maps.setdefault(name, []).append(p)
+    if not maps:
+        return False
+    ids = tokenizer(subject.prompts)
+    lengths = (ids == tokenizer.end_id).argmax(axis=1) + 1  # with start and end
+    m = int(lengths.max())
+    names, sheets, largest = [], [], []
+    for name, of_steps in maps.items():
+        p = np.stack(of_steps)[..., :m]  # (steps, n, l, m)
+        most = p.max(axis=2)
+        largest.append(most.transpose(1, 2, 0))
+        p = p / most[:, :, None]
+        factor = round((h * w / p.shape[2]) ** 0.5)
+        rows, columns = -(-h // factor), -(-w // factor)
+        names.append(f"{rows}×{columns}, {name}")
+        p = p.reshape(*p.shape[:2], rows, columns, m).transpose(1, 4, 0, 2, 3)
+        times = -(-8 // rows)  # so that all of them have one size
+        sheets.append(heat(p).repeat(max(1, times), axis=3).repeat(max(1, times), axis=4))
+    size = max(sheet.shape[3] for sheet in sheets)
+    sheets = [
+        s.repeat(size // s.shape[3], axis=3).repeat(size // s.shape[4], axis=4) for s in sheets
+    ]
+    every = np.stack(sheets, axis=1)  # (n, layers, tokens, steps, h, w, 3)
+    contents.sheet("attention", every.reshape(-1, *every.shape[3:]))
+    contents.text("attention-layers", names)
+    shares = np.stack(largest, axis=1).reshape(-1)  # in the order of the tiles
+    contents.text("attention-most", [f"{100 * share:.0f} %" for share in shares])
+    words = []
+    for row, length in zip(ids, lengths, strict=True):
+        inner = [tokenizer.decode([token]) for token in row[1 : length - 1]]
+        words.append((["(start)", *inner, "(end)"] + [""] * m)[:m])
+    contents.text("attention-words", words)
+    return True
+
+
+def heat(p: np.ndarray) -> np.ndarray:
+    """Colour numbers (…), from dark at 0 to light at 1 → uint8 (…, 3)."""
+    anchors = np.array(HEAT, float)
+    places = p * (len(anchors) - 1)
+    channels = [np.interp(places, np.arange(len(anchors)), anchors[:, k]) for k in range(3)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)

@@ -1,0 +1,76 @@
+"""What is explained, and what the chapters put on the page."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tinyldm.backend import Array
+from tinyldm.data.dataset import Dataset
+from tinyldm.evaluation.plots import Curves, svg_of
+from tinyldm.sampling import noise
+from tinyldm.sampling.pipeline import Pipeline
+
+LARGEST = 64  # pixels of a side of an image on the page
+SEED = 0
+
+
+@dataclass
+class Subject:
+    """A trained run, and some captions to show it with."""
+
+    run: Path
+    pipeline: Pipeline
+    training: Dataset
+    held_out: Dataset
+    prompts: list[str]  # different ones, at least one
+
+    @property
+    def is_conditional(self) -> bool:
+        """Return whether there is more than one caption or class."""
+        return len(set(self.training.captions)) > 1
+
+    def noise(self, n: int) -> Array:
+        """Draw the start of n images, standard normal (n, h, w, c), as seed 0 does."""
+        h, w = (side // self.pipeline.vae.factor for side in self.pipeline.size)
+        shape = h, w, self.pipeline.vae.latent_channels
+        return self.pipeline.xp.asarray(noise.draw(noise.streams(SEED, n), shape))
+
+
+@dataclass
+class Contents:
+    """Contents of the page, for JSON: sheets of images, lists of texts, and plots as SVG."""
+
+    sheets: dict[str, dict] = field(default_factory=dict)
+    texts: dict[str, list] = field(default_factory=dict)
+    plots: dict[str, str] = field(default_factory=dict)
+
+    def sheet(self, name: str, images: np.ndarray) -> None:
+        """Add images, uint8 (rows, columns, h, w, 3), as one file, each at most 64 pixels large."""
+        rows, columns, h, w, _ = images.shape
+        image = Image.fromarray(images.transpose(0, 2, 1, 3, 4).reshape(rows * h, columns * w, 3))
+        if max(h, w) > LARGEST:
+            h, w = (max(1, side * LARGEST // max(h, w)) for side in (h, w))
+            image = image.resize((columns * w, rows * h), Image.Resampling.BOX)
+        self.sheets[name] = {
+            "src": data_uri(image), "rows": rows, "columns": columns, "h": h, "w": w
+        }  # fmt: skip
+
+    def text(self, name: str, texts: Sequence[str]) -> None:
+        """Add a list of texts: the choices of a control, or what it says at each of its values."""
+        self.texts[name] = list(texts)
+
+    def plot(self, name: str, curves: Curves) -> None:
+        """Add a plot, or nothing where matplotlib is not installed."""
+        self.plots[name] = svg_of(curves)
+
+
+def data_uri(image: Image.Image, **options: object) -> str:
+    """Encode an image as WebP in a data URI, without loss unless the options say otherwise."""
+    content = BytesIO()
+    image.save(content, format="WEBP", **{"lossless": True, "quality": 80, "method": 4} | options)
+    return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
