@@ -18,12 +18,13 @@ from tinyldm.cli.evaluate import data_of
 from tinyldm.data.dataset import DataError
 from tinyldm.diffusion.guidance import guided
 from tinyldm.evaluation.plots import PlotsLeftOut
+from tinyldm.evaluation.reverse import start_noise, trajectory
 from tinyldm.explain import report, reverse
 from tinyldm.explain.diagram import cells_of, diagram
 from tinyldm.explain.inside import blocks_of
 from tinyldm.explain.latents import schedule
 from tinyldm.explain.live import NoLivePage, live_page, live_params
-from tinyldm.explain.reverse import Watched, trajectory, watched_unet
+from tinyldm.explain.reverse import Watched, watched_unet
 from tinyldm.explain.subject import Contents, Subject
 from tinyldm.kernels import plain
 from tinyldm.nn import no_grad
@@ -192,8 +193,8 @@ def test_without_matplotlib_the_pages_are_there_without_curves(made, monkeypatch
 def test_a_trajectory_is_that_of_ddim(made):
     """Each state but the first is mixed from the state and the guess before it."""
     subject = subject_of(made("captions"))
-    path = trajectory(subject)
-    np.testing.assert_array_equal(path.states[0], subject.noise(2))
+    path = trajectory(subject.pipeline, subject.prompts)
+    np.testing.assert_array_equal(path.states[0], start_noise(subject.pipeline, 2))
     alphas = np.array(path.alphas_bar)
     for i in range(len(path.t) - 1):
         a, s = np.sqrt(alphas[i]), np.sqrt(1 - alphas[i])
@@ -207,10 +208,10 @@ def test_a_trajectory_is_that_of_ddim(made):
 def test_the_guess_that_is_taken_is_the_guided_one(made):
     """without + g · (with − without), of what the page shows beside it."""
     subject = subject_of(made("captions"))
-    pipeline, path, guidance = subject.pipeline, trajectory(subject), 2.0
+    pipeline, path, guidance = subject.pipeline, trajectory(subject.pipeline, subject.prompts), 2.0
     pipeline.defaults["guidance"] = guidance
-    path = trajectory(subject)
-    condition = np.concatenate([pipeline.embed(["", ""]), path.context])
+    path = trajectory(subject.pipeline, subject.prompts)
+    condition = pipeline.embed(["", "", *subject.prompts])
     predict = guided(lambda x, t: pipeline.predict(x, t, condition), guidance)
     for x, t, alpha_bar, x0 in zip(path.states, path.t, path.alphas_bar, path.guesses, strict=True):
         expected, _ = pipeline.schedule.split(predict(x, t), x, alpha_bar)
@@ -230,7 +231,7 @@ def test_steering_shows_what_its_captions_say(made):
     assert texts["steer-captions"][row] == caption
     default = int(texts["steer-default"][0])
     assert texts["steer-guidance"][default].endswith("the default")
-    latents = subject.noise(1)
+    latents = start_noise(subject.pipeline, 1)
     expected = subject.pipeline(caption, latents=latents, **reverse.FEW_STEPS)
     found = pixels_of(sheet)[row, default]
     assert abs(found - np.asarray(expected[0]).astype(int)).max() <= 1
@@ -239,7 +240,11 @@ def test_steering_shows_what_its_captions_say(made):
 def test_watching_changes_nothing_and_shares_add_up_to_one(made):
     subject = subject_of(made("deep"))
     pipeline = subject.pipeline
-    x, t, context = subject.noise(2), np.array([3, 700]), pipeline.embed(subject.prompts)
+    x, t, context = (
+        start_noise(subject.pipeline, 2),
+        np.array([3, 700]),
+        pipeline.embed(subject.prompts),
+    )
     unet, kept = watched_unet(pipeline)
     with no_grad(), plain():
         y, _ = unet(pipeline.params["unet"], x, t, context=context)
@@ -279,7 +284,7 @@ def test_attention_of_one_head_is_softmax_by_hand():
 
 def test_words_of_the_attention_maps(made):
     subject, contents = subject_of(made("captions")), Contents()
-    path = trajectory(subject)
+    path = trajectory(subject.pipeline, subject.prompts)
     assert reverse.attention(subject, path, contents)
     words, sheet = contents.texts["attention-words"], contents.sheets["attention"]
     for prompt, row in zip(subject.prompts, words, strict=True):

@@ -9,6 +9,7 @@ import numpy as np
 
 from tinyldm.backend import Array
 from tinyldm.checkpoints.components import make
+from tinyldm.evaluation.reverse import start_noise
 from tinyldm.explain.subject import Contents, Subject
 from tinyldm.models import TextEncoder
 from tinyldm.models.coders import Autoencoder, Decoder, Encoder
@@ -97,7 +98,7 @@ def blocks_of(subject: Subject) -> list[Block]:
     channels = pipeline.vae.config.in_channels
     image = pipeline.xp.zeros((1, *pipeline.size, channels), "float32")
     ids = pipeline.xp.asarray(pipeline.tokenizer(subject.prompts[:1]))
-    x, t = subject.noise(1), pipeline.xp.full(1, 500)
+    x, t = start_noise(pipeline, 1), pipeline.xp.full(1, 500)
     with no_grad(), one_blas_thread():  # two that wait for each other would not be comparable
         for _ in range(CALLS):
             condition = {"labels": ids}

@@ -6,8 +6,9 @@ from tinyldm.backend import to_device
 from tinyldm.data.images import from_uint8, in_channels, to_uint8
 from tinyldm.evaluation.figures import latents_as_images
 from tinyldm.evaluation.plots import Curves
+from tinyldm.evaluation.reverse import start_noise
 from tinyldm.evaluation.statistics import nearest_images
-from tinyldm.explain.subject import SEED, Contents, Subject
+from tinyldm.explain.subject import Contents, Subject
 from tinyldm.sampling.noise import slerp
 
 NOISE_STEPS = 26  # that the slider of the schedule visits
@@ -24,7 +25,7 @@ def schedule(subject: Subject, contents: Contents) -> None:
     pipeline = subject.pipeline
     rule, image = pipeline.schedule, subject.training.images[:1]
     t = np.linspace(0, len(rule) - 1, NOISE_STEPS).round().astype(int)
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(0)
 
     def noisy(x0):
         noise = rng.standard_normal(x0.shape, dtype=np.float32)
@@ -74,19 +75,19 @@ def latents(subject: Subject, contents: Contents) -> None:
     title = f"latents of {len(z)} training images"
     contents.plot("latents", Curves(density, title, "value, scaled", "density", logarithmic=False))
 
-    start = to_device(subject.noise(2), "cpu")
+    start = to_device(start_noise(pipeline, 2), "cpu")
     ways = [slerp(start[:1], start[1:], amount) for amount in np.linspace(0, 1, BETWEEN)]
     made = pipeline([subject.prompts[0]] * BETWEEN, latents=np.concatenate(ways))
     contents.sheet("latents-way", np.stack([np.asarray(image) for image in made])[None])
     contents.text("latents-way", [f"{i / (BETWEEN - 1):.0%} of the way" for i in range(BETWEEN)])
-    contents.sheet("latents-random", pipeline.decode(subject.noise(CODED))[:, None])
+    contents.sheet("latents-random", pipeline.decode(start_noise(pipeline, CODED))[:, None])
 
 
 def copies(subject: Subject, contents: Contents) -> None:
     """Show generated images beside the training images nearest to them."""
     captions = list(dict.fromkeys(subject.training.captions))[:COPIES]
     prompts = (captions * COPIES)[:COPIES]
-    made = np.stack([np.asarray(image) for image in subject.pipeline(prompts, seed=SEED + 1)])
+    made = np.stack([np.asarray(image) for image in subject.pipeline(prompts, seed=1)])
     at, distance = nearest_images(made, subject.training.images)
     order = np.argsort(distance, kind="stable")[:SHOWN]
     contents.sheet("copies-generated", made[order][:, None])

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tinyldm.data.dataset import DataError, Dataset
+from tinyldm.evaluation.reverse import trajectory
 from tinyldm.explain.diagram import diagram
 from tinyldm.explain.inside import inside
 from tinyldm.explain.latents import copies, latents, schedule
 from tinyldm.explain.live import NoLivePage, live_page
 from tinyldm.explain.page import fill, json_for_html
-from tinyldm.explain.reverse import attention, steer, trajectory, watch
+from tinyldm.explain.reverse import attention, steer, watch
 from tinyldm.explain.subject import Contents, Subject
 from tinyldm.explain.training import training
 from tinyldm.files import replacing
@@ -42,7 +43,7 @@ def explain(
     prompts = list(dict.fromkeys(prompts_for(training_data)))
     some = prompts[: MOST_PROMPTS - 1] + prompts[-1:] if len(prompts) > 3 else prompts
     subject, contents = Subject(run, pipeline, training_data, held_out, some), Contents()
-    path = trajectory(subject)
+    path = trajectory(pipeline, some)
     chapters = {
         "watch": lambda: watch(subject, path, contents),
         "steer": lambda: subject.is_conditional and steer(subject, contents),

@@ -1,15 +1,13 @@
 """Chapters on the reverse process: watch it, steer it, and see to which words it attends."""
 
-from dataclasses import dataclass
-
 import numpy as np
 from scipy.special import softmax
 
 from tinyldm.backend import Array, to_device
 from tinyldm.checkpoints.components import make
 from tinyldm.data.shapes import COLOURS, POSITIONS, SHAPES
-from tinyldm.diffusion.timesteps import timesteps
 from tinyldm.evaluation.figures import latents_as_images
+from tinyldm.evaluation.reverse import Trajectory, guesses, start_noise
 from tinyldm.explain.subject import Contents, Subject
 from tinyldm.kernels import plain
 from tinyldm.models import Tokenizer
@@ -27,53 +25,20 @@ FEW_STEPS = {"sampler": "dpm++2m", "steps": 10}  # nearly as good as 25 of ddim
 HEAT = ((13, 8, 60), (90, 20, 110), (190, 55, 85), (245, 135, 40), (252, 250, 190))  # from 0 to 1
 
 
-@dataclass
-class Trajectory:
-    """The reverse process by ddim: what each step began with, and what it guessed.
-
-    states, guesses: (steps, n, h, w, c), x_t and the x_0 that the step was made with. context:
-    embedded captions (n, …). t, alphas_bar: (steps,).
-    """
-
-    t: list[int]
-    alphas_bar: list[float]
-    states: Array
-    guesses: Array
-    context: Array
-
-
-def trajectory(subject: Subject) -> Trajectory:
-    """Run the reverse process for the captions of the subject."""
-    pipeline, start = subject.pipeline, subject.noise(len(subject.prompts))
-    params = pipeline.sampling_params(subject.prompts, sampler="ddim")
-    passed = list(pipeline.denoise(params, start))
-    t = timesteps(pipeline.schedule, params.steps)
-    xp = pipeline.xp
-    states = xp.stack([start, *(x for x, _ in passed[:-1])])
-    guesses = xp.stack([x0 for _, x0 in passed])
-    alphas_bar = pipeline.schedule.alphas_bar[t].tolist()
-    return Trajectory(t.tolist(), alphas_bar, states, guesses, pipeline.embed(subject.prompts))
-
-
 def watch(subject: Subject, path: Trajectory, contents: Contents) -> None:
     """Show each step: x_t, and the x_0 guessed with the caption, without it, and with guidance."""
-    pipeline = subject.pipeline
+    pipeline, prompts = subject.pipeline, subject.prompts
     rows = {
-        "noisy": [pipeline.decode(x) for x in path.states],
-        "latents": [latents_as_images(to_device(x, "cpu")) for x in path.states],
-        "guided": [pipeline.decode(x0) for x0 in path.guesses],
+        "noisy": np.stack([pipeline.decode(x) for x in path.states]),
+        "latents": np.stack([latents_as_images(to_device(x, "cpu")) for x in path.states]),
+        "guided": np.stack([pipeline.decode(x0) for x0 in path.guesses]),
+        "with": guesses(pipeline, path, prompts),
     }
-    conditions = {"with": path.context}
     if subject.is_conditional:
-        conditions["without"] = pipeline.embed([""] * len(subject.prompts))
-    for name, condition in conditions.items():
-        rows[name] = []
-        for x, t, alpha_bar in zip(path.states, path.t, path.alphas_bar, strict=True):
-            x0, _ = pipeline.schedule.split(pipeline.predict(x, t, condition), x, alpha_bar)
-            rows[name].append(pipeline.decode(x0))
+        rows["without"] = guesses(pipeline, path, [""] * len(prompts))
     for name, images in rows.items():
-        contents.sheet(f"watch-{name}", np.stack(images, axis=1))  # a row for each caption
-    contents.text("prompts", [prompt or "(no caption)" for prompt in subject.prompts])
+        contents.sheet(f"watch-{name}", images.swapaxes(0, 1))  # a row for each caption
+    contents.text("prompts", [prompt or "(no caption)" for prompt in prompts])
     contents.text("watch-t", [f"t = {t}" for t in path.t])
     shares = [f"{100 * share:.1f} % of the variance is image" for share in path.alphas_bar]
     contents.text("watch-signal", shares)
@@ -93,7 +58,7 @@ def steer(subject: Subject, contents: Contents) -> None:
     else:
         prompts = list(dict.fromkeys(subject.training.captions))[:MOST_STEERED]
         words = {"caption": prompts}
-    latents = subject.noise(1).repeat(len(prompts), axis=0)
+    latents = start_noise(pipeline, 1).repeat(len(prompts), axis=0)
     columns = []
     for guidance in guidances:
         images = pipeline(prompts, latents=latents, guidance=guidance, **FEW_STEPS)
@@ -146,12 +111,12 @@ def attention(subject: Subject, path: Trajectory, contents: Contents) -> bool:
         return False
     tokenizer = pipeline.tokenizer
     unet, kept = watched_unet(pipeline)
-    h, w = path.states.shape[2:4]
-    maps = {}
+    h, w = path.states[0].shape[1:3]
+    context, maps = pipeline.embed(subject.prompts), {}
     with plain(), no_grad():
         for x, t in zip(path.states, path.t, strict=True):
             steps = pipeline.xp.full(len(x), t)
-            unet(pipeline.params["unet"], x, steps, context=path.context)
+            unet(pipeline.params["unet"], x, steps, context=context)
             for name, p in kept.items():
                 maps.setdefault(name, []).append(p)
     if not maps:

@@ -9,14 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tinyldm.backend import Array
 from tinyldm.data.dataset import Dataset
 from tinyldm.evaluation.plots import Curves, svg_of
-from tinyldm.sampling import noise
 from tinyldm.sampling.pipeline import Pipeline
 
 LARGEST = 64  # pixels of a side of an image on the page
-SEED = 0
 
 
 @dataclass
@@ -33,12 +30,6 @@ class Subject:
     def is_conditional(self) -> bool:
         """Return whether there is more than one caption or class."""
         return len(set(self.training.captions)) > 1
-
-    def noise(self, n: int) -> Array:
-        """Draw the start of n images, standard normal (n, h, w, c), as seed 0 does."""
-        h, w = (side // self.pipeline.vae.factor for side in self.pipeline.size)
-        shape = h, w, self.pipeline.vae.latent_channels
-        return self.pipeline.xp.asarray(noise.draw(noise.streams(SEED, n), shape))
 
 
 @dataclass

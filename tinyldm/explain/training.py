@@ -4,6 +4,7 @@ import numpy as np
 from PIL import Image
 
 from tinyldm.checkpoints.components import COMPONENTS
+from tinyldm.evaluation.reverse import start_noise
 from tinyldm.explain.subject import Contents, Subject, data_uri
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training.snapshots import losses_of
@@ -26,7 +27,7 @@ def training(subject: Subject, contents: Contents) -> None:
     contents.text("training-sheets", sheets)
     contents.text("training-steps", [f"step {int(file.stem.split('-')[1]):,}" for file in files])
     average, raw = subject.pipeline, raw_pipeline(subject)
-    start = subject.noise(len(subject.prompts))
+    start = start_noise(average, len(subject.prompts))
     for name, pipeline in (("average", average), ("raw", raw)):
         images = pipeline(subject.prompts, latents=start)
         contents.sheet(f"training-{name}", np.stack([np.asarray(i) for i in images])[:, None])

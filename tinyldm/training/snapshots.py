@@ -8,7 +8,6 @@ from tinyldm.backend import Array, array_module, to_device
 from tinyldm.data.dataset import Dataset
 from tinyldm.data.images import from_uint8, in_channels, to_uint8
 from tinyldm.data.shapes import attributes_in
-from tinyldm.diffusion import SAMPLERS
 from tinyldm.evaluation.figures import (
     enlarge,
     grid,
@@ -19,6 +18,7 @@ from tinyldm.evaluation.figures import (
 from tinyldm.evaluation.metrics import BANDS, loss_by_noise
 from tinyldm.evaluation.plots import Curves, save_plot
 from tinyldm.evaluation.reader import score
+from tinyldm.evaluation.reverse import guesses, start_noise, trajectory
 from tinyldm.evaluation.scenes import generate, masked_images, task_input
 from tinyldm.evaluation.statistics import psnr
 from tinyldm.models import AutoencoderKL, VQModel
@@ -167,26 +167,23 @@ def reverse_process(
 ) -> None:
     """Save reverse.webp, noise becoming images, and reverse.png, the first of them.
 
-    For generation it has a third row: what is guessed from the same noise without the caption.
+    Both have x_t, and the x_0 that is guessed from it. For generation reverse.png has a third row:
+    what is guessed from the same x_t without the caption.
     """
-    params = pipeline.sampling_params(prompts)
-    passed = list(pipeline.denoise(params, None, scene))
-    levels = SAMPLERS[params.sampler].levels(pipeline.schedule, params.steps)[-len(passed) :]
-    t = [int(abs(pipeline.schedule.alphas_bar - level).argmin()) for level in levels]
-    states, goals = (np.stack([pipeline.decode(x) for x in of]) for of in zip(*passed, strict=True))
+    path = trajectory(pipeline, prompts, scene)
+    states, goals = ([pipeline.decode(x) for x in of] for of in (path.states, path.guesses))
     frames = []
-    for step, state, goal in zip(t, states, goals, strict=True):
-        titles, both = [f"t = {step}"], np.concatenate([state, goal])
-        frames.append(grid(both, columns=len(state), labels=["x after it", "guess"], titles=titles))
+    for t, state, goal in zip(path.t, states, goals, strict=True):
+        titles, both = [f"t = {t}"], np.concatenate([state, goal])
+        frames.append(grid(both, columns=len(state), labels=["x", "guess"], titles=titles))
     save_animation(folder / "reverse.webp", frames)
     chosen = np.linspace(0, len(states) - 1, min(9, len(states))).astype(int)
-    labels, rows = ["x after it", "its guess"], [states[chosen, 0], goals[chosen, 0]]
+    rows = {"x at t": [states[i][0] for i in chosen], "its guess": [goals[i][0] for i in chosen]}
     if pipeline.task == "generation":
-        alone = pipeline.sampling_params(prompts[:1], guidance=0.0)
-        guesses = [pipeline.decode(x0)[0] for _, x0 in pipeline.denoise(alone)]
-        labels, rows = [*labels, "without\ncaption"], [*rows, np.stack(guesses)[chosen]]
-    titles = [f"step at t = {t[i]}" for i in chosen]
-    strip = grid(np.concatenate(rows), columns=len(chosen), labels=labels, titles=titles)
+        rows["without\ncaption"] = guesses(pipeline, path, [""] * len(prompts))[chosen, 0]
+    titles = [f"t = {path.t[i]}" for i in chosen]
+    images = np.concatenate([np.stack(row) for row in rows.values()])
+    strip = grid(images, columns=len(chosen), labels=list(rows), titles=titles)
     save_image(folder / "reverse.png", strip)
 
 
@@ -222,10 +219,7 @@ def sweep_guidance(pipeline: Pipeline, prompts: list[str], file: Path) -> None:
 
 def change_words(pipeline: Pipeline, file: Path) -> None:
     """Save images of one noise and one caption, with one word changed at a time."""
-    h, w = (side // pipeline.vae.factor for side in pipeline.size)
-    shape = (1, h, w, pipeline.vae.latent_channels)
-    noise = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    latents = noise.repeat(len(ONE_WORD_CHANGED), axis=0)
+    latents = start_noise(pipeline, 1).repeat(len(ONE_WORD_CHANGED), axis=0)
     images = np.stack(list(map(np.asarray, pipeline(ONE_WORD_CHANGED, latents=latents))))
     save_image(file, grid(images, ONE_WORD_CHANGED, columns=len(images)))
 
