@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from slow import mostly_slow
 
 import tinyldm
 from tinyldm import backend, cli
-from tinyldm.cli import demo
+from tinyldm.cli import demo, evaluate
 from tinyldm.cli import evaluate as commands
 from tinyldm.cli import sample as generating
 from tinyldm.diffusion import SAMPLERS
@@ -179,7 +180,7 @@ def test_the_help_names_every_preset(call):
         ([], ["COMMAND"]),
         (
             ["generate"],
-            ["demo, train, sample, eval, experiment, exercise or doctor, found 'generate'"],
+            ["eval, experiment, explain, exercise or doctor, found 'generate'"],
         ),
         (["smaple", "run", "p"], ["found 'smaple'; did you mean 'sample'?"]),
         (["sample"], ["expected RUN and PROMPT"]),
@@ -474,7 +475,8 @@ def test_an_output_that_cannot_be_written(call, run, tmp_path):
 def test_folders_that_are_no_run(call, tmp_path):
     missing = tmp_path / "none"
     assert_mistake(call("sample", missing, PROMPT), missing, "no such file or folder")
-    assert_mistake(call("eval", missing), missing, "holds no run")
+    for command in ("eval", "explain"):
+        assert_mistake(call(command, missing), missing, "holds no run")
     (tmp_path / "file").write_text("")
     assert_mistake(call("sample", tmp_path / "file", PROMPT), tmp_path / "file")
     assert_mistake(call("sample", tmp_path, PROMPT), tmp_path / "model_index.json", "missing")
@@ -589,8 +591,10 @@ def test_eval(call, copy):
     found = json.loads((copy / "eval.json").read_text())
     assert found["captions"] == 6 and "6 images generated" in rows
     for row, name in zip(rows[:4], ("reader", "reconstructed", "seen", "held_out"), strict=True):
-        shares = [float(text) for text in row.split()[-6:]]
-        assert shares == pytest.approx([100 * x for x in found[name].values()], abs=0.05)
+        shares = re.findall(r"([0-9.]+) ± ([0-9.]+)", row)
+        both = [found[name].values(), found["error"][name].values()]
+        expected = [[f"{100 * number:.1f}" for number in numbers] for numbers in both]
+        assert shares == list(zip(*expected, strict=True)) and len(shares) == 6
     assert found["reader"]["all"] == 1
     assert 0 < found["psnr"] < 60 and 0 < found["ssim"] <= 1
     for name in ("training", "held_out"):
@@ -600,13 +604,18 @@ def test_eval(call, copy):
     assert 0 <= found["nearest"]["copied"] <= 1
     with Image.open(copy / "samples" / "nearest.png") as image:
         assert image.height > 2 * 90
+    assert found["error"]["psnr"] > 0 and found["error"]["frechet"]["generated"] is None  # of 3
     again = call("eval", copy, "--captions", 6, "--steps", 1, "--guidance", 1)
     assert again.out == result.out
+    other = call("eval", copy, "--captions", 6, "--steps", 1, "--guidance", 1, "--seed", 5)
+    assert other.code == 0 and other.out != result.out
+    assert json.loads((copy / "eval.json").read_text())["seed"] == 5
 
 
 @pytest.mark.slow
 def test_eval_with_a_classifier(call, copy, monkeypatch):
     monkeypatch.setattr(classifier, "FEWEST", 1)
+    monkeypatch.setattr(evaluate, "TRUSTED", 0)
     command = ["eval", copy, "--captions", 6, "--steps", 1, "--guidance", 1]
     learning = (
         "a classifier is trained to predict from images: size, colour, shape, background, pos"
@@ -616,7 +625,7 @@ def test_eval_with_a_classifier(call, copy, monkeypatch):
     found = json.loads((copy / "eval.json").read_text())
     accuracy = found["features"].pop("accuracy")
     assert found["features"] == {"kind": "classifier"} and 0 <= accuracy <= 1
-    row = f"features of a classifier          right on {100 * accuracy:.1f} % of held-out"
+    row = f"features of a classifier                  right on {100 * accuracy:.1f} % of held-out"
     assert row in result.out
 
     again = call(*command, "--classifier-seconds", 0.1)
@@ -625,6 +634,10 @@ def test_eval_with_a_classifier(call, copy, monkeypatch):
     found = json.loads((copy / "eval.json").read_text())
     assert latents.code == 0 and found["features"] == {"kind": "latents"}
     assert latents.out != result.out and "latents" in latents.out
+    monkeypatch.setattr(evaluate, "TRUSTED", accuracy + 0.01)
+    seldom = call(*command, "--classifier-seconds", 0.1)
+    assert f"right on {accuracy:.1%} of held-out images only" in seldom.err
+    assert seldom.out == latents.out
     # a run goes on past that file, too
     assert load_state(copy).finished and call(*TRAIN, copy, "--resume").code == 0
 

@@ -86,27 +86,27 @@ def test_the_estimate_is_the_bound(shape):
     x0 = rng.normal(0, 1, shape).astype(np.float32)
     bits, error = bits_per_dim(denoiser(schedule, 0, 1), schedule, x0, rng, draws=4)
     entropy = -0.5 * (x0.astype(float) ** 2 + math.log(2 * math.pi)).mean() / -math.log(2)
-    assert abs(bits - entropy) < 0.02 and 0 < error < 0.02
+    assert abs(bits - entropy) < 0.02 and 0 < error < 0.1
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("spread", [0.1, 1.0])
 def test_the_standard_error_is_that_of_the_seeds(name, spread):
     schedule = Schedule(SCHEDULES[name])
-    x0 = np.random.default_rng(0).normal(0, spread, (60, 4)).astype(np.float32)
-    found = [
-        bits_per_dim(denoiser(schedule, 0, spread), schedule, x0, np.random.default_rng(seed))
-        for seed in range(20)
-    ]
+    found = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        x0 = rng.normal(0, spread, (60, 4)).astype(np.float32)
+        found.append(bits_per_dim(denoiser(schedule, 0, spread), schedule, x0, rng))
     bits, errors = np.transpose(found)
     assert 0.5 < bits.std(ddof=1) / np.sqrt(np.mean(errors**2)) < 2
 
 
 def test_a_schedule_of_one_step():
     schedule = Schedule({"num_train_timesteps": 1, "beta_start": 0.9, "beta_end": 0.9})
-    bits, _ = bits_per_dim(denoiser(schedule, 0, 1), schedule, np.zeros((4, 3), "f4"),
-                           np.random.default_rng(0))  # fmt: skip
-    assert math.isfinite(bits)
+    rng = np.random.default_rng(0)
+    found = bits_per_dim(denoiser(schedule, 0, 1), schedule, np.zeros((4, 3), "f4"), rng)
+    assert np.isfinite(found).all()
 
 
 def test_a_wrong_denoiser_costs_bits():

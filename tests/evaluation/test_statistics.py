@@ -12,10 +12,13 @@ from tinyldm.evaluation import statistics
 from tinyldm.evaluation.statistics import (
     copied,
     frechet_distance,
+    jackknife,
     kernel_distance,
+    mean_and_error,
     nearest_images,
     precision_recall,
     psnr,
+    share_error,
     ssim,
 )
 
@@ -46,6 +49,48 @@ def rotation(rng, d):
     return np.linalg.qr(rng.standard_normal((d, d)))[0]
 
 
+# --------------------------------------------------------------------------------- standard errors
+
+
+@pytest.mark.parametrize("n", [40, 200])
+@pytest.mark.parametrize(
+    "statistic",
+    [np.mean, np.median, np.var, lambda x: np.array([x.mean(), np.median(x)])],
+    ids=["mean", "median", "variance", "two at once"],
+)
+def test_the_jackknife_says_how_far_another_sample_would_be(n, statistic):
+    rng = np.random.default_rng(n)
+    found = [jackknife(statistic, rng.normal(3, 2, n)) for _ in range(200)]
+    values, errors = (np.array(column) for column in zip(*found, strict=True))
+    ratio = values.std(axis=0) / np.sqrt(np.square(errors).mean(axis=0))
+    assert ((ratio > 0.75) & (ratio < 1.25)).all()
+
+
+def test_the_jackknife_of_a_mean_is_the_usual_standard_error():
+    """Of groups of one row each, exactly."""
+    x = np.random.default_rng(0).normal(size=50)
+    value, error = jackknife(np.mean, x, groups=25)
+    assert value == x.mean()
+    pairs = x.reshape(2, 25).mean(axis=0)
+    assert error == pytest.approx(pairs.std(ddof=1) / 5)
+    assert mean_and_error(x) == pytest.approx((x.mean(), x.std(ddof=1) / 50**0.5))
+
+
+def test_too_few_have_no_known_error():
+    assert jackknife(np.mean, np.ones(19))[1] == np.inf
+    assert mean_and_error([2.0]) == (2.0, np.inf)
+
+
+@given(st.integers(1, 500), st.floats(0, 1))
+def test_shares_have_an_error_even_where_all_are_hits(n, share):
+    hits = round(share * n)
+    error = share_error(hits / n, n)
+    assert 0 < error <= 0.5 / (n + 4) ** 0.5
+    assert error == pytest.approx(share_error(1 - hits / n, n))
+    if 50 < hits < n - 50:
+        assert error == pytest.approx((hits / n * (1 - hits / n) / n) ** 0.5, rel=0.1)
+
+
 # -------------------------------------------------------------------------------------------- PSNR
 
 
@@ -56,18 +101,18 @@ def rotation(rng, d):
 def test_psnr_of_a_known_difference(difference, expected):
     truth = np.zeros((2, 3, 5, 3), np.uint8)
     for pair in ((truth, truth + np.uint8(difference)), (truth + np.uint8(difference), truth)):
-        assert psnr(*pair) == pytest.approx(expected, abs=0.005)
+        assert psnr(*pair) == pytest.approx([expected] * 2, abs=0.005)
 
 
 @given(few, sides, sides, seeds)
-def test_psnr_is_the_mean_over_images(n, h, w, seed):
+def test_psnr_is_that_of_each_image(n, h, w, seed):
     rng = np.random.default_rng(seed)
     a, b = images_of(rng, n, h, w), images_of(rng, n, h, w)
     each = []
     for x, y in zip(a.tolist(), b.tolist(), strict=True):
         squares = np.square(np.subtract(x, y)).ravel()
         each.append(10 * np.log10(255**2 / max(sum(squares) / len(squares), 1e-10)))
-    assert psnr(a, b) == pytest.approx(sum(each) / n)
+    assert psnr(a, b) == pytest.approx(each)
 
 
 # -------------------------------------------------------------------------------------------- SSIM
@@ -117,7 +162,7 @@ def slow_ssim(x, y):
 def test_ssim_agrees_with_the_definition_at_any_size(size):
     rng = np.random.default_rng(sum(size))
     a, b = images_of(rng, 2, *size), images_of(rng, 2, *size)
-    expected = np.mean([slow_ssim(x, y) for x, y in zip(a, b, strict=True)])
+    expected = [slow_ssim(x, y) for x, y in zip(a, b, strict=True)]
     assert ssim(a, b) == pytest.approx(expected, abs=1e-12)
 
 
@@ -125,8 +170,8 @@ def test_ssim_agrees_with_the_definition_at_any_size(size):
 def test_ssim_is_symmetric_and_one_for_equals(n, h, w, seed):
     rng = np.random.default_rng(seed)
     a, b = images_of(rng, n, h, w), images_of(rng, n, h, w)
-    assert ssim(a, a) == 1
-    assert -1 <= ssim(a, b) < 1
+    assert (ssim(a, a) == 1).all()
+    assert (ssim(a, b) >= -1).all() and (ssim(a, b) < 1).all()
     assert ssim(a, b) == pytest.approx(ssim(b, a))
     assert ssim(a, b) == pytest.approx(ssim(a[:, ::-1, ::-1], b[:, ::-1, ::-1]))
     assert ssim(a, b) == pytest.approx(ssim(a.swapaxes(1, 2), b.swapaxes(1, 2)))

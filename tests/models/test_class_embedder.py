@@ -13,7 +13,8 @@ from small_run import CONFIG, STEPS, assert_goes_on_alike, silent
 from tinyldm.cli import evaluate as commands
 from tinyldm.config import ConfigError
 from tinyldm.data.dataset import DataError, Dataset
-from tinyldm.evaluation.metrics import evaluate, table
+from tinyldm.evaluation.metrics import evaluate
+from tinyldm.evaluation.table import table
 from tinyldm.models import ClassEmbedder, ClassNames, UNet
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training import run as runs

@@ -12,7 +12,8 @@ from tinyldm.cli.arguments import add_device, add_options, chosen, say
 from tinyldm.data.dataset import DataError, Dataset
 from tinyldm.data.tokenizer import CaptionCut
 from tinyldm.evaluation.figures import grid, save_image
-from tinyldm.evaluation.metrics import evaluate, table
+from tinyldm.evaluation.metrics import SEED, evaluate
+from tinyldm.evaluation.table import table
 from tinyldm.files import replacing
 from tinyldm.options import option
 from tinyldm.sampling.params import SamplingParams
@@ -22,12 +23,18 @@ from tinyldm.training.preparation import load_data, prompts_of, split
 from tinyldm.training.run import whole_run
 from tinyldm.training.state import load_notes
 
+TRUSTED = 0.5  # share of held-out images that a classifier is right on whose features are used
+
 
 @dataclass(frozen=True)
 class Scoring:
     """Options of scoring."""
 
     captions: int = option("number of images to generate", 500, least=4, most=100_000, metavar="N")
+    seed: int = option(
+        "seed of captions, noise, and which images are looked at", SEED, least=0, most=2**31,
+        default_text="always the same",
+    )  # fmt: skip
     classifier_seconds: float = option(
         "seconds to train the classifier whose features compare images; 0 to compare latents",
         SECONDS, least=0, most=100_000, metavar="S",
@@ -69,17 +76,24 @@ def run(options: Namespace) -> None:
     """Score a run on its own data: a table, eval.json and samples/nearest.png."""
     run = Path(whole_run(options.run_folder, say))
     scoring = Scoring(**chosen(options, Scoring))
-    pipeline = Pipeline.load(run, options.device)
     notes, training, held_out = data_of(run, options.data)
+    pipeline = Pipeline.load(run, options.device)
     config = notes["config"]
     classifier = classifier_of(
         run, training, held_out, notes["data"], scoring.classifier_seconds, config.seed,
         options.device, say,
     )  # fmt: skip
+    if classifier and classifier.notes.accuracy < TRUSTED:
+        say(
+            f"the classifier is right on {classifier.notes.accuracy:.1%} of held-out images only: "
+            "images are compared by their latents instead"
+        )
+        classifier = None
     with warnings.catch_warnings(action="ignore", category=CaptionCut):
         result, images = evaluate(
             pipeline, training, held_out, scoring.captions, options.steps, options.guidance,
             prompts_of(config) if training.readable else None, classifier and classifier.features,
+            scoring.seed,
         )  # fmt: skip
     if classifier:
         result["features"] = {"kind": "classifier", "accuracy": classifier.notes.accuracy}

@@ -20,9 +20,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> None:
     """Write report.html and live.html into the folder of the run."""
     run = Path(whole_run(options.run_folder, say))
-    pipeline = Pipeline.load(run, options.device)
     _, training, held_out = data_of(run, options.data)
-    explain(run, pipeline, training, held_out, say)
+    explain(run, Pipeline.load(run, options.device), training, held_out, say)
     print(run / REPORT)
     if (run / LIVE).exists():
         print(run / LIVE)

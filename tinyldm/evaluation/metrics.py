@@ -7,17 +7,20 @@ import numpy as np
 
 from tinyldm.backend import to_device
 from tinyldm.data.dataset import Dataset
-from tinyldm.data.shapes import ATTRIBUTES, Attributes, make_shapes
+from tinyldm.data.shapes import Attributes, make_shapes
 from tinyldm.evaluation.likelihood import bits_per_dim
 from tinyldm.evaluation.reader import drawing_distance, score
 from tinyldm.evaluation.scenes import compare, concat_conditioning, generate, task_input
 from tinyldm.evaluation.statistics import (
     copied,
     frechet_distance,
+    jackknife,
     kernel_distance,
+    mean_and_error,
     nearest_images,
     precision_recall,
     psnr,
+    share_error,
     ssim,
 )
 from tinyldm.models import ClassNames
@@ -30,19 +33,48 @@ DRAWS = 8  # of noise, for each image whose likelihood is estimated
 BANDS = 5  # of noise levels, from the least to the most
 FEWEST_FOR_COPIES = 19  # held-out images, to know what the nearest 5 % of them are
 NEIGHBOURS = 3  # the k-th nearest, of precision and recall
+MOST = 256  # images whose loss, likelihood and reconstruction are measured
 DRAWN = 200  # images whose distance from true drawings is measured
 CELLS = 4  # positions along each side of the latents that features are averaged over
 
 Describe = Callable[[np.ndarray], np.ndarray]  # of uint8 images (n, h, w, 3): float64 (n, d)
 
 
-def loss_by_noise(pipeline: Pipeline, data: Dataset, bands: int = BANDS) -> list[float]:
-    """Measure the denoiser's mean squared error on images, in equal bands of the time step t.
+class Scores:
+    """Scores of a model, and their standard errors under the same names, nested."""
+
+    def __init__(self):
+        self.values, self.errors = {}, {}
+
+    def add(self, measured: tuple[float | list, float | list], *names: str) -> None:
+        """Add a value and its standard error; one that is not known is None."""
+        for root, number in zip((self.values, self.errors), measured, strict=True):
+            for name in names[:-1]:
+                root = root.setdefault(name, {})
+            root[names[-1]] = _plain(number)
+
+    def add_shares(self, shares: dict[str, float], n: int, name: str) -> None:
+        """Add shares of n images."""
+        for key, share in shares.items():
+            self.add((share, share_error(share, n)), name, key)
+
+
+def _plain(number):
+    """Return a number, or a list of them, for JSON: what is not finite is None."""
+    if np.ndim(number):
+        return [_plain(one) for one in number]
+    return float(number) if np.isfinite(number) else None
+
+
+def losses_by_noise(
+    pipeline: Pipeline, data: Dataset, bands: int = BANDS, seed: int = SEED
+) -> np.ndarray:
+    """Measure the denoiser's squared error on each image, in equal bands of t: (bands, n).
 
     A loss over all t hides what is learnt: at low noise little is left to remove, at high noise
-    only the caption says what to generate. Noise and steps are always the same.
+    only the caption says what to generate.
     """
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(seed)
     xp, schedule = pipeline.xp, pipeline.schedule
     latents, condition = pipeline.encode(data.images), pipeline.embed(data.captions)
     concat = concat_conditioning(pipeline, data)
@@ -54,8 +86,16 @@ def loss_by_noise(pipeline: Pipeline, data: Dataset, bands: int = BANDS) -> list
         x = schedule.add_noise(latents, noise, t)
         prediction = pipeline.predict(x, t, condition, concat)
         error = prediction - schedule.target(latents, noise, t)
-        losses.append(float((error * error).mean()))
-    return losses
+        losses.append(to_device((error * error).mean(axis=(1, 2, 3)), "cpu"))
+    return np.array(losses, np.float64)
+
+
+def loss_by_noise(pipeline: Pipeline, data: Dataset) -> list[float]:
+    """Measure the denoiser's mean squared error on images, in equal bands of the time step t.
+
+    Noise and steps are always the same.
+    """
+    return losses_by_noise(pipeline, data).mean(axis=1).tolist()
 
 
 def likelihood(pipeline: Pipeline, data: Dataset, seed: int = SEED) -> tuple[float, float]:
@@ -87,6 +127,7 @@ def evaluate(
     guidance: float | None = None,
     shapes: Callable[[str], str] | None = None,
     features: Describe | None = None,
+    seed: int = SEED,
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """Score a model against its training images and the held-out ones.
 
@@ -94,119 +135,136 @@ def evaluate(
     are read back by rule, and half of the captions of a model of text name held-out pairs. A model
     with a task is conditioned on held-out images and compared with them. features: the features in
     which Fréchet and kernel distance, precision and recall are measured, by default
-    `latent_features`; the caller notes others as result["features"].
-    Returns what eval.json holds, and the samples nearest to training images with those images:
-    {"samples", "nearest": uint8 (n, h, w, 3)}.
+    `latent_features`; the caller notes others as result["features"]. seed: of the captions, the
+    noise, and which images are looked at.
+    Returns what eval.json holds, result["error"] being the standard errors, and the samples nearest
+    to training images with those images: {"samples", "nearest": uint8 (n, h, w, 3)}.
     """
+    rng, scores = np.random.default_rng(seed), Scores()
     true = held_out if len(held_out) else training
-    decoded = pipeline.decode(pipeline.encode(true.images))
     sets = {"training": training, "held_out": held_out}
-    some = {name: data.pick(range(min(len(data), 256))) for name, data in sets.items() if len(data)}
-    result = {
-        "images": {"trained_on": len(training), "held_out": len(held_out)},
-        "psnr": psnr(decoded, true.images),
-        "ssim": ssim(decoded, true.images),
-        "loss_by_noise": {name: loss_by_noise(pipeline, data) for name, data in some.items()},
-    }
-    bits = {name: likelihood(pipeline, data) for name, data in some.items()}
-    result["bits"] = {name: value for name, (value, _) in bits.items()}
-    result["bits_error"] = {name: error for name, (_, error) in bits.items()}
+    some = {name: _drawn(data, MOST, rng) for name, data in sets.items() if len(data)}
+    shown = some.get("held_out", some["training"])
+    decoded = pipeline.decode(pipeline.encode(shown.images))
+    scores.add(mean_and_error(psnr(decoded, shown.images)), "psnr")
+    scores.add(mean_and_error(ssim(decoded, shown.images)), "ssim")
+    for name, data in some.items():
+        losses = losses_by_noise(pipeline, data, seed=seed)
+        measured = zip(*map(mean_and_error, losses), strict=True)
+        scores.add(tuple(measured), "loss_by_noise", name)
+        scores.add(likelihood(pipeline, data, seed), "bits", name)
+    captions = 0
     with Bar(total=count, desc="sampling", unit="image", disable=None) as bar:
 
         def generated_of(prompts, scene=None):
-            return _generate(pipeline, prompts, scene, bar, steps=steps, guidance=guidance)
+            nonlocal captions
+            captions += len(prompts)
+            return _generate(pipeline, prompts, scene, bar, seed, steps=steps, guidance=guidance)
 
         if pipeline.task != "generation":
-            generated = _score_task(pipeline, generated_of, count, true, shapes, result)
+            generated = _score_task(pipeline, generated_of, count, true, shapes, scores)
         elif shapes:
-            generated = _score_shapes(pipeline, generated_of, count, shapes, result)
+            generated = _score_shapes(pipeline, generated_of, count, shapes, scores, seed)
         else:
             generated = generated_of([true.captions[i % len(true)] for i in range(count)])
+    images = {"trained_on": len(training), "held_out": len(held_out)}
+    result = {"images": images, "captions": captions, "seed": seed}
     if features is None:
         features = partial(latent_features, pipeline)
         result["features"] = {"kind": "latents"}
-    return result, _compare(features, generated, training, held_out, result)
+    nearest = _compare(features, generated, training, held_out, rng, scores)
+    return result | scores.values | {"error": scores.errors}, nearest
 
 
-def _score_shapes(pipeline, generated_of, count, prompt_of, result):
+def _drawn(data, most, rng):
+    """Draw images without repetition, at most so many."""
+    return data.pick(np.sort(rng.permutation(len(data))[:most]))
+
+
+def _score_shapes(pipeline, generated_of, count, prompt_of, scores, seed):
     """Score attributes by rule, on real, reconstructed and generated images."""
     side = pipeline.size[0]
     sets = {"seen": False}
     if not isinstance(pipeline.tokenizer, ClassNames):  # a held-out pair is no class
         sets["held_out"] = True
     n = max(1, count // len(sets))
-    truth, captions = make_shapes(n, side, SEED)
-    result["captions"] = n * len(sets)
-    result["reader"] = score(truth, captions)
+    truth, captions = make_shapes(n, side, seed)
+    scores.add_shares(score(truth, captions), n, "reader")
     decoded = pipeline.decode(pipeline.encode(truth))
-    result["reconstructed"] = score(decoded, captions)
-    result["drawing"] = {"reconstructed": from_drawings(decoded, captions)}
+    scores.add_shares(score(decoded, captions), n, "reconstructed")
+    scores.add(from_drawings(decoded, captions), "drawing", "reconstructed")
     generated = {}
     for name, unseen in sets.items():
-        asked = make_shapes(n, side, SEED, unseen)[1]
+        asked = make_shapes(n, side, seed, unseen)[1]
         prompts = [prompt_of(caption) for caption in asked]
         generated[name] = generated_of(prompts)
-        result[name] = score(generated[name], prompts)
+        scores.add_shares(score(generated[name], prompts), n, name)
         if prompts == asked:  # a class alone leaves colours and place open
-            result["drawing"][name] = from_drawings(generated[name], prompts)
+            scores.add(from_drawings(generated[name], prompts), "drawing", name)
     return generated["seen"]  # the held-out pairs are meant to differ from all that was trained on
 
 
-def from_drawings(images: np.ndarray, captions: Sequence[str]) -> float:
-    """Compute the median distance of images from the nearest true drawings of their captions."""
+def from_drawings(images: np.ndarray, captions: Sequence[str]) -> tuple[float, float]:
+    """Compute the median distance of images from the nearest true drawings of their captions.
+
+    → it, and its standard error.
+    """
     some = range(min(len(images), DRAWN))
     drawn = [drawing_distance(images[i], Attributes.parse(captions[i])) for i in some]
-    return float(np.median(drawn))
+    return jackknife(np.median, np.array(drawn))
 
 
-def _score_task(pipeline, generated_of, count, true, shapes, result):
+def _score_task(pipeline, generated_of, count, true, shapes, scores):
     """Score a model with a task, conditioned on real images."""
     truth = true.pick([i % len(true) for i in range(count)])
     scene = task_input(pipeline.task, truth, shapes is not None)
     generated = generated_of(truth.captions, scene)
-    result["task"] = {"name": pipeline.task} | compare(scene, generated, truth.images)
+    scores.values["task"] = {"name": pipeline.task}
+    for name, measured in compare(scene, generated, truth.images).items():
+        scores.add(measured, "task", name)
     if shapes:
-        result["captions"] = len(truth)
+        decoded = pipeline.decode(pipeline.encode(truth.images))
         for name, images in (
-            ("reader", truth.images),
-            ("reconstructed", pipeline.decode(pipeline.encode(truth.images))),
-            ("seen", generated),
-        ):
-            result[name] = score(images, truth.captions)
+            ("reader", truth.images), ("reconstructed", decoded), ("seen", generated)
+        ):  # fmt: skip
+            scores.add_shares(score(images, truth.captions), len(truth), name)
     return generated
 
 
-def _generate(pipeline, prompts, scene, bar, **options) -> np.ndarray:
+def _generate(pipeline, prompts, scene, bar, seed, **options) -> np.ndarray:
     generated = []
     for start in range(0, len(prompts), BATCH):
         part = slice(start, start + BATCH)
         some = scene and scene.pick(part)
-        generated.append(generate(pipeline, prompts[part], some, seed=SEED + start, **options))
+        generated.append(generate(pipeline, prompts[part], some, seed=seed + start, **options))
         bar.update(len(prompts[part]))
     return np.concatenate(generated)
 
 
-def _compare(features, generated, training, held_out, result):
+def _compare(features, generated, training, held_out, rng, scores):
     """Compare generated with real images; → those nearest to training images, and the latter."""
     at, distance = nearest_images(generated, training.images)
-    result["nearest"] = {"generated": float(np.median(distance))}
+    scores.add(jackknife(np.median, distance), "nearest", "generated")
     if len(held_out) > 1:
         _, real_distance = nearest_images(held_out.images, training.images)
-        result["nearest"]["held_out"] = float(np.median(real_distance))
+        scores.add(jackknife(np.median, real_distance), "nearest", "held_out")
         if len(held_out) >= FEWEST_FOR_COPIES:
-            result["nearest"]["copied"] = copied(distance, real_distance)
+            share = jackknife(lambda some: copied(some, real_distance), distance)
+            scores.add(share, "nearest", "copied")
     n = min(len(generated), len(held_out)) if len(held_out) > 1 else len(generated)
     some = training.pick(np.linspace(0, len(training) - 1, min(len(training), 2048)).astype(int))
     real = features(some.images)
-    for name, images in (("generated", generated), ("held_out", held_out.images)):
-        made = features(images[:n]) if len(images) else real[:0]  # equally many, to compare
+    others = _drawn(held_out, n, rng).images
+    for name, images in (("generated", generated[:n]), ("held_out", others)):
+        made = features(images) if len(images) else real[:0]  # equally many, to compare
         if min(len(made), len(real)) > 1:  # one image has no covariance
-            result.setdefault("frechet", {})[name] = frechet_distance(made, real)
-            result.setdefault("kernel", {})[name] = kernel_distance(made, real)
+            measured = jackknife(lambda some: frechet_distance(some, real), made)
+            scores.add(measured, "frechet", name)
+            scores.add(jackknife(lambda some: kernel_distance(some, real), made), "kernel", name)
         if min(len(made), len(real)) > NEIGHBOURS:
-            precision, recall = precision_recall(made, real, NEIGHBOURS)
-            result.setdefault("precision", {})[name] = precision
-            result.setdefault("recall", {})[name] = recall
+            values, errors = jackknife(lambda some: precision_recall(some, real, NEIGHBOURS), made)
+            for key, value, error in zip(("precision", "recall"), values, errors, strict=True):
+                scores.add((value, error), key, name)
     closest = np.argsort(distance, kind="stable")[:12]
     return {"samples": generated[closest], "nearest": training.images[at[closest]]}
 
@@ -218,95 +276,3 @@ def latent_features(pipeline: Pipeline, images: np.ndarray) -> np.ndarray:
     rows, columns = (np.array_split(np.arange(side), min(side, CELLS)) for side in (h, w))
     cells = [latents[:, r][:, :, q].mean(axis=(1, 2)) for r in rows for q in columns]
     return np.concatenate(cells, axis=1).astype(np.float64)
-
-
-def table(result: dict) -> str:
-    """Format the result of `evaluate` as lines of text, each value with what it means."""
-    lines = []
-    if "seen" in result:
-        rows = {
-            "attribute reader, real images": result["reader"],
-            "first stage, reconstructions": result["reconstructed"],
-            "generated, combinations seen": result["seen"],
-        }
-        if "held_out" in result:
-            rows["generated, combinations held out"] = result["held_out"]
-        names = [*ATTRIBUTES, "all"]
-        lines.append("right by rule, in %".ljust(32) + "".join(f"{name:>12}" for name in names))
-        for title, row in rows.items():
-            shares = "".join(
-                f"{100 * row[name]:12.1f}" if name in row else " " * 12 for name in names
-            )
-            lines.append(title.ljust(32) + shares)
-        if "seen" in result.get("drawing", {}):
-            distances = result["drawing"]
-            numbers = f"{distances['seen']:.1f} (reconstructions {distances['reconstructed']:.1f})"
-            meaning = "median difference from the nearest drawing of the caption, of 255"
-            lines.append(_row("distance from true drawings", numbers, meaning))
-        lines.append(f"{result['captions']} images generated\n")
-    unseen = "held_out" in result["loss_by_noise"]
-    which = "held-out images" if unseen else "training images (none are held out)"
-    lines += [
-        f"{which}: {result['images']['held_out' if unseen else 'trained_on']}",
-        _row("first stage, PSNR", f"{result['psnr']:.1f} dB",
-             "decoded against the image; 30 is soft, 40 is hard to tell apart"),
-        _row("first stage, SSIM", f"{result['ssim']:.3f}", "structural similarity; 1 is equal"),
-    ]  # fmt: skip
-    lines += _rows_of_task(result.get("task", {}))
-    for name, losses in result["loss_by_noise"].items():
-        numbers = " ".join(f"{loss:.3f}" for loss in losses)
-        lines.append(_row(f"loss by noise, {name.replace('_', '-')}", numbers, ""))
-    lines.append(_row("", "", "from little noise to nearly all; far apart means overfitting"))
-    bits = {
-        name: f"{value:.2f} ± {result['bits_error'][name]:.2f}"
-        for name, value in result["bits"].items()
-    }
-    bits = bits["training"] + (f" (held-out {bits['held_out']})" if unseen else "")
-    meaning = "upper bound, per latent value (per pixel value, without a first stage)"
-    lines.append(_row("bits per dimension", bits, meaning))
-    if "frechet" in result:
-        lines.append(_compared_by(result["features"]))
-    meanings = {
-        "frechet": ("Fréchet distance", "of generated to training images; 0 is alike"),
-        "kernel": ("kernel distance", "KID, without assuming Gaussians; about 0 is alike"),
-        "precision": ("precision", "share of generated images that lie among training images"),
-        "recall": ("recall", "share of training images that lie among generated ones"),
-        "nearest": ("nearest training image", "median difference, in levels of 255"),
-    }
-    for key, (title, meaning) in meanings.items():
-        if key not in result:
-            continue
-        numbers = f"{result[key]['generated']:.3f}"
-        if "held_out" in result[key]:
-            numbers += f" (held-out {result[key]['held_out']:.3f})"
-        lines.append(_row(title, numbers, meaning))
-    if "copied" in result["nearest"]:
-        share = f"{100 * result['nearest']['copied']:.1f} %"
-        lines.append(_row("copied from training", share,
-                          "nearer to a training image than 95 % of held-out ones are; "
-                          "about 5 % means that nothing is copied"))  # fmt: skip
-    return "\n".join(lines)
-
-
-def _rows_of_task(task):
-    name = task.get("name")
-    if not task.keys() & {"psnr", "psnr_seen"}:
-        return []
-    if "psnr_seen" in task:
-        meaning = "of the unmasked part, generated against the image"
-        return [_row(f"{name}, PSNR", f"{task['psnr_seen']:.1f} dB", meaning)]
-    meaning = "generated against the image (in brackets: the input)"
-    psnrs = f"{task['psnr']:.1f} dB (given {task['psnr_given']:.1f} dB)"
-    ssims = f"{task['ssim']:.3f} (given {task['ssim_given']:.3f})"
-    return [_row(f"{name}, PSNR", psnrs, meaning), _row(f"{name}, SSIM", ssims, "")]
-
-
-def _compared_by(features):
-    if features["kind"] == "latents":
-        return _row("images compared by", "latents", "averaged over a coarse grid")
-    meaning = f"right on {100 * features['accuracy']:.1f} % of held-out images"
-    return _row("images compared by", "features of a classifier", meaning)
-
-
-def _row(title, numbers, meaning):
-    return f"{title:32}{numbers:34}{meaning}".rstrip()

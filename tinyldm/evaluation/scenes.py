@@ -6,7 +6,7 @@ from tinyldm.backend import Array
 from tinyldm.data.dataset import Dataset
 from tinyldm.data.shapes import LANCZOS_REACH
 from tinyldm.evaluation.reader import box_around
-from tinyldm.evaluation.statistics import psnr, ssim
+from tinyldm.evaluation.statistics import mean_and_error, psnr, ssim
 from tinyldm.sampling.init_image import Scene
 from tinyldm.sampling.pipeline import Pipeline
 
@@ -55,10 +55,13 @@ def masked_images(scene: Scene) -> np.ndarray:
     return np.where(scene.mask[..., None], np.uint8(GREY), scene.images)
 
 
-def compare(scene: Scene, generated: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+def compare(
+    scene: Scene, generated: np.ndarray, truth: np.ndarray
+) -> dict[str, tuple[float, float]]:
     """Compare generated images with the ground truth, and the input with it as a baseline.
 
-    For inpainting it compares the unmasked part, which should stay, where there is one.
+    → {name: (mean over images, its standard error)}. For inpainting it compares the unmasked part,
+    which should stay, where there is one.
     """
     if scene.mask is not None:
         seen = ~scene.mask[..., None]
@@ -68,10 +71,10 @@ def compare(scene: Scene, generated: np.ndarray, truth: np.ndarray) -> dict[str,
             return {}
         # Masked pixels are 0 on both sides, so the mean over all of them is by `share` too small.
         of_all = psnr((generated * seen)[some], (truth * seen)[some])
-        return {"psnr_seen": of_all + float(10 * np.log10(share[some]).mean())}
+        return {"psnr_seen": mean_and_error(of_all + 10 * np.log10(share[some]))}
     return {
-        "psnr": psnr(generated, truth),
-        "ssim": ssim(generated, truth),
-        "psnr_given": psnr(scene.images, truth),
-        "ssim_given": ssim(scene.images, truth),
+        "psnr": mean_and_error(psnr(generated, truth)),
+        "ssim": mean_and_error(ssim(generated, truth)),
+        "psnr_given": mean_and_error(psnr(scene.images, truth)),
+        "ssim_given": mean_and_error(ssim(scene.images, truth)),
     }

@@ -1,6 +1,6 @@
 """Image metrics, from NumPy arrays alone: no model, no files."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import isqrt
 
 import numpy as np
@@ -12,8 +12,41 @@ WINDOW = 11  # pixels along each side that SSIM compares at a time
 TAIL = 0.05  # share of held-out images, the nearest to training images, that pass for copies
 
 
-def psnr(images: np.ndarray, truth: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB, the mean over images, uint8 (n, h, w, 3).
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of values (n,), and its standard error: their standard deviation / √n."""
+    values = np.asarray(values, np.float64)
+    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.inf
+    return float(values.mean()), float(error)
+
+
+def share_error(share: float, n: int) -> float:
+    """Standard error of a share of n, that of two more hits and two more misses.
+
+    So it is not 0 where all of them are hits (Agresti & Coull 1998).
+    """
+    corrected = (share * n + 2) / (n + 4)
+    return float(np.sqrt(corrected * (1 - corrected) / (n + 4)))
+
+
+def jackknife(
+    statistic: Callable[[np.ndarray], np.ndarray], sample: np.ndarray, groups: int = 10
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute a statistic of a sample (n, …), and its standard error by the jackknife.
+
+    One of g groups is left out at a time, and √((g − 1) / g · Σ (θ_i − mean θ)²) is the error
+    (Tukey 1958; Efron & Stein 1981). It is infinite for fewer rows than 2 g.
+    """
+    value = np.asarray(statistic(sample))
+    if len(sample) < 2 * groups:
+        return value, np.full(value.shape, np.inf)
+    members = np.arange(len(sample)) % groups
+    without = np.array([statistic(sample[members != i]) for i in range(groups)])
+    spread = np.square(without - without.mean(axis=0)).sum(axis=0)
+    return value, np.sqrt((groups - 1) / groups * spread)
+
+
+def psnr(images: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB of each image, uint8 (n, h, w, 3) → (n,).
 
     10 log₁₀(255² / mean squared error): 30 looks soft, 40 is hard to tell apart, equal images
     have 148. ValueError for anything but two such arrays of one shape.
@@ -23,11 +56,11 @@ def psnr(images: np.ndarray, truth: np.ndarray) -> float:
         np.square(np.subtract(x, y, dtype=np.float64)).mean()
         for x, y in zip(images, truth, strict=True)
     ]
-    return float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-10))))
+    return 10 * np.log10(255**2 / np.maximum(error, 1e-10))
 
 
-def ssim(images: np.ndarray, truth: np.ndarray) -> float:
-    """Structural similarity, the mean over images, uint8 (n, h, w, 3), positions and channels.
+def ssim(images: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Structural similarity of each image, uint8 (n, h, w, 3) → (n,), over positions and channels.
 
     It compares local structure: 1 is equal, 0 unrelated. Wang, Bovik, Sheikh and
     Simoncelli (2004), equation 13, in a Gaussian window of σ = 1.5 and 11×11 pixels, wherever it
@@ -50,7 +83,7 @@ def ssim(images: np.ndarray, truth: np.ndarray) -> float:
         covariance, variances = xy - x * y, (xx - x * x) + (yy - y * y)
         structure = (2 * covariance + contrast_stabiliser) / (variances + contrast_stabiliser)
         similarity.append((luminance * structure).mean())
-    return float(np.mean(similarity))
+    return np.array(similarity)
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

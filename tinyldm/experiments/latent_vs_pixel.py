@@ -94,7 +94,7 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
                 "accuracy_all": right,
                 "accuracy_equal_steps": right,
                 "kernel_distance": kernel_distance(classifier.features(generated), real),
-                "psnr": psnr(decoded, some) if f > 1 else None,
+                "psnr": float(psnr(decoded, some).mean()) if f > 1 else None,
             }
             slowest = report.rows[0] if report.rows else row
             for key in ("train", "sample"):

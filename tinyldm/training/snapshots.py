@@ -87,7 +87,7 @@ def autoencoder(
     on_device = xp.asarray(pixels)
     decoded = to_device(map_batch(reconstruct, on_device), "cpu")
     validation = float(np.square(decoded - pixels).mean())
-    quality = psnr(to_uint8(decoded), images)
+    quality = float(psnr(to_uint8(decoded), images).mean())
     described = vae.describe(params, on_device)
     text = ", ".join(f"{name} {value:.2f}" for name, value in described.items())
     numbers = {"validation": validation, "psnr": quality} | described
