@@ -1,5 +1,7 @@
 """The pages: their commands run, their code runs, their links lead somewhere, they stay short."""
 
+import hashlib
+import json
 import re
 import shlex
 import shutil
@@ -12,6 +14,7 @@ from PIL import Image
 from slow import mostly_slow
 from small_run import CONFIG, without_images
 
+from tests import course
 from tinyldm import cli
 from tinyldm.checkpoints import single_file as original
 from tinyldm.checkpoints.safetensors import save_weights
@@ -110,6 +113,40 @@ def test_an_answer_prints_what_stands_below_it(number, title, code, says, capsys
 def test_there_are_twenty_questions():
     text = (ROOT / "tinyldm" / "questions.md").read_text(encoding="utf-8")
     assert len(QUESTIONS) == text.count("\n## ") >= 20
+
+
+def test_the_course_has_the_code_of_the_source_and_what_it_prints():
+    """`python -m tests.course` renews both."""
+    page = course.COURSE.read_text(encoding="utf-8")
+    assert course.filled(page) == page
+    assert course.run(page) == page
+
+
+def test_every_stop_has_all_that_a_stop_has():
+    page = course.COURSE.read_text(encoding="utf-8")
+    stops = re.findall(r"^## \d+\. .*?(?=^## )", page, re.DOTALL | re.MULTILINE)
+    assert len(stops) == 10
+    for stop in stops:
+        title, _, question = stop.splitlines()[:3]
+        assert re.fullmatch(r"\*.+\?\*", question), title
+        assert len(course.BLOCK.findall(stop)) >= 1 and len(course.RUN.findall(stop)) == 1, title
+        assert "**Predict, then " in stop, title
+        assert "`tinyldm exercise " in stop or title.startswith("## 5."), title
+
+
+def test_every_image_of_the_pages_is_listed_and_is_the_one_that_was_made():
+    """`data/make_images.py` renews the checksums; the list says what each image shows."""
+    folder = ROOT / "data" / "images"
+    found = {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.iterdir()
+        if file.suffix not in (".json", ".md")
+    }
+    assert found == json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    listed = re.findall(r"^\| `([\w.-]+)` \|", (folder / "README.md").read_text("utf-8"), re.M)
+    assert sorted(listed) == sorted(found)
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert set(re.findall(r"images/([\w.-]+)\)", pages)) == found.keys()
 
 
 def test_the_section_shows_every_option():

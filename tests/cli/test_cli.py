@@ -625,7 +625,7 @@ def test_eval_with_a_classifier(call, copy, monkeypatch):
     found = json.loads((copy / "eval.json").read_text())
     accuracy = found["features"].pop("accuracy")
     assert found["features"] == {"kind": "classifier"} and 0 <= accuracy <= 1
-    row = f"features of a classifier                  right on {100 * accuracy:.1f} % of held-out"
+    row = f"features of a classifier                    right on {100 * accuracy:.1f} % of held-out"
     assert row in result.out
 
     again = call(*command, "--classifier-seconds", 0.1)

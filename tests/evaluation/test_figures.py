@@ -70,14 +70,13 @@ def test_captions_lie_under_their_images_and_cover_none():
     images = images_of(3, 24, 24)
     plain = grid(images, columns=2, tile=24)
     sheet = grid(images, ["a", "bb cc dd ee", ""], columns=2, tile=24)
-    extra = (sheet.height - plain.height) // 2
+    extra = sheet.height - plain.height  # the second row says nothing, and takes no space for it
     assert sheet.width == plain.width and extra > 10
     for tile, image in zip(tiles_of(sheet, 3, 24, 24, 2, extra=extra), images, strict=True):
         np.testing.assert_array_equal(tile, image)
     under = np.asarray(sheet)[GAP + 24 : GAP + 24 + extra]
     first, second = under[:, GAP : GAP + 24], under[:, 2 * GAP + 24 : 2 * GAP + 48]
     assert first.min() < 128 and second.min() < 128
-    assert (np.asarray(sheet)[-extra:] == PAPER).all()  # the third says nothing
 
 
 def test_labels_lie_to_the_left_of_their_rows():

@@ -40,20 +40,22 @@ def grid(
     width = max(1, w * scale // 6)
     wrapped = [textwrap.fill(_cut(text), width) for text in captions] if captions else [""] * n
     text_height = 13 * max(text.count("\n") + 1 for text in wrapped) if captions else 0
-    cell_w, cell_h = w * scale + gap, h * scale + gap + text_height
-    rows, top = -(-n // columns), gap + (16 if titles else 0)
-    sheet = Image.new("RGB", (margin + columns * cell_w, top + rows * cell_h), PAPER)
+    rows, cell_w = [wrapped[i : i + columns] for i in range(0, n, columns)], w * scale + gap
+    tops = [gap + (16 if titles else 0)]
+    for row in rows:  # one without captions takes no space for them
+        tops.append(tops[-1] + h * scale + gap + (text_height if any(row) else 0))
+    sheet = Image.new("RGB", (margin + columns * cell_w, tops[-1]), PAPER)
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles or []):
         draw.text((margin + column * cell_w, gap), title, INK, font)
     for i, image in enumerate(images):
-        x, y = margin + i % columns * cell_w, top + i // columns * cell_h
+        x, y = margin + i % columns * cell_w, tops[i // columns]
         enlarged = Image.fromarray(image).resize((w * scale, h * scale), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (x, y))
         if captions:
             draw.multiline_text((x, y + h * scale + 1), wrapped[i], INK, font, spacing=1)
     for row, label in enumerate(labels or []):
-        draw.text((gap, top + row * cell_h + h * scale // 2 - 6), label, INK, font)
+        draw.text((gap, tops[row] + h * scale // 2 - 6), label, INK, font)
     return sheet
 
 

@@ -101,4 +101,4 @@ def _compared_by(features):
 
 
 def _row(title, numbers, meaning):
-    return f"{title:32}{numbers:42}{meaning}".rstrip()
+    return f"{title:32}{numbers:42}  {meaning}".rstrip()

@@ -89,18 +89,15 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
             report.add(row)
             say(f"{row['accuracy_seen']:.1%} of the captions are right")
     report.save_samples(sheet, ["\n".join(trial) for trial in TRIALS])
-    curves = Curves(
-        signal_to_noise(), "noise schedules", "time step t", "signal to noise, ᾱ / (1 − ᾱ)"
-    )
-    report.save_curves("signal-to-noise.png", curves)
+    report.save_curves("signal-to-noise.png", noise_schedules())
     return report.rows
 
 
-def signal_to_noise() -> dict[str, tuple]:
-    """Return {schedule: (time steps, ᾱ / (1 − ᾱ))}."""
+def noise_schedules() -> Curves:
+    """Return ᾱ / (1 − ᾱ), signal to noise, of each schedule, against the time step."""
     found = {}
     for name, keys in SCHEDULES.items():
         schedule = Schedule(keys | {"prediction_type": "v_prediction"})
         t = np.arange(0, len(schedule), 10)
         found[name] = t.tolist(), schedule.snr(t).tolist()
-    return found
+    return Curves(found, "noise schedules", "time step t", "signal to noise, ᾱ / (1 − ᾱ)")
