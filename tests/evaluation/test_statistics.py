@@ -14,6 +14,7 @@ from tinyldm.evaluation.statistics import (
     frechet_distance,
     jackknife,
     kernel_distance,
+    mean_along,
     mean_and_error,
     nearest_images,
     precision_recall,
@@ -76,9 +77,16 @@ def test_the_jackknife_of_a_mean_is_the_usual_standard_error():
     assert mean_and_error(x) == pytest.approx((x.mean(), x.std(ddof=1) / 50**0.5))
 
 
+def test_a_trend_adds_nothing_to_the_error_of_a_mean():
+    rng, trend = np.random.default_rng(0), np.linspace(0, 10, 100)
+    found = np.array([mean_along(trend + rng.normal(0, 1, 100)) for _ in range(200)])
+    assert 0.85 < found[:, 0].std() / found[:, 1].mean() < 1.15
+    assert mean_and_error(trend + rng.normal(0, 1, 100))[1] > 2.5 * found[:, 1].mean()
+
+
 def test_too_few_have_no_known_error():
     assert jackknife(np.mean, np.ones(19))[1] == np.inf
-    assert mean_and_error([2.0]) == (2.0, np.inf)
+    assert mean_and_error([2.0]) == mean_along([2.0]) == (2.0, np.inf)
 
 
 @given(st.integers(1, 500), st.floats(0, 1))

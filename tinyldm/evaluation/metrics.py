@@ -16,6 +16,7 @@ from tinyldm.evaluation.statistics import (
     frechet_distance,
     jackknife,
     kernel_distance,
+    mean_along,
     mean_and_error,
     nearest_images,
     precision_recall,
@@ -150,7 +151,7 @@ def evaluate(
     scores.add(mean_and_error(ssim(decoded, shown.images)), "ssim")
     for name, data in some.items():
         losses = losses_by_noise(pipeline, data, seed=seed)
-        measured = zip(*map(mean_and_error, losses), strict=True)
+        measured = zip(*map(mean_along, losses), strict=True)  # t rises from image to image
         scores.add(tuple(measured), "loss_by_noise", name)
         scores.add(likelihood(pipeline, data, seed), "bits", name)
     captions = 0

@@ -19,6 +19,17 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return float(values.mean()), float(error)
 
 
+def mean_along(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of values (n,) that follow a trend, and its standard error, from neighbours' differences.
+
+    The trend is the same for every sample, and adds nothing to the error (von Neumann 1941).
+    """
+    values = np.asarray(values, np.float64)
+    n = len(values)
+    error = np.sqrt(np.square(np.diff(values)).sum() / (2 * (n - 1) * n)) if n > 1 else np.inf
+    return float(values.mean()), float(error)
+
+
 def share_error(share: float, n: int) -> float:
     """Standard error of a share of n, that of two more hits and two more misses.
 
