@@ -20,7 +20,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def mean_along(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of values (n,) that follow a trend, and its standard error, from neighbours' differences.
+    """Mean of values (n,) with a trend, and its standard error by the differences of neighbours.
 
     The trend is the same for every sample, and adds nothing to the error (von Neumann 1941).
     """
