@@ -35,7 +35,7 @@ from tinyldm.sampling.tasks import TASKS
 from tinyldm.training import classifier, config, loop, presets
 from tinyldm.training import run as runs
 from tinyldm.training.config import Stage
-from tinyldm.training.state import load_state
+from tinyldm.training.state import load_state, state_files
 
 STEPS = 3  # of each stage
 STAGE = Stage(batch=4, rate=1e-3, warmup=2, ema=0.9, steps=STEPS)
@@ -445,6 +445,19 @@ def test_sample_several_with_every_option(call, run, tmp_path):
             assert found.size == (12, 8)
             assert found.tobytes() == image.tobytes()
     assert len({image.tobytes() for image in expected}) == 3
+
+
+def test_words_that_no_caption_had_are_named(call, copy, tmp_path):
+    """All of them; and a state that cannot be read keeps nobody from generating."""
+    prompt = "a cyan hexagon"
+    result = call("sample", copy, prompt, "-o", tmp_path / "a.png")
+    said = "words that no caption had, or one alone: cyan, hexagon\n"
+    assert result.code == 0 and said in result.err
+    known = call("sample", copy, "a red circle on blue", "-o", tmp_path / "a.png")
+    assert known.code == 0 and "no caption had" not in known.err
+    state_files(copy)[-1].write_bytes(b"{")
+    result = call("sample", copy, prompt, "-o", tmp_path / "a.png")
+    assert result.code == 0 and "no caption had" not in result.err
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.webp", "a.gif"])

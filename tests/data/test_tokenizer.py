@@ -377,3 +377,11 @@ def test_load_says_that_tokenizer_json_is_malformed(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match=r"^.*: not the files of one CLIP tokenizer \(.*\); fetch"):
         Tokenizer.load(tmp_path)
+
+
+def test_words_that_need_several_tokens():
+    tokenizer = Tokenizer.train(["a red circle"] * 2, vocab_size=600)
+    assert tokenizer.in_parts("A red circle, a RED square, two squares 7") == [
+        "square", "two", "squares",
+    ]  # fmt: skip
+    assert tokenizer.in_parts("a red circle") == []

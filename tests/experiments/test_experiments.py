@@ -66,7 +66,8 @@ def experiment(call, tmp_path):
 def small(monkeypatch):
     monkeypatch.setattr(latent_vs_pixel, "BASE", dataclasses.replace(latent_vs_pixel.BASE, **SMALL))
     monkeypatch.setattr(latent_vs_pixel, "WIDTHS", (4, 4, 8, 8))
-    monkeypatch.setattr(latent_vs_pixel, "CAPTIONS", (9, 9))
+    monkeypatch.setattr(latent_vs_pixel, "FEWEST", 9)
+    monkeypatch.setattr(latent_vs_pixel, "CAPTIONS", 9)
     monkeypatch.setattr(latent_vs_pixel, "LONG_ENOUGH", 0.0)
     monkeypatch.setattr(latent_vs_pixel, "CLASSIFIER_SECONDS", 0.2)
     steps = SimpleNamespace(step_seconds={"autoencoder": 0.25, "denoiser": 0.25})
@@ -94,9 +95,10 @@ def test_latent_vs_pixel(small, experiment, tmp_path):
 
 @pytest.mark.slow
 def test_guidance(folder, experiment, monkeypatch):
-    for name, value in {"CAPTIONS": 8, "GUIDANCE": (1, 2, 8), "RESCALED": (8,)}.items():
+    for name, value in {"GUIDANCE": (1, 2, 8), "RESCALED": (8,)}.items():
         monkeypatch.setattr(guidance, name, value)
-    rows = experiment("guidance", "--run", folder, images=("guidance.png", "samples.png"))
+    asked = ("--run", folder, "--captions", 8)
+    rows = experiment("guidance", *asked, images=("guidance.png", "samples.png"))
     settings = [(row["guidance"], row["rescale"]) for row in rows]
     assert settings == [(None, None), (1, 0), (2, 0), (8, 0), (8, 0.7)]
     for row in rows:

@@ -23,6 +23,10 @@ class Length:
     """Length of an experiment."""
 
     seconds: float = option("seconds that each network is trained", 240.0, least=1, most=1_000_000)
+    captions: int | None = option(
+        "number of images to generate for a measurement", None, least=4, most=100_000, metavar="N",
+        default_text="the experiment's",
+    )  # fmt: skip
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -43,12 +47,13 @@ def run(options: Namespace) -> None:
     out = path_of("--out", options.out)
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out}: expected a folder, or nothing, found a file")
-    subject = seconds = Length(**chosen(options, Length)).seconds
+    length = Length(**chosen(options, Length))
+    subject = seconds = length.seconds
     if options.name in ON_A_RUN:
         run = None if options.run_folder is None else whole_run(options.run_folder, say)
         subject = trained_run(run, seconds, out, say)
     elif options.run_folder is not None:
         options.parser.error(f"--run: {options.name} trains its own model; leave it out")
     out.mkdir(parents=True, exist_ok=True)
-    module.run(subject, out, say)
+    module.run(subject, out, say, length.captions or module.CAPTIONS)
     print((out / "table.md").read_text(encoding="utf-8"), end="")

@@ -1,5 +1,6 @@
 """`tinyldm sample`: generate images from a prompt, or reproduce one from the notes in a PNG."""
 
+import contextlib
 import os
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, replace
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tinyldm.checkpoints.safetensors import WeightsError
 from tinyldm.cli.arguments import add_device, add_options, say, size
 from tinyldm.evaluation.figures import (
     check_image,
@@ -16,7 +18,8 @@ from tinyldm.evaluation.figures import (
     save_animation,
     save_image,
 )
-from tinyldm.files import shown
+from tinyldm.files import shown, some
+from tinyldm.models import Tokenizer
 from tinyldm.options import option
 from tinyldm.progress import Bar
 from tinyldm.sampling.init_image import Scene, strength_of
@@ -24,6 +27,7 @@ from tinyldm.sampling.metadata import MOST, OPTIONS, InputImage, Origin, fingerp
 from tinyldm.sampling.params import SamplingParams
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training.run import whole_run
+from tinyldm.training.state import load_notes, state_files
 
 ANIMATIONS = ("WEBP", "GIF")
 FRAMES = 10  # of a film, by default
@@ -147,6 +151,7 @@ def _from_prompt(options):
     size = options.size
     if opened and size is None:
         size = pipeline.size_like(opened.height, opened.width)
+    _name_new_words(options.run_folder, pipeline.tokenizer, options.prompt)
     prompts = [options.prompt] * (options.n or 1)
     params = pipeline.sampling_params(prompts, options.negative or "", size, **settings)
     weights = fingerprint(pipeline)
@@ -155,6 +160,16 @@ def _from_prompt(options):
         Origin(params, i, weights, options.run_folder, **common) for i in range(len(prompts))
     ]
     return origins, output, pipeline
+
+
+def _name_new_words(run, tokenizer, prompt):
+    """Say which words of a prompt a run was not trained on, where its tokenizer tells."""
+    words = tokenizer.in_parts(prompt) if isinstance(tokenizer, Tokenizer) else []
+    if not words or not state_files(run):
+        return
+    with contextlib.suppress(WeightsError):  # of a state, which is not needed to generate
+        if len(tokenizer) < load_notes(run)["config"].vocabulary:  # all that occurred twice merged
+            say(f"words that no caption had, or one alone: {some(words)}")
 
 
 def _reproduce(options):

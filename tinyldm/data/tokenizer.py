@@ -171,6 +171,11 @@ class Tokenizer:
             ids += self._ids_of_piece[piece]
         return ids
 
+    def in_parts(self, text: str) -> list[str]:
+        """Return the words of a text that no token stands for, so that several do, each once."""
+        found = dict.fromkeys(pieces(normalised(text)))
+        return [piece for piece in found if len(self._encode_plain(piece)) > 1]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Decode one row of ids to text, for people to read.
 

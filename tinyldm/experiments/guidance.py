@@ -35,11 +35,11 @@ COLUMNS = {
 }
 
 
-def run(folder: Path, out: Path, say: Say) -> list[dict]:
+def run(folder: Path, out: Path, say: Say, count: int = CAPTIONS) -> list[dict]:
     """Try guidance scales on a run; writes results.json, table.md, guidance.png and samples.png."""
     pipeline = Pipeline.load(folder)
     side = pipeline.size[0]
-    truth, captions = make_shapes(CAPTIONS, side, SEED)
+    truth, captions = make_shapes(count, side, SEED)
     features = latent_features(pipeline, truth)
 
     def scores(images):

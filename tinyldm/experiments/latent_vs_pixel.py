@@ -36,7 +36,7 @@ BASE = Config(
 )
 CLASSIFIER_SECONDS = 30.0  # of training, for the classifier
 SHOWN = 9  # images of each f
-CAPTIONS = 10, 100  # to generate for a measurement, at least and at most
+FEWEST, CAPTIONS = 10, 100  # to generate for a measurement, at least and at most
 TIMED, LONG_ENOUGH = 8, 3.0  # images of a batch, repeated for so many seconds
 COLUMNS = {
     "f": ("f", "d"),
@@ -52,7 +52,7 @@ COLUMNS = {
 }
 
 
-def run(seconds: float, out: Path, say: Say) -> list[dict]:
+def run(seconds: float, out: Path, say: Say, count: int = CAPTIONS) -> list[dict]:
     """Train and score all f; writes results.json, table.md, quality.png and samples.png; → rows."""
     images = load_data(BASE)
     tokenizer = Tokenizer.train(images.captions, BASE.vocabulary, BASE.tokens)
@@ -71,8 +71,8 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
             state = begin(models, training, "", "cpu", say)
             one = new_run(out / f"f{f}", state, models, data, say)
             if not captions:  # as many for all as f = 1, the slowest, samples in half the time
-                count = int(np.clip(sampling_speed(one.export()) * seconds / 2, *CAPTIONS))
-                captions = prompts(count)
+                fitting = sampling_speed(one.export()) * seconds / 2
+                captions = prompts(int(np.clip(fitting, min(FEWEST, count), count)))
                 say(f"quality is measured on {count} captions")
             first_seconds = 0.0
             if f > 1:

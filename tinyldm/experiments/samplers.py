@@ -58,15 +58,15 @@ class Counting(Pipeline):
             yield counted
 
 
-def run(folder: Path, out: Path, say: Say) -> list[dict]:
+def run(folder: Path, out: Path, say: Say, count: int = CAPTIONS) -> list[dict]:
     """Try samplers and steps on a run; writes results.json, table.md, plots and samples.png."""
     pipeline = Counting.load(folder)
-    _, captions = make_shapes(CAPTIONS, pipeline.size[0], SEED)
+    _, captions = make_shapes(count, pipeline.size[0], SEED)
 
     def generated(sampler, steps):
         return generate(pipeline, captions, sampler=sampler, steps=steps, seed=SEED)
 
-    say(f"{CAPTIONS} captions, first by ddim in {REFERENCE} steps")
+    say(f"{count} captions, first by ddim in {REFERENCE} steps")
     reference = generated("ddim", REFERENCE)
     sheet, shown = [], []
     with Interruptible() as stop:

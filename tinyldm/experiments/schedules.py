@@ -51,7 +51,7 @@ COLUMNS = {
 }
 
 
-def run(seconds: float, out: Path, say: Say) -> list[dict]:
+def run(seconds: float, out: Path, say: Say, count: int = CAPTIONS) -> list[dict]:
     """Run all trials; writes results.json, table.md, signal-to-noise.png, samples.png; → rows."""
     data = load_data(BASE)
     images = split(data, BASE)
@@ -59,7 +59,7 @@ def run(seconds: float, out: Path, say: Say) -> list[dict]:
     base = with_steps(base, seconds, len(images[0]))
     fingerprint, models = data.fingerprint(), Models(base, tokenizer)
     prompts = {
-        name: make_shapes(CAPTIONS, base.side, SEED, held_out=name == "held_out")[1]
+        name: make_shapes(count, base.side, SEED, held_out=name == "held_out")[1]
         for name in ("seen", "held_out")
     }
     sheet = []
