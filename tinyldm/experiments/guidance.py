@@ -69,7 +69,7 @@ def run(folder: Path, out: Path, say: Say, count: int = CAPTIONS) -> list[dict]:
             say(f"guidance {name}: {row['accuracy_all']:.1%} of the captions are right")
             sheet.append(images[:SHOWN])
             names.append(name.replace(", ", "\n"))
-    report.save_samples(sheet, names)
+    report.save_samples(sheet, names, captions)
     title = "how far from real images"
     curves = Curves(lines(report.rows), title, "guidance scale", "Fréchet distance", False)
     report.save_curves("guidance.png", curves)

@@ -109,7 +109,7 @@ def run(seconds: float, out: Path, say: Say, count: int = CAPTIONS) -> list[dict
             report.add(row)
             sheet.append(generated[:SHOWN])
             say(f"f = {f}: {right:.0%} of the captions are right")
-    report.save_samples(sheet, list(quality))
+    report.save_samples(sheet, list(quality), captions)
     series = {name: tuple(zip(*points, strict=True)) for name, points in quality.items()}
     title = "the same U-Net in pixels (f = 1) and in latents"
     curves = Curves(series, title, "seconds of training", "share of captions right", False)

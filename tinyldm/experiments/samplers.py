@@ -96,7 +96,8 @@ def run(folder: Path, out: Path, say: Say, count: int = CAPTIONS) -> list[dict]:
             sheet.append(first)
             shown.append(sampler)
             say(f"{sampler}: {row['accuracy_all']:.1%} right in {steps} steps")
-    report.save_samples(sheet, shown)
+    titles = [f"{steps} steps" for steps in STEPS]
+    report.save_samples(sheet, shown, captions[:1] * len(STEPS), titles)
     for key, y in (("accuracy_all", "share of captions right"), ("distance", FROM_REFERENCE)):
         curves = Curves(
             lines(report.rows, key), "eight samplers", "network calls per image", y,

@@ -31,7 +31,7 @@ from tinyldm.training.presets import PRESETS
 from tinyldm.training.signals import Interruptible
 from tinyldm.training.stages import begin, second_stage
 
-BASE = PRESETS["demo"]
+BASE = PRESETS["lesson"]
 TRIALS = [  # schedule, prediction, weighting
     *product(("linear", "scaled_linear", "cosine"), PREDICTIONS, ("simple",)),
     ("zero_snr", "v_prediction", "simple"),
@@ -88,7 +88,8 @@ def run(seconds: float, out: Path, say: Say, count: int = CAPTIONS) -> list[dict
                     sheet.append(generated[:SHOWN])
             report.add(row)
             say(f"{row['accuracy_seen']:.1%} of the captions are right")
-    report.save_samples(sheet, ["\n".join(trial) for trial in TRIALS])
+    names = ["\n".join(trial) for trial in TRIALS]
+    report.save_samples(sheet, names, prompts["seen"])
     report.save_curves("signal-to-noise.png", noise_schedules())
     return report.rows
 

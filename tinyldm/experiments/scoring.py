@@ -39,9 +39,20 @@ class Report:
         if self.stop.number:
             raise Stopped(self.stop.number)
 
-    def save_samples(self, images: Sequence[np.ndarray], labels: Sequence[str]) -> None:
-        """Save samples.png: a row of images, uint8 (n, h, w, 3), for each label."""
-        sheet = grid(np.concatenate(images), columns=len(images[0]), labels=labels)
+    def save_samples(
+        self,
+        images: Sequence[np.ndarray],
+        labels: Sequence[str],
+        captions: Sequence[str],
+        titles: Sequence[str] | None = None,
+    ) -> None:
+        """Save samples.png: a row of images, uint8 (n, h, w, 3), for each label.
+
+        captions: of the n columns, below the last row. titles: above them.
+        """
+        n = len(images[0])
+        below = [""] * n * (len(images) - 1) + list(captions[:n])
+        sheet = grid(np.concatenate(images), below, columns=n, labels=labels, titles=titles)
         save_image(self.out / "samples.png", sheet)
 
     def save_curves(self, name: str, curves: Curves) -> None:
