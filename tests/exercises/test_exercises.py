@@ -61,9 +61,9 @@ MISTAKES = {  # number → [(what was written, what the message says of it)]
         ("return a * a * x0 + s * noise", "without noise, x_t"),
     ],
     11: [
-        ("return a * x + s * prediction, s * x + a * prediction", "x_0: expected"),
-        ("return a * x - s * prediction, s * x - a * prediction", "ε: expected"),
-        ("return s * x + a * prediction, a * x - s * prediction", "x_0: expected"),
+        ("return a * x + s * prediction, s * x + a * prediction", "x_0, with a = .*: expected"),
+        ("return a * x - s * prediction, s * x - a * prediction", "ε, with a = .*: expected"),
+        ("return s * x + a * prediction, a * x - s * prediction", "x_0, with a = .*: expected"),
     ],
     12: [
         ("xt_weight = math.sqrt(alpha_bar / alpha_bar_previous)", "what is left of x_0"),
@@ -74,9 +74,13 @@ MISTAKES = {  # number → [(what was written, what the message says of it)]
         ("xt_weight = math.sqrt(1 - x0_weight**2)", "what is left of x_0 in the mean"),
     ],
     13: [
-        ("x = math.sqrt(alpha_bar) * x0 + math.sqrt(rest) * epsilon", "error|far|end"),
-        ("x = next_alpha_bar * x0 + rest * epsilon", "error|far|end"),
-        ("x = math.sqrt(next_alpha_bar) * x0", "error|far|end|spread"),
+        ("x = math.sqrt(alpha_bar) * x0 + math.sqrt(rest) * epsilon", "x after a step, with next"),
+        ("x = next_alpha_bar * x0 + rest * epsilon", "x after a step, with next_alpha_bar"),
+        ("x = math.sqrt(next_alpha_bar) * x0", "x after a step, with next_alpha_bar"),
+        (
+            "x = math.sqrt(next_alpha_bar) * x0 + math.sqrt(1 - next_alpha_bar) * epsilon",
+            "η = 1: x before its fresh noise",
+        ),
     ],
     14: [
         ("prediction = with_text + guidance * (with_text - without)", "guidance 1 is the"),

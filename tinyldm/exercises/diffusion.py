@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from tinyldm.diffusion.schedule import Schedule
+from tinyldm.diffusion.schedule import Schedule, posterior
+from tinyldm.diffusion.timesteps import timesteps
 from tinyldm.exercises.exercise import Exercise, same
 from tinyldm.testing import check_sampler
 from tinyldm.testing.tensors import tensors_of
@@ -27,8 +28,8 @@ def _split(f):
     a, s = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
     x, v = a * x0 + s * noise, a * noise - s * x0
     found = f(schedule, v, x, alpha_bar)
-    same(found[0], x0, "x_0")
-    same(found[1], noise, "ε")
+    same(found[0], x0, f"x_0, with a = {a:.4f} and s = {s:.4f}")
+    same(found[1], noise, f"ε, with a = {a:.4f} and s = {s:.4f}")
 
 
 def _posterior(f):
@@ -48,6 +49,14 @@ def _posterior(f):
 
 def _ddim(f):
     schedule = Schedule({"clip_sample": False})
+    before, after = schedule.alphas_bar[timesteps(schedule, 10)[:2]]
+    x0, epsilon = tensors_of("n 2", "n 2", n=3)
+    x = math.sqrt(before) * x0 + math.sqrt(1 - before) * epsilon
+    for eta, what in ((0.0, "x after a step"), (1.0, "η = 1: x before its fresh noise")):
+        found, _ = next(f(lambda x, t: epsilon, schedule, x, 10, eta, lambda: 0 * epsilon))
+        rest = 1 - after - eta**2 * posterior(before, after)[2]
+        expected = math.sqrt(after) * x0 + math.sqrt(rest) * epsilon
+        same(found, expected, f"{what}, with next_alpha_bar = {after:.4f} and rest = {rest:.4f}")
 
     def sampler(predict, x, steps):
         *_, (x, _) = f(lambda x, t: predict(x, int(t)), schedule, x, steps)
