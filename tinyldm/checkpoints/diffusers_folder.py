@@ -225,7 +225,7 @@ def load_with_config(
 
 
 def save_folder(
-    folder: str | Path,
+    folder: Path,
     configs: dict[str, dict],
     params: dict[str, Params],
     tokenizer: Tokenizer | ClassNames,
@@ -236,7 +236,6 @@ def save_folder(
 
     scheduler: diffusers' class.
     """
-    folder = Path(folder)
     write_json(folder / CHECKSUMS, {"format": FORMAT})
     index = {
         "_class_name": pipeline_class(configs, tokenizer),
