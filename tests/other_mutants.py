@@ -35,6 +35,7 @@ SUITES = {  # module → the files of its tests
         "training/test_step.py",
         "training/test_losses.py",
         "training/test_run.py",
+        "test_strict.py",
     ],
     "training/loop": [
         "training/test_loop.py",
@@ -43,7 +44,11 @@ SUITES = {  # module → the files of its tests
         "training/test_stops.py",
     ],
     "training/losses": ["training/test_losses.py", "training/test_step.py"],
-    "training/state": ["training/test_run.py", "training/test_file_faults.py"],
+    "training/state": [
+        "training/test_step.py",
+        "training/test_run.py",
+        "training/test_file_faults.py",
+    ],
     "files": [
         "checkpoints",
         "sampling/test_pipeline.py",
@@ -114,7 +119,32 @@ EXPLAINED = {  # (module, change, line of the source) → why no test can notice
     ): "The order in a dict.",
     ("training/step", "keep_freed_memory()  →  pass", "keep_freed_memory()"): "It is faster.",
     ("lock", "0  →  1", "os.truncate(handle, 0)"): "What is written next is longer.",
-    ("training/loop", "0.05  →  0.1", "smoothing=0.05, dynamic_ncols=True,"): "How a bar looks.",
+    **{
+        ("training/loop", change, "smoothing=0.05, dynamic_ncols=True,"): "How a bar looks."
+        for change in ("0.05  →  0.1", "True  →  False")
+    },
+    **{
+        ("training/loop", change, "total = state.total or 10**9"): "Far more than steps are taken."
+        for change in ("10  →  20", "9  →  18")
+    },
+    **{
+        (
+            "training/state", "('params', 'm', 'v', 'average')  →  ('m', 'params', 'v', 'average')",
+            f'of_group = dict.fromkeys(("params", "m", "v", "average"), {rest}',
+        ): "The order in a dict."
+        for rest in ("vae)", 'trained) | {"first_stage": vae}')
+    },
+    ("checkpoints/diffusers_folder", "3  →  6", "stacklevel=3,"): "Which line a warning names.",
+    **{
+        ("checkpoints/safetensors", change, "head = stream.read(2**12)"): (
+            "It reads more than it has to."
+        )
+        for change in ("2  →  4", "12  →  24")
+    },
+    (
+        "lock", "os.O_RDWR | os.O_NOFOLLOW  →  os.O_RDWR",
+        "handle = os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)",
+    ): "A link was refused before; only one made in between would be followed.",
 }  # fmt: skip
 SECONDS = 300  # of processor time for the tests of one mutant: more is noticed, too
 KILLED, SURVIVED = "killed", "survived"

@@ -28,7 +28,7 @@ from tinyldm.checkpoints.safetensors import (
     save_weights,
     tensor_shapes,
 )
-from tinyldm.files import replacing
+from tinyldm.files import replacing, write_json
 
 dtypes = st.sampled_from(sorted(DTYPES.values()))
 names = st.text(st.characters(codec="utf-8"), max_size=12).filter(lambda n: n != "__metadata__")
@@ -126,6 +126,14 @@ def test_every_tensor_lies_at_a_multiple_of_its_item(tmp_path):
     for name, entry in json.loads(data[8:start]).items():
         if name != "__metadata__":
             assert (start + entry["data_offsets"][0]) % params[name].itemsize == 0
+
+
+@pytest.mark.parametrize("length", range(8))
+def test_a_header_is_padded_to_eight_bytes(tmp_path, length):
+    save_weights(tmp_path / "x", {"n" * length: np.zeros(1)})
+    data = (tmp_path / "x").read_bytes()
+    header = data[8 : 8 + int.from_bytes(data[:8], "little")]
+    assert len(header) % 8 == 0 and len(header) - len(header.rstrip(b" ")) < 8
 
 
 def test_a_list_of_names_stops_after_five():
@@ -429,6 +437,24 @@ def test_a_new_file_may_be_read_as_any_other(tmp_path):
     assert len(modes) == 1
 
 
+def test_the_umask_is_honoured_and_stays(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_weights(tmp_path / "weights", PARAMS)
+    finally:
+        after = os.umask(before)
+    assert after == 0o027
+    assert stat.S_IMODE((tmp_path / "weights").stat().st_mode) == 0o640
+
+
+def test_json_has_its_keys_in_order(tmp_path):
+    write_json(tmp_path / "a.json", {"b": {"d": 1, "c": None}, "a": [2]})
+    write_json(tmp_path / "b.json", {"a": [2], "b": {"c": None, "d": 1}})
+    text = (tmp_path / "a.json").read_text()
+    assert text == (tmp_path / "b.json").read_text()
+    assert text.split() == '{ "a": [ 2 ], "b": { "c": null, "d": 1 } }'.split()
+
+
 def test_no_temporary_is_left_where_the_rename_fails(tmp_path):
     target = tmp_path / "a folder, not a file"
     target.mkdir()
@@ -481,6 +507,12 @@ def test_no_flipped_bit_goes_unseen(tmp_path):
             assert_same_bits(found[name], x)
     # Those that change nothing are in the notes, and in the white space after the header.
     assert seen > 0.8 * 8 * len(whole)
+
+
+def test_a_checksum_that_cannot_be_is_cut_in_the_message(tmp_path):
+    safetensors.numpy.save_file({"x": np.ones(3)}, tmp_path / "a", {CHECKSUM: "0123456789" * 99})
+    with pytest.raises(WeightsError, match="its checksum was 01234567 when it was written"):
+        load_weights(tmp_path / "a")
 
 
 @pytest.mark.parametrize("share", [0.2, 0.6, 0.95])
@@ -622,6 +654,14 @@ def test_one_file(tmp_path, stem, variant):
     save_weights(tmp_path / f"{stem}{variant}.safetensors", params)
     assert_loaded(tmp_path, params)
     assert_loaded(tmp_path, params, "float64")
+
+
+def test_the_name_of_diffusers_comes_first(tmp_path):
+    params = weights_of(SHAPES)
+    save_weights(tmp_path / "diffusion_pytorch_model.safetensors", params)
+    others = {name: x + 1 for name, x in params.items()}
+    save_weights(tmp_path / "model.safetensors", others)
+    assert_loaded(tmp_path, params)
 
 
 def test_full_precision_comes_first(tmp_path):

@@ -593,7 +593,9 @@ def test_weights_that_do_not_fit_are_listed(folder, name):
     assert f"misshapen (1): {first}: expected" in text
 
 
-@pytest.mark.parametrize("file", [f for f in COMPONENT_FILES if not f.endswith(".safetensors")])
+@pytest.mark.parametrize(
+    "file", [f for f in [*COMPONENT_FILES, "model_index.json"] if not f.endswith(".safetensors")]
+)
 def test_an_edited_text_file_is_read_and_said(folder, file):
     with warnings.catch_warnings(record=True, action="always") as said:
         Pipeline.load(folder)

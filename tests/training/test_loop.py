@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from tinyldm.training import loop
-from tinyldm.training.loop import CALIBRATION, CORRECTIONS, MOST_LEFT_OUT, Pace, Steps
+from tinyldm.training.loop import (
+    CALIBRATION,
+    CORRECTIONS,
+    MOST_LEFT_OUT,
+    Pace,
+    Steps,
+    seconds_with_discriminator,
+)
 from tinyldm.training.metrics import Diverged
 
 
@@ -78,3 +85,18 @@ def test_with_a_discriminator_the_later_steps_are_timed_too(monkeypatch):
     more = (CALIBRATION[0] + 4) * (1.0 - 0.5)
     assert state.seconds == 20 + more and state.corrections == len(CORRECTIONS)
     assert state.total == 10 + int((80 - more) / 1.0)
+
+
+def test_the_time_of_a_step_with_the_discriminator_is_the_median_of_five(monkeypatch):
+    """It has begun while they are timed, and not any more afterwards."""
+    clock, totals, durations = [100.0], [], iter([9.0, 2.0, 1.0, 3.0, 2.5])
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    state = state_of()
+
+    def gradient_of(batch):
+        totals.append(state.total)
+        clock[0] += next(durations)
+        return np.float64(batch), {}
+
+    assert seconds_with_discriminator(state, gradient_of, 0.5) == 2.5
+    assert totals == [0] * 5 and state.total is None

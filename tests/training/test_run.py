@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -38,6 +39,7 @@ from tinyldm.lock import Locked, locked, touch
 from tinyldm.machine import held_memory
 from tinyldm.models import Tokenizer
 from tinyldm.nn.optim import learning_rate
+from tinyldm.progress import Bar
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training import loop, networks, snapshots, stages
 from tinyldm.training import run as runs
@@ -442,6 +444,15 @@ def test_states_are_named_by_all_steps_done_and_the_last_are_kept(tmp_path, any_
     assert [file.name for file in state_files(tmp_path)] == names[-2:]
     assert load_state(tmp_path).step == load_notes(tmp_path)["step"] == 4
     assert sorted(os.listdir(tmp_path / "training")) == names[-2:]
+
+
+def test_who_saves_a_state_is_alive(tmp_path, any_arrays):
+    """To another machine the age of the lock tells that its holder still runs."""
+    long_ago = time.time() - 301
+    with locked(tmp_path):
+        os.utime(tmp_path / ".lock", (long_ago, long_ago))
+        save_state(tmp_path, example_state())
+        assert (tmp_path / ".lock").stat().st_mtime > long_ago + 300
 
 
 def test_a_damaged_state_gives_one_line(copy):
@@ -1098,6 +1109,22 @@ def test_ten_steps_in_a_row_that_cannot_be_end_the_run(tmp_path, monkeypatch, no
     assert sum("left out" in line for line in said) == 1 + 9 + 9
 
 
+def test_on_a_gpu_steps_are_looked_at_before_a_state_is_saved(tmp_path, monkeypatch, no_images):
+    """Two in a row end this run: no state has the second."""
+    take = loop.train_step
+
+    def step(state, *args):
+        loss, norm = take(state, *args)
+        return (loss, norm) if state.step == 0 else (np.float32(np.nan), norm)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(loop, "on_host", lambda x: False)
+    monkeypatch.setattr(loop, "SAVE_EVERY", -1)
+    with pytest.raises(Diverged, match="step 3: the loss is nan, .*, for 2 steps in a row"):
+        train(tmp_path, CONFIG, say=silent)
+    assert load_state(tmp_path).step == 2
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_far_too_high_a_rate_diverges(tmp_path, no_images):
     stage = dataclasses.replace(STAGE, rate=1e25)
@@ -1149,6 +1176,16 @@ def test_seconds_become_steps(tmp_path, monkeypatch, timed):
         total = 10**9 if line["step"] <= 4 else 10
         expected = learning_rate(line["step"] - 1, total, STAGE.rate, STAGE.warmup)
         assert line["rate"] == expected
+
+
+def test_the_rate_stays_until_the_number_of_steps_is_known(tmp_path, monkeypatch, timed):
+    Clock(monkeypatch, 0.5)
+    at_step(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Stopped):
+        train(tmp_path, timed, say=silent)
+    assert load_state(tmp_path).total is None
+    rates = [line["rate"] for line in metrics_of(tmp_path)]
+    assert rates == [STAGE.rate / STAGE.warmup, STAGE.rate, STAGE.rate, STAGE.rate]
 
 
 @pytest.mark.parametrize(
@@ -1274,6 +1311,19 @@ def test_states_are_saved_as_time_goes_by(tmp_path, monkeypatch, no_images):
     Clock(monkeypatch, loop.SAVE_EVERY / 1.5)
     train(tmp_path, CONFIG, say=silent)
     assert saved == [2, 4, 2, 4]
+
+
+def test_the_bars_end_at_the_last_step(tmp_path, monkeypatch, no_images):
+    bars = []
+
+    class Shown(Bar):
+        def __init__(self, **options):
+            super().__init__(**options | {"disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(loop, "Bar", Shown)
+    train(tmp_path, CONFIG, say=silent)
+    assert [(bar.desc, bar.n, bar.total) for bar in bars] == [(name, 4, 4) for name in STAGES]
 
 
 # ---------------------------------------------------------------------------------- what is learnt

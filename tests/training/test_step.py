@@ -1,6 +1,8 @@
 """A step of training: its gradient, in one part or several, and what the optimizers are given."""
 
 import copy
+import os
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +14,9 @@ from linear_problem import assert_same, loss_fn, problem, whole_batch
 from tinyldm.kernels import plain
 from tinyldm.kernels.cpu.flat import Flat
 from tinyldm.nn.optim import MAX_NORM, adam_state, adamw, clip_factor, global_norm, muon
-from tinyldm.training.step import NotFinite, accumulated, train_step, value_and_grad
+from tinyldm.training.presets import PRESETS
+from tinyldm.training.state import State
+from tinyldm.training.step import NotFinite, accumulated, gradients, train_step, value_and_grad
 
 
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 9))
@@ -56,6 +60,31 @@ def test_a_batch_in_parts_has_the_same_gradient(seed, n, parts):
     found = accumulated(gradient_of, parts)(batch)
     assert_same(found, whole_batch(params, batch))
     assert len(seen) == min(n, parts) and sum(seen) == n and max(seen) - min(seen) <= 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads do the work")
+def test_all_processes_see_what_a_step_changes_in_a_state(with_kernels):
+    """The weights of the discriminator as well, which a first stage shares its steps with."""
+    state = State(
+        PRESETS["tiny"], "autoencoder", {"w": np.ones(2)}, None, "", discriminator={"j": np.ones(2)}
+    )
+    first = os.getpid()
+
+    def product(params, x):
+        def backward(grads):
+            grads["w"] = x.mean() * params["j"]
+            grads["elsewhere"] = np.array(float(os.getpid() != first))
+
+        return params["w"] @ params["j"] * x.mean(), backward
+
+    with gradients([product], state.params, state.discriminator, 2) as (gradient_of,):
+        for _ in range(2):
+            state.params.flat[...] += 1
+            state.discriminator.flat[...] *= 3
+            loss, grads = gradient_of((np.array([1.0, 3.0]),))
+            assert loss == 2 * state.params["w"] @ state.discriminator["j"]
+            np.testing.assert_array_equal(grads["w"], 2 * state.discriminator["j"])
+            assert grads["elsewhere"] == 0.5  # of the batch
 
 
 # ---------------------------------------------------------------------------------- the whole step
