@@ -5,8 +5,9 @@ from functools import partial
 
 import numpy as np
 
-from tinyldm.backend import to_device
+from tinyldm.backend import Array, to_device
 from tinyldm.data.dataset import Dataset
+from tinyldm.data.images import from_uint8, in_channels
 from tinyldm.data.shapes import Attributes, make_shapes
 from tinyldm.evaluation.likelihood import bits_per_dim
 from tinyldm.evaluation.reader import drawing_distance, score
@@ -25,8 +26,10 @@ from tinyldm.evaluation.statistics import (
     ssim,
 )
 from tinyldm.models import ClassNames
+from tinyldm.nn import no_grad
 from tinyldm.progress import Bar
 from tinyldm.sampling.pipeline import Pipeline
+from tinyldm.threads import map_batch
 
 SEED = 20_260_101  # of images, captions and noise for scoring: none of them is in a training set
 BATCH = 50
@@ -73,11 +76,12 @@ def losses_by_noise(
     """Measure the denoiser's squared error on each image, in equal bands of t: (bands, n).
 
     A loss over all t hides what is learnt: at low noise little is left to remove, at high noise
-    only the caption says what to generate.
+    only the caption says what to generate. Latents are drawn from their distributions, as in
+    training.
     """
     rng = np.random.default_rng(seed)
     xp, schedule = pipeline.xp, pipeline.schedule
-    latents, condition = pipeline.encode(data.images), pipeline.embed(data.captions)
+    latents, condition = drawn_latents(pipeline, data.images, rng), pipeline.embed(data.captions)
     concat = concat_conditioning(pipeline, data)
     n, width = len(data), len(schedule) // bands
     losses = []
@@ -89,6 +93,21 @@ def losses_by_noise(
         error = prediction - schedule.target(latents, noise, t)
         losses.append(to_device((error * error).mean(axis=(1, 2, 3)), "cpu"))
     return np.array(losses, np.float64)
+
+
+def drawn_latents(pipeline: Pipeline, images: np.ndarray, rng: np.random.Generator) -> Array:
+    """Encode images, uint8 (n, height, width, 3) → latents drawn from what the encoder predicts."""
+    vae, xp = pipeline.vae, pipeline.xp
+    pixels = in_channels(from_uint8(images), vae.config.in_channels)
+    n, height, width, _ = pixels.shape
+    shape = n, height // vae.factor, width // vae.factor, vae.latent_channels
+    noise = rng.standard_normal(shape, dtype=np.float32)
+
+    def part(x, noise):
+        with no_grad():
+            return vae.to_latents(pipeline.params["vae"], x, noise)[0]
+
+    return map_batch(part, xp.asarray(pixels), xp.asarray(noise))
 
 
 def loss_by_noise(pipeline: Pipeline, data: Dataset) -> list[float]:

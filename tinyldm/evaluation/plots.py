@@ -1,5 +1,6 @@
 """Plots: curves with axes and labels, drawn by matplotlib where it is installed."""
 
+import html
 import warnings
 from collections.abc import Sequence
 from io import BytesIO
@@ -51,7 +52,15 @@ def svg_of(curves: Curves) -> str:
     Its texts are text, so that they can be found and read aloud.
     """
     content = _render(curves, format="svg", transparent=True, metadata={"Date": None}).decode()
-    return content[content.find("<svg") :].replace(INK, "currentColor") if content else ""
+    ends = (
+        f"{name} from {y[0]:.3g} at {x[0]:g} to {y[-1]:.3g} at {x[-1]:g}"
+        for name, (x, y) in curves.series.items()
+        if len(x)
+    )
+    told = f"{curves.title}. {curves.y} against {curves.x}: {'; '.join(ends)}"
+    told = "; ".join([told, *curves.marks.values()])
+    svg = content[content.find("<svg") :].replace(INK, "currentColor")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(told)}"', 1)
 
 
 def _render(curves, **options):

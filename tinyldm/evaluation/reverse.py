@@ -27,13 +27,19 @@ class Trajectory:
     concat: Array | None
 
 
-def trajectory(pipeline: Pipeline, prompts: list[str], scene: Scene | None = None) -> Trajectory:
-    """Run the reverse process from the noise of seed 0, with the sampler of the model.
+def trajectory(
+    pipeline: Pipeline,
+    prompts: list[str],
+    scene: Scene | None = None,
+    start: Array | None = None,
+) -> Trajectory:
+    """Run the reverse process with the sampler of the model.
 
-    scene: the input of a model with a task.
+    scene: the input of a model with a task. start: (n, h, w, c), by default the noise of seed 0.
     """
     params = pipeline.sampling_params(prompts)
-    start = start_noise(pipeline, len(prompts), params.seed)
+    if start is None:
+        start = start_noise(pipeline, len(prompts), params.seed)
     passed = list(pipeline.denoise(params, start, scene))
     schedule = pipeline.schedule
     levels = SAMPLERS[params.sampler].levels(schedule, params.steps)[-len(passed) :]

@@ -15,6 +15,7 @@ STYLE = (
     "#diagram rect,#diagram path{fill:none;stroke:currentColor}"
     "#diagram marker path{fill:currentColor}"
     "#diagram .skip{stroke-dasharray:5 4;opacity:.55}"
+    "#diagram .again{stroke-dasharray:2 3}"
     "#diagram .condition{stroke:#2b83d6;stroke-width:1.6}"
     "#diagram text{fill:currentColor;text-anchor:middle}"
     "#diagram .shape{font-size:13px;opacity:.85}"
@@ -163,7 +164,12 @@ def diagram(blocks: Sequence[Block], caption: str) -> str:
     legend = "dashed: skips, joined to what comes from below"
     legend += " · blue: the caption, for every attention" * bool(of["text_encoder"])
     drawing.text(MIDDLE, bottom + 46, legend)
-    drawing.text(MIDDLE, bottom + 66, "the time step t goes to every ResNet block")
+    summary = any(block.name.startswith("add_embedding") for block in of["unet"])
+    also = ", and with it a summary of the caption" * summary
+    drawing.text(MIDDLE, bottom + 66, f"the time step t goes to every ResNet block{also}")
+    again = (LEFT + WIDTH / 2, row(2)), (RIGHT - WIDTH / 2, row(2))
+    drawing.arrow(*reversed(again), kind="again")
+    drawing.text(LEFT + WIDTH / 2 + 62, row(2) - 6, "again, with less noise")
     return drawing.svg(bottom + 76, "the networks of the model, with the shape on every arrow")
 
 
@@ -180,7 +186,7 @@ def _condition(drawing, text, cells, caption, row, bottom):
     )
     drawing.box(MIDDLE, row(1), "text encoder", MIDDLE_WIDTH)
     last = bottom - HEIGHT / 2
-    drawing.text(MIDDLE + 50, row(2), shown(text[-1].given))
+    drawing.text(MIDDLE + 42, row(1) + PITCH / 2 + 5, shown(text[-1].given))
     drawing.arrow((MIDDLE, row(1) + HEIGHT / 2), (MIDDLE, last), kind="condition")
     for i, (down, up) in enumerate(zip(cells["down"], reversed(cells["up"]), strict=True)):
         y = row(3 + i) + 10

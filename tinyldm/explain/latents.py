@@ -17,14 +17,16 @@ MOST = 256  # images whose latents are counted
 BINS = np.linspace(-4, 4, 41)
 BETWEEN = 13  # images from one noise to another
 COPIES = 48  # images that are generated to look for copies
-SHOWN = 8
+SHOWN = 8  # pairs
 
 
 def schedule(subject: Subject, contents: Contents) -> None:
     """Show the forward process of one image, and the schedule's signal-to-noise ratio."""
     pipeline = subject.pipeline
     rule, image = pipeline.schedule, subject.training.images[:1]
+    equal = int(np.abs(np.log(np.maximum(rule.snr(np.arange(len(rule))), 1e-12))).argmin())
     t = np.linspace(0, len(rule) - 1, NOISE_STEPS).round().astype(int)
+    t = np.unique([*t, equal])  # where there is as much noise as image, too
     rng = np.random.default_rng(0)
 
     def noisy(x0):
@@ -39,14 +41,16 @@ def schedule(subject: Subject, contents: Contents) -> None:
     contents.sheet("schedule-decoded", decoded[None])
     contents.text("schedule-t", [f"t = {step}" for step in t])
     snr = rule.snr(t)
-    contents.text(
-        "schedule-share",
-        [f"{100 * rule.alphas_bar[step]:.1f} % image, signal to noise {r:.3g}"
-         for step, r in zip(t, snr, strict=True)],
-    )  # fmt: skip
+    said = []
+    for step, ratio in zip(t, snr, strict=True):
+        share = rule.alphas_bar[step]
+        against = f"{ratio:,.3g} : 1" if ratio >= 1 else f"1 : {1 / max(ratio, 1e-9):,.3g}"
+        said.append(
+            f"a² = {share:.2g} of the variance is image, s² = {1 - share:.2g} is noise: {against}"
+        )
+    contents.text("schedule-share", said)
     every = np.arange(0, len(rule), 5)
     ratios = rule.snr(every)
-    equal = int(every[np.abs(np.log(np.maximum(ratios, 1e-12))).argmin()])
     curves = {"this run's": (every.tolist(), ratios.tolist())}
     marks = {equal: f"as much noise as image: t = {equal}"}
     title = "how much of the image is left"
@@ -63,7 +67,11 @@ def latents(subject: Subject, contents: Contents) -> None:
     contents.sheet("latents-images", images[:CODED][:, None])
     back = pipeline.decode(pipeline.xp.asarray(some))
     contents.sheet("latents-decoded", back[:, None])
-    contents.text("latents-numbers", [f"image {i + 1}" for i in range(CODED)])
+    contents.text("latents-captions", [c or "an image" for c in subject.training.captions[:CODED]])
+    spread = ", ".join(f"{std:.2f}" for std in z.std(axis=(0, 1, 2)))
+    scale = pipeline.vae.config.scaling_factor
+    said = f"This model's factor is {scale:.4g}. With it the channels have standard deviations of "
+    contents.text("latents-scale", [f"{said}{spread}. {_own_noise(pipeline, images[:MOST])}"])
     contents.text("latents-channel-names", [f"channel {i}" for i in range(z.shape[3])])
     middles = ((BINS[1:] + BINS[:-1]) / 2).tolist()
     density = {
@@ -83,6 +91,18 @@ def latents(subject: Subject, contents: Contents) -> None:
     contents.sheet("latents-random", pipeline.decode(start_noise(pipeline, CODED))[:, None])
 
 
+def _own_noise(pipeline, images):
+    """Say how much of the latents' variance is the encoder's own noise, where it has any."""
+    pixels = in_channels(from_uint8(images), pipeline.vae.config.in_channels)
+    on_device = pipeline.xp.asarray(pixels)
+    mean, std = pipeline.vae.latent_distribution(pipeline.params["vae"], on_device)
+    if std is None:
+        return ""
+    noise = float((std**2).mean())
+    share = noise / (noise + float(mean.var()))
+    return f"They are means: the encoder draws around them, {share:.0%} of the whole variance."
+
+
 def copies(subject: Subject, contents: Contents) -> None:
     """Show generated images beside the training images nearest to them."""
     captions = list(dict.fromkeys(subject.training.captions))[:COPIES]
@@ -94,8 +114,16 @@ def copies(subject: Subject, contents: Contents) -> None:
     contents.sheet("copies-nearest", subject.training.images[at[order]][:, None])
     contents.text("copies-distance", [f"{distance[i]:.1f} of 255" for i in order])
     contents.text("copies-prompts", [prompts[i] or "(no caption)" for i in order])
-    facts = [f"median of {COPIES} generated images: {np.median(distance):.1f} of 255"]
+    median = float(np.median(distance))
+    said = f"Generated images are {median:.1f} of 255 away from the nearest training image"
+    verdict = said + ". No images were held out, to compare that with."
     if len(subject.held_out) > 1:
         _, real = nearest_images(subject.held_out.images, subject.training.images)
-        facts.append(f"median of held-out images: {np.median(real):.1f} of 255")
-    contents.text("copies-facts", facts)
+        limit = float(np.median(real))
+        verdict = f"{said}, images that were held out of training {limit:.1f} (medians). "
+        verdict += (
+            "So generated images are not nearer than new ones: it does not copy."
+            if median > 0.8 * limit
+            else "So generated images are nearer than new ones: it repeats training images."
+        )
+    contents.text("copies-verdict", [verdict])

@@ -12,12 +12,12 @@ from tinyldm.config import per_block
 from tinyldm.data.byte_pairs import SYMBOLS
 from tinyldm.diffusion.timesteps import timesteps
 from tinyldm.explain.page import fill, json_for_html
-from tinyldm.models import ClassNames
+from tinyldm.models import ClassNames, VQModel
 from tinyldm.sampling.pipeline import Pipeline
 
 MOST = 10_000_000  # parameters: a page of 27 MB
-STEPS = (1, 2, 4, 10, 25, 50)
-DECODER = ("decoder.", "post_quant_conv.", "quantize.")  # what of the first stage generates
+STEPS = (5, 10, 25, 50)  # of sampling; with fewer the first would not be at noise alone
+DECODER = ("decoder.", "post_quant_conv.")  # what of the first stage generates
 MOST_WORDS = 500  # different words of the captions, below which unknown ones are named
 
 
@@ -34,13 +34,15 @@ def live_page(name: str, pipeline: Pipeline, captions: Sequence[str]) -> str:
     count = sum(w.size for w in params.values())
     if count > MOST:
         raise NoLivePage(f"expected at most {MOST:,} parameters, found {count:,}")
+    if isinstance(pipeline.vae, VQModel):
+        raise NoLivePage("expected a KL autoencoder or none, found a codebook")
     if pipeline.task != "generation":
         raise NoLivePage(f"expected a model that generates from a caption, found {pipeline.task}")
     numbers = base64.b64encode(b"".join(w.tobytes() for w in params.values())).decode()
     words = sorted({word for text in captions for word in re.findall(r"\w+", text.lower())})
     model = network_config(pipeline) | {
         "shapes": [[key, list(w.shape)] for key, w in params.items()],
-        "captions": list(dict.fromkeys(captions))[:200],
+        "captions": list(dict.fromkeys(captions))[:200] or [""],
         "words": words if len(words) <= MOST_WORDS else None,
         "guidance": pipeline.defaults["guidance"],
     }

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tinyldm.data.dataset import DataError, Dataset
-from tinyldm.evaluation.reverse import trajectory
+from tinyldm.evaluation.reverse import start_noise, trajectory
 from tinyldm.explain.diagram import diagram
 from tinyldm.explain.inside import inside
 from tinyldm.explain.latents import copies, latents, schedule
@@ -43,7 +43,10 @@ def explain(
     prompts = list(dict.fromkeys(prompts_for(training_data)))
     some = prompts[: MOST_PROMPTS - 1] + prompts[-1:] if len(prompts) > 3 else prompts
     subject, contents = Subject(run, pipeline, training_data, held_out, some), Contents()
-    path = trajectory(pipeline, some)
+    if subject.is_conditional:
+        subject.prompts = [*some, ""]
+    start = start_noise(pipeline, 1).repeat(len(subject.prompts), axis=0)  # one for all captions
+    path = trajectory(pipeline, subject.prompts, start=start)
     chapters = {
         "watch": lambda: watch(subject, path, contents),
         "steer": lambda: subject.is_conditional and steer(subject, contents),
@@ -78,7 +81,7 @@ def _inside(subject, contents):
 
 def _live(subject, say):
     """Write live.html; → whether there is one."""
-    captions = [*subject.prompts, *subject.training.captions]
+    captions = [caption for caption in [*subject.prompts, *subject.training.captions] if caption]
     try:
         page = live_page(subject.run.name, subject.pipeline, captions)
     except NoLivePage as reason:

@@ -20,6 +20,7 @@ from tinyldm.nn.protocol import Backward, Params
 from tinyldm.sampling.pipeline import Pipeline
 
 GROUND = "yellow"  # of the images in which one chooses shape, colour and place
+SMALLEST = 8  # pixels of a side of a map
 MOST_STEERED = 24  # captions to choose from, where they are not of shapes
 FEW_STEPS = {"sampler": "dpm++2m", "steps": 10}  # nearly as good as 25 of ddim
 HEAT = ((13, 8, 60), (90, 20, 110), (190, 55, 85), (245, 135, 40), (252, 250, 190))  # from 0 to 1
@@ -39,8 +40,12 @@ def watch(subject: Subject, path: Trajectory, contents: Contents) -> None:
     for name, images in rows.items():
         contents.sheet(f"watch-{name}", images.swapaxes(0, 1))  # a row for each caption
     contents.text("prompts", [prompt or "(no caption)" for prompt in prompts])
-    contents.text("watch-t", [f"t = {t}" for t in path.t])
-    shares = [f"{100 * share:.1f} % of the variance is image" for share in path.alphas_bar]
+    n = len(path.t)
+    contents.text("watch-t", [f"step {i + 1} of {n}, t = {t}" for i, t in enumerate(path.t)])
+    shares = [
+        f"{_percent(share)} of the variance of x is image, the rest noise"
+        for share in path.alphas_bar
+    ]
     contents.text("watch-signal", shares)
 
 
@@ -48,7 +53,7 @@ def steer(subject: Subject, contents: Contents) -> None:
     """Show many captions, each at several guidance scales, all from the same noise."""
     pipeline = subject.pipeline
     default = pipeline.defaults["guidance"]
-    guidances = sorted({1.0, default, 4.0, 8.0})
+    guidances = sorted({0.0, 1.0, default, 8.0})
     if subject.training.readable and isinstance(pipeline.tokenizer, Tokenizer):
         words = {"colour": [c for c in COLOURS if c != GROUND], "shape": SHAPES, "place": POSITIONS}
         prompts = [
@@ -58,10 +63,12 @@ def steer(subject: Subject, contents: Contents) -> None:
     else:
         prompts = list(dict.fromkeys(subject.training.captions))[:MOST_STEERED]
         words = {"caption": prompts}
-    latents = start_noise(pipeline, 1).repeat(len(prompts), axis=0)
     columns = []
     for guidance in guidances:
-        images = pipeline(prompts, latents=latents, guidance=guidance, **FEW_STEPS)
+        some = prompts if guidance else prompts[:1]  # at 0 the caption says nothing
+        latents = start_noise(pipeline, 1).repeat(len(some), axis=0)
+        images = pipeline(some, latents=latents, guidance=guidance, **FEW_STEPS)
+        images *= len(prompts) // len(some)
         columns.append(np.stack([np.asarray(image) for image in images]))
     contents.sheet("steer", np.stack(columns, axis=1))
     contents.text("steer-captions", prompts)
@@ -96,16 +103,14 @@ def watched_unet(pipeline: Pipeline) -> tuple[UNet, dict[str, np.ndarray]]:
         for i, block in enumerate(blocks):
             for j, layer in enumerate(block.mid_layers if block is unet else block.layers):
                 for attends in layer.attention.blocks if layer.attention else []:
-                    name = f"{part} {i}.{j}" if part != "middle" else part
+                    way = f"on the way {part}" if part != "middle" else "in the middle"
+                    name = way + (f", block {i}.{j}" if part != "middle" else "")
                     attends.attn2 = Watched(attends.attn2, kept, name)
     return unet, kept
 
 
 def attention(subject: Subject, path: Trajectory, contents: Contents) -> bool:
-    """Show how much each position attends to each token, at each step; → whether it attends.
-
-    Light is the largest share that a token has anywhere in the image.
-    """
+    """Show how much each position attends to each token, at each step; → whether it attends."""
     pipeline = subject.pipeline
     if not (isinstance(pipeline.tokenizer, Tokenizer) and subject.is_conditional):
         return False
@@ -124,33 +129,52 @@ def attention(subject: Subject, path: Trajectory, contents: Contents) -> bool:
     ids = tokenizer(subject.prompts)
     lengths = (ids == tokenizer.end_id).argmax(axis=1) + 1  # with start and end
     m = int(lengths.max())
-    names, sheets, largest = [], [], []
+    names, sheets, most, told = [], [], [], []
     for name, of_steps in maps.items():
-        p = np.stack(of_steps)[..., :m]  # (steps, n, l, m)
-        most = p.max(axis=2)
-        largest.append(most.transpose(1, 2, 0))
-        p = p / most[:, :, None]
-        factor = round((h * w / p.shape[2]) ** 0.5)
+        p = np.stack(of_steps)[..., :m].transpose(1, 3, 0, 2)  # (n, tokens, steps, positions)
+        factor = round((h * w / p.shape[3]) ** 0.5)
         rows, columns = -(-h // factor), -(-w // factor)
-        names.append(f"{rows}×{columns}, {name}")
-        p = p.reshape(*p.shape[:2], rows, columns, m).transpose(1, 4, 0, 2, 3)
-        times = -(-8 // rows)  # so that all of them have one size
-        sheets.append(heat(p).repeat(max(1, times), axis=3).repeat(max(1, times), axis=4))
-    size = max(sheet.shape[3] for sheet in sheets)
+        names.append(f"layer {len(names) + 1} of {len(maps)}, {name}, {rows}×{columns}")
+        most.append(p.max(axis=3))
+        places = [
+            f"row {i // columns + 1}, column {i % columns + 1}" for i in range(rows * columns)
+        ]
+        of_grid = f"of {rows}×{columns}"
+        told.append(np.array([f"most at {place} {of_grid}" for place in places])[p.argmax(axis=3)])
+        both = np.stack([p, p / p.max(axis=3, keepdims=True)], axis=1)  # two scales
+        both = heat(both.reshape(*both.shape[:-1], rows, columns))
+        sheets.append(
+            both.repeat(-(-SMALLEST // rows), axis=4).repeat(-(-SMALLEST // rows), axis=5)
+        )
+    size = max(sheet.shape[4] for sheet in sheets)
     sheets = [
-        s.repeat(size // s.shape[3], axis=3).repeat(size // s.shape[4], axis=4) for s in sheets
+        s.repeat(size // s.shape[4], axis=4).repeat(size // s.shape[4], axis=5) for s in sheets
     ]
-    every = np.stack(sheets, axis=1)  # (n, layers, tokens, steps, h, w, 3)
-    contents.sheet("attention", every.reshape(-1, *every.shape[3:]))
+    every = np.stack(sheets, axis=1)  # (n, layers, scales, tokens, steps, h, w, 3)
+    told = np.stack([told, told], axis=2).swapaxes(0, 1)  # (n, layers, scales, tokens, steps)
+    contents.sheet("attention", every.reshape(-1, *every.shape[4:]), told.ravel().tolist())
     contents.text("attention-layers", names)
-    shares = np.stack(largest, axis=1).reshape(-1)  # in the order of the tiles
-    contents.text("attention-most", [f"{100 * share:.0f} %" for share in shares])
+    contents.text(
+        "attention-scales", ["of the whole, 0 to 100 %", "of each token's own largest share"]
+    )
+    shares = np.stack(most, axis=1).ravel()  # in the order of the tiles, without the scales
+    contents.text("attention-most", [f"{100 * share:.0f}\u00a0%" for share in shares])
     words = []
     for row, length in zip(ids, lengths, strict=True):
         inner = [tokenizer.decode([token]) for token in row[1 : length - 1]]
         words.append((["(start)", *inner, "(end)"] + [""] * m)[:m])
     contents.text("attention-words", words)
     return True
+
+
+def _enlarged(maps, times):
+    """Repeat the positions of maps (…, h, w, 3)."""
+    return maps.repeat(times, axis=-3).repeat(times, axis=-2)
+
+
+def _percent(share):
+    """Write a share as per cent, with two digits where it is small."""
+    return f"{100 * share:.1f} %" if share > 0.001 else f"{100 * share:.2g} %"
 
 
 def heat(p: np.ndarray) -> np.ndarray:

@@ -10,9 +10,12 @@ import numpy as np
 from PIL import Image
 
 from tinyldm.data.dataset import Dataset
+from tinyldm.data.shapes import COLOURS
 from tinyldm.evaluation.plots import Curves, svg_of
 from tinyldm.sampling.pipeline import Pipeline
 
+NAMED = COLOURS | {"grey": (128, 128, 128)}
+LEAST = 0.05  # share of an image, below which its colour is not named
 LARGEST = 64  # pixels of a side of an image on the page
 
 
@@ -40,15 +43,19 @@ class Contents:
     texts: dict[str, list] = field(default_factory=dict)
     plots: dict[str, str] = field(default_factory=dict)
 
-    def sheet(self, name: str, images: np.ndarray) -> None:
-        """Add images, uint8 (rows, columns, h, w, 3), as one file, each at most 64 pixels large."""
+    def sheet(self, name: str, images: np.ndarray, said: list[str] | None = None) -> None:
+        """Add images, uint8 (rows, columns, h, w, 3), as one file, each at most 64 pixels large.
+
+        said: what is to be seen in each, for those who do not see it; by default its colours.
+        """
         rows, columns, h, w, _ = images.shape
+        said = said or [colours_of(image) for image in images.reshape(-1, h, w, 3)]
         image = Image.fromarray(images.transpose(0, 2, 1, 3, 4).reshape(rows * h, columns * w, 3))
         if max(h, w) > LARGEST:
             h, w = (max(1, side * LARGEST // max(h, w)) for side in (h, w))
             image = image.resize((columns * w, rows * h), Image.Resampling.BOX)
         self.sheets[name] = {
-            "src": data_uri(image), "rows": rows, "columns": columns, "h": h, "w": w
+            "src": data_uri(image), "rows": rows, "columns": columns, "h": h, "w": w, "said": said
         }  # fmt: skip
 
     def text(self, name: str, texts: Sequence[str]) -> None:
@@ -58,6 +65,15 @@ class Contents:
     def plot(self, name: str, curves: Curves) -> None:
         """Add a plot, or nothing where matplotlib is not installed."""
         self.plots[name] = svg_of(curves)
+
+
+def colours_of(image: np.ndarray) -> str:
+    """Name the colours that most of an image, uint8 (h, w, 3), is nearest to, with their shares."""
+    names, table = list(NAMED), np.array(list(NAMED.values()), float)
+    distance = np.square(image.reshape(-1, 1, 3) - table).sum(axis=2)
+    shares = np.bincount(distance.argmin(axis=1), minlength=len(names)) / distance.shape[0]
+    most = [i for i in np.argsort(-shares, kind="stable")[:3] if shares[i] >= LEAST]
+    return ", ".join(f"{names[i]} {shares[i]:.0%}" for i in most)
 
 
 def data_uri(image: Image.Image, **options: object) -> str:

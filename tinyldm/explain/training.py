@@ -4,10 +4,12 @@ import numpy as np
 from PIL import Image
 
 from tinyldm.checkpoints.components import COMPONENTS
+from tinyldm.evaluation.metrics import loss_by_noise
 from tinyldm.evaluation.reverse import start_noise
 from tinyldm.explain.subject import Contents, Subject, data_uri
 from tinyldm.sampling.pipeline import Pipeline
-from tinyldm.training.snapshots import losses_of
+from tinyldm.training.metrics import read_metrics
+from tinyldm.training.snapshots import MOST, losses_of
 from tinyldm.training.state import load_state
 
 WIDEST = 640  # pixels of a sheet of samples on the page
@@ -25,12 +27,31 @@ def training(subject: Subject, contents: Contents) -> None:
         small.thumbnail((WIDEST, WIDEST))
         sheets.append(data_uri(small, lossless=False))
     contents.text("training-sheets", sheets)
-    contents.text("training-steps", [f"step {int(file.stem.split('-')[1]):,}" for file in files])
+    steps = [int(file.stem.partition("-")[2]) for file in files]
+    contents.text("training-steps", [f"step {step:,}" for step in steps])
+    rights = {e["step"]: e["right"] for e in read_metrics(_log(subject)) if "right" in e}
+    contents.text("training-right", [_said(rights.get(step)) for step in steps])
     average, raw = subject.pipeline, raw_pipeline(subject)
+    if len(subject.held_out):
+        some = subject.held_out.pick(range(min(MOST, len(subject.held_out))))
+        losses = [np.mean(loss_by_noise(one, some)) for one in (average, raw)]
+        text = "Their loss on held-out images: {:.4f} averaged, {:.4f} at the last step."
+        contents.text("training-weights", [text.format(*losses)])
     start = start_noise(average, len(subject.prompts))
     for name, pipeline in (("average", average), ("raw", raw)):
         images = pipeline(subject.prompts, latents=start)
         contents.sheet(f"training-{name}", np.stack([np.asarray(i) for i in images])[:, None])
+
+
+def _log(subject):
+    return subject.run / "training" / "metrics.jsonl"
+
+
+def _said(right):
+    """Say which share of the samples of a step is right, where a rule can read them."""
+    if not right:
+        return ""
+    return "right: " + ", ".join(f"{name} {share:.0%}" for name, share in right.items())
 
 
 def raw_pipeline(subject: Subject) -> Pipeline:

@@ -37,7 +37,7 @@ WRITTEN = (  # patterns of the files of a run, besides those of its components
         for name in (
             "data.png", "maps.png", "forward.png", "reconstructions.png", "samples.png",
             "guidance.png", "words.png", "reverse.png", "reverse.webp", "loss.png",
-            "loss-by-noise.png", "nearest.png",
+            "loss-autoencoder.png", "loss-denoiser.png", "loss-by-noise.png", "nearest.png",
         )
     ),
     *(

@@ -29,7 +29,7 @@ from tinyldm.threads import map_batch
 from tinyldm.training.config import STAGES
 from tinyldm.training.metrics import read_metrics
 
-SHARES = (0.1, 0.3, 0.6, 1.0)  # of a stage after which it reports
+SHARES = (0.03, 0.1, 0.3, 0.6, 1.0)  # of a stage after which it reports
 EVERY = 600.0  # seconds, at the latest
 FORWARD_STEPS = (0, 100, 200, 300, 400, 500, 600, 800, 999)
 GUIDANCES = (1, 2, 4, 8)
@@ -143,7 +143,7 @@ def denoiser(
 
 
 def finished(run: Path, pipeline: Pipeline, training: Dataset, held_out: Dataset) -> None:
-    """Save samples.png, reverse.png and .webp, loss.png and loss-by-noise.png.
+    """Save samples.png, reverse.png and .webp, and plots of the losses.
 
     For generation it also saves guidance.png and, of captions of shapes, words.png.
     """
@@ -238,35 +238,38 @@ def _has_captions_of_shapes(training):
 
 
 def draw_losses(run: Path) -> None:
-    """Plot loss.png and loss-by-noise.png, where matplotlib is installed."""
+    """Plot the losses of both stages, and loss-by-noise.png, where matplotlib is installed."""
     for name, curves in losses_of(run).items():
         save_plot(run / "samples" / f"{name}.png", curves)
 
 
 def losses_of(run: Path, window: int = 20) -> dict[str, Curves]:
     """Return what there is to plot of a run's losses, averaged over `window` lines of its log."""
-    entries = read_metrics(run / "training" / "metrics.jsonl")
-    series, found = {}, {}
+    entries, found = read_metrics(run / "training" / "metrics.jsonl"), {}
     for stage in STAGES:
+        series = {}
         of_stage = [e for e in entries if e["stage"] == stage and "loss" in e]
         if of_stage:
             losses = np.array([e["loss"] for e in of_stage])
             smooth = [losses[max(0, i - window) : i + 1].mean() for i in range(len(losses))]
-            series[stage] = ([e["step"] for e in of_stage], smooth)
+            series["in training"] = ([e["step"] for e in of_stage], smooth)
         checked = [e for e in entries if e["stage"] == stage and "validation" in e]
         if checked:
             points = [e["validation"] for e in checked]
-            series[f"{stage}, held-out"] = ([e["step"] for e in checked], points)
-    if series:
-        title = "both stages; held-out latents are means, those of training are drawn"
-        found["loss"] = Curves(series, title, "step of the stage", "loss")
+            series["held-out images"] = ([e["step"] for e in checked], points)
+        if series:
+            # The first stage gains digits, the second hardly moves: so one is logarithmic.
+            title, logarithmic = f"{stage}: loss", stage == STAGES[0]
+            found[f"loss-{stage}"] = Curves(series, title, "step", "loss", logarithmic)
     banded = [e for e in entries if "by_noise" in e]
     if banded:
-        steps, title = [e["step"] for e in banded], "stage 2 on held-out images"
+        steps, title = (
+            [e["step"] for e in banded],
+            "denoiser: loss on held-out images, by time step",
+        )
         bands = {
             name: (steps, [e["by_noise"][i] for e in banded]) for i, name in enumerate(BAND_NAMES)
         }
-        found["loss-by-noise"] = Curves(
-            bands, title, "step of stage 2", "mean squared error", logarithmic=False
-        )
+        y = "squared error of the prediction"
+        found["loss-by-noise"] = Curves(bands, title, "step", y, False)
     return found

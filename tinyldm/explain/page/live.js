@@ -20,56 +20,83 @@ function noiseOf(seed) {
 function draw(canvas, pixels) {
   [canvas.width, canvas.height] = [pixels.w, pixels.h];
   const image = new ImageData(pixels.w, pixels.h);
-  for (let i = 0; i < pixels.w * pixels.h; i++) {
-    for (let k = 0; k < 4; k++) {
-      const value = pixels.data[i * pixels.c + Math.min(k, pixels.c - 1)];
-      image.data[4 * i + k] = k === 3 ? 255 : Math.round((value + 1) * 127.5);
-    }
-  }
+  image.data.forEach((_, i) => {
+    const k = i % 4, value = pixels.data[(i >> 2) * pixels.c + Math.min(k, pixels.c - 1)];
+    image.data[i] = k === 3 ? 255 : Math.round((value + 1) * 127.5);
+  });
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
-// Name the words of a prompt that no caption had.
-function unknownWords(prompt) {
-  const words = prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu) || [];
-  return model.words ? words.filter((word) => !model.words.includes(word)) : [];
+// Say which words no caption had, and where the caption is cut.
+function check() {
+  const prompt = control("prompt").value, words = prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu) || [];
+  const unknown = model.words ? words.filter((word) => !model.words.includes(word)) : [];
+  const said = unknown.length ? [`No caption of training had: ${unknown.join(", ")}.`] : [];
+  const room = model.tokenizer.length - 2, tokens = model.tokenizer.classes ? 0 : encode(prompt).length;
+  if (tokens > room) said.push(`It is cut after ${room} of ${tokens} tokens.`);
+  if (control("unknown").textContent !== said.join(" ")) control("unknown").textContent = said.join(" ");
 }
 
+// Give the page time to draw and to listen.
+const rest = () => new Promise((resolve) => setTimeout(resolve));
+
 async function generate() {
-  const mine = ++run, began = performance.now();
-  const prompt = control("prompt").value, steps = Number(control("steps").value);
-  const unknown = unknownWords(prompt);
-  control("unknown").textContent = unknown.length ? `No caption had: ${unknown.join(", ")}.` : "";
+  const mine = ++run, began = performance.now(), prompt = control("prompt").value;
+  const steps = Number(control("steps").value), asked = prompt || "no caption";
+  const seconds = () => ((performance.now() - began) / 1000).toFixed(1);
+  check();
+  control("stop").hidden = false;
   strip.replaceChildren();
+  status.textContent = `Started: ${steps} steps`;
+  guess.scrollIntoView({ block: "nearest" });
+  await rest();
   const each = async (x, x0, i) => {
-    if (mine !== run) throw new Error("replaced");
-    const pixels = decode(x0), seconds = (performance.now() - began) / 1000;
-    const item = document.createElement("li"), small = document.createElement("canvas");
+    await rest();
+    if (mine !== run) throw new Error("stopped");
+    const [item, small] = ["li", "canvas"].map((tag) => document.createElement(tag)), pixels = decode(x0);
     draw(guess, pixels);
     draw(small, pixels);
+    Object.assign(small, { role: "img", ariaLabel: `guess at step ${i + 1}` });
     item.append(small, `t = ${model.levels[steps][i][0]}`);
     strip.append(item);
-    guess.setAttribute("aria-label", `${prompt}, after ${i + 1} of ${steps} steps`);
-    status.textContent = `Step ${i + 1} of ${steps}, ${seconds.toFixed(1)} s`;
+    guess.setAttribute("aria-label", `${asked}, after ${i + 1} of ${steps} steps`);
     control("progress").value = (i + 1) / steps;
-    await new Promise((resolve) => setTimeout(resolve)); // so that the page is drawn
+    if ((4 * (i + 1)) % steps < 4) status.textContent = `Step ${i + 1} of ${steps}, ${seconds()} s`;
+    await rest();
+    if (mine !== run) throw new Error("stopped");
   };
-  const guidance = Number(control("guidance").value);
-  const x = await ddim(prompt, noiseOf(Number(control("seed").value)), steps, guidance, each);
+  const guidance = Number(control("guidance").value), noise = noiseOf(Number(control("seed").value));
+  const x = await ddim(prompt, noise, steps, guidance, each);
   draw(guess, decode(x));
-  status.textContent = `Done: ${steps} steps in ${((performance.now() - began) / 1000).toFixed(1)} s.`;
+  guess.setAttribute("aria-label", `image of: ${asked}`);
+  status.textContent = `Done: image of “${asked}”, ${steps} steps in ${seconds()} s.`;
+  control("stop").hidden = true;
+}
+
+function stop() {
+  run++;
+  control("stop").hidden = true;
+  status.textContent = "Stopped.";
+  control("start").focus();
 }
 
 control("form").addEventListener("submit", (event) => {
   event.preventDefault();
   generate().catch((error) => {
-    if (error.message !== "replaced") status.textContent = `This went wrong: ${error.message}`;
+    if (error.message !== "stopped") status.textContent = `This went wrong: ${error.message}`;
   });
 });
+control("stop").addEventListener("click", stop);
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && !control("stop").hidden) stop();
+});
+control("prompt").addEventListener("change", check);
 control("guidance").addEventListener("input", () => {
   control("guidance-value").textContent = control("guidance").value;
 });
 for (const caption of model.captions) control("captions").append(new Option(caption, caption));
 control("prompt").value = model.captions[0];
-control("steps").replaceChildren(...Object.keys(model.levels).map((n) => new Option(n, n, n === "10", n === "10")));
+for (const n in model.levels) control("steps").append(new Option(n, n, n === "10", n === "10"));
+control("words").textContent = (model.words || []).join(" ");
+control("vocabulary").hidden = !model.words;
 control("guidance").value = control("guidance-value").textContent = model.guidance;

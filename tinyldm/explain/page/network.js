@@ -36,8 +36,7 @@ const add = (x, y) => map(x, (value, i) => value + y.data[i]);
 // y = x Wᵀ + b for each position.
 function linear(name, x) {
   const { shape: [out, c], data: w } = weights[`${name}.weight`];
-  const bias = has(`${name}.bias`) ? weights[`${name}.bias`].data : null;
-  const y = features(x.h, x.w, out);
+  const bias = has(`${name}.bias`) ? weights[`${name}.bias`].data : null, y = features(x.h, x.w, out);
   for (let p = 0; p < x.h * x.w; p++) {
     for (let o = 0; o < out; o++) {
       let sum = bias ? bias[o] : 0;
@@ -101,9 +100,8 @@ function layerNorm(name, x, eps = 1e-5) {
   return scaleAndShift(name, y);
 }
 
-const sigmoid = (x) => 1 / (1 + Math.exp(-x));
-const silu = (x) => map(x, (value) => value * sigmoid(value));
-const quickGelu = (value) => value * sigmoid(1.702 * value);
+const silu = (x) => map(x, (value) => value / (1 + Math.exp(-value)));
+const quickGelu = (value) => value / (1 + Math.exp(-1.702 * value));
 
 // GELU, x Φ(x), with the error function to 1.5e-7 (Abramowitz & Stegun, 7.1.26).
 function gelu(x) {
@@ -287,11 +285,10 @@ function decode(latents) {
   const { scale, shift, groups, levels } = model.vae, eps = 1e-6;
   let h = map(latents, (value) => value / scale + shift);
   if (!has("vae.decoder.conv_in.weight")) return h; // diffusion in pixels
-  if (has("vae.quantize.embedding.weight")) h = nearestCodes(h);
   if (has("vae.post_quant_conv.weight")) h = conv("vae.post_quant_conv", h);
   h = resnet("vae.decoder.mid_block.resnets.0", conv("vae.decoder.conv_in", h), null, groups, eps);
-  if (has("vae.decoder.mid_block.attentions.0.group_norm.weight")) {
-    const name = "vae.decoder.mid_block.attentions.0";
+  const name = "vae.decoder.mid_block.attentions.0";
+  if (has(`${name}.group_norm.weight`)) {
     const g = groupNorm(`${name}.group_norm`, h, groups, eps);
     h = add(h, attend(name, g, g, 1));
   }
@@ -306,22 +303,6 @@ function decode(latents) {
   return conv("vae.decoder.conv_out", silu(groupNorm("vae.decoder.conv_norm_out", h, groups, eps)));
 }
 
-// Replace the vector of each position by the nearest of the codebook.
-function nearestCodes(z) {
-  const { shape: [count], data: codes } = weights["vae.quantize.embedding.weight"];
-  const y = features(z.h, z.w, z.c);
-  for (let p = 0; p < z.h * z.w; p++) {
-    let best = 0, least = Infinity;
-    for (let k = 0; k < count; k++) {
-      let distance = 0;
-      for (let i = 0; i < z.c; i++) distance += (z.data[p * z.c + i] - codes[k * z.c + i]) ** 2;
-      if (distance < least) [best, least] = [k, distance];
-    }
-    y.data.set(codes.subarray(best * z.c, (best + 1) * z.c), p * z.c);
-  }
-  return y;
-}
-
 // DDIM with classifier-free guidance: calls `each(x, x0)` after every step (Song et al., eq. 12).
 async function ddim(prompt, noise, steps, guidance, each) {
   const [ids, none] = [tokenize(prompt), tokenize("")];
@@ -332,6 +313,7 @@ async function ddim(prompt, noise, steps, guidance, each) {
     const [t, alphaBar] = levels[i], next = levels[i + 1][1];
     let prediction = unet(x, t, context, ids);
     if (guidance !== 1) {
+      await new Promise((resolve) => setTimeout(resolve)); // the page may want to do something
       const alone = unet(x, t, without, none);
       prediction = map(prediction, (value, j) => alone.data[j] + guidance * (value - alone.data[j]));
     }
@@ -340,20 +322,24 @@ async function ddim(prompt, noise, steps, guidance, each) {
       const p = prediction.data[j];
       return { epsilon: (value - s * p) / a, sample: p, v_prediction: a * value - s * p }[model.prediction];
     });
-    x = map(x, (value, j) => {
-      const epsilon = (value - a * x0.data[j]) / s;
-      return Math.sqrt(next) * x0.data[j] + Math.sqrt(1 - next) * epsilon;
-    });
+    const epsilon = map(x, (value, j) => (value - a * x0.data[j]) / s);
+    x = map(x0, (value, j) => Math.sqrt(next) * value + Math.sqrt(1 - next) * epsilon.data[j]);
     await each(x, x0, i);
   }
   return x;
 }
 
-// Caption → token ids, by CLIP's byte-pair encoding; of a model of classes, the id of the class.
+// Caption → token ids with start, end and padding; of a model of classes, the id of the class.
 function tokenize(text) {
-  const { vocab, merges, length, start, end, pad, classes } = model.tokenizer;
+  const { length, start, end, pad, classes } = model.tokenizer;
   if (classes) return [classes[text]];
-  const ids = [];
+  const row = [start, ...encode(text).slice(0, length - 2), end];
+  return [...row, ...Array(length - row.length).fill(pad)];
+}
+
+// Caption → the ids of all its tokens, by CLIP's byte-pair encoding.
+function encode(text) {
+  const { vocab, merges, end } = model.tokenizer, ids = [];
   const normal = Array.from(text.normalize("NFC"), (character) => character.toLowerCase()).join("");
   const pieces = /'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+/gu;
   for (const [piece] of normal.matchAll(pieces)) {
@@ -368,6 +354,5 @@ function tokenize(text) {
     }
     ids.push(...symbols.map((symbol) => vocab[symbol] ?? end));
   }
-  const row = [start, ...ids.slice(0, length - 2), end];
-  return [...row, ...Array(length - row.length).fill(pad)];
+  return ids;
 }

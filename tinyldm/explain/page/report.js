@@ -30,27 +30,20 @@ function place(names = "") {
   return index;
 }
 
-// What the controls say, in words, for those who do not see the image.
-function inWords(names) {
-  return names.split(" ").filter((name) => name && !name.includes("/")).map((name) => {
-    const control = byId(name);
-    const options = control.selectedOptions;
-    return options ? options[0].text : control.getAttribute("aria-valuetext");
-  }).filter(Boolean);
-}
-
 function update() {
   for (const slider of all("input[data-values]")) {
     slider.setAttribute("aria-valuetext", data.texts[slider.dataset.values][slider.value] || "");
   }
   for (const text of all("[data-text]")) {
-    text.textContent = (data.texts[text.dataset.text] || [])[place(text.dataset.at)] || "";
+    const words = (data.texts[text.dataset.text] || [])[place(text.dataset.at)] || "";
+    if (text.textContent !== words) text.textContent = words; // what stays is not read aloud again
   }
   for (const tile of all(".tile[data-sheet]")) show(tile);
   const step = byId("training-step");
   if (step.max >= 0 && data.texts["training-sheets"].length) {
     byId("training-sheet").src = data.texts["training-sheets"][step.value];
-    byId("training-sheet").alt = `samples from the same noise at ${step.getAttribute("aria-valuetext")}`;
+    const right = (data.texts["training-right"] || [])[step.value] || "";
+    byId("training-sheet").alt = `samples at ${step.getAttribute("aria-valuetext")}; ${right}`;
   }
 }
 
@@ -66,11 +59,9 @@ function show(tile) {
     tile.dataset.drawn = name;
   }
   const part = (index, count) => (count > 1 ? (100 * index) / (count - 1) : 0);
-  const x = part(place(column), sheet.columns), y = part(place(row), sheet.rows);
-  tile.style.backgroundPosition = `${x}% ${y}%`;
-  const caption = tile.parentElement.querySelector("figcaption");
-  const words = [caption ? caption.textContent : name, ...inWords(`${row} ${column}`)];
-  tile.setAttribute("aria-label", words.join(", "));
+  const at = [place(column), place(row)];
+  tile.style.backgroundPosition = `${part(at[0], sheet.columns)}% ${part(at[1], sheet.rows)}%`;
+  tile.setAttribute("aria-label", sheet.said[at[1] * sheet.columns + at[0]]);
 }
 
 function tile(sheet, row, column, ...caption) {
@@ -82,10 +73,12 @@ function tile(sheet, row, column, ...caption) {
 // One map for each token of the chosen caption.
 function wordMaps() {
   const words = (data.texts["attention-words"] || [])[place("attention-prompt")] || [];
-  byId("attention-maps").replaceChildren(...words.map((word, i) => {
-    const row = `attention-prompt attention-layer ${i}/${words.length}`, share = element("span");
-    Object.assign(share.dataset, { text: "attention-most", at: `${row} attention-step` });
-    return tile("attention", row, "attention-step", word || "(padding)", ", ", share);
+  const guess = tile("watch-guided", "attention-prompt", "attention-step", "the guess that is taken");
+  byId("attention-maps").replaceChildren(guess, ...words.map((word, i) => {
+    const at = `attention-prompt attention-layer ${i}/${words.length}`, share = element("span");
+    const row = `attention-prompt attention-layer attention-scale ${i}/${words.length}`;
+    Object.assign(share.dataset, { text: "attention-most", at: `${at} attention-step` });
+    return tile("attention", row, "attention-step", word || "(padding)", element("br"), share);
   }));
 }
 
@@ -93,22 +86,29 @@ function list(id, count, make) {
   byId(id).replaceChildren(...Array.from({ length: count }, (_, i) => make(i)));
 }
 
+// The blocks of each network under a heading; their sources appear when they are opened.
 function blocks() {
   const found = data.texts.blocks, total = found.reduce((sum, block) => sum + block.ms, 0);
-  list("blocks", found.length, (i) => {
-    const { network, name, kind, shapes, parameters, ms } = found[i];
-    const facts = `${network} · ${kind} · ${shapes} · ${parameters.toLocaleString("en")} parameters · ` +
-      `${ms.toFixed(2)} ms (${((100 * ms) / total).toFixed(0)} %)`;
-    const made = element("details", {}, element("summary", {},
-      element("code", {}, name), " ", element("span", { className: "facts" }, facts)));
-    made.addEventListener("toggle", () => {
-      if (made.children.length === 1) {
-        const source = element("pre", { tabIndex: 0 }, element("code", {}, data.texts.sources[kind]));
+  const parts = [];
+  for (const network of new Set(found.map((block) => block.network))) {
+    const own = found.filter((block) => block.network === network);
+    const [size, time] = ["parameters", "ms"].map((key) => own.reduce((sum, block) => sum + block[key], 0));
+    const facts = `${size.toLocaleString("en")} parameters, ${time.toFixed(1)} ms`;
+    parts.push(element("h3", {}, `${network[0].toUpperCase()}${network.slice(1)}: ${facts}`));
+    for (const { name, kind, shapes, parameters, ms } of own) {
+      const made = element("details", {}, element("summary", {}, element("span", { className: "block" },
+        element("code", {}, name), element("span", { className: "facts" }, shapes),
+        element("span", { className: "facts number" }, parameters.toLocaleString("en")),
+        element("span", { className: "facts number" }, `${ms.toFixed(2)} ms, ${Math.round((100 * ms) / total)} %`))));
+      made.addEventListener("toggle", () => {
+        const source = element("pre", { tabIndex: 0, role: "region" }, element("code", {}, data.texts.sources[kind]));
+        source.setAttribute("aria-label", `source of ${kind}`);
         made.append(source);
-      }
-    }, { once: true });
-    return made;
-  });
+      }, { once: true });
+      parts.push(made);
+    }
+  }
+  byId("blocks").replaceChildren(...parts);
 }
 
 // Move a slider to its end, once.
@@ -148,6 +148,7 @@ for (const slider of all("input[data-values]")) {
   Object.assign(slider, { min: 0, max: count - 1, step: 1, value: slider.id === "training-step" ? count - 1 : 0 });
 }
 for (const figure of all("[data-plot]")) {
+  figure.hidden = !(figure.dataset.plot in data.plots); // there is nothing to plot
   figure.innerHTML = data.plots[figure.dataset.plot] ||
     "<figcaption>This curve is left out, as matplotlib is not installed: pip install matplotlib, then tinyldm explain again.</figcaption>";
 }
@@ -162,11 +163,10 @@ list("latents-channels", texts["latents-channel-names"].length, (i) =>
   tile("latents-channels", "latents-image", `${i}/${texts["latents-channel-names"].length}`, texts["latents-channel-names"][i]));
 list("latents-random", data.sheets["latents-random"].rows, (i) =>
   tile("latents-random", `${i}/${data.sheets["latents-random"].rows}`, "", "decoded noise"));
-list("copies-facts", texts["copies-facts"].length, (i) => element("li", {}, texts["copies-facts"][i]));
 const pairs = texts["copies-distance"].length;
 list("copies-pairs", pairs, (i) => {
-  const pair = element("div", {}, tile("copies-generated", `${i}/${pairs}`, "", `generated: ${texts["copies-prompts"][i]}`),
-    tile("copies-nearest", `${i}/${pairs}`, "", `nearest, ${texts["copies-distance"][i]} away`));
+  const pair = element("div", { className: "pair" }, tile("copies-generated", `${i}/${pairs}`, "", `generated: ${texts["copies-prompts"][i]}`),
+    tile("copies-nearest", `${i}/${pairs}`, "", `nearest in training, ${texts["copies-distance"][i]} away`));
   return pair;
 });
 blocks();
