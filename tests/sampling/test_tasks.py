@@ -242,7 +242,7 @@ def test_a_run_leaves_a_model_that_does_its_task(task, trained):
     index = json.loads((run / "model_index.json").read_text())
     usual = "StableDiffusionInpaintPipeline" if task == "inpainting" else "TinyLDMPipeline"
     assert index["_class_name"] == usual
-    for name in ("samples.png", "reverse.png", "loss.png"):
+    for name in ("samples.png", "reverse.png", "loss-denoiser.png"):
         assert (run / "samples" / name).exists()
     # given, generated and true, below each other
     with Image.open(run / "samples" / "samples.png") as sheet:

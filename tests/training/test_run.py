@@ -124,8 +124,8 @@ def assert_steps_rise(metrics):
 
 def test_a_run_leaves_everything_that_is_promised(whole):
     files = {p.relative_to(whole.run).as_posix() for p in whole.run.rglob("*") if p.is_file()}
-    samples = {"data", "forward", "reconstructions", "samples", "reverse", "loss", "loss-by-noise",
-               "guidance", "words"}  # fmt: skip
+    samples = {"data", "forward", "reconstructions", "samples", "reverse", "guidance", "words",
+               "loss-autoencoder", "loss-denoiser", "loss-by-noise"}  # fmt: skip
     samples = {f"samples/{name}.png" for name in samples} | {"samples/reverse.webp"}
     steps = {round(share * STEPS) for share in snapshots.SHARES} - {0}
     samples |= {f"samples/step-{step:06d}.png" for step in steps}
