@@ -1,1 +1,1 @@
-"""Pages that explain a trained model: report.html, and live.html, in which it generates itself."""
+"""Pages that explain a trained model: report.html, and live.html, in which it generates."""

@@ -30,7 +30,7 @@ NAMES = {"vae": "autoencoder", "text_encoder": "text encoder", "unet": "U-Net"}
 class Block:
     """One block of a network: what went in and came out of it, and how long that took.
 
-    name: that of its parameters. shapes: of one sample, without the batch.
+    name: that of its parameters. taken, given: the shapes of one sample, without the batch.
     """
 
     component: str
@@ -39,7 +39,6 @@ class Block:
     taken: tuple[int, ...] | None = None
     given: tuple[int, ...] | None = None
     seconds: float = float("inf")
-    order: int = -1  # in which the blocks are called
 
     @property
     def parameters(self) -> int:
@@ -61,10 +60,9 @@ class Measured(Layer):
         block, began = self.block, time.perf_counter()
         y, backward = block.layer(params, x, *others)
         block.seconds = min(block.seconds, time.perf_counter() - began)
-        block.taken, block.given = x.shape[1:], y.shape[1:]
-        if block.order < 0:
-            block.order = len(self.calls)
+        if block.taken is None:
             self.calls.append(block)
+        block.taken, block.given = x.shape[1:], y.shape[1:]
         return y, backward
 
 

@@ -13,7 +13,7 @@ from tinyldm.sampling.noise import slerp
 
 NOISE_STEPS = 26  # that the slider of the schedule visits
 CODED = 6  # images whose latents are shown
-MOST = 256  # images whose latents are counted
+MOST, FEW = 256, 32  # images whose latents are counted, and whose distributions are
 BINS = np.linspace(-4, 4, 41)
 BETWEEN = 13  # images from one noise to another
 COPIES = 48  # images that are generated to look for copies
@@ -71,7 +71,7 @@ def latents(subject: Subject, contents: Contents) -> None:
     spread = ", ".join(f"{std:.2f}" for std in z.std(axis=(0, 1, 2)))
     scale = pipeline.vae.config.scaling_factor
     said = f"This model's factor is {scale:.4g}. With it the channels have standard deviations of "
-    contents.text("latents-scale", [f"{said}{spread}. {_own_noise(pipeline, images[:MOST])}"])
+    contents.text("latents-scale", [f"{said}{spread}. {_own_noise(pipeline, images[:FEW])}"])
     contents.text("latents-channel-names", [f"channel {i}" for i in range(z.shape[3])])
     middles = ((BINS[1:] + BINS[:-1]) / 2).tolist()
     density = {
