@@ -1,8 +1,8 @@
 """The pages: their commands run, their code runs, their links lead somewhere, they stay short."""
 
-import hashlib
 import json
 import re
+import runpy
 import shlex
 import shutil
 from pathlib import Path
@@ -134,19 +134,23 @@ def test_every_stop_has_all_that_a_stop_has():
         assert "`tinyldm exercise " in stop or title.startswith("## 5."), title
 
 
+IMAGES = ROOT / "data" / "images"
+make_images = runpy.run_path(str(ROOT / "data" / "make_images.py"))
+
+
 def test_every_image_of_the_pages_is_listed_and_is_the_one_that_was_made():
     """`data/make_images.py` renews the checksums; the list says what each image shows."""
-    folder = ROOT / "data" / "images"
-    found = {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in folder.iterdir()
-        if file.suffix not in (".json", ".md")
-    }
-    assert found == json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    listed = re.findall(r"^\| `([\w.-]+)` \|", (folder / "README.md").read_text("utf-8"), re.M)
+    found = make_images["sums"]()
+    assert found == json.loads((IMAGES / "manifest.json").read_text(encoding="utf-8"))
+    listed = re.findall(r"^\| `([\w.-]+)` \|", (IMAGES / "README.md").read_text("utf-8"), re.M)
     assert sorted(listed) == sorted(found)
     pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert set(re.findall(r"images/([\w.-]+)\)", pages)) == found.keys()
+
+
+def test_the_diagram_is_that_of_the_demo():
+    drawn = (IMAGES / "diagram.svg").read_text(encoding="utf-8")
+    assert drawn == make_images["diagram_of_the_demo"]()
 
 
 def test_the_section_shows_every_option():
