@@ -25,7 +25,7 @@ def parts():
     ]
     nightly = {"TINYLDM_HYPOTHESIS_PROFILE": "nightly"}
     files = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("tests/**/test_*.py"))
-    files = [file for file in files if not file.startswith("tests/parity")]
+    files = [file for file in files if not file.startswith(("tests/parity", "tests/browser"))]
     first = datetime.date.today().toordinal() * 7 % len(files)
     files = files[first:] + files[:first]
     return always + [(f"{file}, 500 examples", nightly, [file]) for file in files]
