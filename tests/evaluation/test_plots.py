@@ -46,7 +46,7 @@ def test_values_that_have_no_logarithm_are_left_out(monkeypatch):
 
 
 def test_marks_stand_where_they_are_meant(monkeypatch):
-    axes = drawn(monkeypatch, Curves(SERIES, "t", "x", "y", marks={30: "half"}))
+    axes = drawn(monkeypatch, Curves(SERIES, "t", "x", "y", marks=[(30, "half")]))
     assert [text.get_text() for text in axes.texts] == ["half"]
     assert axes.get_lines()[-1].get_xdata() == [30, 30]
 

@@ -254,7 +254,7 @@ def test_watching_changes_nothing_and_shares_add_up_to_one(made):
         expected, _ = pipeline.unet(pipeline.params["unet"], x, t, context=context)
     np.testing.assert_array_equal(y, expected)
     up = [f"on the way up, block 0.{j}" for j in range(2)]
-    assert list(kept) == ["on the way down, block 1.0", "in the middle", *up]
+    assert list(kept) == ["on the way down, block 1.0", "in the middle, block 0.0", *up]
     for p in kept.values():
         assert p.shape == (2, 16, context.shape[1])
         np.testing.assert_allclose(p.sum(axis=2), 1, atol=1e-6)

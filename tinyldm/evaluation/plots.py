@@ -23,7 +23,7 @@ class Curves(NamedTuple):
     """Curves of a plot: {name: (x, y)} with its title and the names of its axes.
 
     logarithmic: the vertical axis, which then leaves out what has no logarithm. marks: values of x
-    with a vertical line, and what to call each.
+    with a vertical line, each with what to call it.
     """
 
     series: dict[str, tuple[Sequence[float], Sequence[float]]]
@@ -31,7 +31,7 @@ class Curves(NamedTuple):
     x: str
     y: str
     logarithmic: bool = True
-    marks: dict[float, str] = {}  # noqa: RUF012
+    marks: Sequence[tuple[float, str]] = ()
 
 
 class PlotsLeftOut(UserWarning):
@@ -58,7 +58,7 @@ def svg_of(curves: Curves) -> str:
         if len(x)
     )
     told = f"{curves.title}. {curves.y} against {curves.x}: {'; '.join(ends)}"
-    told = "; ".join([told, *curves.marks.values()])
+    told = "; ".join([told, *(text for _, text in curves.marks)])
     svg = content[content.find("<svg") :].replace(INK, "currentColor")
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(told)}"', 1)
 
@@ -97,7 +97,7 @@ def _draw(axes, curves):
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-    for at, text in curves.marks.items():
+    for at, text in curves.marks:
         axes.axvline(at, color=INK, linewidth=0.8, linestyle=":")
         place = axes.get_xaxis_transform()  # the height as a share of the axis
         axes.annotate(text, (at, 1), (4, -4), place, "offset points", va="top")

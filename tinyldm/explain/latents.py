@@ -52,7 +52,7 @@ def schedule(subject: Subject, contents: Contents) -> None:
     every = np.arange(0, len(rule), 5)
     ratios = rule.snr(every)
     curves = {"this run's": (every.tolist(), ratios.tolist())}
-    marks = {equal: f"as much noise as image: t = {equal}"}
+    marks = [(equal, f"as much noise as image: t = {equal}")]
     title = "how much of the image is left"
     contents.plot("schedule", Curves(curves, title, "time step t", "signal to noise", marks=marks))
 

@@ -98,14 +98,14 @@ class Watched(Layer):
 def watched_unet(pipeline: Pipeline) -> tuple[UNet, dict[str, np.ndarray]]:
     """Build the U-Net anew, so that its cross-attention is watched: it, and what a call fills."""
     unet, kept = make("unet", pipeline.configs["unet"]), {}
-    parts = {"down": unet.down_blocks, "middle": [unet], "up": unet.up_blocks}
+    parts = {"on the way down": [block.layers for block in unet.down_blocks]}
+    parts |= {"in the middle": [unet.mid_layers]}
+    parts |= {"on the way up": [block.layers for block in unet.up_blocks]}
     for part, blocks in parts.items():
-        for i, block in enumerate(blocks):
-            for j, layer in enumerate(block.mid_layers if block is unet else block.layers):
-                for attends in layer.attention.blocks if layer.attention else []:
-                    way = f"on the way {part}" if part != "middle" else "in the middle"
-                    name = way + (f", block {i}.{j}" if part != "middle" else "")
-                    attends.attn2 = Watched(attends.attn2, kept, name)
+        for i, layers in enumerate(blocks):
+            for j, layer in enumerate(layers):
+                for block in layer.attention.blocks if layer.attention else []:
+                    block.attn2 = Watched(block.attn2, kept, f"{part}, block {i}.{j}")
     return unet, kept
 
 
