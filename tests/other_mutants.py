@@ -141,10 +141,15 @@ EXPLAINED = {  # (module, change, line of the source) → why no test can notice
         )
         for change in ("2  →  4", "12  →  24")
     },
-    (
-        "lock", "os.O_RDWR | os.O_NOFOLLOW  →  os.O_RDWR",
-        "handle = os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)",
-    ): "A link was refused before; only one made in between would be followed.",
+    **{
+        ("lock", change, "handle = os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)"): (
+            "Links and pipes were refused before; only one made in between would be opened."
+        )
+        for change in (
+            "os.O_RDWR | os.O_NOFOLLOW  →  os.O_RDWR",
+            "os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK  →  os.O_RDWR | os.O_NOFOLLOW",
+        )
+    },
 }  # fmt: skip
 SECONDS = 300  # of processor time for the tests of one mutant: more is noticed, too
 KILLED, SURVIVED = "killed", "survived"

@@ -269,8 +269,8 @@ def _compare(features, generated, training, held_out, rng, scores):
         _, real_distance = nearest_images(held_out.images, training.images)
         scores.add(jackknife(np.median, real_distance), "nearest", "held_out")
         if len(held_out) >= FEWEST_FOR_COPIES:
-            share = jackknife(lambda some: copied(some, real_distance), distance)
-            scores.add(share, "nearest", "copied")
+            share = copied(distance, real_distance)
+            scores.add((share, share_error(share, len(distance))), "nearest", "copied")
     n = min(len(generated), len(held_out)) if len(held_out) > 1 else len(generated)
     some = training.pick(np.linspace(0, len(training) - 1, min(len(training), 2048)).astype(int))
     real = features(some.images)
