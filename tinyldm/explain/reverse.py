@@ -21,6 +21,7 @@ from tinyldm.sampling.pipeline import Pipeline
 
 GROUND = "yellow"  # of the images in which one chooses shape, colour and place
 SMALLEST = 8  # pixels of a side of a map
+SHADES = 24  # more would make a larger file
 MOST_STEERED = 24  # captions to choose from, where they are not of shapes
 FEW_STEPS = {"sampler": "dpm++2m", "steps": 10}  # nearly as good as 25 of ddim
 HEAT = ((13, 8, 60), (90, 20, 110), (190, 55, 85), (245, 135, 40), (252, 250, 190))  # from 0 to 1
@@ -178,8 +179,8 @@ def _percent(share):
 
 
 def heat(p: np.ndarray) -> np.ndarray:
-    """Colour numbers (…), from dark at 0 to light at 1 → uint8 (…, 3)."""
+    """Colour numbers (…), from dark at 0 to light at 1 → uint8 (…, 3), in few shades."""
     anchors = np.array(HEAT, float)
-    places = p * (len(anchors) - 1)
+    places = np.round(p * SHADES) / SHADES * (len(anchors) - 1)
     channels = [np.interp(places, np.arange(len(anchors)), anchors[:, k]) for k in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)

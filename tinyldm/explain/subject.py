@@ -50,12 +50,14 @@ class Contents:
         """
         rows, columns, h, w, _ = images.shape
         said = said or [colours_of(image) for image in images.reshape(-1, h, w, 3)]
+        words = {text: i for i, text in enumerate(dict.fromkeys(said))}  # each stands there once
         image = Image.fromarray(images.transpose(0, 2, 1, 3, 4).reshape(rows * h, columns * w, 3))
         if max(h, w) > LARGEST:
             h, w = (max(1, side * LARGEST // max(h, w)) for side in (h, w))
             image = image.resize((columns * w, rows * h), Image.Resampling.BOX)
         self.sheets[name] = {
-            "src": data_uri(image), "rows": rows, "columns": columns, "h": h, "w": w, "said": said
+            "src": data_uri(image), "rows": rows, "columns": columns, "h": h, "w": w,
+            "words": list(words), "said": [words[text] for text in said],
         }  # fmt: skip
 
     def text(self, name: str, texts: Sequence[str]) -> None:

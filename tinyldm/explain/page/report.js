@@ -61,7 +61,7 @@ function show(tile) {
   const part = (index, count) => (count > 1 ? (100 * index) / (count - 1) : 0);
   const at = [place(column), place(row)];
   tile.style.backgroundPosition = `${part(at[0], sheet.columns)}% ${part(at[1], sheet.rows)}%`;
-  tile.setAttribute("aria-label", sheet.said[at[1] * sheet.columns + at[0]]);
+  tile.setAttribute("aria-label", sheet.words[sheet.said[at[1] * sheet.columns + at[0]]]);
 }
 
 function tile(sheet, row, column, ...caption) {
