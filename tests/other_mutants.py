@@ -78,6 +78,9 @@ EXPLAINED = {  # (module, change, line of the source) → why no test can notice
         "wide = g if g.shape[-2] <= g.shape[-1] else g.swapaxes(-1, -2)",
     ): "Which way is faster; the result is the same.",
     (
+        "nn/optim", "-1  →  1", "wide = g if g.shape[-2] <= g.shape[-1] else g.swapaxes(-1, -2)",
+    ): "Which way is faster; the result is the same.",
+    (
         "nn/optim", "1e-12  →  2e-12",
         "return array_module(norm).minimum(limit / (norm + 1e-12), 1.0)",
     ): "Below what a norm differs by.",
@@ -140,6 +143,16 @@ EXPLAINED = {  # (module, change, line of the source) → why no test can notice
             "It reads more than it has to."
         )
         for change in ("2  →  4", "12  →  24")
+    },
+    (
+        "checkpoints/safetensors", "0  →  1",
+        "crc = _of_header(entries, notes) if checked else 0",
+    ): "It is of no use where nothing is checked.",
+    **{
+        ("lock", "1000  →  2000", line): "What a holder writes is far shorter."
+        for line in (
+            "content = os.pread(handle, 1000, 0)", "holder = _holder(os.read(handle, 1000))"
+        )
     },
     **{
         ("lock", change, "handle = os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)"): (

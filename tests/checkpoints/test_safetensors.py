@@ -437,6 +437,13 @@ def test_a_new_file_may_be_read_as_any_other(tmp_path):
     assert len(modes) == 1
 
 
+def test_no_file_stays_open(tmp_path):
+    before = set(os.listdir("/dev/fd"))
+    save_weights(tmp_path / "weights", PARAMS)
+    load_weights(tmp_path / "weights")
+    assert set(os.listdir("/dev/fd")) <= before
+
+
 def test_the_umask_is_honoured_and_stays(tmp_path):
     before = os.umask(0o027)
     try:

@@ -60,8 +60,9 @@ def test_singular_values_end_near_one():
     assert kept.sum() > 20 and (found[kept] > 0.6).all() and (found < 1.3).all()
 
 
-def test_many_matrices_at_once_are_each_by_itself():
-    g = np.random.default_rng(0).normal(size=(3, 4, 6))
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+def test_many_matrices_at_once_are_each_by_itself(shape):
+    g = np.random.default_rng(0).normal(size=(3, *shape))
     for one, found in zip(g, orthogonalise(g), strict=True):
         np.testing.assert_allclose(found, orthogonalise(one), atol=1e-12)
 

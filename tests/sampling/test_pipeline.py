@@ -712,7 +712,7 @@ def test_a_config_that_is_not_implemented_is_named(folder):
     file.write_text(json.dumps(config | {"class_embed_type": "timestep"}))
     with pytest.raises(ConfigError, match="unet config: class_embed_type = 'timestep'") as caught:
         Pipeline.load(folder)
-    one_line(caught)
+    assert one_line(caught).startswith(f"{file}: ")
 
 
 def test_a_damaged_list_of_shards_is_named(folder):

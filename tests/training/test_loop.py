@@ -77,14 +77,14 @@ def test_the_number_of_steps_that_the_seconds_allow():
 
 
 def test_with_a_discriminator_the_later_steps_are_timed_too(monkeypatch):
-    """Count the steps so far as average ones, where half take 0.5 s and half 1.5 s."""
-    monkeypatch.setattr(loop, "seconds_with_discriminator", lambda *_: 1.5)
+    """Count the steps so far as average ones, where half take 0.5 s and half 2.5 s."""
+    monkeypatch.setattr(loop, "seconds_with_discriminator", lambda *_: 2.5)
     state = state_of(discriminator={"a": 0}, config=SimpleNamespace(adversarial_start=0.5))
     pace = pace_of([0.5] * (CALIBRATION[0] + 4))
     pace.set_total(state, None, None)
-    more = (CALIBRATION[0] + 4) * (1.0 - 0.5)
+    more = (CALIBRATION[0] + 4) * (1.5 - 0.5)
     assert state.seconds == 20 + more and state.corrections == len(CORRECTIONS)
-    assert state.total == 10 + int((80 - more) / 1.0)
+    assert state.total == 10 + int((80 - more) / 1.5)
 
 
 def test_the_time_of_a_step_with_the_discriminator_is_the_median_of_five(monkeypatch):

@@ -29,13 +29,14 @@ from small_run import (
     without_images,
 )
 
+from tinyldm import lock
 from tinyldm.checkpoints.components import COMPONENTS
 from tinyldm.checkpoints.diffusers_folder import CHECKSUMS, Unfinished, is_whole
 from tinyldm.checkpoints.safetensors import WeightsError, load_metadata, load_weights, save_weights
 from tinyldm.config import ConfigError
 from tinyldm.data.dataset import DataError
 from tinyldm.data.shapes import ATTRIBUTES, make_shapes
-from tinyldm.lock import Locked, locked, touch
+from tinyldm.lock import Locked, is_locked, locked, touch
 from tinyldm.machine import held_memory
 from tinyldm.models import Tokenizer
 from tinyldm.nn.optim import learning_rate
@@ -161,7 +162,10 @@ def test_what_is_exported_is_the_average(whole):
     assert notes["scaling_factor"] == state.scaling_factor != 1
 
 
-def test_metrics_are_lines_of_json_with_rising_steps(tmp_path, monkeypatch, no_images):
+@pytest.mark.parametrize("gpu", [False, True])
+def test_metrics_are_lines_of_json_with_rising_steps(tmp_path, monkeypatch, no_images, gpu):
+    """On a GPU the steps are looked at just before."""
+    monkeypatch.setattr(loop, "on_host", lambda x: not gpu)
     monkeypatch.setattr(loop, "LOG_EVERY", 2)
     train(tmp_path, CONFIG, say=silent)
     metrics = metrics_of(tmp_path)
@@ -172,6 +176,24 @@ def test_metrics_are_lines_of_json_with_rising_steps(tmp_path, monkeypatch, no_i
         assert set(line) == {"stage", "step", "rate", "loss", "norm", "time"}
         assert 0 < line["loss"] < 10 and line["norm"] > 0
         assert line["rate"] == learning_rate(line["step"] - 1, STEPS, STAGE.rate, STAGE.warmup)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_line_of_progress_has_the_loss_of_its_step(tmp_path, monkeypatch, no_images, gpu):
+    said, losses, take = [], [], loop.train_step
+    monkeypatch.setattr(loop, "on_host", lambda x: not gpu)
+    monkeypatch.setattr(snapshots, "SHARES", (0.5,))
+
+    def step(*args):
+        loss, norm = take(*args)
+        losses.append(loss)
+        return loss, norm
+
+    monkeypatch.setattr(loop, "train_step", step)
+    train(tmp_path, CONFIG, say=said.append)
+    lines = [line for line in said if f" 2/{STEPS}: " in line]
+    for line, loss in zip(lines, [losses[1], losses[STEPS + 1]], strict=True):
+        assert f", loss {loss:.4f}" in line
 
 
 def test_a_run_is_not_written_over(copy, no_images):
@@ -692,6 +714,30 @@ def test_a_lock_of_another_machine_is_not_broken(copy):
         assert holder == {"process": os.getpid(), "host": platform.node()}
     with locked(copy), pytest.raises(Locked, match=f"process {os.getpid()}, this one,"):
         resume(copy)
+
+
+def test_who_only_looks_at_a_lock_does_not_keep_it(tmp_path):
+    (tmp_path / ".lock").write_text("")
+    before = set(os.listdir("/dev/fd"))
+    assert not is_locked(tmp_path)
+    assert set(os.listdir("/dev/fd")) <= before
+
+
+def test_a_lock_that_is_free_a_moment_later_is_taken(tmp_path, monkeypatch):
+    script = """
+import fcntl, sys
+with open(sys.argv[1], "w") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        moment = SimpleNamespace(sleep=lambda seconds: process.communicate(), time=time.time)
+        monkeypatch.setattr(lock, "time", moment)
+        with locked(tmp_path):
+            assert process.returncode == 0
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda lock: lock.symlink_to("mine")])
