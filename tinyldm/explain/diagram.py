@@ -169,7 +169,7 @@ def diagram(blocks: Sequence[Block], caption: str) -> str:
     drawing.text(MIDDLE, bottom + 66, f"the time step t goes to every ResNet block{also}")
     again = (LEFT + WIDTH / 2, row(2)), (RIGHT - WIDTH / 2, row(2))
     drawing.arrow(*reversed(again), kind="again")
-    drawing.text(LEFT + WIDTH / 2 + 62, row(2) - 6, "again, with less noise")
+    drawing.text((MIDDLE + RIGHT - WIDTH / 2) / 2, row(2) - 6, "again, with less noise")
     return drawing.svg(bottom + 76, "the networks of the model, with the shape on every arrow")
 
 

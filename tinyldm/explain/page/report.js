@@ -145,7 +145,7 @@ for (const select of all("select[data-options]")) {
 }
 for (const slider of all("input[data-values]")) {
   const count = (data.texts[slider.dataset.values] || [""]).length;
-  Object.assign(slider, { min: 0, max: count - 1, step: 1, value: slider.id === "training-step" ? count - 1 : 0 });
+  Object.assign(slider, { min: 0, max: count - 1, step: 1, value: 0 });
 }
 for (const figure of all("[data-plot]")) {
   figure.hidden = !(figure.dataset.plot in data.plots); // there is nothing to plot
