@@ -222,6 +222,8 @@ def test_the_guess_that_is_taken_is_the_guided_one(made):
 
 
 def test_steering_shows_what_its_captions_say(made):
+    page = (files("tinyldm.explain.page") / "report.html").read_text(encoding="utf-8")
+    assert page.count(f"</select> on {reverse.GROUND} at the") == 2
     subject, contents = subject_of(made("captions")), Contents()
     reverse.steer(subject, contents)
     sheet, texts = contents.sheets["steer"], contents.texts
@@ -394,7 +396,7 @@ def test_weights_of_the_live_page_are_those_of_the_model_in_16_bits(made):
 def test_a_model_that_is_too_large_has_no_live_page(made, monkeypatch, call):
     run = made("captions")
     monkeypatch.setattr("tinyldm.explain.live.MOST", 1000)
-    (run / "live.html").unlink(missing_ok=True)
+    (run / "live.html").write_text("of an older model")
     result = call("explain", run)
     assert result.code == 0 and "live.html is left out: expected at most 1,000" in result.err
     assert result.out.split() == [str(run / "report.html")]

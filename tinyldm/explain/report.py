@@ -29,8 +29,8 @@ def explain(
     training_data: Dataset,
     held_out: Dataset,
     say: Callable[[str], None],
-) -> None:
-    """Write the pages that explain a run into its folder: report.html and live.html.
+) -> list[Path]:
+    """Write the pages that explain a run into its folder: report.html and live.html; → them.
 
     training_data, held_out: images that it was trained on, and others. say: takes a line where a
     model cannot run in a page. Raises DataError for a model that needs an init image.
@@ -71,6 +71,7 @@ def explain(
     )  # fmt: skip
     with replacing(run / REPORT) as temporary:
         Path(temporary).write_text(page, encoding="utf-8")
+    return [run / REPORT, *([run / LIVE] if "live" not in left_out else [])]
 
 
 def _inside(subject, contents):
