@@ -185,8 +185,11 @@ def test_play_goes_to_the_end_and_stops(made, opened):
 def tiles_of(sheet):
     """The images of a sheet, (rows, columns, h, w, 3)."""
     image = Image.open(BytesIO(base64.b64decode(sheet["src"].partition(",")[2]))).convert("RGB")
-    rows, columns, h, w = (sheet[key] for key in ("rows", "columns", "h", "w"))
-    return np.asarray(image, float).reshape(rows, h, columns, w, 3).transpose(0, 2, 1, 3, 4)
+    rows, columns, across, down, h, w = (
+        sheet[key] for key in ("rows", "columns", "across", "down", "h", "w")
+    )
+    tiles = np.asarray(image, float).reshape(down, h, across, w, 3).swapaxes(1, 2)
+    return tiles.reshape(-1, h, w, 3)[: rows * columns].reshape(rows, columns, h, w, 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -331,7 +334,6 @@ def generated(page):
 
 def test_generating_by_keyboard(made, opened):
     page = opened(made("captions") / "live.html")
-    assert "Nothing is sent" not in page.inner_text("#status")
 
     def ask(prompt, seed, guidance="2"):
         page.evaluate("document.getElementById('status').textContent = ''")

@@ -99,9 +99,12 @@ def pixels_of(sheet):
     head, _, code = sheet["src"].partition(",")
     assert head == "data:image/webp;base64"
     image = np.asarray(Image.open(BytesIO(base64.b64decode(code))).convert("RGB"))
-    rows, columns, h, w = (sheet[key] for key in ("rows", "columns", "h", "w"))
-    assert image.shape == (rows * h, columns * w, 3)
-    return image.reshape(rows, h, columns, w, 3).transpose(0, 2, 1, 3, 4)
+    rows, columns, across, down, h, w = (
+        sheet[key] for key in ("rows", "columns", "across", "down", "h", "w")
+    )
+    assert image.shape == (down * h, across * w, 3) and max(image.shape) < 16384
+    tiles = image.reshape(down, h, across, w, 3).swapaxes(1, 2)
+    return tiles.reshape(-1, h, w, 3)[: rows * columns].reshape(rows, columns, h, w, 3)
 
 
 QUICK = ("captions", "class-time", "none")
@@ -159,10 +162,12 @@ def vars_of(subject):
     return subject.pipeline, subject.training, subject.held_out
 
 
-def test_a_caption_cannot_write_into_the_page(made, monkeypatch):
-    """It is text, whatever it holds."""
+def test_a_caption_cannot_write_into_the_page(made):
+    """It is text, whatever it holds, in the diagram, too."""
     subject = subject_of(made("captions"))
     evil = '</script><img src=x onerror="alert(1)">'
+    drawn = ET.fromstring(diagram(blocks_of(subject), "<img src=x>"))
+    assert "“<img src=x>”" in [element.text for element in drawn.iter()]
     page = Page(live_page(evil, subject.pipeline, [evil]))
     assert json.loads(page.scripts["model"])["captions"] == [evil]
     assert not [tag for tag, _ in page.elements if tag == "img"]
@@ -211,7 +216,7 @@ def test_a_trajectory_is_that_of_ddim(made):
 def test_the_guess_that_is_taken_is_the_guided_one(made):
     """without + g · (with − without), of what the page shows beside it."""
     subject = subject_of(made("captions"))
-    pipeline, path, guidance = subject.pipeline, trajectory(subject.pipeline, subject.prompts), 2.0
+    pipeline, guidance = subject.pipeline, 2.0
     pipeline.defaults["guidance"] = guidance
     path = trajectory(subject.pipeline, subject.prompts)
     condition = pipeline.embed(["", "", *subject.prompts])
@@ -400,6 +405,7 @@ def test_a_model_that_is_too_large_has_no_live_page(made, monkeypatch, call):
     result = call("explain", run)
     assert result.code == 0 and "live.html is left out: expected at most 1,000" in result.err
     assert result.out.split() == [str(run / "report.html")]
+    assert not (run / "live.html").exists()
     _, data = contents_of(run)
     assert data["texts"]["leftOut"] == ["live"]
 
@@ -411,3 +417,21 @@ def test_a_weight_that_16_bits_do_not_hold(made):
     )
     with pytest.raises(NoLivePage, match=r"unet conv_in.bias: expected numbers below 65,504"):
         live_params(pipeline)
+
+
+@pytest.mark.parametrize("sizes", [(12, 6, 3), (9, 5), (1,), (16,)])
+def test_maps_of_all_layers_get_one_size(sizes):
+    for side in sizes:
+        maps = np.arange(side * side * 3).reshape(1, side, side, 3)
+        large = reverse._enlarged(maps, max(sizes), max(sizes))
+        assert large.shape == (1, max(sizes), max(sizes), 3)
+        np.testing.assert_array_equal(np.unique(large), np.unique(maps))
+        np.testing.assert_array_equal(large[:, 0, 0], maps[:, 0, 0])
+
+
+def test_a_sheet_of_many_images_fits_into_a_file():
+    contents, images = Contents(), np.zeros((9000, 3, 8, 8, 3), np.uint8)
+    images[8999, 2] = 255
+    contents.sheet("many", images, ["dark"] * 26_999 + ["light"])
+    tiles = pixels_of(contents.sheets["many"])
+    assert tiles.shape == images.shape and tiles[8999, 2].min() == 255 and tiles.sum() == 192 * 255

@@ -25,7 +25,7 @@ def run(options: Namespace) -> None:
     training.run(options)
     say("scoring: 200 images are generated and read back by rule")
     options.run_folder, options.captions = options.out, 200
-    options.steps = options.guidance = options.data = None
+    options.steps = options.guidance = options.data = options.seed = None
     evaluate.run(options)
     samples = Path(options.out) / "samples"
     say(

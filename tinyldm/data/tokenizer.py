@@ -172,7 +172,7 @@ class Tokenizer:
         return ids
 
     def in_parts(self, text: str) -> list[str]:
-        """Return the words of a text that no token stands for, so that several do, each once."""
+        """Return the words of a text that take several tokens, each word once."""
         found = dict.fromkeys(pieces(normalised(text)))
         return [piece for piece in found if len(self._encode_plain(piece)) > 1]
 

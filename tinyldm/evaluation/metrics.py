@@ -38,6 +38,7 @@ BANDS = 5  # of noise levels, from the least to the most
 FEWEST_FOR_COPIES = 19  # held-out images, to know what the nearest 5 % of them are
 NEIGHBOURS = 3  # the k-th nearest, of precision and recall
 MOST = 256  # images whose loss, likelihood and reconstruction are measured
+PIXELS = 2**14  # of an image, of which 64 may be in memory at once
 DRAWN = 200  # images whose distance from true drawings is measured
 CELLS = 4  # positions along each side of the latents that features are averaged over
 
@@ -107,7 +108,8 @@ def drawn_latents(pipeline: Pipeline, images: np.ndarray, rng: np.random.Generat
         with no_grad():
             return vae.to_latents(pipeline.params["vae"], x, noise)[0]
 
-    return map_batch(part, xp.asarray(pixels), xp.asarray(noise))
+    at_once = max(1, 64 * PIXELS // (height * width))
+    return map_batch(part, xp.asarray(pixels), xp.asarray(noise), size=min(64, at_once))
 
 
 def loss_by_noise(pipeline: Pipeline, data: Dataset) -> list[float]:

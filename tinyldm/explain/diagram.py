@@ -82,7 +82,7 @@ def cells_of(unet: Sequence[Block]) -> dict[str, list[Cell]]:
 
 
 class Drawing:
-    """Boxes, arrows and texts of an SVG."""
+    """Gathers the boxes, arrows and texts of an SVG."""
 
     def __init__(self):
         self.parts = []

@@ -5,9 +5,10 @@ import numpy as np
 from tinyldm.backend import to_device
 from tinyldm.data.images import from_uint8, in_channels, to_uint8
 from tinyldm.evaluation.figures import latents_as_images
+from tinyldm.evaluation.metrics import FEWEST_FOR_COPIES
 from tinyldm.evaluation.plots import Curves
 from tinyldm.evaluation.reverse import start_noise
-from tinyldm.evaluation.statistics import nearest_images
+from tinyldm.evaluation.statistics import TAIL, copied, nearest_images, share_error
 from tinyldm.explain.subject import Contents, Subject
 from tinyldm.sampling.noise import slerp
 
@@ -114,16 +115,14 @@ def copies(subject: Subject, contents: Contents) -> None:
     contents.sheet("copies-nearest", subject.training.images[at[order]][:, None])
     contents.text("copies-distance", [f"{distance[i]:.1f} of 255" for i in order])
     contents.text("copies-prompts", [prompts[i] or "(no caption)" for i in order])
-    median = float(np.median(distance))
-    said = f"Generated images are {median:.1f} of 255 away from the nearest training image"
-    verdict = said + ". No images were held out, to compare that with."
-    if len(subject.held_out) > 1:
+    said = "Too few images were held out to say how near is near."
+    if len(subject.held_out) >= FEWEST_FOR_COPIES:
         _, real = nearest_images(subject.held_out.images, subject.training.images)
-        limit = float(np.median(real))
-        verdict = f"{said}, images that were held out of training {limit:.1f} (medians). "
-        verdict += (
-            "So generated images are not nearer than new ones: it does not copy."
-            if median > 0.8 * limit
-            else "So generated images are nearer than new ones: it repeats training images."
+        share = copied(distance, real)
+        error = share_error(share, COPIES)
+        end = "some are copies" if share - 2 * error > TAIL else "there is no sign of copies"
+        said = (
+            f"{share:.0%} ± {error:.0%} of {COPIES} generated images are nearer to a training image"
+            f" than 95 % of the held-out images are. 5 % is chance, so {end}."
         )
-    contents.text("copies-verdict", [verdict])
+    contents.text("copies-verdict", [said])

@@ -39,11 +39,11 @@ def live_page(name: str, pipeline: Pipeline, captions: Sequence[str]) -> str:
     if pipeline.task != "generation":
         raise NoLivePage(f"expected a model that generates from a caption, found {pipeline.task}")
     numbers = base64.b64encode(b"".join(w.tobytes() for w in params.values())).decode()
-    words = sorted({word for text in captions for word in re.findall(r"\w+", text.lower())})
+    words = sorted({word for text in captions for word in re.findall(r"[^\W_]+", text.lower())})
     model = network_config(pipeline) | {
         "shapes": [[key, list(w.shape)] for key, w in params.items()],
         "captions": list(dict.fromkeys(captions))[:200] or [""],
-        "words": words if len(words) <= MOST_WORDS else None,
+        "words": words if 0 < len(words) <= MOST_WORDS else None,
         "guidance": pipeline.defaults["guidance"],
     }
     texts = {"name": html.escape(name), "parameters": f"{count:,}", "weights": numbers}

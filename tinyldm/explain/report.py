@@ -41,10 +41,11 @@ def explain(
             f"one for {pipeline.task}"
         )
     prompts = list(dict.fromkeys(prompts_for(training_data)))
-    some = prompts[: MOST_PROMPTS - 1] + prompts[-1:] if len(prompts) > 3 else prompts
-    subject, contents = Subject(run, pipeline, training_data, held_out, some), Contents()
+    if len(prompts) > MOST_PROMPTS:
+        prompts = prompts[: MOST_PROMPTS - 1] + prompts[-1:]
+    subject, contents = Subject(run, pipeline, training_data, held_out, prompts), Contents()
     if subject.is_conditional:
-        subject.prompts = [*some, ""]
+        subject.prompts = list(dict.fromkeys([*prompts, ""]))
     start = start_noise(pipeline, 1).repeat(len(subject.prompts), axis=0)  # one for all captions
     path = trajectory(pipeline, subject.prompts, start=start)
     chapters = {
@@ -65,6 +66,14 @@ def explain(
             if chapter() is False:
                 left_out.append(name)
     contents.texts["leftOut"] = left_out
+    has = {
+        "captions": subject.is_conditional,
+        "shapes": training_data.readable,
+        "autoencoder": bool(pipeline.vae.shapes()),
+        "drawn": pipeline.vae.draws_noise,
+        "held-out": bool(len(held_out)),
+    }
+    contents.texts["has"] = [name for name, there in has.items() if there]
     page = fill(
         "report.html", css="report.css", script="report.js", name=html.escape(run.name),
         data=json_for_html(vars(contents)),
@@ -87,6 +96,7 @@ def _live(subject, say):
         page = live_page(subject.run.name, subject.pipeline, captions)
     except NoLivePage as reason:
         say(f"{LIVE} is left out: {reason}")
+        (subject.run / LIVE).unlink(missing_ok=True)  # of an older model
         return False
     with replacing(subject.run / LIVE) as temporary:
         Path(temporary).write_text(page, encoding="utf-8")

@@ -137,21 +137,16 @@ def attention(subject: Subject, path: Trajectory, contents: Contents) -> bool:
         rows, columns = -(-h // factor), -(-w // factor)
         names.append(f"layer {len(names) + 1} of {len(maps)}, {name}, {rows}×{columns}")
         most.append(p.max(axis=3))
-        places = [
-            f"row {i // columns + 1}, column {i % columns + 1}" for i in range(rows * columns)
-        ]
-        of_grid = f"of {rows}×{columns}"
-        told.append(np.array([f"most at {place} {of_grid}" for place in places])[p.argmax(axis=3)])
+        said = [
+            f"most at row {i + 1}, column {j + 1} of {rows}×{columns}"
+            for i in range(rows) for j in range(columns)
+        ]  # fmt: skip
+        told.append(np.array(said)[p.argmax(axis=3)])
         both = np.stack([p, p / p.max(axis=3, keepdims=True)], axis=1)  # two scales
-        both = heat(both.reshape(*both.shape[:-1], rows, columns))
-        sheets.append(
-            both.repeat(-(-SMALLEST // rows), axis=4).repeat(-(-SMALLEST // rows), axis=5)
-        )
-    size = max(sheet.shape[4] for sheet in sheets)
-    sheets = [
-        s.repeat(size // s.shape[4], axis=4).repeat(size // s.shape[4], axis=5) for s in sheets
-    ]
-    every = np.stack(sheets, axis=1)  # (n, layers, scales, tokens, steps, h, w, 3)
+        sheets.append(heat(both.reshape(*both.shape[:-1], rows, columns)))
+    finest = max((sheet.shape[4:6] for sheet in sheets), key=max)
+    size = [side * -(-SMALLEST // min(finest)) for side in finest]
+    every = np.stack([_enlarged(sheet, *size) for sheet in sheets], axis=1)
     told = np.stack([told, told], axis=2).swapaxes(0, 1)  # (n, layers, scales, tokens, steps)
     contents.sheet("attention", every.reshape(-1, *every.shape[4:]), told.ravel().tolist())
     contents.text("attention-layers", names)
@@ -168,9 +163,10 @@ def attention(subject: Subject, path: Trajectory, contents: Contents) -> bool:
     return True
 
 
-def _enlarged(maps, times):
-    """Repeat the positions of maps (…, h, w, 3)."""
-    return maps.repeat(times, axis=-3).repeat(times, axis=-2)
+def _enlarged(maps, h, w):
+    """Repeat the positions of maps (…, rows, columns, 3) → (…, h, w, 3)."""
+    rows, columns = maps.shape[-3:-1]
+    return maps[..., (np.arange(h) * rows // h)[:, None], np.arange(w) * columns // w, :]
 
 
 def _percent(share):

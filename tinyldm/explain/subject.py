@@ -1,6 +1,7 @@
 """What is explained, and what the chapters put on the page."""
 
 import base64
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -37,7 +38,7 @@ class Subject:
 
 @dataclass
 class Contents:
-    """Contents of the page, for JSON: sheets of images, lists of texts, and plots as SVG."""
+    """Contents of the page, for JSON: sheets of images, lists of texts or facts, plots as SVG."""
 
     sheets: dict[str, dict] = field(default_factory=dict)
     texts: dict[str, list] = field(default_factory=dict)
@@ -51,12 +52,19 @@ class Contents:
         rows, columns, h, w, _ = images.shape
         said = said or [colours_of(image) for image in images.reshape(-1, h, w, 3)]
         words = {text: i for i, text in enumerate(dict.fromkeys(said))}  # each stands there once
-        image = Image.fromarray(images.transpose(0, 2, 1, 3, 4).reshape(rows * h, columns * w, 3))
+        count = rows * columns
+        across = math.ceil(math.sqrt(count * h / w))  # a square: WebP has an end
+        down = -(-count // across)
+        tiles = np.zeros((down * across, h, w, 3), np.uint8)
+        tiles[:count] = images.reshape(count, h, w, 3)
+        tiles = tiles.reshape(down, across, h, w, 3).swapaxes(1, 2)
+        image = Image.fromarray(tiles.reshape(down * h, across * w, 3))
         if max(h, w) > LARGEST:
             h, w = (max(1, side * LARGEST // max(h, w)) for side in (h, w))
-            image = image.resize((columns * w, rows * h), Image.Resampling.BOX)
+            image = image.resize((across * w, down * h), Image.Resampling.BOX)
         self.sheets[name] = {
-            "src": data_uri(image), "rows": rows, "columns": columns, "h": h, "w": w,
+            "src": data_uri(image), "across": across, "down": down, "h": h, "w": w,
+            "rows": rows, "columns": columns,
             "words": list(words), "said": [words[text] for text in said],
         }  # fmt: skip
 
@@ -65,7 +73,7 @@ class Contents:
         self.texts[name] = list(texts)
 
     def plot(self, name: str, curves: Curves) -> None:
-        """Add a plot, or nothing where matplotlib is not installed."""
+        """Add a plot, or "" where matplotlib is not installed, which the page then says."""
         self.plots[name] = svg_of(curves)
 
 

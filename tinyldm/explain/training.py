@@ -19,7 +19,8 @@ def training(subject: Subject, contents: Contents) -> None:
     """Show samples in the course of training, and images by averaged and by raw weights."""
     for name, curves in losses_of(subject.run).items():
         contents.plot(name, curves)
-    files = sorted((subject.run / "samples").glob("step-*.png"))
+    found = (subject.run / "samples").glob("step-*.png")
+    files = sorted(file for file in found if file.stem.removeprefix("step-").isdecimal())
     sheets = []
     for file in files:
         with Image.open(file) as image:
@@ -29,7 +30,8 @@ def training(subject: Subject, contents: Contents) -> None:
     contents.text("training-sheets", sheets)
     steps = [int(file.stem.partition("-")[2]) for file in files]
     contents.text("training-steps", [f"step {step:,}" for step in steps])
-    rights = {e["step"]: e["right"] for e in read_metrics(_log(subject)) if "right" in e}
+    entries = read_metrics(subject.run / "training" / "metrics.jsonl")
+    rights = {e["step"]: e["right"] for e in entries if "right" in e}
     contents.text("training-right", [_said(rights.get(step)) for step in steps])
     average, raw = subject.pipeline, raw_pipeline(subject)
     if len(subject.held_out):
@@ -41,10 +43,6 @@ def training(subject: Subject, contents: Contents) -> None:
     for name, pipeline in (("average", average), ("raw", raw)):
         images = pipeline(subject.prompts, latents=start)
         contents.sheet(f"training-{name}", np.stack([np.asarray(i) for i in images])[:, None])
-
-
-def _log(subject):
-    return subject.run / "training" / "metrics.jsonl"
 
 
 def _said(right):

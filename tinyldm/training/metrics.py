@@ -67,6 +67,7 @@ def read_metrics(file: Path) -> list[dict]:
             numbers = [
                 *bands,
                 *(entry.get(key, 0) for key in ("loss", "validation")),
+                *entry.get("right", {}).values(),
                 entry["step"],
             ]
             drawn = len(bands) == BANDS and all(abs(number) <= LARGEST for number in numbers)

@@ -16,7 +16,7 @@ def fill(template: str, css: str, network: str = "", script: str = "", **texts: 
         return (folder / name).read_text(encoding="utf-8").strip() if name else ""
 
     texts |= {"css": read(css), "network": read(network), "script": read(script)}
-    return re.sub(r"\{([a-z]+)\}(?!\})", lambda found: texts[found[1]], read(template))
+    return re.sub(r"\{([a-z]+)\}", lambda found: texts[found[1]], read(template))
 
 
 def json_for_html(content: object) -> str:

@@ -1,4 +1,3 @@
-"use strict";
 // The page around the networks: what is asked for, and the images that come of it.
 
 const control = (id) => document.getElementById(id);
@@ -54,8 +53,7 @@ async function generate() {
     await rest();
     if (mine !== run) throw new Error("stopped");
     const [item, small] = ["li", "canvas"].map((tag) => document.createElement(tag)), pixels = decode(x0);
-    draw(guess, pixels);
-    draw(small, pixels);
+    for (const canvas of [guess, small]) draw(canvas, pixels);
     Object.assign(small, { role: "img", ariaLabel: `guess at step ${i + 1}` });
     item.append(small, `t = ${model.levels[steps][i][0]}`);
     strip.append(item);
@@ -83,7 +81,8 @@ function stop() {
 control("form").addEventListener("submit", (event) => {
   event.preventDefault();
   generate().catch((error) => {
-    if (error.message !== "stopped") status.textContent = `This went wrong: ${error.message}`;
+    if (error.message === "stopped") return;
+    [status.textContent, control("stop").hidden] = [`This went wrong: ${error.message}`, true];
   });
 });
 control("stop").addEventListener("click", stop);
@@ -97,6 +96,6 @@ control("guidance").addEventListener("input", () => {
 for (const caption of model.captions) control("captions").append(new Option(caption, caption));
 control("prompt").value = model.captions[0];
 for (const n in model.levels) control("steps").append(new Option(n, n, n === "10", n === "10"));
-control("words").textContent = (model.words || []).join(" ");
-control("vocabulary").hidden = !model.words;
-control("guidance").value = control("guidance-value").textContent = model.guidance;
+control("vocabulary").hidden = !(control("words").textContent = (model.words || []).join(" "));
+control("guidance").value = model.guidance;
+control("guidance-value").textContent = control("guidance").value;

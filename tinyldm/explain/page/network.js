@@ -332,6 +332,7 @@ async function ddim(prompt, noise, steps, guidance, each) {
 // Caption → token ids with start, end and padding; of a model of classes, the id of the class.
 function tokenize(text) {
   const { length, start, end, pad, classes } = model.tokenizer;
+  if (classes && !(text in classes)) throw new Error(`expected ${Object.keys(classes).slice(0, 5)}…`);
   if (classes) return [classes[text]];
   const row = [start, ...encode(text).slice(0, length - 2), end];
   return [...row, ...Array(length - row.length).fill(pad)];

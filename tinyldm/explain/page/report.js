@@ -40,7 +40,7 @@ function update() {
   }
   for (const tile of all(".tile[data-sheet]")) show(tile);
   const step = byId("training-step");
-  if (step.max >= 0 && data.texts["training-sheets"].length) {
+  if (data.texts["training-sheets"].length) {
     byId("training-sheet").src = data.texts["training-sheets"][step.value];
     const right = (data.texts["training-right"] || [])[step.value] || "";
     byId("training-sheet").alt = `samples at ${step.getAttribute("aria-valuetext")}; ${right}`;
@@ -53,15 +53,16 @@ function show(tile) {
   if (!sheet) return void (tile.parentElement.hidden = true);
   if (tile.dataset.drawn !== name) {
     tile.style.backgroundImage = `url(${sheet.src})`;
-    tile.style.backgroundSize = `${100 * sheet.columns}% ${100 * sheet.rows}%`;
+    tile.style.backgroundSize = `${100 * sheet.across}% ${100 * sheet.down}%`;
     tile.style.aspectRatio = `${sheet.w} / ${sheet.h}`;
     tile.setAttribute("role", "img");
     tile.dataset.drawn = name;
   }
   const part = (index, count) => (count > 1 ? (100 * index) / (count - 1) : 0);
-  const at = [place(column), place(row)];
-  tile.style.backgroundPosition = `${part(at[0], sheet.columns)}% ${part(at[1], sheet.rows)}%`;
-  tile.setAttribute("aria-label", sheet.words[sheet.said[at[1] * sheet.columns + at[0]]]);
+  const at = place(row) * sheet.columns + place(column);
+  const x = part(at % sheet.across, sheet.across), y = part(Math.floor(at / sheet.across), sheet.down);
+  tile.style.backgroundPosition = `${x}% ${y}%`;
+  tile.setAttribute("aria-label", sheet.words[sheet.said[at]]);
 }
 
 function tile(sheet, row, column, ...caption) {
@@ -136,6 +137,7 @@ for (const name of data.texts.leftOut) {
   byId(name).hidden = true;
   document.querySelector(`nav a[href="#${name}"]`).hidden = true;
 }
+for (const part of all("[data-only]")) part.hidden = !data.texts.has.includes(part.dataset.only);
 for (const select of all("select[data-options]")) {
   const options = data.texts[select.dataset.options] || [""];
   select.replaceChildren(...options.map((text) => new Option(text, text)));
@@ -165,9 +167,8 @@ list("latents-random", data.sheets["latents-random"].rows, (i) =>
   tile("latents-random", `${i}/${data.sheets["latents-random"].rows}`, "", "decoded noise"));
 const pairs = texts["copies-distance"].length;
 list("copies-pairs", pairs, (i) => {
-  const pair = element("div", { className: "pair" }, tile("copies-generated", `${i}/${pairs}`, "", `generated: ${texts["copies-prompts"][i]}`),
+  return element("div", { className: "pair" }, tile("copies-generated", `${i}/${pairs}`, "", `generated: ${texts["copies-prompts"][i]}`),
     tile("copies-nearest", `${i}/${pairs}`, "", `nearest in training, ${texts["copies-distance"][i]} away`));
-  return pair;
 });
 blocks();
 wordMaps();
