@@ -96,6 +96,11 @@ def test_pages_fit_a_phone_and_ask_for_nothing(kind, file, scheme, made, opened)
         page = opened(made(kind) / file, width, scheme)
         page.wait_for_timeout(100)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        widths = page.evaluate(
+            f"""() => [...document.querySelectorAll(".tile")].filter({SHOWN}).map(
+                (e) => e.getBoundingClientRect().width)"""
+        )
+        assert min(widths) >= 60
     assert (made(kind) / file).stat().st_size < 4e6
 
 
@@ -378,6 +383,14 @@ def test_noise_of_the_page_is_standard_normal(made, opened):
     assert abs(z.mean()) < 4 / n**0.5 and abs(z.var() - 1) < 4 * (2 / n) ** 0.5
     assert abs((z**4).mean() - 3) < 4 * (96 / n) ** 0.5
     assert abs(np.corrcoef(z[:-1], z[1:])[0, 1]) < 4 / n**0.5
+
+
+def test_what_is_no_class_is_refused(made, opened):
+    page = opened(made("class-time") / "live.html")
+    page.fill("#prompt", "hexagon")
+    page.press("#prompt", "Enter")
+    page.wait_for_function("document.getElementById('status').textContent.includes('wrong')")
+    assert "expected" in page.inner_text("#status") and page.locator("#stop").is_hidden()
 
 
 def test_a_model_of_classes_offers_them(made, opened):
