@@ -137,7 +137,16 @@ EXPLAINED = {  # (module, change, line of the source) → why no test can notice
         ): "The order in a dict."
         for rest in ("vae)", 'trained) | {"first_stage": vae}')
     },
-    ("checkpoints/diffusers_folder", "3  →  6", "stacklevel=3,"): "Which line a warning names.",
+    **{
+        ("checkpoints/diffusers_folder", "3  →  6", line): "Which line a warning names."
+        for line in (
+            "stacklevel=3,",
+            'warnings.warn(f"{folder / name}: edited since the model was written", stacklevel=3)',
+        )
+    },
+    ("checkpoints/diffusers_folder", "time.sleep(0.05)  →  pass", "time.sleep(0.05)"): (
+        "It waits without a rest."
+    ),
     **{
         ("checkpoints/safetensors", change, "head = stream.read(2**12)"): (
             "It reads more than it has to."

@@ -937,6 +937,14 @@ def test_an_export_that_was_cut_off_is_made_again(copy, monkeypatch, whole, numb
     assert whole_run(str(copy), said.append) == str(copy) and len(said) == 1
 
 
+def test_an_export_without_its_index_is_made_again(copy, whole):
+    (copy / "model_index.json").unlink()
+    said = []
+    whole_run(str(copy), said.append)
+    assert len(said) == 1 and "exporting again" in said[0]
+    assert_as_if_nothing_happened(copy, whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", mostly_slow([1, 5, len(EXPORTS)], 5))
 @pytest.mark.parametrize("step", [STEPS // 2, STEPS])
