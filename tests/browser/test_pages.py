@@ -199,7 +199,7 @@ def tiles_of(sheet):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiles_show_the_image_that_the_controls_ask_for(kind, made, opened):
-    """What is seen on the screen is that image of the sheet, and no other."""
+    """A tile on the screen is the image of its sheet that the controls ask for, and no other."""
     page = opened(made(kind) / "report.html")
     data = json.loads(page.locator("#data").inner_text())
     page.add_style_tag(content=".tile { border: 0 !important; width: 160px !important; }")

@@ -68,7 +68,7 @@ def test_the_jackknife_says_how_far_another_sample_would_be(n, statistic):
 
 
 def test_the_jackknife_of_a_mean_is_the_usual_standard_error():
-    """Of groups of one row each, exactly."""
+    """The jackknife's error of a mean is the standard error of the means of its groups, exactly."""
     x = np.random.default_rng(0).normal(size=50)
     value, error = jackknife(np.mean, x, groups=25)
     assert value == x.mean()

@@ -13,7 +13,7 @@ import numpy as np
 
 from tinyldm.data.shapes import Attributes, draw, make_shapes
 from tinyldm.evaluation.metrics import SEED, latent_features
-from tinyldm.evaluation.plots import Curves
+from tinyldm.evaluation.plots import Curves, save_plot
 from tinyldm.evaluation.scenes import generate
 from tinyldm.evaluation.statistics import frechet_distance, precision_recall
 from tinyldm.experiments.scoring import Report, accuracy
@@ -72,7 +72,7 @@ def run(folder: Path, out: Path, say: Say, count: int = CAPTIONS) -> list[dict]:
     report.save_samples(sheet, names, captions)
     title = "how far from real images"
     curves = Curves(lines(report.rows), title, "guidance scale", "Fréchet distance", False)
-    report.save_curves("guidance.png", curves)
+    save_plot(out / "guidance.png", curves)
     return report.rows
 
 

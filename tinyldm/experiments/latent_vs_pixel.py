@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyldm.data.shapes import make_shapes
-from tinyldm.evaluation.plots import Curves
+from tinyldm.evaluation.plots import Curves, save_plot
 from tinyldm.evaluation.scenes import generate
 from tinyldm.evaluation.statistics import kernel_distance, psnr
 from tinyldm.experiments.scoring import Report, accuracy
@@ -113,7 +113,7 @@ def run(seconds: float, out: Path, say: Say, count: int = CAPTIONS) -> list[dict
     series = {name: tuple(zip(*points, strict=True)) for name, points in quality.items()}
     title = "the same U-Net in pixels (f = 1) and in latents"
     curves = Curves(series, title, "seconds of training", "share of captions right", False)
-    report.save_curves("quality.png", curves)
+    save_plot(out / "quality.png", curves)
     return report.rows
 
 

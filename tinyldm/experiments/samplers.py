@@ -19,7 +19,7 @@ from tinyldm.config import ConfigError
 from tinyldm.data.shapes import make_shapes
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.evaluation.metrics import SEED
-from tinyldm.evaluation.plots import Curves
+from tinyldm.evaluation.plots import Curves, save_plot
 from tinyldm.evaluation.scenes import generate
 from tinyldm.experiments.scoring import Report, accuracy
 from tinyldm.sampling.pipeline import SAMPLES_AT_ONCE, Pipeline
@@ -103,7 +103,7 @@ def run(folder: Path, out: Path, say: Say, count: int = CAPTIONS) -> list[dict]:
             lines(report.rows, key), "eight samplers", "network calls per image", y,
             logarithmic=key == "distance",
         )  # fmt: skip
-        report.save_curves(f"{key.partition('_')[0]}.png", curves)
+        save_plot(out / f"{key.partition('_')[0]}.png", curves)
     return report.rows
 
 

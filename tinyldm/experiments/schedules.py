@@ -19,7 +19,7 @@ import numpy as np
 from tinyldm.data.shapes import make_shapes
 from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
 from tinyldm.evaluation.metrics import SEED
-from tinyldm.evaluation.plots import Curves
+from tinyldm.evaluation.plots import Curves, save_plot
 from tinyldm.evaluation.scenes import generate
 from tinyldm.experiments.scoring import Report, accuracy
 from tinyldm.experiments.trained import new_run, with_steps
@@ -90,7 +90,7 @@ def run(seconds: float, out: Path, say: Say, count: int = CAPTIONS) -> list[dict
             say(f"{row['accuracy_seen']:.1%} of the captions are right")
     names = ["\n".join(trial) for trial in TRIALS]
     report.save_samples(sheet, names, prompts["seen"])
-    report.save_curves("signal-to-noise.png", noise_schedules())
+    save_plot(out / "signal-to-noise.png", noise_schedules())
     return report.rows
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from tinyldm.evaluation.figures import grid, save_image
-from tinyldm.evaluation.plots import Curves, save_plot
 from tinyldm.evaluation.reader import score
 from tinyldm.files import replacing, write_json
 from tinyldm.training.signals import Interruptible, Stopped
@@ -54,10 +53,6 @@ class Report:
         below = [""] * n * (len(images) - 1) + list(captions[:n])
         sheet = grid(np.concatenate(images), below, columns=n, labels=labels, titles=titles)
         save_image(self.out / "samples.png", sheet)
-
-    def save_curves(self, name: str, curves: Curves) -> None:
-        """Save a plot under this name."""
-        save_plot(self.out / name, curves)
 
     def _cell(self, row, key):
         return "–" if row[key] is None else format(row[key], self.columns[key][1])

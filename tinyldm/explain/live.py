@@ -48,7 +48,7 @@ def live_page(name: str, pipeline: Pipeline, captions: Sequence[str]) -> str:
     }
     texts = {"name": html.escape(name), "parameters": f"{count:,}", "weights": numbers}
     texts["model"] = json_for_html(model)
-    return fill("live.html", "report.css", "network.js", "live.js", **texts)
+    return fill("live.html", "live.js", "network.js", **texts)
 
 
 def live_params(pipeline: Pipeline) -> dict[str, np.ndarray]:

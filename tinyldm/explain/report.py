@@ -75,7 +75,7 @@ def explain(
     }
     contents.texts["has"] = [name for name, there in has.items() if there]
     page = fill(
-        "report.html", css="report.css", script="report.js", name=html.escape(run.name),
+        "report.html", script="report.js", name=html.escape(run.name),
         data=json_for_html(vars(contents)),
     )  # fmt: skip
     with replacing(run / REPORT) as temporary:

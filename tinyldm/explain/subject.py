@@ -1,4 +1,4 @@
-"""What is explained, and what the chapters put on the page."""
+"""The subject of a report, a trained run, and the contents that its chapters put on the page."""
 
 import base64
 import math

@@ -5,17 +5,17 @@ import re
 from importlib.resources import files
 
 
-def fill(template: str, css: str, network: str = "", script: str = "", **texts: str) -> str:
+def fill(template: str, script: str, network: str = "", **texts: str) -> str:
     """Return a template with its {placeholders} replaced.
 
-    css, network, script: names of files of this folder. texts: HTML, or what `json_for_html` made.
+    script, network: names of files of this folder. texts: HTML, or what `json_for_html` made.
     """
     folder = files(__name__)
 
     def read(name):
         return (folder / name).read_text(encoding="utf-8").strip() if name else ""
 
-    texts |= {"css": read(css), "network": read(network), "script": read(script)}
+    texts |= {"css": read("report.css"), "network": read(network), "script": read(script)}
     return re.sub(r"\{([a-z]+)\}", lambda found: texts[found[1]], read(template))
 
 
