@@ -15,6 +15,7 @@ import pytest
 from model_cases import random_params
 from PIL import Image
 from playwright.sync_api import sync_playwright
+from sheets import tiles_of
 from small_model import CONFIG as MODEL
 from small_model import PROMPTS
 from small_run import CONFIG, silent, without_estimate
@@ -187,16 +188,6 @@ def test_play_goes_to_the_end_and_stops(made, opened):
     page.wait_for_function("document.querySelector('[data-plays]').textContent === 'Play'")
 
 
-def tiles_of(sheet):
-    """The images of a sheet, (rows, columns, h, w, 3)."""
-    image = Image.open(BytesIO(base64.b64decode(sheet["src"].partition(",")[2]))).convert("RGB")
-    rows, columns, across, down, h, w = (
-        sheet[key] for key in ("rows", "columns", "across", "down", "h", "w")
-    )
-    tiles = np.asarray(image, float).reshape(down, h, across, w, 3).swapaxes(1, 2)
-    return tiles.reshape(-1, h, w, 3)[: rows * columns].reshape(rows, columns, h, w, 3)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiles_show_the_image_that_the_controls_ask_for(kind, made, opened):
     """A tile on the screen is the image of its sheet that the controls ask for, and no other."""
@@ -219,7 +210,7 @@ def test_tiles_show_the_image_that_the_controls_ask_for(kind, made, opened):
             for axis in ("row", "column"):
                 names = tile.get_attribute(f"data-{axis}") or ""
                 at.append(page.evaluate("(names) => place(names)", names))
-            of_sheet = tiles_of(data["sheets"][tile.get_attribute("data-sheet")])
+            of_sheet = tiles_of(data["sheets"][tile.get_attribute("data-sheet")]).astype(float)
             seen = Image.open(BytesIO(tile.screenshot())).convert("RGB")
             seen = np.asarray(seen.resize(of_sheet.shape[3:1:-1], Image.Resampling.BOX), float)
             distance = np.abs(of_sheet - seen).mean(axis=(2, 3, 4))

@@ -8,11 +8,10 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.resources import files
-from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image
+from sheets import tiles_of
 from small_run import CONFIG, silent, without_estimate
 
 from tinyldm.cli.evaluate import data_of
@@ -94,19 +93,6 @@ def contents_of(run):
     return page, json.loads(page.scripts["data"])
 
 
-def pixels_of(sheet):
-    """The images of a sheet, uint8 (rows, columns, h, w, 3)."""
-    head, _, code = sheet["src"].partition(",")
-    assert head == "data:image/webp;base64"
-    image = np.asarray(Image.open(BytesIO(base64.b64decode(code))).convert("RGB"))
-    rows, columns, across, down, h, w = (
-        sheet[key] for key in ("rows", "columns", "across", "down", "h", "w")
-    )
-    assert image.shape == (down * h, across * w, 3) and max(image.shape) < 16384
-    tiles = image.reshape(down, h, across, w, 3).swapaxes(1, 2)
-    return tiles.reshape(-1, h, w, 3)[: rows * columns].reshape(rows, columns, h, w, 3)
-
-
 QUICK = ("captions", "class-time", "none")
 
 
@@ -138,7 +124,7 @@ def test_every_kind_of_run_is_explained(name, made, call):
     left_out |= {"class-token": {"attention"}, "codebook": {"live"}}
     assert set(data["texts"]["leftOut"]) == left_out.get(name, set())
     for sheet in data["sheets"].values():
-        pixels_of(sheet)
+        tiles_of(sheet)
     for plot in data["plots"].values():
         ET.fromstring(plot)
 
@@ -243,7 +229,7 @@ def test_steering_shows_what_its_captions_say(made):
     assert texts["steer-guidance"][default].endswith("the default")
     latents = start_noise(subject.pipeline, 1)
     expected = subject.pipeline(caption, latents=latents, **reverse.FEW_STEPS)
-    found = pixels_of(sheet)[row, default]
+    found = tiles_of(sheet)[row, default]
     assert abs(found - np.asarray(expected[0]).astype(int)).max() <= 1
 
 
@@ -309,7 +295,7 @@ def test_words_of_the_attention_maps(made):
         [float(text.removesuffix("\u00a0%")) for text in contents.texts["attention-most"]],
         (*shape[:2], *shape[3:]),
     )
-    lightness = pixels_of(sheet).astype(int).sum(axis=(4)).reshape(*shape, -1).max(axis=-1)
+    lightness = tiles_of(sheet).astype(int).sum(axis=(4)).reshape(*shape, -1).max(axis=-1)
     assert (lightness[:, :, 1] == sum(reverse.HEAT[-1])).all()  # each has its own largest share
     said = reverse.heat(shares / 100).astype(int).sum(axis=-1)  # on one scale for all, to a shade
     assert abs(lightness[:, :, 0] - said).max() <= 50
@@ -331,7 +317,7 @@ def test_the_schedule_marks_as_much_noise_as_image(made):
     found = re.search(r"as much noise as image: t = (\d+)", contents.plots["schedule"])
     snr = subject.pipeline.schedule.snr(np.array([int(found[1])]))[0]
     assert snr == pytest.approx(1, rel=0.01) and f"t = {found[1]}" in contents.texts["schedule-t"]
-    first = pixels_of(contents.sheets["schedule-pixels"])[0, 0].astype(int)
+    first = tiles_of(contents.sheets["schedule-pixels"])[0, 0].astype(int)
     assert abs(first - subject.training.images[0]).mean() < 6  # at t = 0 there is hardly any noise
     assert contents.texts["schedule-t"][0] == "t = 0"
 
@@ -433,5 +419,5 @@ def test_a_sheet_of_many_images_fits_into_a_file():
     contents, images = Contents(), np.zeros((9000, 3, 8, 8, 3), np.uint8)
     images[8999, 2] = 255
     contents.sheet("many", images, ["dark"] * 26_999 + ["light"])
-    tiles = pixels_of(contents.sheets["many"])
+    tiles = tiles_of(contents.sheets["many"])
     assert tiles.shape == images.shape and tiles[8999, 2].min() == 255 and tiles.sum() == 192 * 255
