@@ -112,20 +112,20 @@ function blocks() {
   byId("blocks").replaceChildren(...parts);
 }
 
-// Move a slider to its end, once.
+// Move a slider to its end, once, or until the button is pressed again.
+let playing = null;
+
 function play(button) {
   const slider = byId(button.dataset.plays);
-  if (Number(slider.value) === Number(slider.max)) slider.value = 0;
-  const timer = setInterval(() => {
+  if (playing) clearInterval(playing);
+  [playing, button.textContent] = playing ? [null, "Play"] : [setInterval(step, 220), "Stop"];
+  if (playing && slider.value === slider.max) slider.value = 0;
+
+  function step() {
     slider.stepUp();
     update();
-    if (slider.value === slider.max || button.dataset.state !== "playing") stop();
-  }, 220);
-  const stop = () => {
-    clearInterval(timer);
-    [button.textContent, button.dataset.state] = ["Play", ""];
-  };
-  [button.textContent, button.dataset.state] = ["Stop", "playing"];
+    if (slider.value === slider.max) play(button);
+  }
 }
 
 // The option that is chosen at first: an index, the last, or one that the data name.
@@ -155,10 +155,7 @@ for (const figure of all("[data-plot]")) {
     "<figcaption>This curve is left out, as matplotlib is not installed: pip install matplotlib, then tinyldm explain again.</figcaption>";
 }
 for (const button of all("[data-plays]")) {
-  button.addEventListener("click", () => {
-    if (button.dataset.state === "playing") button.dataset.state = "";
-    else play(button);
-  });
+  button.addEventListener("click", () => play(button));
 }
 const texts = data.texts;
 list("latents-channels", texts["latents-channel-names"].length, (i) =>
