@@ -392,3 +392,29 @@ def test_a_model_of_classes_offers_them(made, opened):
     page.select_option("#steps", "5")
     page.press("#prompt", "Enter")
     generated(page)
+
+
+@pytest.mark.parametrize(
+    "kind, asks, never",
+    [
+        ("captions", "Caption", ["class", "noise alone"]),
+        ("class-time", "Class", ["caption", "Caption", "noise alone"]),
+        ("none", None, ["caption", "Caption", "class", "Guidance"]),
+    ],
+)
+def test_the_live_page_speaks_of_what_its_model_is_asked_for(kind, asks, never, made, opened):
+    page = opened(made(kind) / "live.html")
+    text = page.inner_text("main")
+    assert not [word for word in never if word in text]
+    assert (
+        page.locator("#prompt").is_visible() == page.locator("#guidance").is_visible() == bool(asks)
+    )
+    if asks:
+        assert page.inner_text("label[for=prompt]") == asks
+    page.select_option("#steps", "5")
+    if asks:
+        page.fill("#prompt", "")
+    page.press("#start", "Enter")
+    generated(page)
+    nothing = f"no {asks.lower()}" if asks else "noise alone"
+    assert f"“{nothing}”" in page.inner_text("#status")

@@ -18,6 +18,7 @@ from tinyldm.sampling.pipeline import Pipeline
 MOST = 10_000_000  # parameters: a page of 27 MB
 STEPS = (5, 10, 25, 50)  # of sampling; with fewer the first would not be at noise alone
 DECODER = ("decoder.", "post_quant_conv.")  # what of the first stage generates
+NOTHING = {"captions": "no caption", "classes": "no class", "noise": "noise alone"}
 MOST_WORDS = 500  # different words of the captions, below which unknown ones are named
 
 
@@ -28,7 +29,8 @@ class NoLivePage(ValueError):
 def live_page(name: str, pipeline: Pipeline, captions: Sequence[str]) -> str:
     """Return the page as HTML. NoLivePage for a model that is too large, or has an init image.
 
-    name: of the run. captions: those of the training images, of which some are suggested.
+    name: of the run. captions: those of the training images, of which some are suggested; none for
+    a model that generates from noise alone.
     """
     params = live_params(pipeline)
     count = sum(w.size for w in params.values())
@@ -37,14 +39,22 @@ def live_page(name: str, pipeline: Pipeline, captions: Sequence[str]) -> str:
     if isinstance(pipeline.vae, VQModel):
         raise NoLivePage("expected a KL autoencoder or none, found a codebook")
     if pipeline.task != "generation":
-        raise NoLivePage(f"expected a model that generates from a caption, found {pipeline.task}")
+        raise NoLivePage(
+            f"expected a model that needs no init image, found one for {pipeline.task}"
+        )
     numbers = base64.b64encode(b"".join(w.tobytes() for w in params.values())).decode()
     words = sorted({word for text in captions for word in re.findall(r"[^\W_]+", text.lower())})
+    kind = "noise"
+    if any(captions):
+        kind = "classes" if isinstance(pipeline.tokenizer, ClassNames) else "captions"
+    has = {kind: True, "asked": kind != "noise", "autoencoder": bool(pipeline.vae.shapes())}
     model = network_config(pipeline) | {
         "shapes": [[key, list(w.shape)] for key, w in params.items()],
         "captions": list(dict.fromkeys(captions))[:200] or [""],
-        "words": words if 0 < len(words) <= MOST_WORDS else None,
+        "words": words if kind == "captions" and len(words) <= MOST_WORDS else None,
         "guidance": pipeline.defaults["guidance"],
+        "has": [name for name, there in has.items() if there],
+        "nothing": NOTHING[kind],
     }
     texts = {"name": html.escape(name), "parameters": f"{count:,}", "weights": numbers}
     texts["model"] = json_for_html(model)

@@ -41,7 +41,7 @@ const rest = () => new Promise((resolve) => setTimeout(resolve));
 
 async function generate() {
   const mine = ++run, began = performance.now(), prompt = control("prompt").value;
-  const steps = Number(control("steps").value), asked = prompt || "no caption";
+  const steps = Number(control("steps").value), asked = prompt || model.nothing;
   const seconds = () => ((performance.now() - began) / 1000).toFixed(1);
   check();
   control("stop").hidden = false;
@@ -93,6 +93,7 @@ control("prompt").addEventListener("change", check);
 control("guidance").addEventListener("input", () => {
   control("guidance-value").textContent = control("guidance").value;
 });
+for (const part of document.querySelectorAll("[data-only]")) part.hidden = !model.has.includes(part.dataset.only);
 for (const caption of model.captions) control("captions").append(new Option(caption, caption));
 control("prompt").value = model.captions[0];
 for (const n in model.levels) control("steps").append(new Option(n, n, n === "10", n === "10"));
