@@ -19,6 +19,7 @@ from hypothesis import find, given
 from hypothesis import strategies as st
 from reference import assert_near
 from strategies import (
+    CUDA_CALLS,
     KERNEL_CALLS,
     LAYOUTS,
     NATURAL,
@@ -42,6 +43,8 @@ TOLERANCE = {"float32": 1e-5, "float64": 1e-11, "complex128": 1e-11}
 OTHERS = {
     ("tinyldm.nn.quantize.nearest_codes", "nearest_codes"): "tests/models/test_vq.py",
     ("tinyldm.nn.optim.adamw", "adamw"): "tests/nn/test_optim.py",
+    ("tinyldm.nn.optim.adamw", "fused_adamw"): "tests/kernels/test_cuda.py",
+    ("tinyldm.nn.optim.global_norm", "fused_global_norm"): "tests/kernels/test_cuda.py",
     ("tinyldm.nn.optim.muon", "muon"): "tests/nn/test_muon.py",
     ("tinyldm.nn.optim.global_norm", "global_norm"): "tests/nn/test_optim.py",
     ("tinyldm.training.step.value_and_grad", "value_and_grad"): "tests/training/test_step.py",
@@ -78,12 +81,12 @@ def test_no_kernel_is_without_its_proof():
     registered = [(twin, k.function.__name__) for twin, kernels in KERNELS.items() for k in kernels]
     assert len(set(registered)) == len(registered), "two kernels of a function share a name"
     for twin, name in registered:
-        assert (twin, name) in KERNEL_CALLS.keys() | OTHERS.keys(), (
+        assert (twin, name) in KERNEL_CALLS.keys() | CUDA_CALLS.keys() | OTHERS.keys(), (
             f"no strategy in tests/support/strategies.py draws calls of {twin}, the plain twin of "
             f"{name}: add one to FUNCTIONS"
         )
         assert hasattr(plain_twin(twin), "__wrapped__"), f"{twin}: no kernel can replace it"
-    assert len(registered) == len(KERNEL_CALLS) + len(OTHERS)
+    assert len(registered) == len(KERNEL_CALLS) + len(CUDA_CALLS) + len(OTHERS)
 
 
 def test_every_file_of_kernels_is_imported():

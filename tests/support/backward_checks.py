@@ -10,8 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+from cuda_calls import examples, of_twin, plain_twin, results
+from cuda_on_cpu import COMPILER
 from gradients import check, check_loss, joined
-from strategies import random_array, random_params
+from strategies import CUDA_CALLS, random_array, random_params
 
 from tinyldm.kernels.im2col import im2col
 from tinyldm.models import AutoencoderKL, VQModel
@@ -572,3 +574,30 @@ MODULES = {  # → its checks
     "tinyldm.nn.quantize": ["codebook_loss", "straight_through"],
     "tinyldm.models.text_encoder": ["text encoder"],
 }
+
+
+def see(arrays):
+    """Called with what a check computed without `check_gradients`; tests.mutants hashes it."""
+
+
+def on_gpu(twin, name):
+    """The check of a kernel for a GPU: it gives what its twin gives, also without the weights."""
+
+    def check_on_gpu(module):
+        for call in examples(twin, name, getattr(module, name)):
+            found = results(call)
+            see(found)
+            for x, wanted in zip(found, of_twin(plain_twin(twin), call), strict=True):
+                if x is not None or wanted is not None:
+                    np.testing.assert_allclose(x, wanted, rtol=1e-4, atol=1e-5)
+            if "w" in call.shapes:
+                assert_equal(results(call, weights=False)[:2], found[:2])
+
+    return check_on_gpu
+
+
+if COMPILER:
+    for _twin, _name in CUDA_CALLS:
+        CHECKS[_name] = on_gpu(_twin, _name)
+        (_kernel,) = (k.function for k in KERNELS[_twin] if k.function.__name__ == _name)
+        MODULES.setdefault(_kernel.__module__, []).append(_name)

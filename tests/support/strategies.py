@@ -94,11 +94,18 @@ def embedding_calls(draw):
     return Call(_embedding, {"table": (count, d)}, seed, {"ids": ids}, ("ids",))
 
 
-@functools.wraps(F.embedding)
-def _embedding(table, ids):
-    """The table first, for it is what has a gradient."""
-    y, embedding_back = F.embedding(ids, table)
-    return y, embedding_back and (lambda dy: embedding_back(dy)[1])
+def table_first(function):
+    """An embedding that takes its table first, for that is what has a gradient."""
+
+    @functools.wraps(function)
+    def embedding(table, ids):
+        y, embedding_back = function(ids, table)
+        return y, embedding_back and (lambda dy: embedding_back(dy)[1])
+
+    return embedding
+
+
+_embedding = table_first(F.embedding)
 
 
 @st.composite
@@ -347,16 +354,22 @@ def _kernel_calls(twin, kernel):
     """Calls of a kernel itself, whether it would be chosen for them or not."""
     name = twin.rpartition(".")[2]
     calls = conv_calls(kernel.__name__) if name == "conv2d" else EVERYTHING[name]
-    return calls.map(lambda call: replace(call, function=kernel))
+    function = table_first(kernel) if name == "embedding" else kernel
+    return calls.map(lambda call: replace(call, function=function))
 
 
-# Every kernel of a differentiable function: {(name of its twin, its own name): calls}.
-KERNEL_CALLS = {
-    (twin, kernel.function.__name__): _kernel_calls(twin, kernel.function)
-    for twin, kernels in KERNELS.items()
-    for kernel in kernels
-    if twin.rpartition(".")[2] in EVERYTHING.keys() | {"conv2d"}
-}
+def _kernels(on_gpu):
+    """Every kernel of a differentiable function: {(name of its twin, its own name): calls}."""
+    return {
+        (twin, kernel.function.__name__): _kernel_calls(twin, kernel.function)
+        for twin, kernels in KERNELS.items()
+        for kernel in kernels
+        if twin.rpartition(".")[2] in EVERYTHING.keys() | {"conv2d"}
+        and kernel.function.__module__.startswith("tinyldm.kernels.cuda") == on_gpu
+    }
+
+
+KERNEL_CALLS, CUDA_CALLS = _kernels(on_gpu=False), _kernels(on_gpu=True)
 
 
 # ------------------------------------------------------------------------------- blocks and layouts

@@ -3,11 +3,12 @@
     x = strict.asarray(numpy_array)
     with strict.counting() as counts:
         y, backward = silu(x)
-    assert counts.synchronisations == 0
+    assert counts.synchronisations == 0 and counts.launches == 1
 
 An array of this module is no NumPy array and does not become one by itself. Whatever makes the
 host wait for the device (a number read, a branch taken, something printed, a mask applied) is
-counted, and so is every copy from host to device. NAMES are all that there is, each of them a name
+counted, and so are every copy from host to device, and the kernels that CuPy 14 would launch, by
+what its sources say. NAMES are all that there is, each of them a name
 in CuPy 14 that does the same there.
 
 Where CuPy is generous or leaves things open, this is strict. It refuses NumPy's own functions and
@@ -15,16 +16,19 @@ values that lie on the host, which CuPy would pass on or copy. An index out of r
 where CuPy wraps around, and so is an assignment that writes twice to one place, of which CuPy
 keeps any. Memory that nothing was written to holds NaN.
 
-What it cannot show: speed, rounding, the order of atomic additions, and faults of a kernel.
+What it cannot show: speed, rounding, and the order of atomic additions. Our own kernels run on the
+CPU, see cuda_on_cpu.py.
 """
 
 from types import SimpleNamespace
 
+import cuda_on_cpu
 import numpy as np
 from scipy import special
 
 synchronisations = 0  # how often the host has waited for the device
 uploads = 0  # how often something was copied from host to device
+launches = 0  # how many kernels were started, by CuPy's arrays and functions and by us
 
 # Functions of numbers: CuPy takes arrays and Python's or NumPy's scalars, and `out`.
 UFUNCS = (
@@ -73,8 +77,8 @@ METHODS = {
 }
 DTYPES = ("bool_", "complex128", "float32", "float64", "int32", "int64")
 NAMES = {
-    *UFUNCS, *FUNCTIONS, *DTYPES, "array", "asarray", "dot", "empty", "empty_like", "lib",
-    "matmul", "ndarray", "where",
+    *UFUNCS, *FUNCTIONS, *DTYPES, "RawModule", "array", "asarray", "dot", "empty", "empty_like",
+    "lib", "matmul", "ndarray", "where",
 }  # fmt: skip
 NUMBERS = "?bBhHiIlLqQefdFD"  # the dtypes that there are on the device
 OF_ATOMIC_ADDITION = ("int32", "uint32", "uint64", "float16", "float32", "float64")
@@ -85,30 +89,68 @@ def __getattr__(name):
 
 
 class counting:
-    """`with counting() as counts:` how many synchronisations and uploads there were in the block.
+    """`with counting() as counts:` how many synchronisations, uploads and launches there were.
 
     They may be read within the block and after it.
     """
 
     def __enter__(self):
-        self._before, self._after = (synchronisations, uploads), None
+        self._before, self._after = _counts(), None
         return self
 
     def __exit__(self, *_):
-        self._after = (synchronisations, uploads)
+        self._after = _counts()
 
-    @property
-    def synchronisations(self):
-        return (self._after or (synchronisations, uploads))[0] - self._before[0]
+    synchronisations = property(lambda self: self._counted(0))
+    uploads = property(lambda self: self._counted(1))
+    launches = property(lambda self: self._counted(2))
 
-    @property
-    def uploads(self):
-        return (self._after or (synchronisations, uploads))[1] - self._before[1]
+    def _counted(self, i):
+        return (self._after or _counts())[i] - self._before[i]
+
+
+def _counts():
+    return synchronisations, uploads, launches
 
 
 def _synchronise():
     global synchronisations
     synchronisations += 1
+
+
+def _launch(kernels, result):
+    """Count kernels, unless there is nothing to compute; → the result."""
+    global launches
+    launches += kernels if result.size else 0
+    return result
+
+
+# How many kernels a method or a function takes, where it is not one.
+VIEWS = {"split", "squeeze", "swapaxes", "transpose", "view"}
+COPIES = {"ascontiguousarray", "astype", "ravel", "reshape"}  # if need be
+REDUCTIONS = {"all", "any", "max", "mean", "min", "sum"}
+SEVERAL = {"bincount": 4, "std": 5}
+
+
+def _kernels_of(name, args, result):
+    if name in VIEWS:
+        return 0
+    if name in COPIES:
+        return int(not np.may_share_memory(result, _argument(args[0])))
+    if name in REDUCTIONS:  # to one number in two steps
+        return 2 if result.size == 1 < args[0].size else 1
+    if name in ("concatenate", "stack"):  # many small ones by pointers, which are uploaded
+        return len(args[0]) if len(args[0]) <= 8 else 4
+    return SEVERAL.get(name, 1)
+
+
+def _overlapping(out, args):
+    """Count the inputs that are copied first, as what is written might overwrite them."""
+    return sum(
+        isinstance(x, np.ndarray) and x is not out and np.may_share_memory(x, out) and
+        (x.shape, x.strides, x.ctypes.data) != (out.shape, out.strides, out.ctypes.data)
+        for x in args
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ what may come in
@@ -156,8 +198,19 @@ def _part_of_index(part):
     return chosen._host
 
 
+def _gathers(index):
+    """Count the kernels of an index: none for a view, more for several arrays at once."""
+    arrays = sum(isinstance(part, np.ndarray) for part in index)
+    return 5 if arrays > 1 else arrays
+
+
 def _on_device(result):
     return ndarray(np.asarray(result))
+
+
+def _computed(result, kernels=1):
+    """→ what one kernel has computed, or so many, on the device."""
+    return ndarray(_launch(kernels, np.asarray(result)))
 
 
 # --------------------------------------------------------------------------------------- the array
@@ -252,7 +305,10 @@ class ndarray:
         return ndarray(self._host.imag if self.dtype.kind == "c" else self._host.imag.copy())
 
     def __getitem__(self, key):
-        return _on_device(self._host[_index(key)])
+        index = _index(key)
+        result = self._host[index]
+        _launch(_gathers(index), result)
+        return _on_device(result)
 
     def __setitem__(self, key, value):
         index = _index(key)
@@ -261,10 +317,12 @@ class ndarray:
             places = np.stack([x.ravel() for x in np.broadcast_arrays(*where)])
             if np.unique(places, axis=1).shape != places.shape:
                 raise ValueError("an assignment writes twice to one place: any of them may stay")
-        self._host[index] = _operand(value)
+        target, value = self._host[index], _operand(value)
+        _launch(_gathers(index) or 1 + _overlapping(target, [value]), target)
+        self._host[index] = value
 
     def fill(self, value):
-        self._host.fill(_operand(value))
+        _launch(1, self._host).fill(_operand(value))
 
     # Arithmetic. `a @= b` is missing in CuPy as well.
 
@@ -278,28 +336,30 @@ class ndarray:
         return matmul(other, self)
 
     def __neg__(self):
-        return _on_device(-self._host)
+        return _computed(-self._host)
 
     def __pos__(self):
-        return _on_device(+self._host)
+        return _computed(+self._host)
 
     def __abs__(self):
-        return _on_device(abs(self._host))
+        return _computed(abs(self._host))
 
     def __invert__(self):
-        return _on_device(~self._host)
+        return _computed(~self._host)
 
 
 def _define_operators():
     def arithmetic(function):
         def forward(self, other):
-            return _on_device(function(self._host, _operand(other)))
+            return _computed(function(self._host, _operand(other)))
 
         def reverse(self, other):
-            return _on_device(function(_operand(other), self._host))
+            return _computed(function(_operand(other), self._host))
 
         def in_place(self, other):
-            function(self._host, _operand(other), out=self._host)
+            other = _operand(other)
+            _launch(1 + _overlapping(self._host, [other]), self._host)
+            function(self._host, other, out=self._host)
             return self
 
         return {"": forward, "r": reverse, "i": in_place}
@@ -328,7 +388,10 @@ def _restricted(call, name, options):
         if unknown:
             raise TypeError(f"{name}: option {min(unknown)} is not among those allowed: {options}")
         result = call(*_argument(args), **{k: _argument(x) for k, x in given.items()})
-        return [_on_device(x) for x in result] if isinstance(result, list) else _on_device(result)
+        if isinstance(result, list):
+            return [_on_device(x) for x in result]
+        result = np.asarray(result)
+        return _computed(result, _kernels_of(name, args, result))
 
     return restricted
 
@@ -355,14 +418,15 @@ class _Ufunc:
         args = [_operand(x) for x in args]
         _refuse_complex(self.name, args)
         if out is None:
-            return _on_device(self.of_numpy(*args, dtype=dtype))
+            return _computed(self.of_numpy(*args, dtype=dtype))
+        _launch(1 + _overlapping(_array(out), args), out)
         self.of_numpy(*args, out=_array(out), dtype=dtype)
         return out
 
     def at(self, array, indices, values):
         if self.name != "add" or array.dtype not in OF_ATOMIC_ADDITION:
             raise TypeError(f"{self.name}.at: there is no atomic operation for {array.dtype}")
-        np.add.at(_array(array), _index(indices), _operand(values))
+        np.add.at(_launch(1, _array(array)), _index(indices), _operand(values))
 
 
 for _name in UFUNCS:
@@ -377,7 +441,7 @@ def _refuse_complex(name, args):
 def erf(x):
     """What cupyx.scipy.special offers, for `tinyldm.backend.SPECIAL_FUNCTIONS`."""
     _refuse_complex("erf", [_array(x)])
-    return _on_device(special.erf(_array(x)))
+    return _computed(special.erf(_array(x)))
 
 
 def asarray(x, dtype=None):
@@ -411,18 +475,33 @@ def _unwritten(host):
 
 
 def dot(x, y):
-    return _on_device(np.dot(_array(x), _array(y)))
+    return _computed(np.dot(_array(x), _array(y)), 3 if x.ndim == 1 else 1)
 
 
 def matmul(x, y, out=None):
+    kernels = _kernels_of_product(_array(x), _array(y), out)
     if out is None:
-        return _on_device(np.matmul(_array(x), _array(y)))
-    np.matmul(_array(x), _array(y), out=_array(out))
+        return _computed(np.matmul(_array(x), _array(y)), kernels)
+    np.matmul(_array(x), _array(y), out=_launch(kernels, _array(out)))
     return out
 
 
+def _kernels_of_product(x, y, out):
+    """Count the product itself, and copies of what cuBLAS is not given as it lies."""
+    copies = int(out is not None and not out.flags.c_contiguous)
+    if x.ndim == y.ndim == 1:
+        return 3
+    if max(x.ndim, y.ndim) > 2:
+        copies += sum(not z.flags.c_contiguous for z in (x, y))
+        return 1 + copies + 3 * (x.shape[:-2] != y.shape[:-2])  # pointers to the matrices
+    for z in (x, y):
+        rows, columns = z.strides if z.ndim == 2 else (z.strides[0], z.itemsize)
+        copies += z.itemsize not in (rows, columns) or min(rows, columns) < 0
+    return 1 + copies
+
+
 def where(condition, x, y):
-    return _on_device(np.where(_array(condition), _operand(x), _operand(y)))
+    return _computed(np.where(_array(condition), _operand(x), _operand(y)))
 
 
 def _as_strided(x, shape, strides):
@@ -443,6 +522,20 @@ def _sliding_window_view(x, window_shape, axis=None):
     """Return a read-only view, as CuPy does."""
     view = np.lib.stride_tricks.sliding_window_view(_array(x), window_shape, axis)
     return ndarray(view)
+
+
+class RawModule(cuda_on_cpu.RawModule):
+    """A module of kernels, which run on the CPU."""
+
+    def get_function(self, name):
+        kernel = super().get_function(name)
+
+        def start(grid, block, args):
+            global launches
+            launches += 1
+            kernel(grid, block, args)
+
+        return start
 
 
 _stride_tricks = {"as_strided": _as_strided, "sliding_window_view": _sliding_window_view}

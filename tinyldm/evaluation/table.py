@@ -76,7 +76,9 @@ def table(result: dict) -> str:
         lines.append(_row("copied from training", share,
                           "nearer to a training image than 95 % of held-out ones are; "
                           "about 5 % means that nothing is copied"))  # fmt: skip
-    lines.append("(± is a standard error: about how far other images and other noise would be away)")
+    lines.append(
+        "(± is a standard error: about how far other images and other noise would be away)"
+    )
     return "\n".join(lines)
 
 

@@ -5,7 +5,15 @@ Importing this package registers them all.
 
 import os
 
-from tinyldm.kernels import attention, cached, im2col, muon, nearest_codes, shared_steps  # noqa: F401
+from tinyldm.kernels import (  # noqa: F401
+    attention,
+    cached,
+    cuda,
+    im2col,
+    muon,
+    nearest_codes,
+    shared_steps,
+)
 from tinyldm.kernels.cpu import (  # noqa: F401
     activations,
     adamw,

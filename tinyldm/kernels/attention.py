@@ -57,7 +57,7 @@ def attention(
         xp.log(total, out=total)
         log_sum[ns, hs, ls] = total + top if shift else total
 
-    head_blocks, query_blocks = _score_blocks(n, heads, l, m, block)
+    head_blocks, query_blocks = score_blocks(n, heads, l, m, block)
     work = [(ns, hs, ls) for ns, hs in head_blocks for ls in query_blocks]
     on_free_cores(lambda item: forward(*item), work, n * heads * l * m, q)
 
@@ -103,7 +103,9 @@ def _scores(*pairs):
     return products
 
 
-def _score_blocks(n, heads, l, m, budget):
+def score_blocks(
+    n: int, heads: int, l: int, m: int, budget: int
+) -> tuple[list[tuple[slice, slice]], list[slice]]:
     """Cut into [(samples, heads)], [queries]: any of both together have at most `budget` scores."""
     if n * heads * l * m <= budget:
         return [(slice(0, n), slice(0, heads))], [slice(0, l)]

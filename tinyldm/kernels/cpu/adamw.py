@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from tinyldm.backend import Array, on_host
-from tinyldm.kernels.cpu.flat import Flat
+from tinyldm.kernels.cpu.flat import Flat, are_flat
 from tinyldm.kernels.registry import NEVER, kernel
 from tinyldm.kernels.workspace import scratch
 from tinyldm.nn.optim import BETA1, BETA2, EPSILON, ema_decay
@@ -35,12 +35,8 @@ def global_norm(grads: dict[str, Array]) -> Array:
 
 
 def _of_flat_buffers(params, grads, state, average, *_, **__):
-    buffers = (params, average, *state.values())
-    if not all(isinstance(x, Flat) and on_host(x.flat) for x in buffers):
-        return NEVER
-    last = params.order[len(params) - len(grads) :]  # those with gradients must be the last ones
-    same = all(x.order == params.order for x in buffers)
-    return 0.0 if same and grads.keys() == set(last) else NEVER
+    flat = are_flat(grads, params, average, *state.values())
+    return 0.0 if flat and on_host(params.flat) else NEVER
 
 
 @kernel("nn.optim.adamw", cost=_of_flat_buffers)

@@ -51,3 +51,11 @@ class Flat(dict):
             found.append((self.order[i], inside, slice(begin - start, end - start)))
             i += 1
         return found
+
+
+def are_flat(grads: dict[str, Array], *buffers: dict[str, Array]) -> bool:
+    """Return whether all are Flat and in one order, which ends with those that have gradients."""
+    first = buffers[0]
+    if not all(isinstance(buffer, Flat) and buffer.order == first.order for buffer in buffers):
+        return False
+    return grads.keys() == set(first.order[len(first) - len(grads) :])

@@ -1,0 +1,55 @@
+"""Normalisations on a GPU, one launch each way; the twins of those in `nn.norms`."""
+
+from tinyldm.backend import Array, array_module
+from tinyldm.kernels.cuda.launch import THREADS, launch, on_gpu
+from tinyldm.kernels.registry import kernel
+from tinyldm.nn.protocol import Backward
+
+MOST_SAMPLES = 512  # blocks for a group, each with its own sums of dw and db
+
+
+@kernel("nn.norms.group_norm", cost=on_gpu)
+def fused_group_norm(
+    x: Array, w: Array, b: Array, groups: int, eps: float
+) -> tuple[Array, Backward]:
+    """Normalise a group of a sample in each block of threads."""
+    n, c = len(x), x.shape[-1]
+    return _norm(x, w, b, (n, x.size // (n * c), c), groups, eps)
+
+
+@kernel("nn.norms.group_norm_silu", cost=on_gpu)
+def fused_group_norm_silu(
+    x: Array, w: Array, b: Array, groups: int, eps: float
+) -> tuple[Array, Backward]:
+    """Normalise a group of a sample in each block of threads, and apply SiLU."""
+    n, c = len(x), x.shape[-1]
+    return _norm(x, w, b, (n, x.size // (n * c), c), groups, eps, silu=True)
+
+
+@kernel("nn.norms.layer_norm", cost=on_gpu)
+def fused_layer_norm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Backward]:
+    """Normalise a row in each block of threads: a group norm of one group and one position."""
+    c = x.shape[-1]
+    return _norm(x, w, b, (x.size // c, 1, c), 1, eps)
+
+
+def _norm(x, w, b, sizes, groups, eps, silu=False):
+    xp = array_module(x)
+    n, p, c = sizes
+    size = c // groups
+    x, w, b = map(xp.ascontiguousarray, (x, w, b))
+    y, stats = xp.empty(x.shape, x.dtype), xp.empty((3, n, groups), x.dtype)
+    lanes = min(size, THREADS)
+    block = lanes, max(1, min(p, THREADS // lanes))
+    grid = min(n, MOST_SAMPLES), groups
+    launch("normalise", grid, block, x, w, b, y, stats, n, p, c, size, eps, silu)
+
+    def backward(dy, weights=True):
+        dx, sums = xp.empty(x.shape, x.dtype), xp.empty((2, grid[0], c), x.dtype)
+        launch(
+            "normalise_backward", grid, block, x, xp.ascontiguousarray(dy), w, b, stats, dx, *sums,
+            n, p, c, size, silu,
+        )  # fmt: skip
+        return dx, *(sums.sum(axis=1) if weights else (None, None))
+
+    return y, backward
