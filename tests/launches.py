@@ -87,7 +87,8 @@ def denoiser_step():
     state = State(CONFIG, "denoiser", on_device(models.init_denoiser(rng)), models.tokenizer, "")
     z, noise = rng.standard_normal((2, BATCH, *CONFIG.latent_shape), np.float32)
     ids = strict.asarray(models.tokenizer(captions[:BATCH]))
-    batch = strict.asarray(z), strict.asarray(noise), ids, rng.integers(0, 1000, BATCH)
+    t = strict.asarray(rng.integers(0, 1000, BATCH))
+    batch = strict.asarray(z), strict.asarray(noise), ids, t
     with gradient(denoiser_loss(models), state.params) as gradient_of, strict.counting() as counts:
         gradient_of(batch)
     return counts.launches

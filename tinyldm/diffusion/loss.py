@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tinyldm.backend import Array, array_module
-from tinyldm.diffusion.schedule import Schedule
+from tinyldm.diffusion.schedule import Schedule, look_up
 from tinyldm.nn import functional as F
 from tinyldm.nn.protocol import Backward
 
@@ -17,7 +17,7 @@ def diffusion_loss(
     schedule: Schedule,
     x0: Array,
     noise: Array,
-    t: np.ndarray,
+    t: Array,
     weighting: Weighting | None = None,
 ) -> tuple[Array, Backward]:
     """The simple loss: mean of (prediction − target)² at x_t (Ho et al. 2020, eq. 14).
@@ -25,7 +25,7 @@ def diffusion_loss(
     On latents, with a text-conditioned `predict`, it is the loss of Rombach et al. 2022, eq. 3.
 
     predict: `predict(x_t, t) → (prediction, backward)`.
-    x0, noise (n, h, w, c); t (n,) integers on the host.
+    x0, noise (n, h, w, c); t (n,) integers, on the host or where x0 is.
     weighting: `weighting(schedule, t) → (n,)`, as below; None for equal weights.
     Returns the loss and `backward(grads)`, which passes the gradient on to `predict`.
     """
@@ -33,7 +33,7 @@ def diffusion_loss(
     prediction, predict_back = predict(schedule.add_noise(x0, noise, t), xp.asarray(t))
     weight = None
     if weighting is not None:
-        weight = xp.asarray(weighting(schedule, t).astype(x0.dtype))
+        weight = look_up(weighting(schedule, np.arange(len(schedule))), t, x0)
     loss, loss_back = F.mse(prediction, schedule.target(x0, noise, t), weight)
 
     def backward(grads):

@@ -7,11 +7,12 @@ The forward process mixes an image x_0 with normal noise ε (Ho et al. 2020, eq.
 Tables are float64 on the host, whatever the precision and the device of the model.
 """
 
+import functools
 import math
 
 import numpy as np
 
-from tinyldm.backend import Array, array_module
+from tinyldm.backend import Array, array_module, on_host
 from tinyldm.config import ConfigError, brief
 from tinyldm.diffusion.scheduler_config import BETA_END, BETA_ENDS, BETA_START, check_scheduler
 
@@ -116,19 +117,18 @@ class Schedule:
         """Return the signal-to-noise ratio, ᾱ / (1 − ᾱ), at the steps t."""
         return self.alphas_bar[t] / (1 - self.alphas_bar[t])
 
-    def signal_and_noise(self, t: np.ndarray, like: Array) -> tuple[Array, Array]:
+    def signal_and_noise(self, t: Array, like: Array) -> tuple[Array, Array]:
         """Return a_t, s_t at the steps t (n,), shaped to multiply `like` (n, ...) on its device."""
-        xp = array_module(like)
         shape = (-1, *[1] * (like.ndim - 1))
-        both = np.sqrt([self.alphas_bar[t], 1 - self.alphas_bar[t]]).astype(like.dtype)
-        return xp.asarray(both[0]).reshape(shape), xp.asarray(both[1]).reshape(shape)
+        a, s = np.sqrt([self.alphas_bar, 1 - self.alphas_bar])
+        return look_up(a, t, like).reshape(shape), look_up(s, t, like).reshape(shape)
 
-    def add_noise(self, x0: Array, noise: Array, t: np.ndarray) -> Array:
-        """Draw x_t from q(x_t | x_0) with the given standard normal noise; t (n,) on the host."""
+    def add_noise(self, x0: Array, noise: Array, t: Array) -> Array:
+        """Draw x_t from q(x_t | x_0) with the given standard normal noise, at the steps t (n,)."""
         a, s = self.signal_and_noise(t, x0)
         return a * x0 + s * noise
 
-    def target(self, x0: Array, noise: Array, t: np.ndarray) -> Array:
+    def target(self, x0: Array, noise: Array, t: Array) -> Array:
         """Return the target at x_t: ε, x_0, or v = a ε − s x_0 (Salimans & Ho 2022, section 4)."""
         if self.prediction == "epsilon":
             return noise
@@ -149,6 +149,22 @@ class Schedule:
         if self.prediction == "sample":
             return prediction, (x - a * prediction) / s
         return a * x - s * prediction, s * x + a * prediction
+
+
+def look_up(table: np.ndarray, t: Array, like: Array) -> Array:
+    """Look up a table (T,) at the steps t (n,), in the dtype and on the device of `like`.
+
+    Where t is on a device, too, nothing is copied to it but the table, once.
+    """
+    xp = array_module(like)
+    if on_host(t):
+        return xp.asarray(table[t].astype(like.dtype))
+    return _table_on_device(xp, table.astype(like.dtype).tobytes(), like.dtype)[t]
+
+
+@functools.lru_cache(maxsize=64)
+def _table_on_device(xp, numbers, dtype):
+    return xp.asarray(np.frombuffer(numbers, dtype))
 
 
 def posterior(alpha_bar: float, alpha_bar_previous: float) -> tuple[float, float, float]:

@@ -177,8 +177,8 @@ class Run:
                 z = z + std[chosen] * normal[0]
             dropped = dropped.reshape(-1, *[1] * (ids.ndim - 1))
             tokens = np.where(dropped, no_caption, ids[chosen])
-            batch = (self.xp.asarray(x) for x in (z * scale, normal[1], tokens))
-            return *batch, t, *arrays_of(chosen, rng)
+            batch = (self.xp.asarray(x) for x in (z * scale, normal[1], tokens, t))
+            return *batch, *arrays_of(chosen, rng)
 
         def report():
             data = self.training, self.held_out
