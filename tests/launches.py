@@ -1,8 +1,9 @@
 """How many kernels a step starts on a GPU: `python -m tests.launches` counts them without one.
 
-Before: without the kernels of kernels.cu. They are counted on the double of CuPy, and what is ours
-does not run, as the numbers do not matter here. A launch costs the host about nine microseconds,
-and on most of these sizes more than the device needs for it.
+Before: without kernels for a GPU. Then with them, at the first step, and as a graph, which is one
+launch. They are counted on the double of CuPy, and what is ours does not run, as the numbers do not
+matter here. A launch costs the host about nine microseconds: at most of these sizes more than the
+device needs for it.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from tinyldm import backend
 from tinyldm.data.shapes import make_shapes
 from tinyldm.kernels.cpu.flat import Flat
 from tinyldm.kernels.cuda import launch
+from tinyldm.kernels.cuda.graph import WARM
 from tinyldm.models import Tokenizer
 from tinyldm.nn.optim import adam_state, adamw, clip_factor, global_norm
 from tinyldm.nn.protocol import KERNELS
@@ -77,7 +79,7 @@ def sampling_step():
             list(model.denoise(model.sampling_params(captions[:1], **options)))
         return counts.launches
 
-    return launches(4) - launches(3)
+    return launches(2) - launches(1), launches(5) - launches(4)
 
 
 def denoiser_step():
@@ -89,9 +91,18 @@ def denoiser_step():
     ids = strict.asarray(models.tokenizer(captions[:BATCH]))
     t = strict.asarray(rng.integers(0, 1000, BATCH))
     batch = strict.asarray(z), strict.asarray(noise), ids, t
-    with gradient(denoiser_loss(models), state.params) as gradient_of, strict.counting() as counts:
-        gradient_of(batch)
-    return counts.launches
+    return first_and_last(denoiser_loss(models), state.params, batch)
+
+
+def first_and_last(loss_fn, params, batch):
+    """Count the launches of the first step, and of one that has become a graph."""
+    launches = []
+    with gradient(loss_fn, params) as gradient_of:
+        for _ in range(WARM + 2):
+            with strict.counting() as counts:
+                gradient_of(batch)
+            launches.append(counts.launches)
+    return launches[0], launches[-1]
 
 
 def autoencoder_step():
@@ -101,9 +112,7 @@ def autoencoder_step():
     params = on_device(models.vae.init(rng))
     images = strict.asarray(rng.standard_normal((BATCH, 32, 32, 3), np.float32))
     noise = strict.asarray(rng.standard_normal((BATCH, *CONFIG.latent_shape), np.float32))
-    with gradient(models.first_stage_loss(), params) as gradient_of, strict.counting() as counts:
-        gradient_of((images, noise))
-    return counts.launches
+    return first_and_last(models.first_stage_loss(), params, (images, noise))
 
 
 def update():
@@ -116,7 +125,7 @@ def update():
     with strict.counting() as counts:
         factor = clip_factor(global_norm(grads), 1.0)
         adamw(weights, grads, moments, average, 0, 1e-3, factor)
-    return counts.launches
+    return counts.launches, counts.launches
 
 
 CASES = {
@@ -128,13 +137,13 @@ CASES = {
 
 
 def main():
-    print(f"{'launches':36}{'before':>8}{'now':>8}")
+    print(f"{'launches':36}{'before':>8}{'fused':>8}{'graph':>8}")
     for name, case in CASES.items():
-        counts = []
-        for fused in (False, True):
-            with kernels(fused):
-                counts.append(case())
-        print(f"{name:36}{counts[0]:8,}{counts[1]:8,}", flush=True)
+        with kernels(fused=False):
+            before, _ = case()
+        with kernels(fused=True):
+            now, graphed = case()
+        print(f"{name:36}{before:8,}{now:8,}{graphed:8,}", flush=True)
 
 
 if __name__ == "__main__":

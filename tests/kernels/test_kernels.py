@@ -50,6 +50,8 @@ OTHERS = {
     ("tinyldm.training.step.value_and_grad", "value_and_grad"): "tests/training/test_step.py",
     ("tinyldm.training.step.gradients", "gradients"): "tests/kernels/test_processes.py",
     ("tinyldm.sampling.pipeline.predictor", "predictor"): "tests/sampling/test_pipeline.py",
+    ("tinyldm.sampling.pipeline.predictor", "graph_predictor"): "tests/test_strict.py",
+    ("tinyldm.training.step.gradients", "graph_gradients"): "tests/test_strict.py",
 }
 every_kernel = pytest.mark.parametrize(
     "twin, name", KERNEL_CALLS, ids=[f"{name}-of-{twin}" for twin, name in KERNEL_CALLS]

@@ -42,21 +42,31 @@ class RawModule:
 
 def compiled(code: str, sanitize: str = "") -> Path:
     """Return the library of these kernels, compiled once."""
-    if COMPILER is None:
-        raise RuntimeError(NO_COMPILER)
     names = [name for name, _ in KERNEL.findall(code)]
     unit = "\n".join([HEADER.read_text(), code, *(f"ON_CPU({name})" for name in names)])
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-ffp-contract=off"]
-    flags += [f"-fsanitize={sanitize}", "-DREAL_THREADS", "-g"] if sanitize else []
-    key = hashlib.sha256("\n".join([unit, *flags]).encode()).hexdigest()[:16]
+    flags = [f"-fsanitize={sanitize}", "-DREAL_THREADS", "-g"] if sanitize else []
+    return _library(unit, flags)
+
+
+@functools.cache
+def load(file: str) -> ctypes.CDLL:
+    """Load the library of a source file that lies here."""
+    return ctypes.CDLL(str(_library(HEADER.with_name(file).read_text(), [])))
+
+
+def _library(source, flags):
+    if COMPILER is None:
+        raise RuntimeError(NO_COMPILER)
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", *flags]
+    key = hashlib.sha256("\n".join([source, *flags]).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"tinyldm-kernels-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{key}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            source, made = Path(scratch) / "kernels.cpp", Path(scratch) / "kernels.so"
-            source.write_text(unit)
-            command = [COMPILER, *flags, "-o", str(made), str(source)]
+            file, made = Path(scratch) / "source.cpp", Path(scratch) / "library.so"
+            file.write_text(source)
+            command = [COMPILER, *flags, "-o", str(made), str(file)]
             run = subprocess.run(command, capture_output=True, text=True)
             assert run.returncode == 0, run.stderr
             made.replace(library)

@@ -20,11 +20,15 @@ What it cannot show: speed, rounding, and the order of atomic additions. Our own
 CPU, see cuda_on_cpu.py.
 """
 
+import contextlib
+import sys
 from types import SimpleNamespace
 
 import cuda_on_cpu
 import numpy as np
 from scipy import special
+
+from tinyldm.kernels.cuda import cublas
 
 synchronisations = 0  # how often the host has waited for the device
 uploads = 0  # how often something was copied from host to device
@@ -77,8 +81,8 @@ METHODS = {
 }
 DTYPES = ("bool_", "complex128", "float32", "float64", "int32", "int64")
 NAMES = {
-    *UFUNCS, *FUNCTIONS, *DTYPES, "RawModule", "array", "asarray", "dot", "empty", "empty_like",
-    "lib", "matmul", "ndarray", "where",
+    *UFUNCS, *FUNCTIONS, *DTYPES, "RawModule", "array", "asarray", "cuda", "dot", "empty",
+    "empty_like", "lib", "matmul", "ndarray", "where",
 }  # fmt: skip
 NUMBERS = "?bBhHiIlLqQefdFD"  # the dtypes that there are on the device
 OF_ATOMIC_ADDITION = ("int32", "uint32", "uint64", "float16", "float32", "float64")
@@ -115,14 +119,41 @@ def _counts():
 
 def _synchronise():
     global synchronisations
+    _refuse_under_capture("a wait for the device")
     synchronisations += 1
 
 
-def _launch(kernels, result):
-    """Count kernels, unless there is nothing to compute; → the result."""
+def _refuse_under_capture(what):
+    if _captured is not None:
+        raise RuntimeError(f"{what}, while a graph is captured")
+
+
+_captured = None  # the operations of the graph that is captured, if one is
+_kept = []  # the memory that it works on
+
+
+def _computed(make, kernels=1):
+    """→ what `make()` computes, on the device. kernels: their number, or a function of the result.
+
+    A graph writes to the same memory each time.
+    """
     global launches
-    launches += kernels if result.size else 0
-    return result
+    result = np.asarray(make())
+    kernels = (kernels(result) if callable(kernels) else kernels) if result.size else 0
+    launches += kernels
+    if _captured is not None and kernels:
+        _captured.append(lambda: np.copyto(result, make()))
+    return ndarray(result)
+
+
+def _changed(target, change, kernels=1):
+    """Do what changes an array in its place, now and whenever the captured graph is launched."""
+    global launches
+    kernels = kernels if target.size else 0
+    launches += kernels
+    if _captured is not None and kernels:
+        _captured.append(change)
+    change()
 
 
 # How many kernels a method or a function takes, where it is not one.
@@ -208,11 +239,6 @@ def _on_device(result):
     return ndarray(np.asarray(result))
 
 
-def _computed(result, kernels=1):
-    """→ what one kernel has computed, or so many, on the device."""
-    return ndarray(_launch(kernels, np.asarray(result)))
-
-
 # --------------------------------------------------------------------------------------- the array
 
 
@@ -225,6 +251,8 @@ class ndarray:
 
     def __init__(self, host):
         self._host = host
+        if _captured is not None:
+            _kept.append(host)
 
     def __array__(self, *args, **options):
         raise TypeError("Implicit conversion to a NumPy array is not allowed; use `.get()`")
@@ -240,6 +268,7 @@ class ndarray:
     size = property(lambda self: self._host.size)
     strides = property(lambda self: self._host.strides)
     itemsize = property(lambda self: self._host.itemsize)
+    data = property(lambda self: SimpleNamespace(ptr=self._host.ctypes.data))
     nbytes = property(lambda self: self._host.nbytes)
 
     @property
@@ -306,9 +335,7 @@ class ndarray:
 
     def __getitem__(self, key):
         index = _index(key)
-        result = self._host[index]
-        _launch(_gathers(index), result)
-        return _on_device(result)
+        return _computed(lambda: self._host[index], _gathers(index))
 
     def __setitem__(self, key, value):
         index = _index(key)
@@ -318,11 +345,12 @@ class ndarray:
             if np.unique(places, axis=1).shape != places.shape:
                 raise ValueError("an assignment writes twice to one place: any of them may stay")
         target, value = self._host[index], _operand(value)
-        _launch(_gathers(index) or 1 + _overlapping(target, [value]), target)
-        self._host[index] = value
+        kernels = _gathers(index) or 1 + _overlapping(target, [value])
+        _changed(target, lambda: self._host.__setitem__(index, value), kernels)
 
     def fill(self, value):
-        _launch(1, self._host).fill(_operand(value))
+        value = _operand(value)
+        _changed(self._host, lambda: self._host.fill(value))
 
     # Arithmetic. `a @= b` is missing in CuPy as well.
 
@@ -336,30 +364,32 @@ class ndarray:
         return matmul(other, self)
 
     def __neg__(self):
-        return _computed(-self._host)
+        return _computed(lambda: -self._host)
 
     def __pos__(self):
-        return _computed(+self._host)
+        return _computed(lambda: +self._host)
 
     def __abs__(self):
-        return _computed(abs(self._host))
+        return _computed(lambda: abs(self._host))
 
     def __invert__(self):
-        return _computed(~self._host)
+        return _computed(lambda: ~self._host)
 
 
 def _define_operators():
     def arithmetic(function):
         def forward(self, other):
-            return _computed(function(self._host, _operand(other)))
+            other = _operand(other)
+            return _computed(lambda: function(self._host, other))
 
         def reverse(self, other):
-            return _computed(function(_operand(other), self._host))
+            other = _operand(other)
+            return _computed(lambda: function(other, self._host))
 
         def in_place(self, other):
-            other = _operand(other)
-            _launch(1 + _overlapping(self._host, [other]), self._host)
-            function(self._host, other, out=self._host)
+            host, other = self._host, _operand(other)
+            kernels = 1 + _overlapping(host, [other])
+            _changed(host, lambda: function(host, other, out=host), kernels)
             return self
 
         return {"": forward, "r": reverse, "i": in_place}
@@ -387,11 +417,12 @@ def _restricted(call, name, options):
         unknown = given.keys() - set(options.split())
         if unknown:
             raise TypeError(f"{name}: option {min(unknown)} is not among those allowed: {options}")
-        result = call(*_argument(args), **{k: _argument(x) for k, x in given.items()})
-        if isinstance(result, list):
-            return [_on_device(x) for x in result]
-        result = np.asarray(result)
-        return _computed(result, _kernels_of(name, args, result))
+        hosts, given = _argument(args), {k: _argument(x) for k, x in given.items()}
+        if name == "split":
+            return list(map(_on_device, call(*hosts, **given)))
+        return _computed(
+            lambda: call(*hosts, **given), lambda result: _kernels_of(name, args, result)
+        )
 
     return restricted
 
@@ -418,15 +449,17 @@ class _Ufunc:
         args = [_operand(x) for x in args]
         _refuse_complex(self.name, args)
         if out is None:
-            return _computed(self.of_numpy(*args, dtype=dtype))
-        _launch(1 + _overlapping(_array(out), args), out)
-        self.of_numpy(*args, out=_array(out), dtype=dtype)
+            return _computed(lambda: self.of_numpy(*args, dtype=dtype))
+        host = _array(out)
+        kernels = 1 + _overlapping(host, args)
+        _changed(host, lambda: self.of_numpy(*args, out=host, dtype=dtype), kernels)
         return out
 
     def at(self, array, indices, values):
         if self.name != "add" or array.dtype not in OF_ATOMIC_ADDITION:
             raise TypeError(f"{self.name}.at: there is no atomic operation for {array.dtype}")
-        np.add.at(_launch(1, _array(array)), _index(indices), _operand(values))
+        host, index, values = _array(array), _index(indices), _operand(values)
+        _changed(host, lambda: np.add.at(host, index, values))
 
 
 for _name in UFUNCS:
@@ -441,7 +474,7 @@ def _refuse_complex(name, args):
 def erf(x):
     """What cupyx.scipy.special offers, for `tinyldm.backend.SPECIAL_FUNCTIONS`."""
     _refuse_complex("erf", [_array(x)])
-    return _computed(special.erf(_array(x)))
+    return _computed(lambda: special.erf(_array(x)))
 
 
 def asarray(x, dtype=None):
@@ -452,6 +485,7 @@ def asarray(x, dtype=None):
     host = np.array(x, dtype)
     if host.dtype.char not in NUMBERS:
         raise ValueError(f"Unsupported dtype {host.dtype}")
+    _refuse_under_capture("a copy from the host")
     uploads += 1
     return ndarray(host)
 
@@ -475,14 +509,19 @@ def _unwritten(host):
 
 
 def dot(x, y):
-    return _computed(np.dot(_array(x), _array(y)), 3 if x.ndim == 1 else 1)
+    _refuse_under_capture("CuPy calls cuBLAS")
+    x, y = _array(x), _array(y)
+    return _computed(lambda: np.dot(x, y), 3 if x.ndim == 1 else 1)
 
 
 def matmul(x, y, out=None):
-    kernels = _kernels_of_product(_array(x), _array(y), out)
+    _refuse_under_capture("CuPy calls cuBLAS")
+    x, y = _array(x), _array(y)
+    kernels = _kernels_of_product(x, y, out)
     if out is None:
-        return _computed(np.matmul(_array(x), _array(y)), kernels)
-    np.matmul(_array(x), _array(y), out=_launch(kernels, _array(out)))
+        return _computed(lambda: np.matmul(x, y), kernels)
+    host = _array(out)
+    _changed(host, lambda: np.matmul(x, y, out=host), kernels)
     return out
 
 
@@ -501,7 +540,8 @@ def _kernels_of_product(x, y, out):
 
 
 def where(condition, x, y):
-    return _computed(np.where(_array(condition), _operand(x), _operand(y)))
+    condition, x, y = _array(condition), _operand(x), _operand(y)
+    return _computed(lambda: np.where(condition, x, y))
 
 
 def _as_strided(x, shape, strides):
@@ -524,18 +564,97 @@ def _sliding_window_view(x, window_shape, axis=None):
     return ndarray(view)
 
 
+# --------------------------------------------------------------------------- kernels and graphs
+
+
 class RawModule(cuda_on_cpu.RawModule):
     """A module of kernels, which run on the CPU."""
 
     def get_function(self, name):
         kernel = super().get_function(name)
+        return lambda *args: _changed(args[2][0], lambda: kernel(*args))
 
-        def start(grid, block, args):
-            global launches
-            launches += 1
-            kernel(grid, block, args)
 
-        return start
+class CublasOnCpu:
+    """cuBLAS with the functions that tinyldm calls, compiled for the CPU."""
+
+    def __init__(self):
+        self.library = cuda_on_cpu.load("cublas_on_cpu.cpp")
+
+    def __getattr__(self, name):
+        function = self.library[name]
+        if not name.startswith("cublasGemm"):
+            return function
+
+        def gemm(*args):
+            status = function(*args)
+            _changed(SimpleNamespace(size=1), lambda: None)
+            if _captured is not None:
+                _captured[-1] = lambda: function(*args)
+            return status
+
+        return gemm
+
+
+_load = cublas.load
+cublas.load = lambda xp: CublasOnCpu() if xp is sys.modules[__name__] else _load(xp)
+
+
+class Graph:
+    """The operations of a graph."""
+
+    def __init__(self, operations, memory):
+        self.operations, self.memory = operations, memory
+
+    def launch(self, stream=None):
+        global launches
+        launches += 1
+        for operation in self.operations:
+            operation()
+
+
+class Stream:
+    """A stream whose operations can be captured: they run at once, and with each launch again."""
+
+    ptr = 1
+
+    def __init__(self, non_blocking=False):
+        pass
+
+    def __enter__(self):
+        _current.append(self)
+
+    def __exit__(self, *_):
+        _current.pop()
+
+    def begin_capture(self):
+        global _captured, _kept
+        _captured, _kept = [], []
+
+    def end_capture(self):
+        global _captured
+        operations, _captured = _captured, None
+        return Graph(operations, _kept)
+
+    def synchronize(self):
+        _synchronise()
+
+
+class MemoryPool:
+    """A pool; memory is the host's here."""
+
+    def malloc(self, bytes):
+        raise NotImplementedError
+
+
+_default = Stream()
+_default.ptr = 0
+_current = [_default]
+cuda = SimpleNamespace(
+    Graph=Graph, MemoryPool=MemoryPool, Stream=Stream, get_current_stream=lambda: _current[-1],
+    using_allocator=lambda malloc: contextlib.nullcontext(),
+    alloc=lambda bytes: SimpleNamespace(ptr=1),
+)  # fmt: skip
 
 
 _stride_tricks = {"as_strided": _as_strided, "sliding_window_view": _sliding_window_view}

@@ -160,6 +160,7 @@ def test_a_peak_is_counted_from_where_it_began():
     [
         ("cpu", 10, [4, 1, 2, 3, 9], 2),  # the next would not fit
         ("cpu", 1, [5, 1], 5),  # not even a second one does
+        ("cpu", 1, [4, 2, 9], 2),  # a second one tells more, and is short enough
         ("cuda", 1, [50, 3, 9], 3),  # there the first says nothing
         ("cpu", 1e9, [7, *[1] * 99], 1),
     ],

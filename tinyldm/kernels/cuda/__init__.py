@@ -6,6 +6,7 @@ from tinyldm.kernels.cuda import (  # noqa: F401
     attention,
     conv,
     embedding,
+    graph,
     linear,
     norms,
 )

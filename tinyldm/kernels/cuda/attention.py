@@ -3,15 +3,13 @@
 Scores are made a block at a time, and thrown away, so memory is linear in the tokens. Softmax is
 one launch: of a row, a block of threads finds the largest score and the sum. The backward pass
 keeps these two, and makes the probabilities of a block again.
-
-CuPy copies matrices of a batch that do not lie row by row. So what is transposed are q, k, v and
-their gradients, never the scores: dkᵀ = qᵀ ds instead of dk = dsᵀ q.
 """
 
 import math
 
 from tinyldm.backend import Array, array_module
 from tinyldm.kernels.attention import score_blocks
+from tinyldm.kernels.cuda.cublas import product
 from tinyldm.kernels.cuda.launch import THREADS, launch, on_gpu
 from tinyldm.kernels.registry import kernel
 from tinyldm.nn.attention import join_heads, split_heads
@@ -29,14 +27,13 @@ def fused_attention(
     xp = array_module(q)
     (n, l, d), m = q.shape, k.shape[1]
     scale = 1 / math.sqrt(d // heads)
-    q, k, v = (split_heads(x, heads) for x in (q, k, v))  # (n, heads, tokens, features)
-    queries, keys_t, values = map(xp.ascontiguousarray, (q, k.swapaxes(2, 3), v))
+    q, k, v = (xp.ascontiguousarray(split_heads(x, heads)) for x in (q, k, v))
     head_blocks, query_blocks = score_blocks(n, heads, l, m, BLOCK_SCORES)
     work = [(ns, hs, ls) for ns, hs in head_blocks for ls in query_blocks]
     threads = (min(THREADS, -(-m // WARP) * WARP),)
 
     def scores_of(ns, hs, ls):
-        scores = queries[ns, hs, ls] @ keys_t[ns, hs]
+        scores = product(q[ns, hs, ls], k[ns, hs].swapaxes(2, 3))
         rows = scores.size // m
         return scores, (rows,), (scale, ls.stop - ls.start, ls.start, m, causal)
 
@@ -45,26 +42,18 @@ def fused_attention(
         p, rows, options = scores_of(ns, hs, ls)
         stats.append(xp.empty((2, *rows), q.dtype))
         launch("softmax", rows, threads, p, stats[-1], *options)
-        xp.matmul(p, values[ns, hs], out=y[ns, hs, ls])
+        product(p, v[ns, hs], y[ns, hs, ls])
 
     def backward(dy):
-        dy = split_heads(dy, heads)
-        keys, dys = xp.ascontiguousarray(k), xp.ascontiguousarray(dy)
-        queries_t, values_t, dys_t = (
-            xp.ascontiguousarray(x.swapaxes(2, 3)) for x in (queries, values, dys)
-        )
-        dqs, dks_t, dvs_t = (xp.empty(x.shape, x.dtype) for x in (q, keys_t, values_t))
+        dy = xp.ascontiguousarray(split_heads(dy, heads))
+        dq, dk, dv = (xp.empty(x.shape, x.dtype) for x in (q, k, v))
         for (ns, hs, ls), of_rows in zip(work, stats, strict=True):
             p, rows, options = scores_of(ns, hs, ls)
-            ds = dys[ns, hs, ls] @ values_t[ns, hs]
+            ds = product(dy[ns, hs, ls], v[ns, hs].swapaxes(2, 3))
             launch("softmax_backward", rows, threads, p, ds, of_rows, *options)
-            xp.matmul(ds, keys[ns, hs], out=dqs[ns, hs, ls])
-            for a_t, b, sum_t in ((queries_t, ds, dks_t), (dys_t, p, dvs_t)):
-                if ls.start == 0:
-                    xp.matmul(a_t[ns, hs, :, ls], b, out=sum_t[ns, hs])
-                else:
-                    sum_t[ns, hs] += a_t[ns, hs, :, ls] @ b
-        dks, dvs = (x.swapaxes(2, 3) for x in (dks_t, dvs_t))
-        return join_heads(dqs), join_heads(dks), join_heads(dvs)
+            product(ds, k[ns, hs], dq[ns, hs, ls])
+            for scores, x, dx in ((ds, q, dk), (p, dy, dv)):
+                product(scores.swapaxes(2, 3), x[ns, hs, ls], dx[ns, hs], add=ls.start > 0)
+        return join_heads(dq), join_heads(dk), join_heads(dv)
 
     return join_heads(y), backward

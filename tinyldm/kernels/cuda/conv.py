@@ -4,12 +4,11 @@ Windows are gathered in blocks, one launch each, zeros around the image included
 the pixels is gathered, too: each pixel adds up what the windows have for it, always in one order.
 """
 
-import functools
 import math
-import operator
 
 from tinyldm.backend import Array, array_module
 from tinyldm.kernels.blocking import blocks
+from tinyldm.kernels.cuda.cublas import product
 from tinyldm.kernels.cuda.launch import each, on_gpu
 from tinyldm.kernels.registry import kernel
 from tinyldm.kernels.windows import turned_kernel
@@ -36,11 +35,10 @@ def fused_im2col(
         dw = db = None
         dy = xp.ascontiguousarray(dy)
         if weights:
-            products = (
-                rows.T @ dy[ns, hs].reshape(-1, c_out)
-                for rows, ns, hs in _windows(x, w.shape, stride, padding, outputs)
-            )
-            dw = functools.reduce(operator.iadd, products).reshape(w.shape)
+            dw = xp.empty((w.size // c_out, c_out), w.dtype)
+            for i, (rows, ns, hs) in enumerate(_windows(x, w.shape, stride, padding, outputs)):
+                product(rows.T, dy[ns, hs].reshape(-1, c_out), dw, add=i > 0)
+            dw = dw.reshape(w.shape)
             db = None if b is None else dy.reshape(-1, c_out).sum(axis=0)
         if stride > 1:
             return _scatter(dy, w, stride, padding, x.shape), dw, db
@@ -70,11 +68,9 @@ def _windows(x, shape, stride, padding, outputs):
 def _correlate(x, w, b, stride, padding, outputs):
     c_out = w.shape[3]
     matrix = w.reshape(-1, c_out)
-    xp = array_module(x)
-    y = xp.empty((*outputs, c_out), x.dtype)
+    y = array_module(x).empty((*outputs, c_out), x.dtype)
     for rows, ns, hs in _windows(x, w.shape, stride, padding, outputs):
-        block = y[ns, hs].reshape(-1, c_out)  # a view: whole samples, or rows of one
-        xp.matmul(rows, matrix, out=block)
+        product(rows, matrix, y[ns, hs].reshape(-1, c_out))  # whole samples, or rows of one
     if b is not None:
         y += b
     return y
@@ -88,7 +84,7 @@ def _scatter(dy, w, stride, padding, shape):
     top, _, left, _ = padding
     dx, matrix = array_module(dy).empty(shape, dy.dtype), w.reshape(-1, c_out).T
     for ns, _ in blocks(n, 1, out_h * out_w * math.prod(w.shape[:3]) * dy.itemsize, BLOCK_BYTES):
-        rows = dy[ns].reshape(-1, c_out) @ matrix
+        rows = product(dy[ns].reshape(-1, c_out), matrix)
         sizes = h, width, c, out_h, out_w, kh, kw, stride, top, left
         each("scatter", dx[ns].size, rows, dx[ns], *sizes)
     return dx

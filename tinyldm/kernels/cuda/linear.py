@@ -1,10 +1,10 @@
 """The linear map on a GPU; the twin of `nn.functional.linear`.
 
-CuPy gives one matrix product to cuBLAS as it lies, transposed or not. For an array of matrices it
-would copy the weights, and list the places of all of them.
+For an array of matrices CuPy would copy the weights, and list the places of all of them.
 """
 
 from tinyldm.backend import Array, array_module
+from tinyldm.kernels.cuda.cublas import product
 from tinyldm.kernels.cuda.launch import on_gpu
 from tinyldm.kernels.registry import kernel
 from tinyldm.nn.protocol import Backward
@@ -16,15 +16,15 @@ def one_product_linear(x: Array, w: Array, b: Array | None = None) -> tuple[Arra
     xp = array_module(x)
     d_out, d_in = w.shape
     rows = xp.ascontiguousarray(x).reshape(-1, d_in)
-    y = rows @ w.T
+    y = product(rows, w.T)
     if b is not None:
         y += b
 
     def backward(dy, weights=True):
         dy_rows = xp.ascontiguousarray(dy).reshape(-1, d_out)
-        dx = (dy_rows @ w).reshape(x.shape)
+        dx = product(dy_rows, w).reshape(x.shape)
         if not weights:
             return dx, None, None
-        return dx, dy_rows.T @ rows, None if b is None else dy_rows.sum(axis=0)
+        return dx, product(dy_rows.T, rows), None if b is None else dy_rows.sum(axis=0)
 
     return y.reshape(*x.shape[:-1], d_out), backward
