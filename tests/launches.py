@@ -22,7 +22,7 @@ from tinyldm.kernels.cpu.flat import Flat
 from tinyldm.kernels.cuda import launch
 from tinyldm.kernels.cuda.graph import WARM
 from tinyldm.models import Tokenizer
-from tinyldm.nn.optim import adam_state, adamw, clip_factor, global_norm
+from tinyldm.nn.optim import adam_state, adamw, clip_factor, global_norm, is_inner, muon
 from tinyldm.nn.protocol import KERNELS
 from tinyldm.sampling.pipeline import Pipeline
 from tinyldm.training.networks import Models, denoiser_loss
@@ -128,11 +128,24 @@ def update():
     return counts.launches, counts.launches
 
 
+def muon_update():
+    """Muon and the moving average of the demo's inner matrices."""
+    _, models = demo()
+    params = on_device(models.init_denoiser(np.random.default_rng(0)))
+    inner = {name: w for name, w in params.items() if is_inner(name, w)}
+    weights, momentum, average = (Flat(params, first=inner) for _ in range(3))
+    factor = strict.asarray(np.float32(1))
+    with strict.counting() as counts:
+        muon(weights, inner, momentum, average, 0, 0.01, factor)
+    return counts.launches, counts.launches
+
+
 CASES = {
     "the demo's sampling step, batch 1": sampling_step,
     "its train step, U-Net and text": denoiser_step,
     "its train step, autoencoder": autoencoder_step,
     "clip, AdamW, average": update,
+    "Muon, average": muon_update,
 }
 
 

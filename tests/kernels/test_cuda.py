@@ -23,7 +23,7 @@ from strategies import CUDA_CALLS, LAYOUTS, seeds
 
 from tinyldm.kernels import plain
 from tinyldm.kernels.cpu.flat import Flat
-from tinyldm.kernels.cuda import activations, adamw, launch, norms
+from tinyldm.kernels.cuda import activations, adamw, launch, muon, norms
 from tinyldm.nn import norms as plain_norms
 from tinyldm.nn import optim
 from tinyldm.nn.protocol import KERNELS
@@ -171,6 +171,38 @@ def test_adamw_takes_the_steps_of_its_twin(shapes, left_out, steps, seed, cut):
         for flat, named in ((w, exact), (m, moments["m"]), (v, moments["v"]), (average, mean)):
             for name, x in named.items():
                 np.testing.assert_allclose(flat[name].get(), x, rtol=1e-4, atol=1e-5)
+
+
+@given(
+    shapes=st.lists(
+        st.one_of(st.tuples(*[st.integers(1, 5)] * 2), st.tuples(*[st.integers(1, 3)] * 4)),
+        min_size=1, max_size=12,
+    ),
+    left_out=st.integers(0, 2), seed=seeds, cut=st.booleans(),
+)  # fmt: skip
+def test_muon_takes_the_steps_of_its_twin(shapes, left_out, seed, cut):
+    rng = np.random.default_rng(seed)
+    params = {f"p{i}": rng.normal(size=shape).astype("f4") for i, shape in enumerate(shapes)}
+    others = {f"other{i}": rng.normal(size=3).astype("f4") for i in range(left_out)}
+    device = {name: strict.asarray(w) for name, w in (params | others).items()}
+    w, m, average = (Flat(device, first=params) for _ in range(3))
+    exact, moments, mean = ({n: x.astype("f8") for n, x in params.items()} for _ in range(3))
+    for step in range(2):
+        grads = {n: rng.normal(size=x.shape).astype("f4") for n, x in params.items()}
+        scale = np.float32(rng.uniform(0.1, 2))
+        there_ = {n: strict.asarray(g) for n, g in grads.items()}
+        with small(cut), strict.counting() as counts:
+            factor = strict.asarray(scale) if step else float(scale)
+            muon.fused_muon(w, there_, m, average, step, 0.1, factor, 0.9)
+        assert (counts.synchronisations, counts.uploads) == (0, step)
+        with plain():
+            grads = {n: g.astype("f8") for n, g in grads.items()}
+            optim.muon(exact, grads, moments, mean, step, 0.1, float(scale), 0.9)
+        for flat, named in ((w, exact), (m, moments), (average, mean)):
+            for name, x in named.items():
+                np.testing.assert_allclose(flat[name].get(), x, rtol=1e-3, atol=1e-4)
+    for name, x in others.items():
+        np.testing.assert_array_equal(w[name].get(), x)
 
 
 # -------------------------------------------------------------------------------- the file itself

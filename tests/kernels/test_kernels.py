@@ -46,6 +46,7 @@ OTHERS = {
     ("tinyldm.nn.optim.adamw", "fused_adamw"): "tests/kernels/test_cuda.py",
     ("tinyldm.nn.optim.global_norm", "fused_global_norm"): "tests/kernels/test_cuda.py",
     ("tinyldm.nn.optim.muon", "muon"): "tests/nn/test_muon.py",
+    ("tinyldm.nn.optim.muon", "fused_muon"): "tests/kernels/test_cuda.py",
     ("tinyldm.nn.optim.global_norm", "global_norm"): "tests/nn/test_optim.py",
     ("tinyldm.training.step.value_and_grad", "value_and_grad"): "tests/training/test_step.py",
     ("tinyldm.training.step.gradients", "gradients"): "tests/kernels/test_processes.py",

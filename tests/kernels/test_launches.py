@@ -11,6 +11,7 @@ MOST = {  # a tenth above what they are: kernel by kernel, and as a graph
     "its train step, U-Net and text": (970, 7),
     "its train step, autoencoder": (300, 5),
     "clip, AdamW, average": (18, 18),
+    "Muon, average": (154, 154),
 }
 
 

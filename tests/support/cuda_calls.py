@@ -8,7 +8,7 @@ import strict
 from strategies import Call, random_array, table_first
 
 from tinyldm.kernels import plain
-from tinyldm.kernels.cuda import attention, conv, launch, norms
+from tinyldm.kernels.cuda import attention, conv, launch, muon, norms
 from tinyldm.nn import norms as plain_norms
 from tinyldm.nn.attention import attention as plain_attention
 from tinyldm.nn.protocol import KERNELS
@@ -16,6 +16,7 @@ from tinyldm.nn.protocol import KERNELS
 SMALL = {  # sizes at which a few numbers take several blocks, and several turns of a loop
     launch: {"THREADS": 4, "BLOCKS": 2},
     norms: {"THREADS": 4, "MOST_SAMPLES": 2},
+    muon: {"THREADS": 4},
     attention: {"THREADS": 4, "WARP": 2, "BLOCK_SCORES": 9},
     conv: {"BLOCK_BYTES": 100},
 }

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from tinyldm.backend import Array, on_host
-from tinyldm.kernels.cpu.flat import Flat, are_flat
+from tinyldm.kernels.cpu.flat import Flat, with_gradients
 from tinyldm.kernels.registry import NEVER, kernel
 from tinyldm.kernels.workspace import scratch
 from tinyldm.nn.optim import BETA1, BETA2, EPSILON, ema_decay
@@ -35,8 +35,8 @@ def global_norm(grads: dict[str, Array]) -> Array:
 
 
 def _of_flat_buffers(params, grads, state, average, *_, **__):
-    flat = are_flat(grads, params, average, *state.values())
-    return 0.0 if flat and on_host(params.flat) else NEVER
+    names = with_gradients(grads, params, average, *state.values())
+    return 0.0 if names and on_host(params.flat) else NEVER
 
 
 @kernel("nn.optim.adamw", cost=_of_flat_buffers)
@@ -58,10 +58,10 @@ def adamw(
     small = EPSILON * correction
     keep = ema_decay(step, ema)
     g_scale = scale * (1 - BETA1)
-    first, size = params.starts[len(params) - len(grads)], len(params.flat)
+    span = params.span(with_gradients(grads, params))
 
     def update(start):
-        stop = min(start + BLOCK, size)
+        stop = min(start + BLOCK, span.stop)
         w, m, v, e = (a.flat[start:stop] for a in (params, state["m"], state["v"], average))
         g, other = scratch(w, stop - start, stop - start)
         for name, inside, here in params.parts(start, stop):
@@ -83,7 +83,7 @@ def adamw(
         e += other
 
     def update_share(i):
-        for start in range(first + i * BLOCK, size, shares * BLOCK):
+        for start in range(span.start + i * BLOCK, span.stop, shares * BLOCK):
             update(start)
 
     shares = cores()

@@ -5,6 +5,7 @@ calls.
 """
 
 import bisect
+import math
 from collections.abc import Collection
 
 import numpy as np
@@ -32,10 +33,15 @@ class Flat(dict):
         self.shared = shared and on_host(self.flat)
         if self.shared:
             self.flat = processes.shared(self.flat.size, self.flat.dtype)
-        spans = {name: slice(*self.starts[i : i + 2]) for i, name in enumerate(order)}
-        super().__init__({n: self.flat[spans[n]].reshape(w.shape) for n, w in arrays.items()})
+        parts = views(self.flat, {name: arrays[name].shape for name in order})
+        super().__init__({name: parts[name] for name in arrays})
         for name, w in arrays.items():
             self[name][...] = w
+
+    def span(self, names: list[str]) -> slice:
+        """Return the part of the buffer where these names lie, which follow one another there."""
+        start = self.order.index(names[0])
+        return slice(self.starts[start], self.starts[start + len(names)])
 
     def copy(self) -> "Flat":
         """Copy the values into another buffer."""
@@ -53,9 +59,24 @@ class Flat(dict):
         return found
 
 
-def are_flat(grads: dict[str, Array], *buffers: dict[str, Array]) -> bool:
-    """Return whether all are Flat and in one order, which ends with those that have gradients."""
+def views(flat: Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
+    """Return the arrays of these shapes that lie side by side in a buffer, as views of it."""
+    found, start = {}, 0
+    for name, shape in shapes.items():
+        stop = start + math.prod(shape)
+        found[name] = flat[start:stop].reshape(shape)
+        start = stop
+    return found
+
+
+def with_gradients(grads: dict[str, Array], *buffers: dict[str, Array]) -> list[str] | None:
+    """List the names that have gradients in the order in which they lie side by side in `buffers`.
+
+    None where they do not, or not all of them are Flat and in the same order.
+    """
     first = buffers[0]
-    if not all(isinstance(buffer, Flat) and buffer.order == first.order for buffer in buffers):
-        return False
-    return grads.keys() == set(first.order[len(first) - len(grads) :])
+    if not grads or not all(isinstance(x, Flat) and x.order == first.order for x in buffers):
+        return None
+    start = min(map(first.order.index, grads))
+    names = first.order[start : start + len(grads)]
+    return names if grads.keys() == set(names) else None

@@ -8,5 +8,6 @@ from tinyldm.kernels.cuda import (  # noqa: F401
     embedding,
     graph,
     linear,
+    muon,
     norms,
 )

@@ -307,3 +307,52 @@ extern "C" __global__ void adamw(
         average[i] += follow * (w[i] - average[i]);
     }
 }
+
+// -------------------------------------------------------------------------------------- Muon
+
+// m = β m + (1 − β) g, and what Nesterov's momentum looks ahead to: β m + (1 − β) g once more.
+extern "C" __global__ void momentum(
+        float* m, const float* g, const float* factor, float* ahead, float beta, long long count) {
+    EACH(i, count) {
+        float scaled = (1 - beta) * g[i] * *factor;
+        m[i] = beta * m[i] + scaled;
+        ahead[i] = beta * m[i] + scaled;
+    }
+}
+
+// Squares x xᵀ (count, m, m), one block a matrix, divided by the square of the norm of x, which is
+// the root of their trace, and a little. norms (count,).
+extern "C" __global__ void normalise_squares(float* squares, float* norms, int m) {
+    __shared__ float shared[THREADS];
+    float* square = squares + (long long)blockIdx.x * m * m;
+    float trace = 0;
+    for (int i = threadIdx.x; i < m; i += blockDim.x) trace += square[(long long)i * m + i];
+    float norm = sqrtf(block_sum(trace, shared)) + 1e-7f;
+    for (int i = threadIdx.x; i < m * m; i += blockDim.x) square[i] /= norm * norm;
+    if (threadIdx.x == 0) norms[blockIdx.x] = norm;
+}
+
+// p = a I + b S + c S² of matrices (n, m, m), from S and S².
+extern "C" __global__ void polynomial(
+        const float* square, const float* fourth, float* p, float a, float b, float c, int m,
+        long long count) {
+    EACH(i, count) {
+        long long place = i % ((long long)m * m);
+        p[i] = b * square[i] + c * fourth[i] + (place / m == place % m ? a : 0);
+    }
+}
+
+// Each matrix of `size` numbers divided by its norm, and times `factor`.
+extern "C" __global__ void divide(
+        float* matrices, const float* norms, float factor, int size, long long count) {
+    EACH(i, count) matrices[i] *= factor / norms[i / size];
+}
+
+// w less the change; the moving average follows.
+extern "C" __global__ void change_weights(
+        float* w, float* average, const float* change, float follow, long long count) {
+    EACH(i, count) {
+        w[i] -= change[i];
+        average[i] += follow * (w[i] - average[i]);
+    }
+}

@@ -32,9 +32,14 @@ def launch(name: str, grid: tuple[int, ...], block: tuple[int, ...], *args: Any)
     args: contiguous arrays, the first argument being one; integers are passed as int, real numbers
     as float, and NumPy's as what they are.
     """
-    numbers = {int: np.int32, bool: np.int32, float: np.float32}
-    args = tuple(numbers.get(type(arg), lambda arg: arg)(arg) for arg in args)
+    args = tuple(map(_argument, args))
     _function(array_module(args[0]), name)((*grid, 1)[:2], (*block, 1)[:2], args)
+
+
+def _argument(arg):
+    if isinstance(arg, int):
+        return np.int32(arg)
+    return np.float32(arg) if isinstance(arg, float) else arg
 
 
 def each(name: str, count: int, *args: Any) -> None:
