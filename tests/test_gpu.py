@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from model_cases import random_params
 from small_run import CONFIG
 from strategies import EVERYTHING, NATURAL, random_array
 
@@ -46,23 +47,6 @@ def assert_near(found, expected):
         assert x.dtype == wanted.dtype and x.shape == wanted.shape
         scale = 1 + np.abs(wanted).max(initial=0)
         assert np.abs(x - wanted).max(initial=0) <= TOLERANCE[wanted.dtype.name] * scale
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", EVERYTHING)
-@given(data=st.data())
-def test_every_function(name, dtype, data):
-    call = data.draw(EVERYTHING[name])
-    expected = results(call, "cpu", dtype)
-    assert_near(results(call, "cuda", dtype), expected)
-    with plain():
-        assert_near(results(call, "cuda", dtype), expected)
-
-
-@pytest.mark.parametrize("call", NATURAL, ids=lambda call: f"{call.function.__name__}-{call.seed}")
-def test_functions_at_the_sizes_of_a_small_u_net(call):
-    """Where a kernel takes many blocks of threads."""
-    assert_near(results(call, "cuda", "float32"), results(call, "cpu", "float32"))
 
 
 CAPTIONS = ["a red circle", "a blue square"]
@@ -114,17 +98,38 @@ def test_a_graph_gives_the_bits_of_single_launches(models, recwarn):
         np.testing.assert_array_equal(grads[name].get(), dw.get())
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
 @pytest.mark.parametrize("guidance", [1, 3.0])
-def test_sampling(guidance, models, recwarn):
-    rng, found = np.random.default_rng(0), {}
+def test_sampling(guidance, sampler, models, recwarn):
+    found = {}
     networks = {"unet": models.unet, "vae": models.vae, "text_encoder": models.text}
-    params = {name: network.init(rng) for name, network in networks.items()}
+    params = {
+        name: {key: w.astype("f4") for key, w in random_params(network.shapes()).items()}
+        for name, network in networks.items()
+    }
     configs = CONFIG.configs(models.tokenizer)
     for device in ("cpu", "cuda"):
         pipeline = Pipeline(configs, to_device(params, device), models.tokenizer)
-        asked = pipeline.sampling_params(CAPTIONS, steps=6, guidance=guidance, sampler="ddim")
+        asked = pipeline.sampling_params(CAPTIONS, steps=6, guidance=guidance, sampler=sampler)
         *_, (x, _) = pipeline.denoise(asked)
         found[device] = to_device(x, "cpu")
     assert not [one for one in recwarn if one.category is GraphLeftOut]
     scale = np.abs(found["cpu"]).max()
     assert np.abs(found["cuda"] - found["cpu"]).max() < 1e-3 * scale
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", EVERYTHING)
+@given(data=st.data())
+def test_every_function(name, dtype, data):
+    call = data.draw(EVERYTHING[name])
+    expected = results(call, "cpu", dtype)
+    assert_near(results(call, "cuda", dtype), expected)
+    with plain():
+        assert_near(results(call, "cuda", dtype), expected)
+
+
+@pytest.mark.parametrize("call", NATURAL, ids=lambda call: f"{call.function.__name__}-{call.seed}")
+def test_functions_at_the_sizes_of_a_small_u_net(call):
+    """Where a kernel takes many blocks of threads."""
+    assert_near(results(call, "cuda", "float32"), results(call, "cpu", "float32"))

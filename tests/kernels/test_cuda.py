@@ -236,7 +236,7 @@ def test_the_source_and_its_launcher_agree():
     assert f"#define THREADS {launch.THREADS} " in SOURCE
     kinds = {name.lower(): int(i) for name, i in re.findall(r"#define ([A-Z_]*LU) (\d)", SOURCE)}
     assert kinds == activations.KINDS
-    started = set(re.findall(r'(?:launch|each)\(\s*"(\w+)"', "".join(
+    started = set(re.findall(r'(?:launch|each|each_row)\(\s*"(\w+)"', "".join(
         file.read_text() for file in Path(launch.__file__).parent.glob("*.py"))))  # fmt: skip
     assert started == {name for name, _ in cuda_on_cpu.KERNEL.findall(SOURCE)}
 

@@ -14,7 +14,7 @@ from tinyldm.nn.attention import attention as plain_attention
 from tinyldm.nn.protocol import KERNELS
 
 SMALL = {  # sizes at which a few numbers take several blocks, and several turns of a loop
-    launch: {"THREADS": 4, "BLOCKS": 2},
+    launch: {"THREADS": 4, "WARP": 2, "BLOCKS": 2, "MOST_PARTS": 3, "ROWS_OF_A_THREAD": 1},
     norms: {"THREADS": 4, "MOST_SAMPLES": 2},
     muon: {"THREADS": 4},
     attention: {"THREADS": 4, "WARP": 2, "BLOCK_SCORES": 9},

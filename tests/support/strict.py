@@ -418,6 +418,8 @@ def _restricted(call, name, options):
         if unknown:
             raise TypeError(f"{name}: option {min(unknown)} is not among those allowed: {options}")
         hosts, given = _argument(args), {k: _argument(x) for k, x in given.items()}
+        if name in ("concatenate", "stack") and len(args[0]) > 8:
+            _refuse_under_capture("pointers to many arrays are copied from the host")
         if name == "split":
             return list(map(_on_device, call(*hosts, **given)))
         return _computed(
@@ -643,8 +645,14 @@ class Stream:
 class MemoryPool:
     """A pool; memory is the host's here."""
 
+    def __init__(self, allocator=None):
+        self.freed = 0
+
     def malloc(self, bytes):
         raise NotImplementedError
+
+    def free_all_blocks(self):
+        self.freed += 1
 
 
 _default = Stream()
@@ -653,7 +661,8 @@ _current = [_default]
 cuda = SimpleNamespace(
     Graph=Graph, MemoryPool=MemoryPool, Stream=Stream, get_current_stream=lambda: _current[-1],
     using_allocator=lambda malloc: contextlib.nullcontext(),
-    alloc=lambda bytes: SimpleNamespace(ptr=1),
+    alloc=lambda bytes: SimpleNamespace(ptr=1), Memory=None, MemoryPointer=None,
+    get_default_memory_pool=MemoryPool, runtime=SimpleNamespace(getDevice=lambda: 0),
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import strict
 
 from tinyldm.training import loop
 from tinyldm.training.loop import (
@@ -60,6 +61,7 @@ def test_the_line_of_a_stage():
 
 def state_of(**others):
     known = {"step": 10, "total": None, "seconds": 20.0, "corrections": 0, "discriminator": {}}
+    known["params"] = SimpleNamespace(flat=np.zeros(1))
     return SimpleNamespace(**known | others)
 
 
@@ -76,6 +78,13 @@ def test_the_number_of_steps_that_the_seconds_allow():
     assert state.total == 11  # one more, at the least
 
 
+def test_on_a_gpu_steps_that_wait_for_others_count():
+    """Every tenth step waits for what nine have started."""
+    state = state_of(params=SimpleNamespace(flat=strict.asarray(np.zeros(1))))
+    pace_of([9.0] * CALIBRATION[0] + 3 * [*[0.1] * 9, 4.1]).set_total(state, None, None)
+    assert state.total == 10 + (100 - 20) / 0.5
+
+
 def test_with_a_discriminator_the_later_steps_are_timed_too(monkeypatch):
     """Count the steps so far as average ones, where half take 0.5 s and half 2.5 s."""
     monkeypatch.setattr(loop, "seconds_with_discriminator", lambda *_: 2.5)
@@ -87,9 +96,9 @@ def test_with_a_discriminator_the_later_steps_are_timed_too(monkeypatch):
     assert state.total == 10 + int((80 - more) / 1.5)
 
 
-def test_the_time_of_a_step_with_the_discriminator_is_the_median_of_five(monkeypatch):
+def test_the_time_of_a_step_with_the_discriminator_is_the_median_of_the_last(monkeypatch):
     """It has begun while they are timed, and not any more afterwards."""
-    clock, totals, durations = [100.0], [], iter([9.0, 2.0, 1.0, 3.0, 2.5])
+    clock, totals, durations = [100.0], [], iter([9.0, 8.0, 7.0, 2.5, 1.0, 3.0])
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     state = state_of()
 
@@ -99,4 +108,4 @@ def test_the_time_of_a_step_with_the_discriminator_is_the_median_of_five(monkeyp
         return np.float64(batch), {}
 
     assert seconds_with_discriminator(state, gradient_of, 0.5) == 2.5
-    assert totals == [0] * 5 and state.total is None
+    assert totals == [0] * 6 and state.total is None

@@ -162,7 +162,7 @@ def look_up(table: np.ndarray, t: Array, like: Array) -> Array:
     return _table_on_device(xp, table.astype(like.dtype).tobytes(), like.dtype)[t]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _table_on_device(xp, numbers, dtype):
     return xp.asarray(np.frombuffer(numbers, dtype))
 

@@ -190,7 +190,9 @@ class Pace:
 
         A machine that was busy while the first steps were timed is free later, or the reverse.
         """
-        step_seconds = float(np.median(list(self.seconds)[CALIBRATION[0] :]))
+        # A GPU is waited for now and then, so only the mean of many steps tells what one takes.
+        average = np.median if on_host(state.params.flat) else np.mean
+        step_seconds = float(average(list(self.seconds)[CALIBRATION[0] :]))
         if state.total is None:
             if state.discriminator:
                 later = seconds_with_discriminator(state, gradient_of, batch)
@@ -223,9 +225,9 @@ def seconds_with_discriminator(
     """Time a step with the discriminator: its gradients, which are most of it, go unused."""
     state.total = 0  # so that it has begun
     times = []
-    for _ in range(5):
+    for _ in range(6):
         started = time.monotonic()
         float(gradient_of(batch)[0])  # waits for a GPU
         times.append(time.monotonic() - started)
     state.total = None
-    return float(np.median(times))
+    return float(np.median(times[3:]))  # the first ones are slower, on a GPU by far

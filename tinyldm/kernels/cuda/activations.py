@@ -1,7 +1,7 @@
 """Activations on a GPU, one launch each way; the twins of those in `nn.activations`."""
 
 from tinyldm.backend import Array, array_module
-from tinyldm.kernels.cuda.launch import each, on_gpu
+from tinyldm.kernels.cuda.launch import each, each_row, on_gpu
 from tinyldm.kernels.registry import kernel
 from tinyldm.nn.activations import LEAKY_SLOPE
 from tinyldm.nn.protocol import Backward
@@ -38,11 +38,12 @@ def fused_geglu(x: Array) -> tuple[Array, Backward]:
     xp = array_module(x)
     x, d = xp.ascontiguousarray(x), x.shape[-1] // 2
     y = xp.empty((*x.shape[:-1], d), x.dtype)
-    each("geglu", y.size, x, y, d)
+    rows = y.size // d
+    each_row("geglu", rows, d, x, y, d)
 
     def backward(dy):
         dx = xp.empty(x.shape, x.dtype)
-        each("geglu_backward", dy.size, x, xp.ascontiguousarray(dy), dx, d)
+        each_row("geglu_backward", rows, d, x, xp.ascontiguousarray(dy), dx, d)
         return dx
 
     return y, backward

@@ -10,13 +10,12 @@ import math
 from tinyldm.backend import Array, array_module
 from tinyldm.kernels.attention import score_blocks
 from tinyldm.kernels.cuda.cublas import product
-from tinyldm.kernels.cuda.launch import THREADS, launch, on_gpu
+from tinyldm.kernels.cuda.launch import THREADS, WARP, launch, on_gpu
 from tinyldm.kernels.registry import kernel
 from tinyldm.nn.attention import join_heads, split_heads
 from tinyldm.nn.protocol import Backward
 
 BLOCK_SCORES = 2**26  # scores at a time: 256 MiB of float32
-WARP = 32  # threads that run together
 
 
 @kernel("nn.attention.attention", cost=on_gpu)

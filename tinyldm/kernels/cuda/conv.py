@@ -9,7 +9,7 @@ import math
 from tinyldm.backend import Array, array_module
 from tinyldm.kernels.blocking import blocks
 from tinyldm.kernels.cuda.cublas import product
-from tinyldm.kernels.cuda.launch import each, on_gpu
+from tinyldm.kernels.cuda.launch import column_sums, each_row, on_gpu
 from tinyldm.kernels.registry import kernel
 from tinyldm.kernels.windows import turned_kernel
 from tinyldm.nn.conv import Padding, output_shape
@@ -39,7 +39,7 @@ def fused_im2col(
             for i, (rows, ns, hs) in enumerate(_windows(x, w.shape, stride, padding, outputs)):
                 product(rows.T, dy[ns, hs].reshape(-1, c_out), dw, add=i > 0)
             dw = dw.reshape(w.shape)
-            db = None if b is None else dy.reshape(-1, c_out).sum(axis=0)
+            db = None if b is None else column_sums(dy.reshape(-1, c_out))
         if stride > 1:
             return _scatter(dy, w, stride, padding, x.shape), dw, db
         turned, around = turned_kernel(w, padding)
@@ -61,7 +61,7 @@ def _windows(x, shape, stride, padding, outputs):
         lines = hs.stop - hs.start
         rows = array_module(x).empty(((ns.stop - ns.start) * lines * out_w, kh * kw * c), x.dtype)
         sizes = h, width, c, lines, out_w, kh, kw, stride, top, left, hs.start
-        each("gather", rows.size, x[ns], rows, *sizes)
+        each_row("gather", *rows.shape, x[ns], rows, *sizes)
         yield rows, ns, hs
 
 
@@ -86,5 +86,5 @@ def _scatter(dy, w, stride, padding, shape):
     for ns, _ in blocks(n, 1, out_h * out_w * math.prod(w.shape[:3]) * dy.itemsize, BLOCK_BYTES):
         rows = product(dy[ns].reshape(-1, c_out), matrix)
         sizes = h, width, c, out_h, out_w, kh, kw, stride, top, left
-        each("scatter", dx[ns].size, rows, dx[ns], *sizes)
+        each_row("scatter", dx[ns].size // c, c, rows, dx[ns], *sizes)
     return dx

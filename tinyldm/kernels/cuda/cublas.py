@@ -6,6 +6,7 @@ refuses products while a graph is captured. So the library is called here withou
 
 import ctypes
 import functools
+import importlib
 import math
 from types import ModuleType
 from typing import NamedTuple
@@ -30,7 +31,8 @@ def product(a: Array, b: Array, out: Array | None = None, add: bool = False) -> 
     if described is None:
         a, b = map(array_module(a).ascontiguousarray, (a, b))
         described = describe(a, b, out)
-    _cublas(array_module(a)).gemm(described, a, b, out, add)
+    xp = array_module(a)
+    _cublas(xp, xp.cuda.runtime.getDevice()).gemm(described, a, b, out, add)
     return out
 
 
@@ -91,12 +93,12 @@ def _stride(x, lead):
 
 
 @functools.cache
-def _cublas(xp: ModuleType) -> "Cublas":
+def _cublas(xp, device):
     return Cublas(xp)
 
 
 class Cublas:
-    """The library, with a handle and a workspace of its own."""
+    """The library, with a handle and a workspace of its own on the current device."""
 
     def __init__(self, xp: ModuleType):
         self.xp, self.library, self.stream = xp, load(xp), None
@@ -127,10 +129,9 @@ class Cublas:
 
 
 def load(xp: ModuleType) -> ctypes.CDLL:
-    """Load the cuBLAS that CuPy uses."""
-    from cuda.pathfinder import load_nvidia_dynamic_lib  # which CuPy depends on
-
-    return ctypes.CDLL(load_nvidia_dynamic_lib("cublas").abs_path)
+    """Load the cuBLAS that CuPy uses, which it has loaded by then."""
+    importlib.import_module("cupy_backends.cuda.libs.cublas")
+    return ctypes.CDLL(f"libcublas.so.{xp.cuda.runtime.runtimeGetVersion() // 1000}")
 
 
 def _check(status):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from tinyldm.backend import Array, array_module, on_host
-from tinyldm.kernels.cuda.launch import each
+from tinyldm.kernels.cuda.launch import each_row
 from tinyldm.kernels.registry import NEVER, kernel
 from tinyldm.nn.protocol import Backward
 
@@ -21,8 +21,8 @@ def deterministic_embedding(ids: Array, table: Array) -> tuple[Array, Backward]:
         if not weights:
             return None, None
         dtable, d = xp.zeros(table.shape, table.dtype), table.shape[1]
-        flat = xp.ascontiguousarray(ids.reshape(-1).astype(np.int64, copy=False))
-        each("embedding_backward", dy.size, flat, xp.ascontiguousarray(dy), dtable, ids.size, d)
+        places = ids.reshape(-1).astype(np.int64) % len(table)  # as `table[ids]` takes them
+        each_row("embedding_backward", ids.size, d, places, xp.ascontiguousarray(dy), dtable, d)
         return None, dtable
 
     return table[ids], backward

@@ -7,6 +7,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 from tinyldm.backend import Array, array_module, on_host
@@ -22,38 +23,75 @@ class GraphLeftOut(UserWarning):
     """A step could not be captured as a graph, and runs kernel by kernel."""
 
 
-def captured(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function(*arrays)` as a graph, one for each set of shapes.
+class Graphs:
+    """Graphs that work on the memory of one pool, for steps that run one after the other."""
 
-    The function must do the same whatever the arrays hold, and read nothing else that changes but
-    in its place. Its results are overwritten by the next call. With real numbers that are not
-    float32, for which there are no products here, it runs as it is. So it does where it cannot be
-    captured, and a warning says why.
-    """
-    steps = {}
+    def __init__(self, xp: ModuleType):
+        self.cuda, self.steps = xp.cuda, []
+        self.stream, self.pool = xp.cuda.Stream(non_blocking=True), xp.cuda.MemoryPool(self._malloc)
 
-    def call(*arrays):
-        if any(x.dtype.kind in "fc" and x.dtype != "float32" for x in arrays):
-            return function(*arrays)
-        key = tuple((x.shape, x.dtype) for x in arrays)
-        step = steps.setdefault(key, _Step(function))
-        return step(*arrays)
+    def _malloc(self, size):
+        """Allocate; where memory is short, with an error for which the pool gives nothing up.
 
-    return call
+        It would free what kernels of the graph have used, and will use again.
+        """
+        try:
+            return self.cuda.MemoryPointer(self.cuda.Memory(size), 0)
+        except RuntimeError as error:
+            raise MemoryError(str(error)) from error
+
+    def captured(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `function(*arrays)` as a graph, one for each set of shapes.
+
+        The function must do the same whatever the arrays hold, and read nothing else that changes
+        but in its place. Its results are overwritten by the next call. Where the first array is not
+        float32, for which alone there are products here, it runs as it is. So it does where it
+        cannot be captured, and a warning says why.
+        """
+        known = {}
+
+        def call(*arrays):
+            if arrays[0].dtype != "float32":
+                return function(*arrays)
+            key = tuple((x.shape, x.dtype) for x in arrays)
+            if key not in known:
+                known[key] = _Step(self, function)
+                self.steps.append(known[key])
+            return known[key](*arrays)
+
+        return call
+
+    def capture(self, function: Callable[..., Any], inputs: list[Array]) -> tuple[Any, Any]:
+        """Note all launches of a function → the graph, and the results."""
+        self.cuda.get_default_memory_pool().free_all_blocks()  # of the calls before
+        with self.stream, self.cuda.using_allocator(self.pool.malloc):
+            self.stream.begin_capture()
+            try:
+                result = function(*inputs)
+            finally:
+                graph = self.stream.end_capture()
+        return graph, result
+
+    def close(self) -> None:
+        """Give the memory back, which a pool does not do by itself."""
+        for step in self.steps:
+            step.graph = step.inputs = step.result = None
+        self.pool.free_all_blocks()
 
 
 class _Step:
     """A function of arrays of certain shapes."""
 
-    def __init__(self, function):
-        self.function, self.calls, self.graph = function, 0, None
+    def __init__(self, graphs, function):
+        self.graphs, self.function, self.calls, self.graph = graphs, function, 0, None
 
     def __call__(self, *arrays):
         self.calls += 1
         if self.calls == WARM + 1:
+            self.inputs = [x.copy() for x in arrays]
             try:
-                self.capture(arrays)
-            except RuntimeError as error:
+                self.graph, self.result = self.graphs.capture(self.function, self.inputs)
+            except (RuntimeError, MemoryError) as error:
                 warnings.warn(f"no graph, kernel by kernel: {error}", GraphLeftOut, stacklevel=2)
         if self.graph is None:
             return self.function(*arrays)
@@ -62,18 +100,14 @@ class _Step:
         self.graph.launch()
         return self.result
 
-    def capture(self, arrays):
-        """Note all launches of the function, and keep the memory that they work on."""
-        cuda = array_module(arrays[0]).cuda
-        self.inputs = [x.copy() for x in arrays]
-        self.pool, stream = cuda.MemoryPool(), cuda.Stream(non_blocking=True)
-        with stream, cuda.using_allocator(self.pool.malloc):
-            stream.begin_capture()
-            try:
-                self.result = self.function(*self.inputs)
-            finally:
-                graph = stream.end_capture()
-        self.graph = graph
+
+@contextlib.contextmanager
+def _graphs(xp):
+    graphs = Graphs(xp)
+    try:
+        yield graphs
+    finally:
+        graphs.close()
 
 
 def _of_condition(network, condition, at_once):
@@ -89,8 +123,8 @@ def graph_predictor(
     xp, n = array_module(condition), len(condition)
     shares = spans(n, -(-n // at_once))
     conditions = [condition[span] for span in shares]
-    with fixed(*conditions):
-        steps = [captured(partial(_predict, network, some)) for some in conditions]
+    with fixed(*conditions), _graphs(xp) as graphs:
+        steps = [graphs.captured(partial(_predict, network, some)) for some in conditions]
 
         def predict(x, t):
             parts = (x[span] for span in shares)
@@ -122,8 +156,9 @@ def graph_gradients(
         return loss.copy(), dict(grads)  # the loss is looked at later
 
     named = params | others
-    steps = [captured(partial(_loss_and_grads, loss_fn, named)) for loss_fn in loss_fns]
-    yield [partial(gradient_of, step) for step in steps]
+    with _graphs(array_module(next(iter(params.values())))) as graphs:
+        steps = [graphs.captured(partial(_loss_and_grads, f, named)) for f in loss_fns]
+        yield [partial(gradient_of, step) for step in steps]
 
 
 def _loss_and_grads(loss_fn, params, *batch):

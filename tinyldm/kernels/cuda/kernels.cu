@@ -10,6 +10,14 @@
     for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < (count); \
          i += gridDim.x * (long long)blockDim.x)
 
+// Threads of one threadIdx.y do every so-many-th of `count` rows, and of a row every so-many-th of
+// its `width` numbers each. So where a number is in its row needs no division, and where a row is
+// needs short ones: a division of long long takes a GPU as long as ten products.
+#define EACH_ROW(row, count)                                               \
+    for (int row = blockIdx.x * blockDim.y + threadIdx.y; row < (count); \
+         row += gridDim.x * blockDim.y)
+#define EACH_OF_ROW(k, width) for (int k = threadIdx.x; k < (width); k += blockDim.x)
+
 // The sum of one number of each thread of a block, at every thread.
 __device__ inline float block_sum(float value, float* shared) {
     int t = threadIdx.y * blockDim.x + threadIdx.x, count = blockDim.x * blockDim.y;
@@ -78,22 +86,42 @@ extern "C" __global__ void activation_backward(
     }
 }
 
-// y (rows, d) of x = [value, gate] (rows, 2 d); count = rows · d.
-extern "C" __global__ void geglu(const float* x, float* y, int d, long long count) {
-    EACH(i, count) {
-        long long at = i / d * 2 * d + i % d;
-        float gate = x[at + d];
-        y[i] = x[at] * gate * normcdff(gate);
-    }
+// y (rows, d) of x = [value, gate] (rows, 2 d).
+extern "C" __global__ void geglu(const float* x, float* y, int d, int rows) {
+    EACH_ROW(row, rows)
+        EACH_OF_ROW(k, d) {
+            const float* at = x + (long long)row * 2 * d + k;
+            y[(long long)row * d + k] = at[0] * at[d] * normcdff(at[d]);
+        }
 }
 
 extern "C" __global__ void geglu_backward(
-        const float* x, const float* dy, float* dx, int d, long long count) {
-    EACH(i, count) {
-        long long at = i / d * 2 * d + i % d;
-        float value = x[at], gate = x[at + d];
-        dx[at] = dy[i] * gate * normcdff(gate);
-        dx[at + d] = dy[i] * value * gelu_slope(gate);
+        const float* x, const float* dy, float* dx, int d, int rows) {
+    EACH_ROW(row, rows)
+        EACH_OF_ROW(k, d) {
+            long long at = (long long)row * 2 * d + k;
+            float value = x[at], gate = x[at + d], dz = dy[(long long)row * d + k];
+            dx[at] = dz * gate * normcdff(gate);
+            dx[at + d] = dz * value * gelu_slope(gate);
+        }
+}
+
+// ----------------------------------------------------------------------------------------- sums
+
+// sums (gridDim.y, c) of the rows of x (rows, c): each blockIdx.y adds up every so-many-th row.
+// Threads are columns (x) and rows (y).
+extern "C" __global__ void column_sums(const float* x, float* sums, int rows, int c) {
+    __shared__ float shared[THREADS];
+    int k = blockIdx.x * blockDim.x + threadIdx.x, at = threadIdx.y * blockDim.x + threadIdx.x;
+    float sum = 0;
+    if (k < c)
+        for (int row = blockIdx.y * blockDim.y + threadIdx.y; row < rows; row += gridDim.y * blockDim.y)
+            sum += x[(long long)row * c + k];
+    shared[at] = sum;
+    __syncthreads();
+    if (threadIdx.y == 0 && k < c) {
+        for (int i = 1; i < blockDim.y; i++) sum += shared[i * blockDim.x + threadIdx.x];
+        sums[(long long)blockIdx.y * c + k] = sum;
     }
 }
 
@@ -140,11 +168,11 @@ extern "C" __global__ void normalise(
     }
 }
 
-// dx, and dw and db as sums over the samples of each blockIdx.x: (gridDim.x, c) each.
+// dx, and sums (gridDim.x, 2, c) over the samples of each blockIdx.x: of dw, then of db.
 //     dx = r (dx̂ − mean(dx̂) − x̂ mean(dx̂ x̂)), where dx̂ = w dh
 extern "C" __global__ void normalise_backward(
         const float* x, const float* dy, const float* w, const float* b, const float* stats,
-        float* dx, float* dw, float* db, int n, int p, int c, int size, int silu) {
+        float* dx, float* sums, int n, int p, int c, int size, int silu) {
     __shared__ float shared[THREADS];
     int groups = gridDim.y, first = blockIdx.y * size;
     float count = (float)p * size;
@@ -171,8 +199,8 @@ extern "C" __global__ void normalise_backward(
                 if (threadIdx.y == 0 && k < size) {
                     float total = 0;
                     for (int i = 0; i < blockDim.y; i++) total += shared[i * blockDim.x + threadIdx.x];
-                    float* sums = (which ? db : dw) + (long long)blockIdx.x * c + first + k;
-                    *sums = sample < (int)gridDim.x ? total : *sums + total;
+                    long long at = ((long long)blockIdx.x * 2 + which) * c + first + k;
+                    sums[at] = sample < (int)gridDim.x ? total : sums[at] + total;
                     if (which) shift += total * w[first + k];
                     else stretch += total * w[first + k];
                 }
@@ -233,64 +261,61 @@ extern "C" __global__ void softmax_backward(
 
 // ---------------------------------------------------------------------------------- convolution
 
-// The windows of outputs, from row `first` of out_h rows on, in x (n, h, w, c), zeros around it:
-// rows (n, out_h, out_w, kh, kw, c); count is their size.
+// The windows of outputs, from line `first` of out_h lines on, in x (n, h, w, c), zeros around it:
+// windows (n, out_h, out_w, kh, kw, c), a row for each of `count` outputs.
 extern "C" __global__ void gather(
-        const float* x, float* rows, int h, int w, int c, int out_h, int out_w, int kh, int kw,
-        int stride, int top, int left, int first, long long count) {
-    EACH(i, count) {
-        long long rest = i / c;
-        int j = rest % kw;
-        rest /= kw;
-        int u = rest % kh;
-        rest /= kh;
-        int column = rest % out_w * stride + j - left;
-        rest /= out_w;
-        int line = (rest % out_h + first) * stride + u - top;
-        int inside = 0 <= line && line < h && 0 <= column && column < w;
-        rows[i] = inside ? x[((rest / out_h * h + line) * w + column) * c + i % c] : 0;
+        const float* x, float* windows, int h, int w, int c, int out_h, int out_w, int kh, int kw,
+        int stride, int top, int left, int first, int count) {
+    int size = kh * kw * c;
+    EACH_ROW(row, count) {
+        int sample = row / out_w / out_h;
+        int y = (row / out_w % out_h + first) * stride - top, x_ = row % out_w * stride - left;
+        EACH_OF_ROW(k, size) {
+            int place = k / c, line = y + place / kw, column = x_ + place % kw;
+            int inside = 0 <= line && line < h && 0 <= column && column < w;
+            long long at = (((long long)sample * h + line) * w + column) * c + k % c;
+            windows[(long long)row * size + k] = inside ? x[at] : 0;
+        }
     }
 }
 
-// dx (n, h, w, c) from the gradients of all windows, rows (n, out_h, out_w, kh, kw, c): each pixel
-// adds up those that it was gathered into, always in one order.
+// dx (n, h, w, c) from the gradients of all windows (n, out_h, out_w, kh, kw, c): each of `count`
+// pixels adds up those that it was gathered into, always in one order.
 extern "C" __global__ void scatter(
-        const float* rows, float* dx, int h, int w, int c, int out_h, int out_w, int kh, int kw,
-        int stride, int top, int left, long long count) {
-    EACH(i, count) {
-        long long rest = i / c;
-        int x = rest % w + left;
-        rest /= w;
-        int y = rest % h + top;
-        rest /= h;
-        float sum = 0;
-        for (int u = y % stride; u < kh && u <= y; u += stride)
-            for (int j = x % stride; j < kw && j <= x; j += stride) {
-                int line = (y - u) / stride, column = (x - j) / stride;
-                if (line < out_h && column < out_w)
-                    sum += rows[((((rest * out_h + line) * out_w + column) * kh + u) * kw + j) * c + i % c];
-            }
-        dx[i] = sum;
+        const float* windows, float* dx, int h, int w, int c, int out_h, int out_w, int kh, int kw,
+        int stride, int top, int left, int count) {
+    EACH_ROW(pixel, count) {
+        int x = pixel % w + left, y = pixel / w % h + top, sample = pixel / w / h;
+        EACH_OF_ROW(k, c) {
+            float sum = 0;
+            for (int u = y % stride; u < kh && u <= y; u += stride)
+                for (int j = x % stride; j < kw && j <= x; j += stride) {
+                    int line = (y - u) / stride, column = (x - j) / stride;
+                    long long window = ((long long)sample * out_h + line) * out_w + column;
+                    if (line < out_h && column < out_w)
+                        sum += windows[((window * kh + u) * kw + j) * c + k];
+                }
+            dx[(long long)pixel * c + k] = sum;
+        }
     }
 }
 
 // ------------------------------------------------------------------------ embedding, optimizer
 
-// dtable (vocabulary, d), zeros before, from dy (n, d) at ids (n,); count = n · d. The thread of an
-// id's first place adds up all places, always in one order.
+// dtable (vocabulary, d), zeros before, from dy (n, d) at ids (n,). The thread of an id's first
+// place adds up all places, always in one order.
 extern "C" __global__ void embedding_backward(
-        const long long* ids, const float* dy, float* dtable, int n, int d, long long count) {
-    EACH(i, count) {
-        int place = i / d;
-        long long id = ids[place];
-        float sum = 0;
-        for (int j = 0; j < n; j++)
-            if (ids[j] == id) {
-                if (j < place) break;
-                sum += dy[(long long)j * d + i % d];
-            }
-        if (sum != 0) dtable[id * d + i % d] = sum;
-    }
+        const long long* ids, const float* dy, float* dtable, int d, int n) {
+    EACH_ROW(place, n)
+        EACH_OF_ROW(k, d) {
+            float sum = 0;
+            for (int j = 0; j < n; j++)
+                if (ids[j] == ids[place]) {
+                    if (j < place) break;
+                    sum += dy[(long long)j * d + k];
+                }
+            if (sum != 0) dtable[ids[place] * d + k] = sum;
+        }
 }
 
 // One step of AdamW and of the moving average, for the first `decayed` numbers with weight decay.
@@ -332,20 +357,22 @@ extern "C" __global__ void normalise_squares(float* squares, float* norms, int m
     if (threadIdx.x == 0) norms[blockIdx.x] = norm;
 }
 
-// p = a I + b S + c S² of matrices (n, m, m), from S and S².
+// p = a I + b S + c S² of matrices (n, m, m), `count` rows together, from S and S².
 extern "C" __global__ void polynomial(
         const float* square, const float* fourth, float* p, float a, float b, float c, int m,
-        long long count) {
-    EACH(i, count) {
-        long long place = i % ((long long)m * m);
-        p[i] = b * square[i] + c * fourth[i] + (place / m == place % m ? a : 0);
-    }
+        int count) {
+    EACH_ROW(row, count)
+        EACH_OF_ROW(k, m) {
+            long long i = (long long)row * m + k;
+            p[i] = b * square[i] + c * fourth[i] + (k == row % m ? a : 0);
+        }
 }
 
-// Each matrix of `size` numbers divided by its norm, and times `factor`.
+// Matrices (n, size), each divided by its norm, and times `factor`.
 extern "C" __global__ void divide(
-        float* matrices, const float* norms, float factor, int size, long long count) {
-    EACH(i, count) matrices[i] *= factor / norms[i / size];
+        float* matrices, const float* norms, float factor, int size, int n) {
+    EACH_ROW(row, n)
+        EACH_OF_ROW(k, size) matrices[(long long)row * size + k] *= factor / norms[row];
 }
 
 // w less the change; the moving average follows.

@@ -14,7 +14,9 @@ from tinyldm.backend import Array, array_module, on_host
 from tinyldm.kernels.registry import NEVER
 
 THREADS = 256  # of a block, at most: kernels.cu has the same number
+WARP = 32  # threads that run together
 BLOCKS = 4096  # of a launch, at most: then each thread computes several numbers
+MOST_PARTS, ROWS_OF_A_THREAD = 64, 16  # of a sum: then the parts are added up
 SOURCE = files(__package__).joinpath("kernels.cu")
 OPTIONS = ("-std=c++17",)
 
@@ -47,6 +49,25 @@ def each(name: str, count: int, *args: Any) -> None:
     if count:
         blocks = min(BLOCKS, -(-count // THREADS))
         launch(name, (blocks,), (THREADS,), *args, np.int64(count))
+
+
+def each_row(name: str, count: int, width: int, *args: Any) -> None:
+    """Start a kernel that computes `count` rows, its last argument, of `width` numbers each."""
+    if count and width:
+        lanes = min(THREADS, -(-width // WARP) * WARP)
+        rows = THREADS // lanes
+        launch(name, (min(BLOCKS, -(-count // rows)),), (lanes, rows), *args, count)
+
+
+def column_sums(x: Array) -> Array:
+    """Sum x (rows, c) over its rows → (c,), in two launches where there are many."""
+    xp, (rows, c) = array_module(x), x.shape
+    lanes = min(WARP, c)
+    lines = THREADS // lanes
+    parts = min(MOST_PARTS, -(-rows // (lines * ROWS_OF_A_THREAD)))
+    sums = xp.empty((parts, c), x.dtype)
+    launch("column_sums", (-(-c // lanes), parts), (lanes, lines), x, sums, rows, c)
+    return sums[0] if parts == 1 else column_sums(sums)
 
 
 @functools.cache

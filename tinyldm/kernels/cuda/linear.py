@@ -5,7 +5,7 @@ For an array of matrices CuPy would copy the weights, and list the places of all
 
 from tinyldm.backend import Array, array_module
 from tinyldm.kernels.cuda.cublas import product
-from tinyldm.kernels.cuda.launch import on_gpu
+from tinyldm.kernels.cuda.launch import column_sums, on_gpu
 from tinyldm.kernels.registry import kernel
 from tinyldm.nn.protocol import Backward
 
@@ -25,6 +25,6 @@ def one_product_linear(x: Array, w: Array, b: Array | None = None) -> tuple[Arra
         dx = product(dy_rows, w).reshape(x.shape)
         if not weights:
             return dx, None, None
-        return dx, product(dy_rows.T, rows), None if b is None else dy_rows.sum(axis=0)
+        return dx, product(dy_rows.T, rows), None if b is None else column_sums(dy_rows)
 
     return y.reshape(*x.shape[:-1], d_out), backward

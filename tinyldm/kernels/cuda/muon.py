@@ -13,7 +13,7 @@ from tinyldm.backend import Array, array_module, on_host
 from tinyldm.kernels.cpu.flat import Flat, views, with_gradients
 from tinyldm.kernels.cuda.adamw import of_gradients, on_device, side_by_side
 from tinyldm.kernels.cuda.cublas import product
-from tinyldm.kernels.cuda.launch import THREADS, each, launch
+from tinyldm.kernels.cuda.launch import THREADS, each, each_row, launch
 from tinyldm.kernels.registry import NEVER, kernel
 from tinyldm.nn.optim import ITERATIONS, MOMENTUM, QUINTIC, ema_decay, stretch
 
@@ -89,9 +89,10 @@ def _orthogonalise(x, out, side, matrices):
     for _ in range(ITERATIONS):
         squares = squares if p is None else product(product(p, squares), p)
         fourth, p = product(squares, squares), xp.empty(squares.shape, x.dtype)
-        each("polynomial", p.size, squares, fourth, p, *QUINTIC, side)
+        each_row("polynomial", n * side, side, squares, fourth, p, *QUINTIC, side)
         every = p if every is None else product(p, every)
     for wide, these, steps, at, factor in runs:
         these_every = every[at]
-        each("divide", these_every.size, these_every, norms[at], factor, side * side)
+        numbers = side * side
+        each_row("divide", len(these), numbers, these_every, norms[at], factor, numbers)
         product(*((these_every, these) if wide else (these, these_every)), steps)

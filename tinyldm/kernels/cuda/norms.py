@@ -1,11 +1,11 @@
 """Normalisations on a GPU, one launch each way; the twins of those in `nn.norms`."""
 
 from tinyldm.backend import Array, array_module
-from tinyldm.kernels.cuda.launch import THREADS, launch, on_gpu
+from tinyldm.kernels.cuda.launch import THREADS, column_sums, launch, on_gpu
 from tinyldm.kernels.registry import kernel
 from tinyldm.nn.protocol import Backward
 
-MOST_SAMPLES = 512  # blocks for a group, each with its own sums of dw and db
+MOST_SAMPLES = 512  # blocks for a group on the way back, each with its own sums of dw and db
 
 
 @kernel("nn.norms.group_norm", cost=on_gpu)
@@ -41,15 +41,15 @@ def _norm(x, w, b, sizes, groups, eps, silu=False):
     y, stats = xp.empty(x.shape, x.dtype), xp.empty((3, n, groups), x.dtype)
     lanes = min(size, THREADS)
     block = lanes, max(1, min(p, THREADS // lanes))
-    grid = min(n, MOST_SAMPLES), groups
-    launch("normalise", grid, block, x, w, b, y, stats, n, p, c, size, eps, silu)
+    launch("normalise", (n, groups), block, x, w, b, y, stats, n, p, c, size, eps, silu)
 
     def backward(dy, weights=True):
-        dx, sums = xp.empty(x.shape, x.dtype), xp.empty((2, grid[0], c), x.dtype)
+        blocks = min(n, MOST_SAMPLES)
+        dx, sums = xp.empty(x.shape, x.dtype), xp.empty((blocks, 2 * c), x.dtype)
         launch(
-            "normalise_backward", grid, block, x, xp.ascontiguousarray(dy), w, b, stats, dx, *sums,
-            n, p, c, size, silu,
+            "normalise_backward", (blocks, groups), block, x, xp.ascontiguousarray(dy), w, b, stats,
+            dx, sums, n, p, c, size, silu,
         )  # fmt: skip
-        return dx, *(sums.sum(axis=1) if weights else (None, None))
+        return dx, *(column_sums(sums).reshape(2, c) if weights else (None, None))
 
     return y, backward
