@@ -314,6 +314,12 @@ def test_every_name_is_one_of_cupys():
     for name in strict.NAMES:
         assert hasattr(cupy, name), name
     assert not hasattr(cupy, "errstate")
+    for name in vars(strict.cuda):
+        assert hasattr(cupy.cuda, name), name
+    for double, own in ((strict.Stream, cupy.cuda.Stream), (strict.Graph, cupy.cuda.Graph),
+                        (strict.MemoryPool, cupy.cuda.MemoryPool)):  # fmt: skip
+        for name in vars(double).keys() - {"__module__", "__dict__", "__weakref__", "__doc__"}:
+            assert hasattr(own, name) or name == "ptr", name
     for name in vars(strict.ndarray).keys() - {"_host", "__slots__", "__module__"}:
         assert hasattr(cupy.ndarray, name), name
     assert not hasattr(cupy.ndarray, "__imatmul__")

@@ -82,7 +82,7 @@ METHODS = {
 DTYPES = ("bool_", "complex128", "float32", "float64", "int32", "int64")
 NAMES = {
     *UFUNCS, *FUNCTIONS, *DTYPES, "RawModule", "array", "asarray", "cuda", "dot", "empty",
-    "empty_like", "lib", "matmul", "ndarray", "where",
+    "empty_like", "get_default_memory_pool", "lib", "matmul", "ndarray", "where",
 }  # fmt: skip
 NUMBERS = "?bBhHiIlLqQefdFD"  # the dtypes that there are on the device
 OF_ATOMIC_ADDITION = ("int32", "uint32", "uint64", "float16", "float32", "float64")
@@ -662,8 +662,12 @@ cuda = SimpleNamespace(
     Graph=Graph, MemoryPool=MemoryPool, Stream=Stream, get_current_stream=lambda: _current[-1],
     using_allocator=lambda malloc: contextlib.nullcontext(),
     alloc=lambda bytes: SimpleNamespace(ptr=1), Memory=None, MemoryPointer=None,
-    get_default_memory_pool=MemoryPool, runtime=SimpleNamespace(getDevice=lambda: 0),
+    runtime=SimpleNamespace(getDevice=lambda: 0),
 )  # fmt: skip
+
+
+def get_default_memory_pool():
+    return MemoryPool()
 
 
 _stride_tricks = {"as_strided": _as_strided, "sliding_window_view": _sliding_window_view}

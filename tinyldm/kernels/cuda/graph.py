@@ -27,7 +27,7 @@ class Graphs:
     """Graphs that work on the memory of one pool, for steps that run one after the other."""
 
     def __init__(self, xp: ModuleType):
-        self.cuda, self.steps = xp.cuda, []
+        self.xp, self.cuda, self.steps = xp, xp.cuda, []
         self.stream, self.pool = xp.cuda.Stream(non_blocking=True), xp.cuda.MemoryPool(self._malloc)
 
     def _malloc(self, size):
@@ -63,7 +63,7 @@ class Graphs:
 
     def capture(self, function: Callable[..., Any], inputs: list[Array]) -> tuple[Any, Any]:
         """Note all launches of a function → the graph, and the results."""
-        self.cuda.get_default_memory_pool().free_all_blocks()  # of the calls before
+        self.xp.get_default_memory_pool().free_all_blocks()  # of the calls before
         with self.stream, self.cuda.using_allocator(self.pool.malloc):
             self.stream.begin_capture()
             try:
