@@ -89,7 +89,6 @@ PRESETS = {
 # 98.8 % after 518 + 1,837 of them, and 98.0 % where colour and shape were held out as a pair.
 ENOUGH = {"autoencoder": 500, "denoiser": 1800}
 MAY_CHANGE = {"keep", "data", "skip_bad", "checkpointing"}  # when a run is resumed
-VAE_WIDTHS = (32, 64)  # channels per level, the last again and again, for other factors
 LARGEST_SIDE = 1024  # pixels of a side
 FOR_TESTS = "tiny"  # too small to be chosen by size
 
@@ -151,10 +150,9 @@ def make_config(preset: str | None = None, **options: object) -> Config:
         fitting = [name for side, name in by_side if side >= wanted]
         preset = fitting[0] if fitting else by_side[-1][1]
     like = PRESETS[preset]
-    if new.factor not in (None, like.factor):  # the first stage of a preset is made for its own
-        widths, levels = like.vae_widths if like.vae_layers else VAE_WIDTHS, new.factor.bit_length()
+    if new.factor not in (None, like.factor):
+        widths, levels = like.vae_widths, new.factor.bit_length()
         options["vae_widths"] = (*widths, *[widths[-1]] * levels)[:levels]
-        options["vae_layers"] = like.vae_layers or 1
     if new.channels is not None:
         options["latent_channels"] = new.channels
     if new.size is not None:
