@@ -34,6 +34,15 @@ def global_norm(grads: dict[str, Array]) -> Array:
     return np.sqrt(sum(map_threads(squares, [names[i::shares] for i in range(shares)])))
 
 
+def bias_corrected(step: int, lr: float) -> tuple[float, float]:
+    """Return `rate` and `small` for w −= rate m / (√v + small).
+
+    It is w −= lr m̂ / (√v̂ + ε), with the bias corrections of m̂ and v̂ moved into these scalars.
+    """
+    correction = math.sqrt(1 - BETA2 ** (step + 1))
+    return lr * correction / (1 - BETA1 ** (step + 1)), EPSILON * correction
+
+
 def _of_flat_buffers(params, grads, state, average, *_, **__):
     names = with_gradients(grads, params, average, *state.values())
     return 0.0 if names and on_host(params.flat) else NEVER
@@ -52,10 +61,7 @@ def adamw(
     ema: float = 0.999,
 ) -> None:
     """Update one block of every buffer at a time, the blocks shared between the cores."""
-    # w −= lr m̂ / (√v̂ + ε), with the bias corrections of m̂ and v̂ moved into scalars
-    correction = math.sqrt(1 - BETA2 ** (step + 1))
-    rate = lr * correction / (1 - BETA1 ** (step + 1))
-    small = EPSILON * correction
+    rate, small = bias_corrected(step, lr)
     keep = ema_decay(step, ema)
     g_scale = scale * (1 - BETA1)
     span = params.span(with_gradients(grads, params))

@@ -28,6 +28,7 @@ class Flat(dict):
         self.first = first
         sizes = [arrays[name].size for name in order]
         self.order, self.starts = order, np.cumsum([0, *sizes]).tolist()
+        self.positions = {name: i for i, name in enumerate(order)}
         self.decayed = sum(arrays[name].size for name in order if arrays[name].ndim > 1)
         self.flat = empty((self.starts[-1],), *arrays.values())
         self.shared = shared and on_host(self.flat)
@@ -40,7 +41,7 @@ class Flat(dict):
 
     def span(self, names: list[str]) -> slice:
         """Return the part of the buffer where these names lie, which follow one another there."""
-        start = self.order.index(names[0])
+        start = self.positions[names[0]]
         return slice(self.starts[start], self.starts[start + len(names)])
 
     def copy(self) -> "Flat":
@@ -77,6 +78,8 @@ def with_gradients(grads: dict[str, Array], *buffers: dict[str, Array]) -> list[
     first = buffers[0]
     if not grads or not all(isinstance(x, Flat) and x.order == first.order for x in buffers):
         return None
-    start = min(map(first.order.index, grads))
+    if not grads.keys() <= first.positions.keys():
+        return None
+    start = min(first.positions[name] for name in grads)
     names = first.order[start : start + len(grads)]
     return names if grads.keys() == set(names) else None

@@ -3,16 +3,16 @@
 Twins of `nn.optim.adamw` and `nn.optim.global_norm`.
 """
 
-import math
 from collections.abc import Iterable
 
 import numpy as np
 
 from tinyldm.backend import Array, array_module, on_host
+from tinyldm.kernels.cpu.adamw import bias_corrected
 from tinyldm.kernels.cpu.flat import Flat, with_gradients
 from tinyldm.kernels.cuda.launch import each
 from tinyldm.kernels.registry import NEVER, kernel
-from tinyldm.nn.optim import BETA1, BETA2, EPSILON, ema_decay
+from tinyldm.nn.optim import BETA1, BETA2, ema_decay
 
 
 def of_gradients(grads: dict[str, Array]) -> float:
@@ -46,14 +46,12 @@ def fused_adamw(
     ema: float = 0.999,
 ) -> None:
     """Update the part of all buffers where there are gradients."""
-    # w −= lr m̂ / (√v̂ + ε), with the bias corrections of m̂ and v̂ moved into scalars
-    correction = math.sqrt(1 - BETA2 ** (step + 1))
-    rate = lr * correction / (1 - BETA1 ** (step + 1))
     names = with_gradients(grads, params)
     span = params.span(names)
     buffers = (buffer.flat[span] for buffer in (params, state["m"], state["v"], average))
     g = side_by_side(grads[name] for name in names)
-    numbers = BETA1, BETA2, rate, EPSILON * correction, 1 - lr * decay, 1 - ema_decay(step, ema)
+    rates = bias_corrected(step, lr)
+    numbers = BETA1, BETA2, *rates, 1 - lr * decay, 1 - ema_decay(step, ema)
     decayed = np.int64(params.decayed - span.start)
     each("adamw", g.size, *buffers, g, on_device(scale, g), *numbers, decayed)
 
