@@ -8,7 +8,13 @@ from gradients import check
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyldm.diffusion.loss import WEIGHTINGS, diffusion_loss, min_snr, variational
+from tinyldm.diffusion.loss import (
+    WEIGHTINGS,
+    diffusion_loss,
+    min_snr,
+    noise_floor,
+    variational,
+)
 from tinyldm.diffusion.schedule import PREDICTIONS, Schedule
 from tinyldm.nn import functional as F
 from tinyldm.nn.protocol import add_grad
@@ -195,3 +201,23 @@ def test_backward_returns_what_the_network_returns():
     dprediction, given_grads = backward(grads)
     assert given_grads is grads
     np.testing.assert_allclose(dprediction, 2 * (values - noise) / values.size, rtol=1e-12)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@given(
+    t=st.integers(0, 999), std=st.lists(st.floats(0.01, 3), min_size=1, max_size=4),
+)  # fmt: skip
+def test_the_floor_is_the_variance_that_x_t_leaves(prediction, t, std):
+    """Of two normal numbers that depend on one another: Var(y) − Cov(y, x)² / Var(x)."""
+    schedule = schedule_for(prediction)
+    a2, variance = schedule.alphas_bar[t], np.square(std)
+    s2 = 1 - a2
+    of_x = a2 * variance + s2  # x = a x0 + s ε
+    own, with_x = {
+        "epsilon": (1.0, np.sqrt(s2)),
+        "sample": (variance, np.sqrt(a2) * variance),
+        "v_prediction": (a2 + s2 * variance, np.sqrt(a2 * s2) * (1 - variance)),
+    }[prediction]
+    expected = np.mean(own - with_x**2 / of_x)
+    floors = noise_floor(schedule, np.array([std, std]), np.array([t]))
+    np.testing.assert_allclose(floors, [[expected, expected]], rtol=1e-6, atol=1e-9)

@@ -15,7 +15,7 @@ from cuda_calls import examples, results, small, with_barriers
 from strategies import CUDA_CALLS
 
 from tinyldm.kernels.cpu.flat import Flat
-from tinyldm.kernels.cuda import adamw, launch
+from tinyldm.kernels.cuda import adamw, launch, muon
 
 
 def main(sanitizer, fault="=>"):
@@ -33,6 +33,7 @@ def main(sanitizer, fault="=>"):
             flat = [Flat({"a": strict.asarray(np.ones((3, 5), "f4"))}) for _ in range(4)]
             moments = dict(zip("mv", flat[1:3], strict=True))
             adamw.fused_adamw(flat[0], dict(flat[0]), moments, flat[3], 0, 0.1)
+            muon.fused_muon(flat[0], dict(flat[0]), flat[1], flat[3], 0, 0.1)
     print("every kernel has run")
 
 

@@ -62,6 +62,22 @@ def variational(schedule: Schedule, t: np.ndarray) -> np.ndarray:
     return (every / every.mean())[t]
 
 
+def noise_floor(schedule: Schedule, std: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """Least expected loss at steps t, for latents with normal noise of their own: (len(t), n).
+
+    std (n, …): its standard deviation, as an encoder predicts it. Even who knows the latents
+    without it cannot tell it from the noise that was added: it is left with the posterior variance
+    s² σ² / (s² + a² σ²) in x_0.
+    """
+    variance = np.square(std.reshape(len(std), -1), dtype=np.float64)
+    factors = np.broadcast_to(_per_x0(schedule, t), t.shape)
+    floors = []
+    for alpha_bar, factor in zip(schedule.alphas_bar[t], factors, strict=True):
+        error = (1 - alpha_bar) * variance / (1 - alpha_bar + alpha_bar * variance)
+        floors.append(factor * error.mean(axis=1))
+    return np.stack(floors)
+
+
 def _per_x0(schedule, t):
     """Return the factor from the loss in x_0 to the loss in the schedule's prediction.
 

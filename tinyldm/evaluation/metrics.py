@@ -9,6 +9,7 @@ from tinyldm.backend import Array, to_device
 from tinyldm.data.dataset import Dataset
 from tinyldm.data.images import from_uint8, in_channels
 from tinyldm.data.shapes import Attributes, make_shapes
+from tinyldm.diffusion.loss import noise_floor
 from tinyldm.evaluation.likelihood import bits_per_dim
 from tinyldm.evaluation.reader import drawing_distance, score
 from tinyldm.evaluation.scenes import compare, concat_conditioning, generate, task_input
@@ -96,6 +97,28 @@ def losses_by_noise(
     return np.array(losses, np.float64)
 
 
+def floors_by_noise(
+    pipeline: Pipeline, images: np.ndarray, bands: int = BANDS
+) -> np.ndarray | None:
+    """Compute what the latents' own noise leaves of the loss, whoever predicts: (bands, n).
+
+    images: uint8 (n, height, width, 3). None for a first stage that draws no latents.
+    """
+    vae = pipeline.vae
+    if not vae.draws_noise:
+        return None
+    pixels = in_channels(from_uint8(images), vae.config.in_channels)
+
+    def part(x):
+        return vae.latent_distribution(pipeline.params["vae"], x)[1]
+
+    std = to_device(map_batch(part, pipeline.xp.asarray(pixels), size=64), "cpu")
+    t = np.arange(0, len(pipeline.schedule), max(1, len(pipeline.schedule) // (20 * bands)))
+    floors = noise_floor(pipeline.schedule, std * vae.config.scaling_factor, t)
+    width = len(pipeline.schedule) // bands
+    return np.stack([floors[t // width == band].mean(axis=0) for band in range(bands)])
+
+
 def drawn_latents(pipeline: Pipeline, images: np.ndarray, rng: np.random.Generator) -> Array:
     """Encode images, uint8 (n, height, width, 3) → latents drawn from what the encoder predicts."""
     vae, xp = pipeline.vae, pipeline.xp
@@ -175,6 +198,9 @@ def evaluate(
         measured = zip(*map(mean_along, losses), strict=True)  # t rises from image to image
         scores.add(tuple(measured), "loss_by_noise", name)
         scores.add(likelihood(pipeline, data, seed), "bits", name)
+    floors = floors_by_noise(pipeline, shown.images)
+    if floors is not None:
+        scores.add(tuple(zip(*map(mean_and_error, floors), strict=True)), "loss_by_noise", "floor")
     captions = 0
     with Bar(total=count, desc="sampling", unit="image", disable=None) as bar:
 

@@ -2,6 +2,8 @@
 
 from tinyldm.data.shapes import ATTRIBUTES
 
+FLOOR = "left to whoever knows the images: latents have noise of their own"
+
 
 def table(result: dict) -> str:
     """Format the result of `evaluate` as lines of text, each value with what it means."""
@@ -50,7 +52,8 @@ def table(result: dict) -> str:
     lines += _rows_of_task(result.get("task", {}), said)
     for name, losses in result["loss_by_noise"].items():
         bands = [said("loss_by_noise", name, band) for band in range(len(losses))]
-        lines.append(_row(f"loss by noise, {name.replace('_', '-')}", "  ".join(bands), ""))
+        meaning = FLOOR if name == "floor" else ""
+        lines.append(_row(f"loss by noise, {name.replace('_', '-')}", "  ".join(bands), meaning))
     lines.append(_row("", "", "from little noise to nearly all; far apart means overfitting"))
     bits = said("bits", "training", digits=2)
     bits += f" (held-out {said('bits', 'held_out', digits=2)})" if unseen else ""

@@ -72,6 +72,7 @@ def explain(
         "autoencoder": bool(pipeline.vae.shapes()),
         "drawn": pipeline.vae.draws_noise,
         "held-out": bool(len(held_out)),
+        "floor": pipeline.vae.draws_noise and bool(len(held_out)),
     }
     contents.texts["has"] = [name for name, there in has.items() if there]
     page = fill(

@@ -4,7 +4,8 @@ import numpy as np
 from PIL import Image
 
 from tinyldm.checkpoints.components import COMPONENTS
-from tinyldm.evaluation.metrics import loss_by_noise
+from tinyldm.evaluation.metrics import floors_by_noise, loss_by_noise
+from tinyldm.evaluation.plots import Curves
 from tinyldm.evaluation.reverse import start_noise
 from tinyldm.explain.subject import Contents, Subject, data_uri
 from tinyldm.sampling.pipeline import Pipeline
@@ -39,10 +40,27 @@ def training(subject: Subject, contents: Contents) -> None:
         losses = [np.mean(loss_by_noise(one, some)) for one in (average, raw)]
         text = "Their loss on held-out images: {:.4f} averaged, {:.4f} at the last step."
         contents.text("training-weights", [text.format(*losses)])
+        _floor(subject, some, contents)
     start = start_noise(average, len(subject.prompts))
     for name, pipeline in (("average", average), ("raw", raw)):
         images = pipeline(subject.prompts, latents=start)
         contents.sheet(f"training-{name}", np.stack([np.asarray(i) for i in images])[:, None])
+
+
+def _floor(subject, held_out, contents):
+    """Plot the loss on held-out images by noise, and the part of it that nobody can learn."""
+    pipeline = subject.pipeline
+    floors = floors_by_noise(pipeline, held_out.images)
+    if floors is None:
+        return
+    width = len(pipeline.schedule) / len(floors)
+    middles = [width * (band + 0.5) for band in range(len(floors))]
+    series = {
+        "held-out images": (middles, loss_by_noise(pipeline, held_out)),
+        "the latents' own noise": (middles, floors.mean(axis=1).tolist()),
+    }
+    title, y = "denoiser: its loss at the end, and the floor", "squared error of the prediction"
+    contents.plot("loss-floor", Curves(series, title, "time step t", y, False))
 
 
 def _said(right):

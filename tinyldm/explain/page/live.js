@@ -73,8 +73,7 @@ async function generate() {
 
 function stop() {
   run++;
-  control("stop").hidden = true;
-  status.textContent = "Stopped.";
+  [status.textContent, control("stop").hidden] = ["Stopped.", true];
   control("start").focus();
 }
 
@@ -93,7 +92,7 @@ control("prompt").addEventListener("change", check);
 control("guidance").addEventListener("input", () => {
   control("guidance-value").textContent = control("guidance").value;
 });
-for (const part of document.querySelectorAll("[data-only]")) part.hidden = !model.has.includes(part.dataset.only);
+for (const e of document.querySelectorAll("[data-only]")) e.hidden = !model.has.includes(e.dataset.only);
 for (const caption of model.captions) control("captions").append(new Option(caption, caption));
 control("prompt").value = model.captions[0];
 for (const n in model.levels) control("steps").append(new Option(n, n, n === "10", n === "10"));
