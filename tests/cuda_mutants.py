@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 import cuda_on_cpu
 import strict
-from cuda_calls import examples, of_twin, plain_twin, results, small, with_barriers
+from cuda_calls import examples, far_from_zero, of_twin, plain_twin, results, small, with_barriers
 from forks import each, in_fork
 from strategies import CUDA_CALLS
 
@@ -118,7 +118,7 @@ def passes(code):
 def prove():
     """Compare all kernels with their twins. AssertionError where they differ."""
     calls = [(plain_twin(twin), call) for twin, name in CUDA_CALLS for call in examples(twin, name)]
-    for twin, call in [*calls, *with_barriers()]:
+    for twin, call in [*calls, *with_barriers(), *far_from_zero()]:
         for x, wanted in zip(results(call), of_twin(twin, call), strict=True):
             if x is not None or wanted is not None:
                 np.testing.assert_allclose(x, wanted, rtol=1e-4, atol=1e-5)

@@ -16,15 +16,23 @@ import cuda_on_cpu
 import numpy as np
 import pytest
 import strict
-from cuda_calls import examples, of_twin, plain_twin, results, small, there, with_barriers
+from cuda_calls import (
+    examples,
+    far_from_zero,
+    of_twin,
+    plain_twin,
+    results,
+    small,
+    there,
+    with_barriers,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import CUDA_CALLS, LAYOUTS, seeds
 
 from tinyldm.kernels import plain
 from tinyldm.kernels.cpu.flat import Flat
-from tinyldm.kernels.cuda import activations, adamw, launch, muon, norms
-from tinyldm.nn import norms as plain_norms
+from tinyldm.kernels.cuda import activations, adamw, launch, muon
 from tinyldm.nn import optim
 from tinyldm.nn.protocol import KERNELS
 from tinyldm.testing import check_gradients
@@ -124,17 +132,9 @@ def test_a_kernel_is_chosen_for_float32_on_a_gpu_alone(twin, name):
     assert not chosen(strict.asarray(x.astype("float64"))) and not chosen(x)
 
 
-@pytest.mark.parametrize("far", [1e2, 1e4])
-@pytest.mark.parametrize("name", ["group_norm", "layer_norm"])
-def test_norms_far_from_zero(name, far):
-    """E[x²] − E[x]² would have no right digit here, and a rounded mean three at most."""
-    x = np.random.default_rng(0).normal(far, 1, (2, 8, 8, 32)).astype("float32")
-    one, zero = np.ones(32, "float32"), np.zeros(32, "float32")
-    options = {"groups": 2, "eps": 1e-5} if name == "group_norm" else {"eps": 1e-5}
-    y, _ = getattr(norms, f"fused_{name}")(*map(strict.asarray, (x, one, zero)), **options)
-    with plain():
-        wanted, _ = getattr(plain_norms, name)(*(a.astype("f8") for a in (x, one, zero)), **options)
-    assert np.abs(y.get() - wanted).max() < 1e-5
+def test_norms_far_from_zero():
+    for twin, call in far_from_zero():
+        assert_near(results(call), of_twin(twin, call))
 
 
 # ---------------------------------------------------------------------------------- the optimizer

@@ -126,3 +126,21 @@ def with_barriers():
         (plain_norms.layer_norm, layer_norm),
         (far_apart(plain_attention), attend),
     ]
+
+
+def far_from_zero():
+    """Twins and calls of norms whose mean, in float32, is rounded by more than their answers are.
+
+    E[x²] − E[x]² would have no right digit here, and a rounded mean three at most.
+    """
+
+    def away(function):
+        return lambda x, *others, **options: function(whole(x, 128) / 128 + 1e4, *others, **options)
+
+    x = {"x": (2, 7, 6, 20), "w": (20,), "b": (20,)}
+    options = {"group_norm": {"groups": 2}, "group_norm_silu": {"groups": 2}, "layer_norm": {}}
+    return [
+        (away(getattr(plain_norms, name)),
+         Call(away(getattr(norms, f"fused_{name}")), x, 3, {"eps": 1e-5} | more))
+        for name, more in options.items()
+    ]  # fmt: skip
