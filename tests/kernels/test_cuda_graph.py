@@ -4,6 +4,11 @@ A graph of the double does again what was captured, on the memory of then. So wh
 the host, and should have changed since, stays what it was, and the results are wrong.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import cuda_on_cpu
 import numpy as np
 import pytest
@@ -162,3 +167,18 @@ def test_real_numbers_that_are_not_float32_are_not_captured():
     for _ in range(5):
         function(strict.asarray(np.ones(2)))
     assert len(calls) == 5
+
+
+@pytest.mark.slow
+def test_the_tests_for_a_gpu_pass_on_the_double():
+    """So a failure on a GPU is one of the GPU's."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_on_the_double", "tests/test_gpu.py"]
+    settings = {
+        "PYTHONPATH": str(root / "tests" / "support"),
+        "TINYLDM_HYPOTHESIS_PROFILE": "mutants",
+    }
+    run = subprocess.run(
+        command, cwd=root, env=os.environ | settings, capture_output=True, text=True
+    )
+    assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout
