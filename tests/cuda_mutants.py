@@ -56,7 +56,12 @@ CHANGES = {  # regular expression → what takes its place
     r"\bexpf\b": ["logf"],
     r"\bfmaxf\b": ["fminf"],
 }
-EXPLAINED: dict[tuple[str, str], str] = {}  # (change, line of the source) → why it is no fault
+EXPLAINED = {  # (change, line of the source) → why it is no fault
+    ("+ → -", "if (threadIdx.x + threadIdx.y == 0) {"):
+        "Several threads write the same numbers.",
+    ("- → +", "float variance = block_sum(squares, shared) / count - rest * rest;"):
+        "What rounding left of the mean, squared, is below every digit of the variance.",
+}  # fmt: skip
 SECONDS = 60  # for one mutant: one that takes longer is noticed, too
 KILLED, SURVIVED = "killed", "survived"
 
@@ -122,18 +127,27 @@ def prove():
         for x, wanted in zip(results(call), of_twin(twin, call), strict=True):
             if x is not None or wanted is not None:
                 np.testing.assert_allclose(x, wanted, rtol=1e-4, atol=1e-5)
-    prove_update({"matrix": (3, 5), "vector": (7,)}, adam_steps)
-    prove_update(
-        {"wide": (3, 5), "tall": (6, 3), "kernel": (2, 1, 2, 3), "alike": (3, 5)}, muon_steps
-    )
+    prove_update({"matrix": (3, 5), "tiny": (7,)}, adam_steps)
+    shapes = {"wide": (3, 5), "tall": (6, 3), "kernel": (2, 1, 2, 3), "alike": (3, 5)}
+    prove_update(shapes | {"tiny": (3, 3)}, muon_steps)
 
 
 def prove_update(shapes, take):
-    """Compare buffers on the device with arrays on the host, after steps of an optimizer."""
+    """Compare buffers on the device with arrays on the host, after steps of an optimizer.
+
+    Gradients of "tiny" are as small as what is added to a divisor.
+    """
     rng = np.random.default_rng(0)
-    named = {name: np.float32(rng.normal(size=shape)) for name, shape in shapes.items()}
-    device = [Flat({n: strict.asarray(x) for n, x in named.items()}, first=named) for _ in range(4)]
-    host = [{n: x.astype("f8") for n, x in named.items()} for _ in range(4)]
+    groups = [
+        {name: np.float32(rng.normal(size=shape)) for name, shape in shapes.items()}
+        for _ in range(5)
+    ]
+    for group in groups[1:3]:
+        group["tiny"] *= 0
+    groups[4]["tiny"] *= np.float32(1e-7)
+    device = [Flat({n: strict.asarray(x) for n, x in group.items()}, first=shapes)
+              for group in groups]  # fmt: skip
+    host = [{n: x.astype("f8") for n, x in group.items()} for group in groups]
     take(*device, adamw.fused_adamw, muon.fused_muon)
     with plain():
         take(*host, optim.adamw, optim.muon)
@@ -142,16 +156,14 @@ def prove_update(shapes, take):
             np.testing.assert_allclose(there[name].get(), x, rtol=1e-3, atol=1e-4)
 
 
-def adam_steps(w, m, v, average, adam, _):
+def adam_steps(w, m, v, average, grads, adam, _):
     for name in v:
         v[name] *= v[name]
-    grads = {name: 0.3 * x for name, x in w.items()}
     for step in range(2):
         adam(w, grads, {"m": m, "v": v}, average, step, 0.1, 0.7, decay=0.2, ema=0.9)
 
 
-def muon_steps(w, m, _, average, __, take):
-    grads = {name: 0.3 * x for name, x in w.items()}
+def muon_steps(w, m, _, average, grads, __, take):
     for step in range(2):
         take(w, grads, m, average, step, 0.1, 0.7, ema=0.9)
 

@@ -32,9 +32,9 @@ __device__ inline float block_sum(float value, float* shared) {
     return total;
 }
 
-// The largest of one number of each thread of a block, at every thread.
+// The largest of one number of each thread of a block, at every thread. blockDim.y is 1.
 __device__ inline float block_max(float value, float* shared) {
-    int t = threadIdx.y * blockDim.x + threadIdx.x, count = blockDim.x * blockDim.y;
+    int t = threadIdx.x, count = blockDim.x;
     shared[t] = value;
     for (int half = (count + 1) / 2; count > 1; count = half, half = (count + 1) / 2) {
         __syncthreads();
