@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import resource
@@ -19,6 +20,7 @@ def in_fork(work, seconds):
     if not process:
         os.setpgid(0, 0)
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        faulthandler.disable()  # how it died is of no interest
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         try:

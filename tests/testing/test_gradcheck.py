@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import strict
 from hypothesis import given
 from slow import mostly_slow
 from strategies import seeds
@@ -574,3 +575,88 @@ def test_what_a_layer_has_left_behind_is_named():
     assert "which uses what the last call has left behind in x" in " ".join(
         str(error.value).split()
     )
+
+
+# ----------------------------------------------------- small terms, many kinks, what is left behind
+
+
+@pytest.mark.parametrize("weight", [1e-2, 1e-4, 1e-6, 1e-8])
+def test_a_small_term_that_the_complex_step_does_not_see_is_confirmed_by_itself(x, weight):
+    """NumPy's norm loses the imaginary part: beside the large term nothing showed that."""
+
+    def f(times):
+        def loss(w, g):
+            norm = np.linalg.norm(g)
+
+            def backward(dy):
+                return dy * 2 * w / w.size, dy * times * weight * g / norm
+
+            return (w * w).mean() + weight * norm, backward
+
+        return loss
+
+    inputs = [x, np.array([0.5, -1.0, 2.0])]
+    check_gradients(f(1.0), inputs)
+    for times in (0.0, 0.5, -1.0):
+        with pytest.raises(GradientError, match="g: wrong gradient"):
+            check_gradients(f(times), inputs)
+
+
+@pytest.mark.parametrize("times", [2.0, 1.01, 0.5, -1.0])
+def test_many_kinks_at_once_hide_no_wrong_entry(times):
+    """Along a direction through them nearly everything lies between the two sides."""
+    x = np.maximum(np.random.default_rng(1).normal(size=(4, 5)), 0)
+
+    def relu(times):
+        return lambda x: (np.maximum(x, 0), lambda dy: times * dy * (x > 0))
+
+    check_gradients(relu(1.0), x)
+    with pytest.raises(GradientError, match="x: wrong gradient"):
+        check_gradients(relu(times), x)
+
+
+def test_too_many_kinks_to_look_at_each_are_undecided():
+    x = np.maximum(np.random.default_rng(1).normal(size=(40, 50)), 0)
+    with pytest.raises(Undecided, match="outputs have a kink here: move the inputs"):
+        check_gradients(lambda x: (np.maximum(x, 0), lambda dy: dy * (x > 0)), x)
+
+
+@pytest.mark.parametrize(
+    "left, of",
+    [("mask", lambda x: x > 0), ("sign", np.sign), ("largest", lambda x: x == x.max())],
+)
+def test_what_a_call_leaves_behind_is_seen_where_it_hangs_on_signs_or_order(left, of):
+    class Layer:
+        def __call__(self, x):
+            setattr(self, left, of(x))
+            return x * of(x), lambda dy: dy * getattr(self, left)
+
+    x = np.random.default_rng(1).normal(size=(4, 5))
+    with pytest.raises(GradientError, match="stale") as caught:
+        check_gradients(Layer(), x)
+    assert left in str(caught.value)
+
+
+def test_a_function_that_rounds_on_its_own_is_no_wrong_gradient():
+    x = np.random.default_rng(1).normal(size=(4, 5))
+    with pytest.raises(Undecided, match="rounding hides the derivative"):
+        check_gradients(
+            lambda x: (np.sin(x.astype("f4")).astype(x.dtype), lambda dy: np.cos(x) * dy), x
+        )
+
+
+@pytest.mark.parametrize("near", [1e-7, 1e-8, 1e-9])
+def test_an_entry_very_near_to_a_kink_is_undecided(near):
+    x = np.random.default_rng(1).normal(size=(4, 5))
+    x[0, 0] = near
+    with pytest.raises(Undecided, match="a kink is near"):
+        check_gradients(lambda x: (np.abs(x), lambda dy: np.sign(x) * dy), x)
+
+
+def test_what_is_written_on_a_device_is_seen():
+    def f(x):
+        x += 1.0
+        return x * x * 0.5, lambda dy: dy * x
+
+    with pytest.raises(GradientError, match="the function wrote into it"):
+        check_gradients(f, strict.asarray(np.random.default_rng(1).normal(size=(4, 5))))

@@ -1,9 +1,11 @@
 """Adjoints, Jacobians, Hessians, Taylor's remainder, live parameters: of right and wrong ones."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
+import strict
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import EVERYTHING, method_for, seeds
@@ -159,3 +161,91 @@ def test_every_parameter_of_a_layer_is_live(seed):
 
     with pytest.raises(GradientError, match="unused: the gradient is zero everywhere"):
         check_live(dead, x, params | {"unused": np.ones(3)}, rng=seed)
+
+
+# ------------------------------------------------------- what a large or a lost number could hide
+
+
+def hidden(times, value):
+    """Squares, with some entries masked by a large number; the gradient is `times` too large."""
+
+    def f(x):
+        seen = x > 0
+        return np.where(seen, x * x, value), lambda dy: np.where(seen, 2 * times * x * dy, 0)
+
+    return f
+
+
+def small_beside_large(times):
+    return lambda a, b: (1e14 * a + b, lambda dy: (1e14 * dy, times * dy))
+
+
+def lost(times):
+    """x |x|: NumPy's `abs` loses the imaginary part, so the complex step sees half of it."""
+    return lambda x: (x * abs(x), lambda dy: 2 * times * abs(x) * dy)
+
+
+X = np.random.default_rng(1).normal(size=(4, 5))
+
+
+@pytest.mark.parametrize(
+    "check, make, inputs",
+    [
+        *((check_jacobian, partial(hidden, value=value), [X]) for value in (-1e15, -np.inf)),
+        *((check_taylor, partial(hidden, value=value), [X]) for value in (-1e9, -np.inf)),
+        (check_linear, small_beside_large, [X, X]),
+        (check_jacobian, small_beside_large, [X, X]),
+        (check_jacobian, lost, [X]),
+    ],
+)
+def test_nothing_is_hidden_by_a_large_or_a_lost_number(check, make, inputs):
+    check(make(times=1), inputs)
+    for times in (1.01, 0.5):
+        with pytest.raises(GradientError):
+            check(make(times=times), inputs)
+
+
+def test_a_hessian_where_imaginary_parts_are_lost():
+    def f(times):
+        return lambda x, z: (
+            abs(x) * x * z,
+            lambda dy: (2 * times * abs(x) * z * dy, x * abs(x) * dy),
+        )
+
+    check_second_order(f(1), [X, X + 1])
+    with pytest.raises(GradientError, match="not symmetric"):
+        check_second_order(f(0.9), [X, X + 1])
+
+
+def test_instruments_take_functions_of_float32():
+    def f(x):
+        x = x.astype("f4")
+        return x * x, lambda dy: 2 * dy * x
+
+    check_jacobian(f, X.astype("f4"))
+    check_taylor(f, X.astype("f4"))
+
+
+def test_rounding_in_the_place_of_zero_is_no_wrong_jacobian():
+    """A bias that softmax takes away has the derivative 0, but for the last bits."""
+
+    def f(b):
+        e = np.exp(X + b)
+        p = e / e.sum(axis=1, keepdims=True)
+        return p, lambda dy: (p * (dy - (p * dy).sum(1, keepdims=True))).sum(1, keepdims=True)
+
+    check_jacobian(f, X[:, :1])
+
+
+def test_parameters_on_a_device_and_integers_are_taken_as_they_are():
+    def layer(params, x):
+        w = params["w"]
+
+        def backward(dy, grads):
+            add_grad(grads, "w", (dy * x).sum(axis=0))
+            return dy * w
+
+        return x * w, backward
+
+    x, w = strict.asarray(X), strict.asarray(X[0])
+    assert check_live(layer, x, {"w": w, "size": 5}) == 1

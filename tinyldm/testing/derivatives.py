@@ -119,6 +119,32 @@ def derive(problem: Problem, directions: Values, base: Values, exact: bool = Tru
     return differences(problem, directions, base)
 
 
+def agree(values: Values, rough: Derivative, share: float) -> bool:
+    """Return whether derivatives are those of differences, within error bars and a share."""
+    return all(
+        (abs(d - rough.values[name]) <= rough.errors[name] + share * abs(d).max(initial=0.0)).all()
+        for name, d in values.items()
+    )
+
+
+def largest_of(values: Values) -> float:
+    """Return the largest size of all entries."""
+    return max((float(abs(x).max(initial=0.0)) for x in values.values()), default=0.0)
+
+
+def is_analytic(problem: Problem, base: Values, path: str) -> bool:
+    """Return whether a difference along a tensor confirms its complex step."""
+    if problem.dtype == "float32":
+        return False
+    rng = np.random.default_rng(0)
+    u = {path: rng.choice([-1.0, 1.0], problem.tensors[path].shape)}
+    try:
+        exact = complex_step(problem, u)
+    except NotAnalytic:
+        return False
+    return agree(exact.values, differences(problem, u, base, 2.0**-9, 2), 1e-5)
+
+
 def one_sided(problem: Problem, directions: Values, base: Values) -> list[tuple[Values, Values]]:
     """Derive to either side: [(derivatives, error bars) of steps forward, the same backward]."""
     size = max(size_of(problem.tensors[path]) for path in directions)

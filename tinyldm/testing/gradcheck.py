@@ -16,9 +16,12 @@ from numpy.random import Generator
 
 from tinyldm.testing.contract import at_the_point, gradients_of
 from tinyldm.testing.derivatives import (
+    FIRST,
     NotAnalytic,
+    agree,
     complex_step,
     differences,
+    largest_of,
     one_sided,
 )
 from tinyldm.testing.diagnosis import Fault, report
@@ -29,6 +32,9 @@ EXACT, ROUGH = 1e-10, 1e-7  # default tolerances, for the complex step and for d
 SINGLE = 1e-4  # for functions of float32
 CLEAR = 1e-3  # an error bar above this share of the terms leaves a gradient undecided
 ROUNDED = 1e-9  # the most that rounding may reach, relative to `Check.largest`
+SEEN = 1e-3  # a derivative below this share of the largest is confirmed by itself
+OTHER_FIRST = (0.7 * FIRST, 0.53 * FIRST)  # first steps of other ladders, to see noise by
+MOST_KINKS = 512  # entries of a tensor with kinks, of which each is looked at
 NUDGES = 4  # calls with inputs that differ in the last bits, to see how far rounding reaches
 
 
@@ -110,6 +116,8 @@ def _verdict(check, path, u, derivative):
     if apart <= tol * scale and error <= max(CLEAR, tol) * scale:
         return mismatch
     fault = Fault(path, numeric, ours, error, mismatch, derivative, tol)
+    if not derivative.exact:
+        fault.error = error = max(error, _noise(check, path, u, numeric))
     if derivative.exact:
         near = apart <= ROUNDED * check.largest  # further apart, it cannot be rounding
         of_rounding = near and _is_rounding(check, path, u, numeric, ours)
@@ -120,13 +128,23 @@ def _verdict(check, path, u, derivative):
     if not terms.any() and apart <= error <= ROUGH * weight:
         return 0.0  # as is its derivative: the result does not depend on it
     kinks, between = _kinks(check, path, u, ours, 1e-5 * scale)
-    if between:
-        return 0.0
-    if kinks:
+    if between and u.size <= MOST_KINKS:
+        at = _outside(check, path)
+        if at is None:
+            return 0.0
+        fault.reason = f"at {path}{list(at)} it lies outside of the slopes to both sides"
+    elif between:
+        fault.undecided = True
+        fault.reason = f"{kinks} outputs have a kink here: move the inputs, or take fewer of them"
+    elif kinks:
         fault.reason = f"{kinks} outputs have a kink here: it lies outside of both sides"
     elif not np.isfinite(error):
         fault.undecided, fault.reason = True, "no step along it gives a finite number"
-    elif apart <= 2 * error + tol * scale or error > 10 * CLEAR * scale:
+    elif (
+        apart <= 2 * error + tol * scale
+        or error > 10 * CLEAR * scale
+        or _sides_differ(check, path, u, numeric, CLEAR * scale)
+    ):
         fault.undecided = True
         fault.reason = "a kink is near, or rounding hides the derivative: move the inputs"
     return fault
@@ -145,14 +163,17 @@ def _derivatives(check, directions):
                     raise GradientError(
                         f'{path}: {reason}; check it with method="central", or "auto"'
                     ) from None
-    sure = check.method == "complex" or bool(exact) and _confirmed(check, exact, directions)
+    together = check.method == "complex" or bool(exact) and _confirmed(check, exact, directions)
+    sizes = {path: largest_of(derivative.values) for path, derivative in exact.items()}
+    seen = SEEN * max(sizes.values(), default=0.0)  # what is smaller is lost among the others
     for path, u in directions.items():
         one = {path: exact[path]} if path in exact else {}
+        sure = together and (check.method == "complex" or sizes.get(path, 0.0) > seen)
         if one and (sure or _confirmed(check, one, {path: u})):
             found[path] = exact[path]
             continue
         found[path] = differences(problem, {path: u}, base)
-        if one and _agree(exact[path].values, found[path]):
+        if one and agree(exact[path].values, found[path], 1e-6):
             found[path] = exact[path]
     return found
 
@@ -164,14 +185,7 @@ def _confirmed(check, exact, directions):
     sums = {
         name: sum(derivative.values[name] for derivative in exact.values()) for name in check.base
     }
-    return _agree(sums, rough, 1e-5)
-
-
-def _agree(values, rough, share=1e-6):
-    return all(
-        (abs(d - rough.values[name]) <= rough.errors[name] + share * abs(d).max(initial=0.0)).all()
-        for name, d in values.items()
-    )
+    return agree(sums, rough, 1e-5)
 
 
 def _is_rounding(check, path, u, numeric, ours):
@@ -213,6 +227,45 @@ def _kinks(check, path, u, ours, slack):
         low, high = low + np.minimum(a, b).sum(), high + np.maximum(a, b).sum()
         kinks += int((abs(a - b) > 10 * error + 1e-3 * (abs(a) + abs(b))).sum())
     return kinks, kinks > 0 and bool(low - slack <= ours <= high + slack)
+
+
+def _sides_differ(check, path, u, numeric, slack):
+    """Return whether short steps to either side give other derivatives than the ladder."""
+    for values, errors in one_sided(check.problem, {path: u}, check.base):
+        with np.errstate(all="ignore"):
+            side = sum(float((w * values[name]).sum()) for name, w in check.dy.items())
+            error = sum(float((abs(w) * errors[name]).sum()) for name, w in check.dy.items())
+        if not abs(side - numeric) <= slack + error:
+            return True
+    return False
+
+
+def _outside(check, path):
+    """Find an entry whose gradient is not between the slopes to its two sides; None for none.
+
+    Along a direction through many kinks nearly everything is between, so each entry counts.
+    """
+    grads = check.grads[path]
+    for at in np.ndindex(grads.shape):
+        unit = np.zeros(grads.shape)
+        unit[at] = 1.0
+        (forward, far), (backward, near) = one_sided(check.problem, {path: unit}, check.base)
+        low = high = slack = 0.0
+        for name, w in check.dy.items():
+            a, b = w * forward[name], w * backward[name]
+            low, high = low + np.minimum(a, b).sum(), high + np.maximum(a, b).sum()
+            slack += float((abs(w) * (far[name] + near[name])).sum())
+            slack += 1e-5 * float((abs(a) + abs(b)).sum())
+        if not low - slack <= grads[at] <= high + slack:
+            return at
+    return None
+
+
+def _noise(check, path, u, numeric):
+    """Measure how far other ladders of differences lie apart: more than their error bars, if f
+    rounds on its own or a kink is near."""
+    others = (differences(check.problem, {path: u}, check.base, first) for first in OTHER_FIRST)
+    return 2 * max(abs(other.along(check.dy)[0] - numeric) for other in others)
 
 
 def _signs_and_sizes(rng, x, dtype):

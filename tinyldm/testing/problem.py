@@ -55,6 +55,7 @@ class Problem:
         self.places |= self.of_params
         self.places = {path: x for path, x in self.places.items() if is_floating(x)}
         self.tensors = {path: to_numpy(x).astype(dtype) for path, x in self.places.items()}
+        self.made = {}  # path → what f was given in the last call
 
     def at(self, values: Values) -> "Problem":
         """Return the same problem at another point."""
@@ -73,7 +74,7 @@ class Problem:
 
     def given(self, values: Values) -> tuple[list, dict]:
         """Return inputs and parameters with these values in place of the tensors."""
-        made = {path: self.place(path, x) for path, x in values.items()}
+        made = self.made = {path: self.place(path, x) for path, x in values.items()}
         inputs = [replaced(x, made, name) for name, x in zip(self.names, self.inputs, strict=True)]
         return inputs, {name: made.get(name, x) for name, x in self.of_params.items()}
 
