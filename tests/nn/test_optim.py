@@ -1,6 +1,7 @@
 """AdamW against a loop over numbers, and the identities of clipping, averaging and the rate."""
 
 import contextlib
+import inspect
 import math
 
 import numpy as np
@@ -23,6 +24,7 @@ from tinyldm.nn.optim import (
     global_norm,
     learning_rate,
 )
+from tinyldm.nn.protocol import KERNELS
 from tinyldm.training.config import Stage
 
 SHAPES = {"matrix": (3, 4), "kernel": (3, 3, 2, 2), "bias": (5,), "scalar": ()}
@@ -326,3 +328,18 @@ def test_rate_is_in_range_and_depends_on_the_step_alone(total, warmup, step):
         assert rate == 0
     if warmup == 0:
         assert learning_rate(0, total, 2.0, 0) == 2
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+def test_a_run_of_one_step_after_the_warmup_ends_at_0(warmup):
+    assert learning_rate(warmup, warmup + 1, 3.0, warmup) == 3
+    assert learning_rate(warmup + 1, warmup + 1, 3.0, warmup) == 0
+
+
+def test_adamw_and_its_kernels_have_the_same_defaults():
+    kernels = KERNELS["tinyldm.nn.optim.adamw"]
+    functions = [adamw.__wrapped__, *(one.function for one in kernels)]
+    assert len(functions) > 1
+    for function in functions:
+        known = inspect.signature(function).parameters
+        assert [known[name].default for name in ("scale", "decay", "ema")] == [1.0, 0.01, 0.999]

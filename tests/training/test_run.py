@@ -1560,3 +1560,15 @@ def test_a_long_run_holds_no_more_and_more(tmp_path, monkeypatch, no_images):
     assert len(set(files[1:half])) == len(set(files[half + 1 :])) == 1, files
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_lock_that_cannot_be_opened_counts_as_free(tmp_path, monkeypatch):
+    with locked(tmp_path):
+        pass
+    (tmp_path / lock.NAME).touch()
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(lock.os, "open", refuse)
+    assert not is_locked(tmp_path)
