@@ -660,3 +660,16 @@ def test_what_is_written_on_a_device_is_seen():
 
     with pytest.raises(GradientError, match="the function wrote into it"):
         check_gradients(f, strict.asarray(np.random.default_rng(1).normal(size=(4, 5))))
+
+
+def test_a_lost_imaginary_part_names_no_wrong_cause():
+    """By the complex step a layer norm without its second term looked like J dy."""
+
+    def f(x):
+        std = x.std(axis=1, keepdims=True)
+        x_hat = (x - x.mean(axis=1, keepdims=True)) / std
+        return x_hat, lambda dy: (dy - dy.mean(axis=1, keepdims=True)) / std
+
+    with pytest.raises(GradientError, match="wrong gradient") as caught:
+        check_gradients(f, np.random.default_rng(1).normal(size=(4, 5)))
+    assert "is wanted" not in str(caught.value)

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from tinyldm.testing.derivatives import derive, derive_entry
+from tinyldm.testing.derivatives import derive, derive_entry, is_analytic
 from tinyldm.testing.problem import Check
 
 FACTORS = {0.5: "½", 0.25: "¼", -1.0: "−1 (its sign)"}
@@ -143,15 +143,16 @@ def _jacobian(c):
     path = c.path
     if list(c.check.dy) != ["y"] or c.check.dy["y"].shape != c.ours.shape or c.ours.size < 2:
         return ""
-    w = c.check.dy["y"]
-    if c.same(c.ours, derive(c.check.problem, {path: w}, c.check.base).values["y"]):
+    w, problem, base = c.check.dy["y"], c.check.problem, c.check.base
+    exact = is_analytic(problem, base, path)
+    if c.same(c.ours, derive(problem, {path: w}, base, exact).values["y"]):
         return (
             "it is J dy, where Jᵀ dy is wanted: a matrix is not transposed, a kernel not flipped, "
             "or an angle not reversed"
         )
     diagonal = np.zeros(w.shape)
     for i in np.ndindex(w.shape):
-        column = derive_entry(c.check.problem, path, i, c.check.base)
+        column = derive_entry(problem, path, i, base, exact)
         diagonal[i] = column.values["y"][i]
     if c.same(c.ours, w * diagonal):
         return "it has the diagonal of the Jacobian alone: each output depends on other inputs, too"
