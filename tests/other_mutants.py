@@ -109,6 +109,9 @@ EXPLAINED = {  # (module, change, line of the source) → why no test can notice
         'given = {name: options.pop(name) for name in ("start", "post_step") if name in options}',
     ): "The order in a dict.",
     ("training/loop", "bar.refresh()  →  pass", "bar.refresh()"): "How a bar looks.",
+    ("training/loop",
+     "bar.set_postfix(loss=f'{steps.loss:.4f}', refresh=False)  →  pass",
+     'bar.set_postfix(loss=f"{steps.loss:.4f}", refresh=False)'): "How a bar looks.",
     ("training/state", "10  →  20",
      'check_kind("its notes", name, notes[name], kind, least, most=10**12)'): (
         "Far above what there is."
