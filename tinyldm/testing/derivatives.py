@@ -22,6 +22,7 @@ COMPLEX_STEP = 1e-20
 RATIO = 4.0  # of a step of the ladder to the next
 LEVELS = 11
 FIRST = 2.0**-3  # step, relative to the size of what is moved
+INSIDE = 1e-11  # of an output: the most that rounding in a function adds to its differences
 SAFETY = 4.0  # by which an error bar, which is an estimate, is multiplied
 
 
@@ -119,12 +120,17 @@ def derive(problem: Problem, directions: Values, base: Values, exact: bool = Tru
     return differences(problem, directions, base)
 
 
-def agree(values: Values, rough: Derivative, share: float) -> bool:
-    """Return whether derivatives are those of differences, within error bars and a share."""
-    return all(
-        (abs(d - rough.values[name]) <= rough.errors[name] + share * abs(d).max(initial=0.0)).all()
-        for name, d in values.items()
-    )
+def agree(values: Values, rough: Derivative, share: float, base: Values) -> bool:
+    """Return whether derivatives are those of differences.
+
+    That is within error bars, a share of the largest, and what rounding inside of the function may
+    do to each output.
+    """
+    for name, d in values.items():
+        bars = rough.errors[name] + share * abs(d).max(initial=0.0) + INSIDE * abs(base[name])
+        if not (abs(d - rough.values[name]) <= bars).all():
+            return False
+    return True
 
 
 def largest_of(values: Values) -> float:
@@ -142,7 +148,7 @@ def is_analytic(problem: Problem, base: Values, path: str) -> bool:
         exact = complex_step(problem, u)
     except NotAnalytic:
         return False
-    return agree(exact.values, differences(problem, u, base, 2.0**-9, 2), 1e-5)
+    return agree(exact.values, differences(problem, u, base, 2.0**-9, 2), 1e-5, base)
 
 
 def one_sided(problem: Problem, directions: Values, base: Values) -> list[tuple[Values, Values]]:

@@ -173,7 +173,7 @@ def _derivatives(check, directions):
             found[path] = exact[path]
             continue
         found[path] = differences(problem, {path: u}, base)
-        if one and agree(exact[path].values, found[path], 1e-6):
+        if one and agree(exact[path].values, found[path], 1e-6, check.base):
             found[path] = exact[path]
     return found
 
@@ -185,7 +185,7 @@ def _confirmed(check, exact, directions):
     sums = {
         name: sum(derivative.values[name] for derivative in exact.values()) for name in check.base
     }
-    return agree(sums, rough, 1e-5)
+    return agree(sums, rough, 1e-5, check.base)
 
 
 def _is_rounding(check, path, u, numeric, ours):
