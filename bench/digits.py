@@ -1,8 +1,8 @@
 """Real images: scikit-learn's 1,797 handwritten digits, and whether generated ones are recognised.
 
-    python -m bench.digits make FOLDER       # 32×32 pixels, a folder by class
-    tinyldm train --data FOLDER --preset demo --minutes 5 --out RUN
-    python -m bench.digits score RUN         # by an SVM that has learnt all real ones
+python -m bench.digits make FOLDER       # 32×32 pixels, a folder by class
+tinyldm train --data FOLDER --preset demo --minutes 5 --out RUN
+python -m bench.digits score RUN         # by an SVM that has learnt all real ones
 """
 
 import sys
