@@ -118,7 +118,10 @@ def test_every_kind_of_run_is_explained(name, made, call):
             assert attrs["data-sheet"] in data["sheets"] or unconditional
         for kind, key in (("texts", "data-text"), ("texts", "data-values"), ("plots", "data-plot")):
             if key in attrs and attrs[key].split("-")[0] not in left_out:
-                missing = (name, attrs[key]) == ("pixels", "loss-autoencoder")
+                missing = (name, attrs[key]) in {
+                    ("pixels", "loss-autoencoder"), ("pixels", "loss-floor"),
+                    ("codebook", "loss-floor"),
+                }  # fmt: skip
                 assert (attrs[key] in data[kind]) != missing
     left_out = {"none": {"steer", "attention"}, "class-time": {"attention"}}
     left_out |= {"class-token": {"attention"}, "codebook": {"live"}}

@@ -351,19 +351,19 @@ def test_seconds_count_both_kinds_of_steps(monkeypatch):
         autoencoder=dataclasses.replace(STAGE, steps=None, seconds=100),
         adversarial_start=0.75,
     )
-    times = iter([3.0, 3.0, 1.0, 5.0, 5.0, 1.0])
+    times = iter([3.0, 3.0, 3.0, 3.0, 1.0, 1.0, 5.0, 5.0])
     monkeypatch.setattr(estimate, "_timed", lambda function: (function(), next(times))[1])
     monkeypatch.setattr(estimate, "_encoding", lambda *args: (0.0, 0))
     found = estimate.estimate_run(config, 10, features=None, seconds=0)
     assert found.step_seconds == {"autoencoder": 0.75 * 1 + 0.25 * 3, "denoiser": 5}
     assert found.steps["autoencoder"] == 66
-    now = iter([0, 7, 7, 7, 7, 9, 10, 12, 12, 13])
+    now = iter([0, 7, 7, 7, 7, 16, 16, 18, 18, 20, 20, 21])
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(now)))
     state, totals = SimpleNamespace(total=None), []
     later = loop.seconds_with_discriminator(
         state, lambda batch: [totals.append(state.total) or 0], ()
     )
-    assert (later, totals, state.total) == (2, [0] * 5, None)
+    assert (later, totals, state.total) == (2, [0] * 6, None)
 
 
 @pytest.mark.parametrize("change", [{"first_stage": "none"}, {"side": 8}])
