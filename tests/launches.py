@@ -1,4 +1,4 @@
-"""How many kernels a step starts on a GPU: `python -m tests.launches` counts them without one.
+"""Count the kernels that a step launches on a GPU, without one: `python -m tests.launches`.
 
 Before: without kernels for a GPU. Then with them, at the first step, and as a graph, which is one
 launch. They are counted on the double of CuPy, and what is ours does not run, as the numbers do not

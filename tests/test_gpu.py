@@ -131,5 +131,5 @@ def test_every_function(name, dtype, data):
 
 @pytest.mark.parametrize("call", NATURAL, ids=lambda call: f"{call.function.__name__}-{call.seed}")
 def test_functions_at_the_sizes_of_a_small_u_net(call):
-    """Where a kernel takes many blocks of threads."""
+    """Compare GPU and CPU at sizes for which a kernel takes many blocks of threads."""
     assert_near(results(call, "cuda", "float32"), results(call, "cpu", "float32"))

@@ -208,7 +208,7 @@ def test_backward_returns_what_the_network_returns():
     t=st.integers(0, 999), std=st.lists(st.floats(0.01, 3), min_size=1, max_size=4),
 )  # fmt: skip
 def test_the_floor_is_the_variance_that_x_t_leaves(prediction, t, std):
-    """Of two normal numbers that depend on one another: Var(y) − Cov(y, x)² / Var(x)."""
+    """Compare with the variance that x leaves of y, both normal: Var(y) − Cov(y, x)² / Var(x)."""
     schedule = schedule_for(prediction)
     a2, variance = schedule.alphas_bar[t], np.square(std)
     s2 = 1 - a2

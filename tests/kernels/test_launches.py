@@ -1,4 +1,4 @@
-"""How many kernels a step starts on a GPU: each costs the host time, and nothing is faster then."""
+"""Launches of kernels that a step makes on a GPU: limits of their number, and how they count."""
 
 import numpy as np
 import pytest

@@ -68,7 +68,7 @@ def plain_twin(twin):
 
 
 def of_twin(function, call):
-    """The same of a plain function, in float64."""
+    """Return y and the gradients of a plain function in float64, for the inputs of a call."""
     arrays = [x.astype("float32").astype("float64") for x in call.arrays()]
     with plain():
         y, backward = function(*arrays, **call.options)

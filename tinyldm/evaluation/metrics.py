@@ -107,12 +107,11 @@ def floors_by_noise(
     vae = pipeline.vae
     if not vae.draws_noise:
         return None
-    pixels = in_channels(from_uint8(images), vae.config.in_channels)
 
     def part(x):
         return vae.latent_distribution(pipeline.params["vae"], x)[1]
 
-    std = to_device(map_batch(part, pipeline.xp.asarray(pixels), size=64), "cpu")
+    std = to_device(_of_pixels(pipeline, part, images), "cpu")
     t = np.arange(0, len(pipeline.schedule), max(1, len(pipeline.schedule) // (20 * bands)))
     floors = noise_floor(pipeline.schedule, std * vae.config.scaling_factor, t)
     width = len(pipeline.schedule) // bands
@@ -121,9 +120,8 @@ def floors_by_noise(
 
 def drawn_latents(pipeline: Pipeline, images: np.ndarray, rng: np.random.Generator) -> Array:
     """Encode images, uint8 (n, height, width, 3) → latents drawn from what the encoder predicts."""
-    vae, xp = pipeline.vae, pipeline.xp
-    pixels = in_channels(from_uint8(images), vae.config.in_channels)
-    n, height, width, _ = pixels.shape
+    vae = pipeline.vae
+    n, height, width, _ = images.shape
     shape = n, height // vae.factor, width // vae.factor, vae.latent_channels
     noise = rng.standard_normal(shape, dtype=np.float32)
 
@@ -131,8 +129,14 @@ def drawn_latents(pipeline: Pipeline, images: np.ndarray, rng: np.random.Generat
         with no_grad():
             return vae.to_latents(pipeline.params["vae"], x, noise)[0]
 
-    at_once = max(1, 64 * PIXELS // (height * width))
-    return map_batch(part, xp.asarray(pixels), xp.asarray(noise), size=min(64, at_once))
+    return _of_pixels(pipeline, part, images, pipeline.xp.asarray(noise))
+
+
+def _of_pixels(pipeline, part, images, *others):
+    """Call `part(pixels, *others)` for as many images, uint8, at a time as memory should hold."""
+    pixels = in_channels(from_uint8(images), pipeline.vae.config.in_channels)
+    at_once = max(1, 64 * PIXELS // (images.shape[1] * images.shape[2]))
+    return map_batch(part, pipeline.xp.asarray(pixels), *others, size=min(64, at_once))
 
 
 def loss_by_noise(pipeline: Pipeline, data: Dataset) -> list[float]:

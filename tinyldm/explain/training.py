@@ -37,26 +37,26 @@ def training(subject: Subject, contents: Contents) -> None:
     average, raw = subject.pipeline, raw_pipeline(subject)
     if len(subject.held_out):
         some = subject.held_out.pick(range(min(MOST, len(subject.held_out))))
-        losses = [np.mean(loss_by_noise(one, some)) for one in (average, raw)]
+        bands = [loss_by_noise(one, some) for one in (average, raw)]
+        losses = np.mean(bands, axis=1)
         text = "Their loss on held-out images: {:.4f} averaged, {:.4f} at the last step."
         contents.text("training-weights", [text.format(*losses)])
-        _floor(subject, some, contents)
+        _floor(subject.pipeline, some, bands[0], contents)
     start = start_noise(average, len(subject.prompts))
     for name, pipeline in (("average", average), ("raw", raw)):
         images = pipeline(subject.prompts, latents=start)
         contents.sheet(f"training-{name}", np.stack([np.asarray(i) for i in images])[:, None])
 
 
-def _floor(subject, held_out, contents):
+def _floor(pipeline, held_out, losses, contents):
     """Plot the loss on held-out images by noise, and the part of it that nobody can learn."""
-    pipeline = subject.pipeline
     floors = floors_by_noise(pipeline, held_out.images)
     if floors is None:
         return
     width = len(pipeline.schedule) / len(floors)
     middles = [width * (band + 0.5) for band in range(len(floors))]
     series = {
-        "held-out images": (middles, loss_by_noise(pipeline, held_out)),
+        "held-out images": (middles, losses),
         "the latents' own noise": (middles, floors.mean(axis=1).tolist()),
     }
     title, y = "denoiser: its loss at the end, and the floor", "squared error of the prediction"

@@ -262,8 +262,10 @@ def _outside(check, path):
 
 
 def _noise(check, path, u, numeric):
-    """Measure how far other ladders of differences lie apart: more than their error bars, if f
-    rounds on its own or a kink is near."""
+    """Measure how far other ladders of differences lie apart.
+
+    That is more than their error bars where f rounds on its own, or a kink is near.
+    """
     others = (differences(check.problem, {path: u}, check.base, first) for first in OTHER_FIRST)
     return 2 * max(abs(other.along(check.dy)[0] - numeric) for other in others)
 

@@ -13,8 +13,7 @@ def fused_group_norm(
     x: Array, w: Array, b: Array, groups: int, eps: float
 ) -> tuple[Array, Backward]:
     """Normalise a group of a sample in each block of threads."""
-    n, c = len(x), x.shape[-1]
-    return _norm(x, w, b, (n, x.size // (n * c), c), groups, eps)
+    return _norm(x, w, b, len(x), groups, eps)
 
 
 @kernel("nn.norms.group_norm_silu", cost=on_gpu)
@@ -22,21 +21,19 @@ def fused_group_norm_silu(
     x: Array, w: Array, b: Array, groups: int, eps: float
 ) -> tuple[Array, Backward]:
     """Normalise a group of a sample in each block of threads, and apply SiLU."""
-    n, c = len(x), x.shape[-1]
-    return _norm(x, w, b, (n, x.size // (n * c), c), groups, eps, silu=True)
+    return _norm(x, w, b, len(x), groups, eps, silu=True)
 
 
 @kernel("nn.norms.layer_norm", cost=on_gpu)
 def fused_layer_norm(x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Backward]:
     """Normalise a row in each block of threads: a group norm of one group and one position."""
-    c = x.shape[-1]
-    return _norm(x, w, b, (x.size // c, 1, c), 1, eps)
+    return _norm(x, w, b, x.size // x.shape[-1], 1, eps)
 
 
-def _norm(x, w, b, sizes, groups, eps, silu=False):
-    xp = array_module(x)
-    n, p, c = sizes
-    size = c // groups
+def _norm(x, w, b, n, groups, eps, silu=False):
+    """Normalise the groups of n samples, each over all its positions."""
+    xp, c = array_module(x), x.shape[-1]
+    p, size = x.size // (n * c), c // groups
     x, w, b = map(xp.ascontiguousarray, (x, w, b))
     y, stats = xp.empty(x.shape, x.dtype), xp.empty((3, n, groups), x.dtype)
     lanes = min(size, THREADS)
