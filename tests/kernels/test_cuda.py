@@ -271,7 +271,7 @@ def test_threads_do_not_race_and_stay_in_their_arrays(sanitizer, planted):
     assert ("every kernel has run" in run.stdout) != planted
 
 
-def nvrtc():
+def gpu_compiler():
     """Return a function that compiles for an architecture by NVRTC or nvcc; neither needs a GPU."""
     if importlib.util.find_spec("cupy"):
         from cupy.cuda.compiler import _NVRTCProgram
@@ -293,7 +293,7 @@ def nvrtc():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(nvrtc() is None, reason="neither CuPy nor nvcc, which compile for a GPU")
+@pytest.mark.skipif(gpu_compiler() is None, reason="neither CuPy nor nvcc, which compile for a GPU")
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90"])
 def test_the_file_compiles_for_gpus(architecture, tmp_path):
-    assert nvrtc()(architecture, tmp_path)[:4] == b"\x7fELF"
+    assert gpu_compiler()(architecture, tmp_path)[:4] == b"\x7fELF"
